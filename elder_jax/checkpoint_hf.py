@@ -1,0 +1,310 @@
+"""Hugging Face checkpoints in and out: the engine behind the families' weight tables.
+
+`open_source` looks at a folder, a hub id or a GGUF file and reads headers only; `load` checks every name and shape, then
+reads tensor by tensor; `save` writes a Hugging Face folder. Nothing here unpickles or runs code from a checkpoint.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from elder_jax import families
+from elder_jax import gguf_source
+from elder_jax.errors import InputError
+from elder_jax.model import Decoder, Spec
+
+DTYPES = {'F32', 'F16', 'BF16'}
+# What is taken over from the source as it stands, byte for byte.
+COPIED = (
+    'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'spiece.model',
+    'chat_template*', 'generation_config.json', 'LICENSE*', 'NOTICE*', 'USE_POLICY*',
+)  # fmt: skip
+HUB_FILES = ('config.json', '*.safetensors', '*.safetensors.index.json', *COPIED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A checkpoint that was opened but not read."""
+
+  name: str  # as the user called it
+  files: pathlib.Path  # folder with config.json, tokenizer and the like
+  config: dict
+  spec: Spec
+  num_layers: int
+  shapes: dict[str, tuple[int, ...]]  # by Hugging Face name
+  read: Callable[[str], np.ndarray]
+
+  @property
+  def family(self):
+    return families.FAMILIES[self.config['model_type']]
+
+
+def open_source(model: str, scratch: pathlib.Path) -> Source:
+  """Opens `--model`. What a GGUF file holds besides weights is written as Hugging Face files into `scratch`."""
+  if not model:
+    raise InputError('--model is missing: give a Hugging Face folder, a hub id or a .gguf file.')
+  path = pathlib.Path(model).expanduser()
+  if path.suffix == '.gguf':
+    if not path.is_file():
+      raise InputError(f'--model={model}: there is no such file; check the path.')
+    config, shapes, read = gguf_source.open_gguf(path, scratch)
+    files = scratch
+  else:
+    files = _folder(model, path)
+    config = read_json(files / 'config.json')
+    shapes, read = _safetensors(files)
+  model_type = config.get('model_type')
+  if model_type not in families.FAMILIES:
+    raise InputError(
+        f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
+    )
+  spec, num_layers = families.FAMILIES[model_type].spec_from_config(config)
+  source = Source(model, files, config, spec, num_layers, shapes, read)
+  _check_names_and_shapes(source)
+  return source
+
+
+def _folder(model: str, path: pathlib.Path) -> pathlib.Path:
+  if path.is_file():
+    raise InputError(f'--model={model}: is a file but not a .gguf; give the checkpoint folder that holds it.')
+  if not path.is_dir():
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', model) or model.startswith(('.', '/')):
+      raise InputError(f'--model={model}: there is no such folder; check the path, or give a hub id (owner/name).')
+    return _fetch(model)
+  if not (path / 'config.json').is_file():
+    what = 'is empty' if not any(path.iterdir()) else 'has no config.json'
+    raise InputError(f'--model={model}: the folder {what}; give a folder in Hugging Face format.')
+  return path
+
+
+def _fetch(hub_id: str) -> pathlib.Path:
+  import huggingface_hub  # here, since a local run needs no hub
+
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+  except Exception as e:  # the hub client raises many kinds, all mean the same here  # noqa: BLE001
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    raise InputError(
+        f'--model={hub_id}: no such folder here, and the hub did not give it ({reason}); check the name or give a folder.'
+    ) from e
+
+
+def read_json(path: pathlib.Path) -> dict:
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError) as e:
+    raise InputError(f'{path}: is not readable as JSON ({e}); fetch the file again.') from e
+  if not isinstance(value, dict):
+    raise InputError(f'{path}: must hold a JSON object; fetch the file again.')
+  return value
+
+
+def _safetensors(folder: pathlib.Path):
+  """Headers of all shards: ({name: shape}, read)."""
+  single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+  where = None
+  if single.is_file():
+    paths = [single]
+  elif index.is_file():
+    where = read_json(index).get('weight_map')
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+      raise InputError(f'{index}: has no weight_map of names to files; fetch the file again.')
+    paths = []
+    for file in sorted(set(where.values())):
+      # A plain name: an index from a stranger must not make us read outside the folder.
+      if pathlib.PurePath(file).name != file or '\\' in file or file in ('.', '..'):
+        raise InputError(f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.')
+      if not (folder / file).is_file():
+        raise InputError(f'{index}: names {file}, which is not in the folder; fetch the missing file.')
+      paths.append(folder / file)
+  else:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
+    if pickles:
+      raise InputError(
+          f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
+      )
+    raise InputError(f'{folder}: has no model.safetensors and no model.safetensors.index.json; fetch the weights.')
+
+  shapes, home = {}, {}
+  for path in paths:
+    with _opened(path) as file:
+      for name in file.keys():  # noqa: SIM118 (not a dict)
+        if name in home:
+          raise InputError(f'{path}: the tensor {name} is also in {home[name].name}; fetch the checkpoint again.')
+        tensor = file.get_slice(name)
+        if tensor.get_dtype() not in DTYPES:
+          raise InputError(
+              f'{path}: the tensor {name} is of type {tensor.get_dtype()}, only F32, F16 and BF16 are supported; '
+              'use an unquantised checkpoint.'
+          )
+        shapes[name], home[name] = tuple(tensor.get_shape()), path
+  for name, file in (where or {}).items():
+    if name not in home or home[name].name != file:
+      raise InputError(f'{index}: says that {name} is in {file}, but it is not; fetch the checkpoint again.')
+
+  def read(name: str) -> np.ndarray:
+    with _opened(home[name]) as file:
+      return file.get_tensor(name)
+
+  return shapes, read
+
+
+def _opened(path: pathlib.Path):
+  try:
+    return safetensors.safe_open(path, framework='np')
+  except (safetensors.SafetensorError, OSError) as e:
+    raise InputError(f'{path}: is truncated or not a safetensors file ({e}); fetch it again.') from e
+
+
+# ---- the weight table, both ways ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """One Hugging Face tensor and the slice of ours that it is."""
+
+  name: str
+  path: str  # in Decoder
+  layer: int | None  # index on the leading axis
+  shape: tuple[int, ...]  # of the Hugging Face tensor
+  folded: tuple[int, ...]  # its shape with every letter an axis of its own
+  order: tuple[int, ...]  # of these axes in ours
+
+  def to_ours(self, tensor):
+    return tensor.reshape(self.folded).transpose(self.order)
+
+  def to_hf(self, tensor):
+    return tensor.transpose(np.argsort(self.order)).reshape(self.shape)
+
+
+def _rows(family, spec: Spec, num_layers: int) -> list[_Row]:
+  """All tensors of the checkpoint, in file order; layers expanded, a tied head left out."""
+  sizes = spec.sizes(num_layers)
+  rows = []
+  for name, entry in family.WEIGHTS.items():
+    if entry is None or (entry[0] == 'head' and spec.tied):
+      continue
+    path, rule = entry
+    theirs, ours = rule.split('->')
+    letters = theirs.replace(',', '')
+    shape = tuple(math.prod(sizes[a] for a in dim) for dim in theirs.split(','))
+    order = tuple(letters.index(a) for a in ours)
+    folded = tuple(sizes[a] for a in letters)
+    for l in range(num_layers) if '{l}' in name else [None]:
+      rows.append(_Row(name.format(l=l), path, l, shape, folded, order))
+  return sorted(rows, key=lambda r: -1 if r.layer is None and r.path == 'embed' else num_layers if r.layer is None else r.layer)
+
+
+def _ignored(family, spec: Spec) -> re.Pattern:
+  names = [n for n, e in family.WEIGHTS.items() if e is None or (e[0] == 'head' and spec.tied)]
+  return re.compile('|'.join(re.escape(n).replace(re.escape('{l}'), r'\d+') for n in names))
+
+
+def _check_names_and_shapes(source: Source):
+  rows = {row.name: row for row in _rows(source.family, source.spec, source.num_layers)}
+  where = f'--model={source.name}'
+  if missing := next((n for n in rows if n not in source.shapes), None):
+    raise InputError(f'{where}: the tensor {missing} is missing; config.json and weights do not belong together, fetch both again.')
+  ignored = _ignored(source.family, source.spec)
+  if extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None):
+    raise InputError(f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; fetch both again.')
+  for name, row in rows.items():
+    if source.shapes[name] != row.shape:
+      raise InputError(
+          f'{where}: the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}; '
+          'fetch both again.'
+      )
+
+
+def get(model: Decoder, path: str):
+  """The nnx.Param at a dotted path."""
+  return functools.reduce(getattr, path.split('.'), model)
+
+
+def load(source: Source, dtype: str, shardings=None) -> Decoder:
+  """Reads the weights, one stacked array at a time, into arrays of `dtype` (gates: float32 ones).
+
+  Args:
+    shardings: a Decoder of shardings (sharding.for_model), or None for the default device.
+  """
+  model = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
+  rows: dict[str, list[_Row]] = {}
+  for row in _rows(source.family, source.spec, source.num_layers):
+    rows.setdefault(row.path, []).append(row)
+  place = lambda path, array: jax.device_put(array, None if shardings is None else get(shardings, path).get_value())
+  for path, group in rows.items():
+    param = get(model, path)
+    array = np.empty(param.get_value().shape, jnp.dtype(dtype))
+    for row in group:
+      array[... if row.layer is None else row.layer] = row.to_ours(_read(source, row))
+    param.set_value(place(path, array))
+  model.gate_L.set_value(place('gate_L', np.ones(source.num_layers, np.float32)))
+  return model
+
+
+def _read(source: Source, row: _Row) -> np.ndarray:
+  tensor = source.read(row.name)
+  if not np.isfinite(tensor.astype(np.float32)).all():
+    raise InputError(f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; fetch the checkpoint again.')
+  return tensor
+
+
+def save(model: Decoder, source: Source, kept: list[int], folder: pathlib.Path, dtype: str, shard_bytes: int):
+  """Writes `model` (source's layers `kept`) as a Hugging Face folder; `folder` must exist and is the caller's to rename.
+
+  config.json is the source's with the depth changed, tokenizer and the like are copied byte for byte.
+  """
+  assert model.num_layers == len(kept)
+  config = pruned_config(source.config, kept, dtype)
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+  for pattern in COPIED:
+    for path in sorted(source.files.glob(pattern)):
+      shutil.copyfile(path, folder / path.name)
+
+  rows = _rows(source.family, source.spec, len(kept))
+  size = lambda row: math.prod(row.shape) * jnp.dtype(dtype).itemsize
+  shards: list[list[_Row]] = [[]]
+  for row in rows:
+    if shards[-1] and sum(map(size, shards[-1])) + size(row) > shard_bytes:
+      shards.append([])
+    shards[-1].append(row)
+  names = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+  if len(shards) == 1:
+    names = ['model.safetensors']
+  for name, shard in zip(names, shards):
+    tensors = {}
+    for row in shard:
+      array = get(model, row.path)[...]
+      array = np.asarray(array if row.layer is None else array[row.layer])
+      tensors[row.name] = np.ascontiguousarray(row.to_hf(array).astype(jnp.dtype(dtype)))
+    safetensors.numpy.save_file(tensors, folder / name, metadata={'format': 'pt'})
+  if len(shards) > 1:
+    index = {
+        'metadata': {'total_size': sum(map(size, rows))},
+        'weight_map': {row.name: name for name, shard in zip(names, shards) for row in shard},
+    }
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
+
+
+def pruned_config(config: dict, kept: list[int], dtype: str) -> dict:
+  """The source's config.json with only what the removal of layers and the type of the weights change."""
+  depth = config['num_hidden_layers']
+  config = dict(config)
+  for key, value in config.items():
+    if isinstance(value, list) and len(value) == depth and key.endswith(('layer_types', '_layers')):
+      config[key] = [value[l] for l in kept]
+  config['num_hidden_layers'] = len(kept)
+  # transformers 5 writes `dtype`, 4 `torch_dtype`; both are read by both.
+  config['dtype' if 'dtype' in config else 'torch_dtype'] = dtype
+  return config

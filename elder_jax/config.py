@@ -1,0 +1,213 @@
+"""All settings of a run: one frozen dataclass, each field of which is a flag with one line of help.
+
+Nothing else reads flags. `config.json` in the work folder holds the same fields, and reproduces the run.
+"""
+
+import dataclasses
+import math
+import pathlib
+
+from absl import flags
+
+from elder_jax.errors import InputError
+
+RECIPES = ('regularize', 'prune_then_train', 'none')
+
+
+def _flag(default, help_text, choices=None):
+  return dataclasses.field(default=default, metadata={'help': help_text, 'choices': choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  # What goes in and out.
+  model: str = _flag('', 'Model to prune: a Hugging Face folder, a hub id (owner/name) or a .gguf file.')
+  tokenizer: str = _flag('', "Folder or hub id of the tokenizer, where it is not the model's own.")
+  workdir: str = _flag('', 'Folder for results; made if missing. A run started again in it goes on where it was.')
+  # How much goes, and what.
+  ratio: float = _flag(0.25, 'Fraction of the layers to remove, rounded half up to a whole number of layers.')
+  num_remove: int | None = _flag(None, 'Number of layers to remove; wins over --ratio.')
+  remove_layers: str | None = _flag(
+      None, 'Layers to remove by 0-based number, e.g. 3,5; skips stage 1. Empty (--remove_layers=): none, a round trip.'
+  )
+  method: str = _flag('elder', 'How layers are chosen: elder, learned gates.', ('elder',))
+  recipe: str = _flag(
+      'regularize',
+      'What happens to the chosen layers: regularize, then remove (the method); prune_then_train, removed first and then '
+      'the same steps of LM training; none, just removed.',
+      RECIPES,
+  )
+  compare: list[str] = _flag(
+      ('none',), 'Further recipes, run on the same layers and batches for the report only; empty (--compare=): no others.'
+  )
+  # Data.
+  train_data: str = _flag(
+      '', 'Text to train on: a .txt, .jsonl or .parquet file, or a hub id with configuration and split, id:config:split.'
+  )
+  eval_data: tuple[str, ...] = _flag(
+      (), 'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.'
+  )
+  text_column: str = _flag('text', 'Column of jsonl, parquet and hub data that holds the text.')
+  seq_len: int = _flag(2048, 'Tokens per training sequence.')
+  num_sequences: int = _flag(128, 'Training sequences; the text must be long enough for them.')
+  batch_size: int = _flag(4, 'Sequences per step; must divide --num_sequences.')
+  grad_accum: int = _flag(1, 'Parts that a batch is worked off in, to save memory; must divide --batch_size.')
+  shuffle: bool = _flag(True, 'Draw the sequences from the whole text and shuffle them in each pass; else text order.')
+  seed: int = _flag(0, 'Seed of the choice and order of the sequences, the only random thing in a run.')
+  # Evaluation.
+  eval_seq_len: int = _flag(2048, 'Window of the perplexity, in tokens; windows do not overlap, the rest is dropped.')
+  eval_tokens: int = _flag(0, 'Tokens of each evaluation text that are used, from its start; 0: all.')
+  eval_batch_size: int = _flag(4, 'Windows per evaluation step.')
+  eval_bos: str = _flag(
+      'tokenizer',
+      "Begin-of-sequence token: tokenizer, where the tokenizer's own rule puts one, at the start of the text (the usual "
+      'protocol); window, first in every window; none.',
+      ('tokenizer', 'window', 'none'),
+  )
+  # Stage 1: which layers go.
+  gate: str = _flag('residual', 'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.', ('residual', 'output'))
+  selection: str = _flag(
+      'iterative', 'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
+      ('iterative', 'one_shot'),
+  )  # fmt: skip
+  lambda1: float = _flag(5e-3, 'Weight of the L1 penalty on the gates.')
+  gate_lr: float = _flag(0.02, 'Learning rate of the gates (Adam).')
+  gate_steps: int = _flag(8, 'Steps per round of stage 1.')
+  protect_first: int = _flag(3, 'Layers at the input end that are never chosen.')
+  protect_last: int = _flag(4, 'Layers at the output end that are never chosen.')
+  # Stage 2: what is trained, and how.
+  penalty: str = _flag('l2', "Norm of a layer's update in the penalty.", ('l2', 'l1'))
+  penalty_scale: str = _flag(
+      'token',
+      "token: mean over tokens of each token's norm; relative: the same, divided by the norm of the layer's input; "
+      'none: norm over the whole batch.',
+      ('token', 'relative', 'none'),
+  )
+  lambda2: float = _flag(1e-3, 'Weight of the penalty on the updates of the layers that will be removed.')
+  lambda2_power: float = _flag(
+      0.0, 'Ramp of lambda2: it is lambda2 * f^power at the fraction f of the steps; 0: constant, 1: linear, 2: square.'
+  )
+  order: str = _flag(
+      'joint', 'joint: all chosen layers are penalised together; sequential: one after another, each switched off after '
+      'its turn.', ('joint', 'sequential'),
+  )  # fmt: skip
+  train_steps: int | None = _flag(None, 'Steps of stage 2, and of prune_then_train; unset: one pass over the sequences.')
+  lr: float = _flag(1e-4, 'Peak learning rate of stage 2 (AdamW); falls linearly to 0.')
+  warmup_ratio: float = _flag(0.05, 'Fraction of the steps over which the learning rate rises from 0.')
+  weight_decay: float = _flag(0.0, 'Weight decay of matrices in stage 2.')
+  grad_clip: float = _flag(1.0, 'Norm that gradients are clipped to.')
+  trainable: str = _flag(
+      'blocks', "blocks: the layers' weights; all: embedding, final norm and head as well.", ('blocks', 'all')
+  )
+  # Computation.
+  dtype: str = _flag(
+      'float32', 'Type of computation and of frozen weights; what is trained is kept in float32.', ('float32', 'bfloat16')
+  )
+  remat: str = _flag(
+      'dots', 'What the backward pass computes again, to save memory: none, dots (all but matrix products), full.',
+      ('none', 'dots', 'full'),
+  )  # fmt: skip
+  mesh: str = _flag('-1,1,1', 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.')
+  checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
+  # Output.
+  export_dtype: str = _flag('', 'Type of the exported weights; unset: that of --dtype.', ('', 'float32', 'bfloat16'))
+  shard_gb: float = _flag(5.0, 'Largest size of an exported file, in GB (1e9 bytes).')
+  verify: str = _flag(
+      'auto', 'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are '
+      'installed; jax: JAX only; torch: both, an error if they are missing.', ('auto', 'jax', 'torch'),
+  )  # fmt: skip
+
+  def check(self):
+    """Raises InputError for settings that no run can have. What depends on the model is checked in the pipeline."""
+    if not self.workdir:
+      raise InputError('--workdir is missing: give a folder for the results.')
+    for name in ('seq_len', 'num_sequences', 'batch_size', 'grad_accum', 'eval_seq_len', 'eval_batch_size', 'gate_steps'):
+      if getattr(self, name) < (2 if name.endswith('seq_len') else 1):
+        raise InputError(f'--{name}={getattr(self, name)} is too small; give a positive number.')
+    for name in (
+        'lambda1', 'lambda2', 'lambda2_power', 'gate_lr', 'lr', 'weight_decay', 'protect_first', 'protect_last',
+        'eval_tokens', 'seed', 'checkpoint_every', 'train_steps', 'num_remove',
+    ):  # fmt: skip
+      value = getattr(self, name)
+      if value is not None and not 0 <= value < math.inf:
+        raise InputError(f'--{name}={value} must not be negative; give 0 or more.')
+    for name in ('grad_clip', 'shard_gb'):
+      if not 0 < getattr(self, name) < math.inf:
+        raise InputError(f'--{name}={getattr(self, name)} must be above 0.')
+    for name in ('ratio', 'warmup_ratio'):
+      if not 0 <= getattr(self, name) < 1:
+        raise InputError(f'--{name}={getattr(self, name)} must be at least 0 and below 1.')
+    if self.num_sequences % self.batch_size:
+      raise InputError(
+          f'--batch_size={self.batch_size} does not divide --num_sequences={self.num_sequences}; change one of them.'
+      )
+    if self.batch_size % self.grad_accum:
+      raise InputError(
+          f'--grad_accum={self.grad_accum} does not divide --batch_size={self.batch_size}; change one of them.'
+      )
+    if unknown := next((r for r in self.compare if r not in RECIPES), None):
+      raise InputError(f'--compare: {unknown!r} is no recipe, these are: {", ".join(RECIPES)}.')
+    self.corpora()
+    self.layers_given()
+
+  def corpora(self) -> dict[str, str]:
+    """The evaluation texts: {name: source}."""
+    corpora: dict[str, str] = {}
+    for entry in self.eval_data:
+      if not entry:
+        corpora.clear()
+        continue
+      name, found, source = entry.partition('=')
+      if not (name and found and source) or '/' in name:
+        raise InputError(f'--eval_data={entry}: must be name=source, as in --eval_data=news=news.txt.')
+      corpora[name] = source
+    return corpora
+
+  def layers_given(self) -> list[int] | None:
+    """--remove_layers as sorted numbers; None where stage 1 shall choose."""
+    if self.remove_layers is None:
+      return None
+    try:
+      layers = [int(part) for part in self.remove_layers.split(',') if part.strip()]
+    except ValueError as e:
+      raise InputError(f'--remove_layers={self.remove_layers}: must be numbers with commas, as in 3,5.') from e
+    if len(set(layers)) < len(layers):
+      raise InputError(f'--remove_layers={self.remove_layers}: names a layer twice; name each once.')
+    return sorted(layers)
+
+  def recipes(self) -> list[str]:
+    """The recipes to run; the one that is exported last."""
+    return [r for r in dict.fromkeys(self.compare) if r != self.recipe] + [self.recipe]
+
+  def steps(self) -> int:
+    return self.num_sequences // self.batch_size if self.train_steps is None else self.train_steps
+
+  def resolved_export_dtype(self) -> str:
+    return self.export_dtype or self.dtype
+
+  def path(self) -> pathlib.Path:
+    return pathlib.Path(self.workdir).expanduser()
+
+
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
+  """Defines one absl flag for each field of Config."""
+  for field in dataclasses.fields(Config):
+    name, default, help_text = field.name, field.default, field.metadata['help']
+    kwargs = {'flag_values': flag_values, 'module_name': 'elder_jax'}
+    if field.metadata['choices']:
+      flags.DEFINE_enum(name, default, list(field.metadata['choices']), help_text, **kwargs)
+    elif field.name == 'eval_data':
+      flags.DEFINE_multi_string(name, list(default), help_text, **kwargs)
+    elif field.name == 'compare':
+      flags.DEFINE_list(name, list(default), help_text, **kwargs)
+    else:
+      define = {bool: flags.DEFINE_boolean, str: flags.DEFINE_string, str | None: flags.DEFINE_string}
+      define |= {int: flags.DEFINE_integer, int | None: flags.DEFINE_integer, float: flags.DEFINE_float}
+      define[field.type](name, default, help_text, **kwargs)
+
+
+def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+  values = {field.name: flag_values[field.name].value for field in dataclasses.fields(Config)}
+  values['eval_data'] = tuple(values['eval_data'])
+  values['compare'] = [r for r in values['compare'] if r]
+  return Config(**values)

@@ -1,0 +1,136 @@
+"""A GGUF file (llama.cpp) seen as the Hugging Face checkpoint that it was made from: config, tokenizer, tensors."""
+
+import json
+import pathlib
+
+import gguf
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from elder_jax import families
+from elder_jax.errors import InputError
+
+
+def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
+  """Writes config.json, tokenizer and generation_config.json into `scratch`; returns (config, {name: shape}, read)."""
+  try:
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+  except Exception as e:  # the parser has no error of its own for a broken file  # noqa: BLE001
+    raise InputError(f'{path}: is truncated or not a GGUF file ({e}); fetch it again.') from e
+  architecture = fields.get('general.architecture')
+  family = next((f for f in families.FAMILIES.values() if f.GGUF_ARCHITECTURE == architecture), None)
+  if family is None:
+    known = ', '.join(f.GGUF_ARCHITECTURE for f in families.FAMILIES.values())
+    raise InputError(f'{path}: GGUF architecture {architecture!r} is not supported, these are: {known}.')
+
+  tensors = {t.name: t for t in reader.tensors}
+  missing = object()
+
+  def field(name, default=missing):
+    value = fields.get(f'{architecture}.{name}', default)
+    if value is not missing:
+      return value
+    if name == 'vocab_size' and 'tokenizer.ggml.tokens' in fields:
+      return len(fields['tokenizer.ggml.tokens'])
+    raise InputError(f'{path}: the GGUF field {architecture}.{name} is missing; fetch the file again.')
+
+  config = family.config_from_gguf(field, lambda name: name in tensors)
+  for ours in ('bos_token_id', 'eos_token_id'):
+    if (value := fields.get(f'tokenizer.ggml.{ours}')) is not None:
+      config[ours] = value
+  layers = range(config['num_hidden_layers'])
+  names = {}  # GGUF name -> Hugging Face name
+  for hf_name, gguf_name in family.GGUF_NAMES.items():
+    for l in layers if '{l}' in gguf_name else [None]:
+      names[gguf_name.format(l=l)] = hf_name.format(l=l)
+  if extra := next((n for n in tensors if n not in names), None):
+    raise InputError(f'{path}: the GGUF tensor {extra} is not known for {architecture}; use the Hugging Face folder.')
+  by_hf_name = {names[n]: t for n, t in tensors.items()}
+  shapes = {n: tuple(int(s) for s in reversed(t.shape)) for n, t in by_hf_name.items()}  # GGUF: fastest axis first
+
+  def read(name: str) -> np.ndarray:
+    tensor = by_hf_name[name]
+    try:
+      weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as e:
+      kind = tensor.tensor_type.name
+      raise InputError(f'{path}: the quantisation {kind} of {tensor.name} is not supported; use Q8_0 or F16.') from e
+    return family.from_gguf(name, weight.reshape(shapes[name]), config)
+
+  _write_files(scratch, config, fields, path)
+  return config, shapes, read
+
+
+def _write_files(scratch: pathlib.Path, config: dict, fields: dict, path: pathlib.Path):
+  scratch.mkdir(parents=True, exist_ok=True)
+  dump = lambda name, value: (scratch / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', 'utf-8')
+  dump('config.json', config)
+  ids = {k: fields[f'tokenizer.ggml.{k}'] for k in ('bos_token_id', 'eos_token_id') if f'tokenizer.ggml.{k}' in fields}
+  dump('generation_config.json', {'_from_model_config': True, **ids})
+  tokenizer, settings = _tokenizer(fields, path)
+  tokenizer.save(str(scratch / 'tokenizer.json'))
+  settings['model_max_length'] = config['max_position_embeddings']
+  dump('tokenizer_config.json', settings)
+
+
+# Byte-level BPE dialects: how llama.cpp's name for one cuts the text before merges (its own regular expressions say
+# the same). `smollm`: digits one by one, then GPT-2's pattern; `llama-bpe`: Llama 3's pattern.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS = {
+    'gpt-2': lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    'smollm': lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    'llama-bpe': lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), 'isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
+
+
+def _tokenizer(fields: dict, path: pathlib.Path):
+  """A tokenizers.Tokenizer from the GGUF's vocabulary and merges, and its tokenizer_config.json."""
+  kind, dialect = fields.get('tokenizer.ggml.model'), fields.get('tokenizer.ggml.pre')
+  if kind != 'gpt2' or dialect not in _PRE_TOKENIZERS:
+    raise InputError(
+        f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (gpt2 with {", ".join(_PRE_TOKENIZERS)} is); '
+        'use the Hugging Face folder of this model.'
+    )
+  try:
+    tokens, types, merges = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'token_type', 'merges'))
+    merges = [tuple(merge.split(' ')) for merge in merges]
+    bpe = models.BPE({t: i for i, t in enumerate(tokens)}, merges)
+  except Exception as e:  # tokenizers raises a bare Exception  # noqa: BLE001
+    raise InputError(f'{path}: the GGUF vocabulary is not usable ({e}); fetch the file again.') from e
+  tokenizer = tokenizers.Tokenizer(bpe)
+  tokenizer.pre_tokenizer = _PRE_TOKENIZERS[dialect]()
+  tokenizer.decoder = decoders.ByteLevel()
+  added = lambda kind: [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == kind]
+  tokenizer.add_special_tokens(added(_CONTROL))
+  tokenizer.add_tokens(added(_USER_DEFINED))
+
+  settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+  for name, key in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
+    if (token := fields.get(f'tokenizer.ggml.{key}_token_id')) is not None:
+      settings[f'{name}_token'] = tokens[token]
+  # llama.cpp's own default for this kind of vocabulary is to add none, Llama 3's dialect apart.
+  if fields.get('tokenizer.ggml.add_bos_token', dialect == 'llama-bpe'):
+    bos = settings['bos_token']
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f'{bos} $A', pair=f'{bos} $A {bos} $B', special_tokens=[(bos, tokens.index(bos))]
+            ),
+        ]
+    )
+  if template := fields.get('tokenizer.chat_template'):
+    settings['chat_template'] = template
+  return tokenizer, settings

@@ -1,0 +1,40 @@
+"""Removal of layers: a slice of the stacked arrays."""
+
+from flax import nnx
+import jax
+import numpy as np
+
+from elder_jax.model import Decoder
+
+
+def kept_layers(num_layers: int, removed: list[int]) -> list[int]:
+  return [l for l in range(num_layers) if l not in set(removed)]
+
+
+def prune(model: Decoder, removed: list[int]) -> Decoder:
+  """The model without the layers `removed` (0-based), the others in their order, all gates 1.
+
+  Its logits are, bit for bit, those of `model` with the gates at 1 and these layers skipped.
+  """
+  kept_K = np.array(kept_layers(model.num_layers, removed), np.int32)
+
+  def cut(param: nnx.Param):
+    if not param.get_metadata()['axes'].startswith('L'):
+      return param
+    return param.replace(param.get_value()[kept_K])
+
+  model = jax.tree.map(cut, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return with_gates(model, 1.0)
+
+
+def with_gates(model: Decoder, value: float) -> Decoder:
+  """A copy of the tree (not of its arrays) with all gates at `value`."""
+  model = jax.tree.map(lambda a: a, model)
+  gate_L = model.gate_L.get_value()
+  model.gate_L.set_value(jax.numpy.full_like(gate_L, value))
+  return model
+
+
+def num_params(model: Decoder) -> int:
+  """Number of weights, gates apart."""
+  return sum(a.size for a in jax.tree.leaves(model)) - model.num_layers

@@ -1,0 +1,75 @@
+"""Stage 2: train with a penalty on the updates of the layers that will go; and the same training without a penalty."""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import numpy as np
+
+from elder_jax import train
+from elder_jax.model import Decoder, Mode
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  steps: int
+  lr: float
+  lambda2: float
+  lambda2_power: float = 0.0  # λ2·f^power at the fraction f of the steps (of a layer's turn where sequential)
+  sequential: bool = False
+  trainable: str = 'blocks'
+  warmup_ratio: float = 0.05
+  weight_decay: float = 0.0
+  clip: float = 1.0
+  grad_accum: int = 1
+
+
+def penalty_terms(num_layers: int, layers: list[int], settings: TrainSettings, step: int) -> dict[str, np.ndarray]:
+  """The terms of losses.loss at a step, a pure function of it.
+
+  Joint (ELDeR, arXiv 2505.18232, section 3.3): λ2 on all of `layers` in every step. Sequential: the steps are shared
+  out among `layers`, one after another in the order given; a layer whose turn is over is skipped.
+  """
+  alive_L = np.ones(num_layers, bool)
+  weight_L = np.zeros(num_layers, np.float32)
+  turns = len(layers) if settings.sequential else 1
+  turn = min(turns - 1, step * turns // max(1, settings.steps)) if turns else 0
+  first, end = (-(-settings.steps * t // max(1, turns)) for t in (turn, turn + 1))
+  fraction = (step - first + 1) / max(1, end - first)
+  now = layers[turn : turn + 1] if settings.sequential else layers
+  weight_L[now] = settings.lambda2 * fraction**settings.lambda2_power
+  if settings.sequential:
+    alive_L[layers[:turn]] = False
+  return {'alive_L': alive_L, 'gate_weight_L': np.zeros(num_layers, np.float32), 'delta_weight_L': weight_L}
+
+
+def fit(
+    model: Decoder,
+    layers: list[int],
+    settings: TrainSettings,
+    mode: Mode,
+    batch: Callable[[int], jax.Array],
+    log: Callable[[int, dict], None],
+    checkpoint=None,
+) -> Decoder:
+  """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
+
+  Args:
+    log: called with (step, metrics).
+    checkpoint: a checkpoint.Checkpoints to go on from and to write to, or None.
+
+  Returns:
+    The model with its trained leaves in float32.
+  """
+  mask = train.mask(model, settings.trainable)
+  rate = train.schedule(settings.lr, settings.steps, settings.warmup_ratio)
+  tx = train.optimizer(mask, rate, settings.weight_decay, settings.clip)
+  state, frozen = train.init(model, mask, tx)
+  if checkpoint:
+    state = checkpoint.latest(state)
+  step_fn = train.make_step(tx, mode, settings.grad_accum, rate)
+  terms = lambda step: penalty_terms(model.num_layers, layers, settings, step)
+  state = train.fit(
+      step_fn, state, frozen, settings.steps, batch, terms, log, checkpoint.save if checkpoint else lambda _: None
+  )
+  return train.combine(state.trained, frozen)

@@ -1,0 +1,135 @@
+"""The one loop of both stages: a masked optax optimiser over a partition of the model's tree.
+
+Only what trains has gradients, float32 master weights and optimiser state: the tree is cut in two by a mask, `None`
+standing where the other part has its leaves, and the optimiser is optax.masked by the same mask.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from elder_jax import losses
+from elder_jax.model import Decoder, Mode
+
+
+class TrainState(NamedTuple):
+  step: jax.Array  # int32, steps done
+  trained: Decoder  # the trained leaves in float32, None elsewhere
+  opt_state: Any
+
+
+class NonFiniteLoss(RuntimeError):
+  """The loss became NaN or infinite."""
+
+
+def mask(model: Decoder, what: str) -> Decoder:
+  """True at the leaves that train. what: gates; blocks, the layers' weights; all, everything but the gates."""
+
+  def trains(path, _):
+    top = path[0].name
+    return {'gates': top == 'gate_L', 'blocks': top == 'layers', 'all': top != 'gate_L'}[what]
+
+  return jax.tree_util.tree_map_with_path(trains, model)
+
+
+def partition(model, mask):
+  """(trained, frozen): each with None at the other's leaves."""
+  trained = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, model)
+  frozen = jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, model)
+  return trained, frozen
+
+
+def combine(trained, frozen):
+  return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def schedule(lr: float, steps: int, warmup_ratio: float):
+  """Linear rise from 0 over warmup_ratio of the steps, linear fall to 0 at the last; the first step is never wasted."""
+  warmup = round(warmup_ratio * steps)
+
+  def rate(step):
+    up = (step + 1) / max(1, warmup)
+    down = (steps - step) / max(1, steps - warmup)
+    return lr * jnp.minimum(1.0, jnp.minimum(up, down))
+
+  return rate
+
+
+def optimizer(mask, rate, weight_decay: float, clip: float):
+  """AdamW with clipping for the leaves of the mask, nothing for the others; norms' scales do not decay."""
+  decays = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree)  # a stacked matrix; a stacked norm has two
+  adamw = optax.adamw(rate, weight_decay=weight_decay, mask=decays)
+  return optax.masked(optax.chain(optax.clip_by_global_norm(clip), adamw), mask)
+
+
+def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
+  """(state, frozen). The state's arrays are new, so that they can be donated while the model lives on."""
+  trained, frozen = partition(model, mask)
+  trained = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), trained)
+  return TrainState(jnp.int32(0), trained, tx.init(trained)), frozen
+
+
+def make_step(tx, mode: Mode, grad_accum: int, rate):
+  """A jitted step(state, frozen, batch_BT, terms) -> (state, metrics); terms as in losses.loss, no recompilation."""
+
+  def micro_loss(trained, frozen, tokens_bT, terms):
+    return losses.loss(combine(trained, frozen), tokens_bT, terms, mode)
+
+  def step(state: TrainState, frozen, batch_BT, terms):
+    B, T = batch_BT.shape
+    # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
+    parts_AbT = batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1)
+
+    def accumulate(total, tokens_bT):
+      (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, frozen, tokens_bT, terms)
+      return jax.tree.map(lambda t, x: t + x / grad_accum, total, ({'loss': loss, **parts}, grads)), None
+
+    shapes = jax.eval_shape(lambda t: jax.value_and_grad(micro_loss, has_aux=True)(state.trained, frozen, t, terms), parts_AbT[0])
+    (loss, parts), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (metrics, grads), _ = jax.lax.scan(accumulate, ({'loss': loss, **parts}, grads), parts_AbT)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+    metrics |= {'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)}
+    return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def fit(
+    step_fn,
+    state: TrainState,
+    frozen,
+    steps: int,
+    batch: Callable[[int], jax.Array],
+    terms: Callable[[int], dict],
+    log: Callable[[int, dict], None],
+    save: Callable[[TrainState], None] = lambda state: None,
+) -> TrainState:
+  """Runs step_fn until `steps` are done; batch and terms are pure functions of the step, so that resume is the step.
+
+  Metrics are read one step late, so that the device never waits for the host.
+
+  Raises:
+    NonFiniteLoss: at the first step whose loss is not finite; nothing of it is saved.
+  """
+  waiting = None
+  for i in range(int(state.step), steps):
+    state, metrics = step_fn(state, frozen, batch(i), terms(i))
+    if waiting:
+      _log(log, *waiting)
+    waiting = i, metrics
+    save(state)
+  if waiting:
+    _log(log, *waiting)
+  return state
+
+
+def _log(log, i, metrics):
+  metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
+  if not math.isfinite(metrics['loss']):
+    raise NonFiniteLoss(f'the loss of step {i + 1} is {float(metrics["loss"])}; lower --lr, --gate_lr or --lambda2')
+  log(i, metrics)
