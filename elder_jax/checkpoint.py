@@ -29,7 +29,7 @@ class Checkpoints:
       return
     old = self._steps()
     if step not in old:
-      ocp.save_pytree(self._folder / str(step), _named(state))
+      ocp.save(self._folder / str(step), _named(state))
     for o in old:
       if o != step:
         shutil.rmtree(self._folder / str(o))
@@ -41,7 +41,7 @@ class Checkpoints:
       return state
     named = _named(state)
     abstract = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for k, a in named.items()}
-    restored = ocp.load_pytree(self._folder / str(steps[-1]), abstract)
+    restored = ocp.load(self._folder / str(steps[-1]), abstract)
     return jax.tree.unflatten(jax.tree.structure(state), [restored[k] for k in named])
 
   def clear(self):

@@ -1,0 +1,72 @@
+"""Tiny random models and texts that all tests share. Golden tests need torch and fail without it."""
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+TINY = dict(
+    vocab_size=263, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=10000.0,
+    tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+
+
+def write_tokenizer(folder: pathlib.Path):
+  """A byte-level tokenizer of 258 tokens, with a chat template and a licence file beside it."""
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers
+
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {t: i for i, t in enumerate(['<s>', '</s>', *alphabet])}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(['<s>', '</s>'])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(
+      '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}'
+  )
+  (folder / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content }}\n{% endfor %}')
+  (folder / 'LICENSE').write_text('Free for all.\n')
+
+
+def write_tiny_llama(folder: pathlib.Path, dtype: str = 'float32', shard: str = '5GB', **config) -> pathlib.Path:
+  """A random Llama as transformers saves it, weights large enough that every layer matters."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, 'initializer_range': 0.2, **config}))
+  for name, parameter in model.named_parameters():
+    if 'norm' in name:  # else they are all ones and could be swapped unseen
+      torch.nn.init.uniform_(parameter, 0.5, 1.5)
+  model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+  write_tokenizer(folder)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory) -> pathlib.Path:
+  """A tiny Llama's folder; read only."""
+  return write_tiny_llama(tmp_path_factory.mktemp('tiny'))
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory) -> pathlib.Path:
+  """Some kilobytes of text; read only."""
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
+  path.write_text(''.join(f'{i} times {i % 7} is {i * (i % 7)}, and {i} is not {i + 1}.\n' for i in range(400)))
+  return path
+
+
+@pytest.fixture
+def settings(tiny, text, tmp_path) -> dict:
+  """Settings of a whole run that takes seconds."""
+  return dict(
+      model=str(tiny), workdir=str(tmp_path / 'work'), train_data=str(text), eval_data=(f'text={text}',),
+      seq_len=32, num_sequences=8, batch_size=4, eval_seq_len=32, eval_tokens=256, num_remove=2, gate_steps=2,
+      protect_first=1, protect_last=1, train_steps=3, lr=1e-3, verify='jax',
+  )  # fmt: skip

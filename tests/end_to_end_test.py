@@ -1,0 +1,162 @@
+"""Whole runs on a tiny model: the work folder, resume, determinism, all options."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from elder_jax import pipeline
+from elder_jax import train
+from elder_jax.config import Config
+
+
+def run(settings, **more):
+  return pipeline.run(Config(**{**settings, **more}))
+
+
+def exported(workdir) -> dict:
+  return safetensors.numpy.load_file(pathlib.Path(workdir) / 'export' / 'model.safetensors')
+
+
+def without_time(report):
+  return {k: v for k, v in report.items() if k != 'seconds'}
+
+
+def test_report_and_work_folder(settings):
+  report = run(settings, compare=['none', 'prune_then_train'], verify='torch')
+  work = pathlib.Path(settings['workdir'])
+  assert json.loads((work / 'report.json').read_text()) == report
+  assert report['num_layers'] == 6 and len(report['removed']) == 2
+  assert sorted(report['removed'] + report['kept']) == list(range(6))
+  assert not {0, 5} & set(report['removed'])  # the protected ends
+  assert len(report['gates']) == 2 and len(report['gates'][0]) == 6
+  assert set(report['recipes']) == {'none', 'prune_then_train', 'regularize'}
+  assert report['ppl']['text']['pruned'] == report['recipes']['regularize']['ppl']['text']
+  assert len({v['ppl']['text'] for v in report['recipes'].values()}) == 3
+  assert report['ppl']['text']['dense'] > 1 and report['corpora']['text']['windows'] == 8
+  assert report['params']['dense'] > report['params']['pruned']
+  assert report['verify']['torch'] <= 1e-4 and len(report['verify']['generated']) == 32
+  assert {'load', 'dense', 'gates', 'train_regularize', 'evaluate_regularize', 'export'} <= set(report['seconds'])
+  assert {'jax', 'flax', 'python'} <= set(report['versions']) and report['schema'] == 1
+
+  lines = [json.loads(line) for line in (work / 'metrics.jsonl').read_text().splitlines()]
+  steps = [(line['stage'], line['step']) for line in lines]
+  assert steps == [(s, i) for s, n in (('gates', 4), ('prune_then_train', 3), ('regularize', 3)) for i in range(n)]
+  assert all(np.isfinite(line['loss']) for line in lines)
+  regularized = [line for line in lines if line['stage'] == 'regularize']
+  assert all(line['penalty'] > 0 for line in regularized)
+  assert all(line['penalty'] == 0 for line in lines if line['stage'] == 'prune_then_train')
+  markdown = (work / 'report.md').read_text()
+  assert 'direct removal' in markdown and str(report['removed']) in markdown
+  assert sorted(p.name for p in work.iterdir()) == [
+      'config.json', 'export', 'metrics.jsonl', 'report.json', 'report.md', 'stages'
+  ]  # fmt: skip
+
+
+def test_one_seed_gives_one_report_and_another_seed_another(settings, tmp_path):
+  a = run(settings, workdir=str(tmp_path / 'a'))
+  b = run(settings, workdir=str(tmp_path / 'b'))
+  c = run(settings, workdir=str(tmp_path / 'c'), seed=1)
+  assert without_time(a) == without_time(b)
+  assert a['ppl'] != c['ppl']
+  for name, tensor in exported(tmp_path / 'a').items():
+    np.testing.assert_array_equal(tensor, exported(tmp_path / 'b')[name])
+
+
+@pytest.mark.parametrize('stage', ['gates', 'regularize'])
+def test_a_killed_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage):
+  settings |= dict(checkpoint_every=2, train_steps=5)
+  straight = run(settings, workdir=str(tmp_path / 'straight'))
+
+  fit, calls = train.fit, []
+
+  class Killed(BaseException):
+    pass
+
+  def dying_fit(step_fn, state, frozen, steps, batch, terms, log, *save):
+    def dying_batch(i):
+      if stage == ('gates' if steps != 5 else 'regularize') and i == 3:
+        calls.append(i)
+        raise Killed
+      return batch(i)
+
+    return fit(step_fn, state, frozen, steps, dying_batch, terms, log, *save)
+
+  monkeypatch.setattr(train, 'fit', dying_fit)
+  with pytest.raises(Killed):
+    run(settings)
+  assert calls == [3] and not (pathlib.Path(settings['workdir']) / 'export').exists()
+  monkeypatch.setattr(train, 'fit', fit)
+  resumed = run(settings)
+  assert without_time(resumed) == without_time(straight)
+  for name, tensor in exported(tmp_path / 'straight').items():
+    np.testing.assert_array_equal(tensor, exported(settings['workdir'])[name])
+  lines = lambda work: [json.loads(l) for l in (pathlib.Path(work) / 'metrics.jsonl').read_text().splitlines()]
+  assert lines(settings['workdir']) == lines(tmp_path / 'straight')
+
+
+def test_a_finished_run_is_not_done_again(settings, monkeypatch):
+  report = run(settings)
+  monkeypatch.setattr(pipeline, 'load', lambda job: pytest.fail('the model was loaded again'))
+  assert run(settings) == report
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(gate='output'),
+        dict(selection='one_shot'),
+        dict(penalty='l1', penalty_scale='relative'),
+        dict(penalty_scale='none', lambda2=1e-5),
+        dict(order='sequential', train_steps=4),
+        dict(lambda2_power=2.0),
+        dict(trainable='all'),
+        dict(dtype='bfloat16'),
+        dict(dtype='bfloat16', export_dtype='float32'),
+        dict(grad_accum=2, remat='full'),
+        dict(eval_bos='window'),
+        dict(recipe='prune_then_train', compare=[]),
+        dict(eval_data=()),
+        dict(shuffle=False),
+    ],
+    ids=str,
+)
+def test_every_option_runs_to_an_export_that_verifies(settings, options):
+  report = run(settings, **options)
+  assert len(report['kept']) == 4 and report['verify']['jax'] <= 1e-4
+  dtype = options.get('export_dtype') or options.get('dtype', 'float32')
+  assert {str(t.dtype) for t in exported(settings['workdir']).values()} == {dtype}
+
+
+def test_given_layers_skip_stage_1(settings):
+  report = run(settings, remove_layers='3,1', recipe='none')
+  assert report['removed'] == [1, 3] and report['gates'] == [] and report['method'] == 'given'
+
+
+def test_no_layers_and_no_text_is_a_round_trip(settings, tiny):
+  run(settings, remove_layers='', recipe='none', train_data='', eval_data=())
+  source = safetensors.numpy.load_file(tiny / 'model.safetensors')
+  result = exported(settings['workdir'])
+  assert source.keys() == result.keys()
+  for name in source:
+    np.testing.assert_array_equal(source[name], result[name])
+
+
+def test_recipes_see_the_same_batches(settings, monkeypatch):
+  seen = []
+  batch = pipeline.Run.batch
+  monkeypatch.setattr(pipeline.Run, 'batch', lambda self, i: seen.append(np.asarray(batch(self, i))) or batch(self, i))
+  run(settings, compare=['prune_then_train'], remove_layers='2')
+  assert len(seen) == 6
+  np.testing.assert_array_equal(seen[:3], seen[3:])
+
+
+def test_config_json_reproduces_the_run(settings, tmp_path):
+  first = run(settings)
+  saved = json.loads((pathlib.Path(settings['workdir']) / 'config.json').read_text())
+  saved |= {'workdir': str(tmp_path / 'again'), 'eval_data': tuple(saved['eval_data'])}
+  assert {f.name for f in dataclasses.fields(Config)} == set(saved)
+  assert without_time(pipeline.run(Config(**saved))) == without_time(first)
