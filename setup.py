@@ -25,6 +25,8 @@ setup(
         'transformers>=5.0',
     ],
     extras_require={
+        # The texts of the demo are checked by sha256 after this version has taken the markup off.
+        'demo': ['mwparserfromhell==0.7.2'],
         # Where torch is built for CUDA by default, take the CPU build from the index of your choice first.
         'test': ['chex>=0.1.92', 'pytest>=8', 'ruff>=0.8', 'torch==2.13.0'],  # one torch, so that golden figures agree
         'tpu': ['jax[tpu]'],

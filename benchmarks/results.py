@@ -35,11 +35,11 @@ BEGIN, END = '<!-- results: begin -->\n', '<!-- results: end -->\n'
 BLOCK = '12,13,14,15,16,17,18'  # LLM-Streamline's choice here: rows on stage 2 use it, so that choice and training are apart
 BUDGET = dict(seq_len=256, num_sequences=64, batch_size=4, train_steps=16, num_remove=7, eval_seq_len=512, eval_tokens=6144)
 
-# λ2 by norm and scale at two strengths of the penalty at the start: about 0.06 per layer (l2 per token at the paper's
-# 1e-3 is that) and ten times it.
+# λ2 by norm and scale, so that the penalty starts at about 0.6 per layer: ten times what the paper's 1e-3 gives for l2
+# per token, where the penalty is too weak to be told from none.
 LAMBDA2 = {
-    ('l2', 'token'): (1e-3, 1e-2), ('l2', 'relative'): (0.3, 3.0), ('l2', 'none'): (3e-5, 3e-4),
-    ('l1', 'token'): (5e-5, 5e-4), ('l1', 'relative'): (0.3, 3.0), ('l1', 'none'): (5e-8, 5e-7),
+    ('l2', 'token'): 1e-2, ('l2', 'relative'): 3.0, ('l2', 'none'): 3e-4,
+    ('l1', 'token'): 5e-4, ('l1', 'relative'): 3.0, ('l1', 'none'): 5e-7,
 }  # fmt: skip
 
 
@@ -50,16 +50,24 @@ def rows() -> dict[str, dict]:
   rows['stage2/direct removal'] = dict(fixed, recipe='none')
   for lr in (1e-4, 3e-4):
     rows[f'stage2/prune_then_train lr {lr:g}'] = dict(fixed, recipe='prune_then_train', lr=lr)
-  for strength in (1, 0):
-    for (penalty, scale), values in LAMBDA2.items():
-      rows[f'stage2/{penalty} {scale} {values[strength]:g}'] = dict(
-          fixed, penalty=penalty, penalty_scale=scale, lambda2=values[strength]
-      )
+  for penalty, scale in (('l2', 'token'), ('l2', 'relative')):
+    rows[f'stage2/{penalty} {scale} {LAMBDA2[penalty, scale]:g} lr 0.0001'] = dict(
+        fixed, penalty=penalty, penalty_scale=scale, lambda2=LAMBDA2[penalty, scale], lr=1e-4
+    )
+  for (penalty, scale), lambda2 in LAMBDA2.items():
+    rows[f'stage2/{penalty} {scale} {lambda2:g} lr 0.0003'] = dict(
+        fixed, penalty=penalty, penalty_scale=scale, lambda2=lambda2, lr=3e-4
+    )
+  rows['stage2/l2 token 0.01 lr 0.0003 sequential'] = dict(fixed, lambda2=1e-2, lr=3e-4, order='sequential')
+  rows['stage2/l2 token 0.001 lr 0.0003'] = dict(fixed, lambda2=1e-3, lr=3e-4)
   for gate in ('residual', 'output'):
     for lr in (0.02, 0.1):
       stage1 = dict(recipe='none', gate=gate, gate_lr=lr, dtype='bfloat16')
       rows[f'stage1/{gate} one_shot lr {lr:g}'] = dict(stage1, selection='one_shot', gate_steps=28)
       rows[f'stage1/{gate} iterative lr {lr:g}'] = dict(stage1, gate_steps=4)
+  rows['stage2/l2 token 0.1 lr 0.0003'] = dict(fixed, lambda2=0.1, lr=3e-4)
+  rows['stage2/l2 token 0.1 lr 0.0003 ramp 2'] = dict(fixed, lambda2=0.1, lr=3e-4, lambda2_power=2.0)
+  rows['stage2/l2 token 0.01 lr 0.0003 all trained'] = dict(fixed, lambda2=1e-2, lr=3e-4, trainable='all')
   return rows | MORE
 
 

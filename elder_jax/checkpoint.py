@@ -23,10 +23,11 @@ class Checkpoints:
   def _steps(self) -> list[int]:
     return sorted(int(p.name) for p in self._folder.glob('*') if p.name.isdecimal())  # Orbax renames when whole
 
+  def due(self, step: int) -> bool:
+    return step == self._last or (self._every > 0 and step % self._every == 0)
+
   def save(self, state: TrainState):
     step = int(state.step)
-    if step != self._last and not (self._every and step % self._every == 0):
-      return
     old = self._steps()
     if step not in old:
       ocp.save(self._folder / str(step), _named(state))

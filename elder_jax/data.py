@@ -9,7 +9,7 @@ import numpy as np
 
 from elder_jax.errors import InputError
 
-_BUILDERS = {'.txt': 'text', '.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}
+_BUILDERS = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}
 
 
 def load_tokenizer(name: str):
@@ -36,13 +36,12 @@ def read_text(flag: str, source: str, column: str) -> str:
   datasets.disable_progress_bars()
   path = pathlib.Path(source).expanduser()
   try:
-    if path.suffix in _BUILDERS:
+    if path.suffix == '.txt' or path.suffix in _BUILDERS:
       if not path.is_file():
         raise InputError(f'{flag}={source}: there is no such file; check the path.')
-      extra = {'sample_by': 'document', 'keep_linebreaks': True} if path.suffix == '.txt' else {}
-      if path.suffix == '.txt':
-        column = 'text'
-      rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path.resolve()), split='train', **extra)
+      if path.suffix == '.txt':  # datasets' reader makes every line's end a \n
+        return path.read_bytes().decode()
+      rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path.resolve()), split='train')
     else:
       hub_id, *rest = source.split(':')
       if len(rest) > 2:

@@ -47,7 +47,7 @@ def learn(
   step_fn = train.make_step(tx, mode, settings.grad_accum, rate)
 
   L = model.num_layers
-  alive_L = np.ones(L, bool)
+  alive_L, gate_L = np.ones(L, bool), np.ones(L, np.float32)
   chosen, history = [], []
   rounds = settings.num_remove if settings.iterative else min(1, settings.num_remove)
   for r in range(rounds):
@@ -59,7 +59,8 @@ def learn(
     state = train.fit(
         step_fn, state, frozen, (r + 1) * settings.steps, batch, lambda _: terms, lambda i, m: log(r, i, m)
     )
-    gate_L = np.asarray(jax.device_get(state.trained.gate_L.get_value()))
+    # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
+    gate_L = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), gate_L)
     history.append([float(g) for g in gate_L])
     by_gate = sorted((l for l in settings.candidates if alive_L[l]), key=lambda l: (abs(gate_L[l]), l))
     for l in by_gate[: 1 if settings.iterative else settings.num_remove]:

@@ -69,7 +69,5 @@ def fit(
     state = checkpoint.latest(state)
   step_fn = train.make_step(tx, mode, settings.grad_accum, rate)
   terms = lambda step: penalty_terms(model.num_layers, layers, settings, step)
-  state = train.fit(
-      step_fn, state, frozen, settings.steps, batch, terms, log, checkpoint.save if checkpoint else lambda _: None
-  )
+  state = train.fit(step_fn, state, frozen, settings.steps, batch, terms, log, checkpoint)
   return train.combine(state.trained, frozen)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
@@ -24,7 +25,7 @@ class TrainState(NamedTuple):
 
 
 class NonFiniteLoss(RuntimeError):
-  """The loss became NaN or infinite."""
+  """The loss or its gradient became NaN or infinite."""
 
 
 def mask(model: Decoder, what: str) -> Decoder:
@@ -62,7 +63,8 @@ def schedule(lr: float, steps: int, warmup_ratio: float):
 
 def optimizer(mask, rate, weight_decay: float, clip: float):
   """AdamW with clipping for the leaves of the mask, nothing for the others; norms' scales do not decay."""
-  decays = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 2, tree)  # a stacked matrix; a stacked norm has two
+  is_matrix = lambda path, _: 'norm' not in jax.tree_util.keystr(path)  # by name: a stacked norm too has two axes
+  decays = lambda tree: jax.tree_util.tree_map_with_path(is_matrix, tree)
   adamw = optax.adamw(rate, weight_decay=weight_decay, mask=decays)
   return optax.masked(optax.chain(optax.clip_by_global_norm(clip), adamw), mask)
 
@@ -71,7 +73,13 @@ def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
   """(state, frozen). The state's arrays are new, so that they can be donated while the model lives on."""
   trained, frozen = partition(model, mask)
   trained = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), trained)
-  return TrainState(jnp.int32(0), trained, tx.init(trained)), frozen
+  state = TrainState(jnp.int32(0), trained, tx.init(trained))
+  home = jax.tree.leaves(trained)[0].sharding
+  if isinstance(home, NamedSharding):
+    # Counters too: elsewhere they make the second step compile anew, and a restored state does not run at all.
+    everywhere = NamedSharding(home.mesh, PartitionSpec())
+    state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
+  return state, frozen
 
 
 def make_step(tx, mode: Mode, grad_accum: int, rate):
@@ -107,14 +115,18 @@ def fit(
     batch: Callable[[int], jax.Array],
     terms: Callable[[int], dict],
     log: Callable[[int, dict], None],
-    save: Callable[[TrainState], None] = lambda state: None,
+    checkpoint=None,
 ) -> TrainState:
   """Runs step_fn until `steps` are done; batch and terms are pure functions of the step, so that resume is the step.
 
-  Metrics are read one step late, so that the device never waits for the host.
+  Metrics are read one step late, so that the device does not wait for the host, but before a checkpoint is written.
+
+  Args:
+    log: called with (step, metrics).
+    checkpoint: a checkpoint.Checkpoints to write to, or None.
 
   Raises:
-    NonFiniteLoss: at the first step whose loss is not finite; nothing of it is saved.
+    NonFiniteLoss: at the first step whose loss or gradient is not finite; nothing of it is saved.
   """
   waiting = None
   for i in range(int(state.step), steps):
@@ -122,7 +134,10 @@ def fit(
     if waiting:
       _log(log, *waiting)
     waiting = i, metrics
-    save(state)
+    if checkpoint and checkpoint.due(i + 1):
+      _log(log, *waiting)
+      waiting = None
+      checkpoint.save(state)
   if waiting:
     _log(log, *waiting)
   return state
@@ -130,6 +145,7 @@ def fit(
 
 def _log(log, i, metrics):
   metrics = {k: np.asarray(v) for k, v in jax.device_get(metrics).items()}
-  if not math.isfinite(metrics['loss']):
-    raise NonFiniteLoss(f'the loss of step {i + 1} is {float(metrics["loss"])}; lower --lr, --gate_lr or --lambda2')
+  for name, value in (('loss', metrics['loss']), ('gradient', metrics['grad_norm'])):
+    if not math.isfinite(value):
+      raise NonFiniteLoss(f'the {name} of step {i + 1} is {float(value)}; lower --lr, --gate_lr or --lambda2')
   log(i, metrics)

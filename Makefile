@@ -1,0 +1,42 @@
+# `make demo` and `make test` do everything, set-up included. PYTHON names another interpreter (3.11 or newer), VENV
+# another place for the virtual environment, PIP_FLAGS more flags for pip (constraints, say).
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint assets results clean
+
+demo: $(VENV)/demo assets
+	$(BIN)/python -m elder_jax.main --flagfile=configs/smollm2_135m_demo.flags
+
+test: $(VENV)/test lint assets
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+
+assets: $(VENV)/demo
+	$(BIN)/python -m benchmarks.assets
+
+# WIKITEXT is a folder with WikiText-2's valid.txt and test.txt; rows that are done are not done again.
+results: $(VENV)/demo assets
+	$(BIN)/python -m benchmarks.results --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf \
+	  --wikitext=$(WIKITEXT) --news=$$HOME/.cache/elder_jax/lee_news.txt
+
+$(VENV)/python-checked:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "elder_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "making the virtual environment $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo: $(VENV)/python-checked setup.py
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[demo]'
+	touch $@
+
+$(VENV)/test: $(VENV)/demo setup.py
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
