@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -21,7 +22,7 @@ import safetensors.numpy
 
 from elder_jax import families
 from elder_jax import gguf_source
-from elder_jax.errors import InputError
+from elder_jax.errors import InputError, reason, user_path
 from elder_jax.model import Decoder, Spec
 
 DTYPES = {'F32', 'F16', 'BF16'}
@@ -54,9 +55,9 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
   """Opens `--model`. What a GGUF file holds besides weights is written as Hugging Face files into `scratch`."""
   if not model:
     raise InputError('--model is missing: give a Hugging Face folder, a hub id or a .gguf file.')
-  path = pathlib.Path(model).expanduser()
+  path = user_path(model)
   if path.suffix == '.gguf':
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
       raise InputError(f'--model={model}: there is no such file; check the path.')
     config, shapes, read = gguf_source.open_gguf(path, scratch)
     files = scratch
@@ -65,7 +66,7 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     config = read_json(files / 'config.json')
     shapes, read = _safetensors(files)
   model_type = config.get('model_type')
-  if model_type not in families.FAMILIES:
+  if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
         f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
@@ -76,9 +77,9 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
 
 
 def _folder(model: str, path: pathlib.Path) -> pathlib.Path:
-  if path.is_file():
+  if os.path.isfile(path):
     raise InputError(f'--model={model}: is a file but not a .gguf; give the checkpoint folder that holds it.')
-  if not path.is_dir():
+  if not os.path.isdir(path):
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', model) or model.startswith(('.', '/')):
       raise InputError(f'--model={model}: there is no such folder; check the path, or give a hub id (owner/name).')
     return _fetch(model)
@@ -94,9 +95,8 @@ def _fetch(hub_id: str) -> pathlib.Path:
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
   except Exception as e:  # the hub client raises many kinds, all mean the same here  # noqa: BLE001
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise InputError(
-        f'--model={hub_id}: no such folder here, and the hub did not give it ({reason}); check the name or give a folder.'
+        f'--model={hub_id}: no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
     ) from e
 
 
@@ -104,7 +104,7 @@ def read_json(path: pathlib.Path) -> dict:
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError, RecursionError) as e:
-    raise InputError(f'{path}: is not readable as JSON ({e}); fetch the file again.') from e
+    raise InputError(f'{path}: is not readable as JSON ({reason(e)}); fetch the file again.') from e
   if not isinstance(value, dict):
     raise InputError(f'{path}: must hold a JSON object; fetch the file again.')
   return value
@@ -164,7 +164,7 @@ def _opened(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, framework='np')
   except (safetensors.SafetensorError, OSError) as e:
-    raise InputError(f'{path}: is truncated or not a safetensors file ({e}); fetch it again.') from e
+    raise InputError(f'{path}: is truncated or not a safetensors file ({reason(e)}); fetch it again.') from e
 
 
 # ---- the weight table, both ways ----
@@ -212,12 +212,17 @@ def _ignored(family, spec: Spec) -> re.Pattern:
 
 
 def _check_names_and_shapes(source: Source):
-  rows = {row.name: row for row in _rows(source.family, source.spec, source.num_layers)}
   where = f'--model={source.name}'
-  if missing := next((n for n in rows if n not in source.shapes), None):
+  if source.num_layers > len(source.shapes):  # before a table of so many layers is made
+    raise InputError(
+        f'{where}: config.json has num_hidden_layers={source.num_layers}, but there are only {len(source.shapes)} '
+        'tensors; fetch both again.'
+    )
+  rows = {row.name: row for row in _rows(source.family, source.spec, source.num_layers)}
+  if (missing := next((n for n in rows if n not in source.shapes), None)) is not None:
     raise InputError(f'{where}: the tensor {missing} is missing; config.json and weights do not belong together, fetch both again.')
   ignored = _ignored(source.family, source.spec)
-  if extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None):
+  if (extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None)) is not None:
     raise InputError(f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; fetch both again.')
   for name, row in rows.items():
     if source.shapes[name] != row.shape:

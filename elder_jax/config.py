@@ -9,7 +9,7 @@ import pathlib
 
 from absl import flags
 
-from elder_jax.errors import InputError
+from elder_jax.errors import InputError, user_path
 
 RECIPES = ('regularize', 'prune_then_train', 'none')
 
@@ -122,18 +122,19 @@ class Config:
     if not self.workdir:
       raise InputError('--workdir is missing: give a folder for the results.')
     for name in ('seq_len', 'num_sequences', 'batch_size', 'grad_accum', 'eval_seq_len', 'eval_batch_size', 'gate_steps'):
-      if getattr(self, name) < (2 if name.endswith('seq_len') else 1):
-        raise InputError(f'--{name}={getattr(self, name)} is too small; give a positive number.')
+      least = 2 if name.endswith('seq_len') else 1
+      if getattr(self, name) < least:
+        raise InputError(f'--{name}={getattr(self, name)} is too small; give at least {least}.')
     for name in (
         'lambda1', 'lambda2', 'lambda2_power', 'gate_lr', 'lr', 'weight_decay', 'protect_first', 'protect_last',
         'eval_tokens', 'seed', 'checkpoint_every', 'train_steps', 'num_remove',
     ):  # fmt: skip
       value = getattr(self, name)
       if value is not None and not 0 <= value < math.inf:
-        raise InputError(f'--{name}={value} must not be negative; give 0 or more.')
+        raise InputError(f'--{name}={value} is negative or not finite; give 0 or more.')
     for name in ('grad_clip', 'shard_gb'):
       if not 0 < getattr(self, name) < math.inf:
-        raise InputError(f'--{name}={getattr(self, name)} must be above 0.')
+        raise InputError(f'--{name}={getattr(self, name)} must be above 0 and finite.')
     for name in ('ratio', 'warmup_ratio'):
       if not 0 <= getattr(self, name) < 1:
         raise InputError(f'--{name}={getattr(self, name)} must be at least 0 and below 1.')
@@ -186,7 +187,7 @@ class Config:
     return self.export_dtype or self.dtype
 
   def path(self) -> pathlib.Path:
-    return pathlib.Path(self.workdir).expanduser()
+    return user_path(self.workdir)
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS):

@@ -3,11 +3,10 @@
 import dataclasses
 import hashlib
 import os
-import pathlib
 
 import numpy as np
 
-from elder_jax.errors import InputError
+from elder_jax.errors import InputError, reason, user_path
 
 _BUILDERS = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}
 
@@ -20,8 +19,7 @@ def load_tokenizer(name: str):
   try:
     return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
   except Exception as e:  # it raises many kinds for a bad folder  # noqa: BLE001
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    raise InputError(f'the tokenizer of {name} cannot be loaded ({reason}); give one with --tokenizer.') from e
+    raise InputError(f'the tokenizer of {name} cannot be loaded ({reason(e)}); give one with --tokenizer.') from e
 
 
 def read_text(flag: str, source: str, column: str) -> str:
@@ -34,14 +32,18 @@ def read_text(flag: str, source: str, column: str) -> str:
   import datasets  # here, as above
 
   datasets.disable_progress_bars()
-  path = pathlib.Path(source).expanduser()
+  path = user_path(source)
   try:
     if path.suffix == '.txt' or path.suffix in _BUILDERS:
-      if not path.is_file():
+      if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
         raise InputError(f'{flag}={source}: there is no such file; check the path.')
+      if not path.stat().st_size:
+        raise InputError(f'{flag}={source}: is empty; give a file with text.')
       if path.suffix == '.txt':  # datasets' reader makes every line's end a \n
         return path.read_bytes().decode()
       rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path.resolve()), split='train')
+    elif os.path.isfile(path):
+      raise InputError(f'{flag}={source}: is of no kind that can be read; give a .txt, .jsonl or .parquet file.')
     else:
       hub_id, *rest = source.split(':')
       if len(rest) > 2:
@@ -51,13 +53,16 @@ def read_text(flag: str, source: str, column: str) -> str:
   except InputError:
     raise
   except Exception as e:  # datasets raises many kinds, all mean the same here  # noqa: BLE001
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    why = e.__cause__ if isinstance(e, datasets.exceptions.DatasetGenerationError) and e.__cause__ else e
     raise InputError(
-        f'{flag}={source}: cannot be read ({reason}); give a .txt, .jsonl or .parquet file or a hub id.'
+        f'{flag}={source}: cannot be read ({reason(why)}); give a .txt, .jsonl or .parquet file or a hub id.'
     ) from e
   if column not in rows.column_names:
     raise InputError(f'{flag}={source}: has no column {column!r} but {rows.column_names}; name it with --text_column.')
-  return '\n\n'.join(text for text in rows[column] if text is not None)
+  texts = [text for text in rows[column] if text is not None]
+  if not all(isinstance(text, str) for text in texts):
+    raise InputError(f'{flag}={source}: the column {column!r} holds no text; name another with --text_column.')
+  return '\n\n'.join(texts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,21 @@
 """The one exception that a user's own input can cause."""
 
+import os
+import pathlib
+
 
 class InputError(Exception):
   """Bad input, told in one sentence that names the flag, file or tensor and the mend.
 
   `main` prints it without a traceback and leaves with exit status 2.
   """
+
+
+def reason(error: Exception) -> str:
+  """What a library said, in one line that an InputError can quote."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def user_path(name: str) -> pathlib.Path:
+  """A path as the user typed it; unlike Path.expanduser, a ~name that is nobody's home stays as it is."""
+  return pathlib.Path(os.path.expanduser(name))

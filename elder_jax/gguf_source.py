@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from elder_jax import families
-from elder_jax.errors import InputError
+from elder_jax.errors import InputError, reason
 
 
 def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
@@ -18,7 +18,7 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
   except Exception as e:  # the parser has no error of its own for a broken file  # noqa: BLE001
-    raise InputError(f'{path}: is truncated or not a GGUF file ({e}); fetch it again.') from e
+    raise InputError(f'{path}: is truncated or not a GGUF file ({reason(e)}); fetch it again.') from e
   architecture = fields.get('general.architecture')
   family = next((f for f in families.FAMILIES.values() if f.GGUF_ARCHITECTURE == architecture), None)
   if family is None:
@@ -34,29 +34,43 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
       return value
     if name == 'vocab_size' and 'tokenizer.ggml.tokens' in fields:
       return len(fields['tokenizer.ggml.tokens'])
-    raise InputError(f'{path}: the GGUF field {architecture}.{name} is missing; fetch the file again.')
+    raise InputError(f'the GGUF field {architecture}.{name} is missing; fetch the file again.')
 
-  config = family.config_from_gguf(field, lambda name: name in tensors)
+  try:
+    config = family.config_from_gguf(field, lambda name: name in tensors)
+    _, num_layers = family.spec_from_config(config)
+  except InputError as e:
+    raise InputError(f'{path}: {e}') from e
+  except (TypeError, ValueError) as e:
+    raise InputError(f'{path}: the GGUF fields are not usable ({reason(e)}); use the Hugging Face folder.') from e
   for ours in ('bos_token_id', 'eos_token_id'):
     if (value := fields.get(f'tokenizer.ggml.{ours}')) is not None:
       config[ours] = value
-  layers = range(config['num_hidden_layers'])
+  if num_layers > len(tensors):  # before a table of so many layers is made
+    raise InputError(
+        f'{path}: the GGUF field {architecture}.block_count is {num_layers}, but there are only {len(tensors)} '
+        'tensors; fetch the file again.'
+    )
+  layers = range(num_layers)
   names = {}  # GGUF name -> Hugging Face name
   for hf_name, gguf_name in family.GGUF_NAMES.items():
     for l in layers if '{l}' in gguf_name else [None]:
       names[gguf_name.format(l=l)] = hf_name.format(l=l)
-  if extra := next((n for n in tensors if n not in names), None):
+  if (extra := next((n for n in tensors if n not in names), None)) is not None:
     raise InputError(f'{path}: the GGUF tensor {extra} is not known for {architecture}; use the Hugging Face folder.')
   by_hf_name = {names[n]: t for n, t in tensors.items()}
   shapes = {n: tuple(int(s) for s in reversed(t.shape)) for n, t in by_hf_name.items()}  # GGUF: fastest axis first
 
-  def read(name: str) -> np.ndarray:
-    tensor = by_hf_name[name]
+  for tensor in {t.tensor_type: t for t in reader.tensors}.values():  # one of each type, told before any is needed
     try:
-      weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+      gguf.dequantize(tensor.data[:1], tensor.tensor_type)
     except NotImplementedError as e:
       kind = tensor.tensor_type.name
       raise InputError(f'{path}: the quantisation {kind} of {tensor.name} is not supported; use Q8_0 or F16.') from e
+
+  def read(name: str) -> np.ndarray:
+    tensor = by_hf_name[name]
+    weight = gguf.dequantize(tensor.data, tensor.tensor_type)
     return family.from_gguf(name, weight.reshape(shapes[name]), config)
 
   _write_files(scratch, config, fields, path)
@@ -98,18 +112,23 @@ _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 def _tokenizer(fields: dict, path: pathlib.Path):
   """A tokenizers.Tokenizer from the GGUF's vocabulary and merges, and its tokenizer_config.json."""
   kind, dialect = fields.get('tokenizer.ggml.model'), fields.get('tokenizer.ggml.pre')
-  if kind != 'gpt2' or dialect not in _PRE_TOKENIZERS:
+  if kind != 'gpt2' or dialect not in list(_PRE_TOKENIZERS):  # a list: it may be what cannot be hashed
     raise InputError(
         f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (gpt2 with {", ".join(_PRE_TOKENIZERS)} is); '
         'use the Hugging Face folder of this model.'
     )
   try:
-    tokens, types, merges = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'token_type', 'merges'))
-    merges = [tuple(merge.split(' ')) for merge in merges]
-    bpe = models.BPE({t: i for i, t in enumerate(tokens)}, merges)
+    return _build_tokenizer(fields, dialect)
   except Exception as e:  # tokenizers raises a bare Exception  # noqa: BLE001
-    raise InputError(f'{path}: the GGUF vocabulary is not usable ({e}); fetch the file again.') from e
-  tokenizer = tokenizers.Tokenizer(bpe)
+    raise InputError(f'{path}: the GGUF vocabulary is not usable ({reason(e)}); fetch the file again.') from e
+
+
+def _build_tokenizer(fields: dict, dialect: str):
+  tokens, types, merges = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'token_type', 'merges'))
+  merges = [tuple(merge.split(' ')) for merge in merges]
+  vocabulary = {t: i for i, t in enumerate(tokens)}
+  # Llama 3's dialect takes a word that is in the vocabulary as it is, whether or not merges lead there.
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect == 'llama-bpe'))
   tokenizer.pre_tokenizer = _PRE_TOKENIZERS[dialect]()
   tokenizer.decoder = decoders.ByteLevel()
   added = lambda kind: [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == kind]

@@ -21,6 +21,8 @@ def parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv, known_only=False)
   except flags.Error as e:
     fail(2, f'{" ".join(str(e).split())} (see --helpfull)')
+  except UnicodeDecodeError:
+    fail(2, '--flagfile: is not a text file; give one with a flag on each line (see --helpfull)')
   if len(rest) > 1:
     fail(2, f'{rest[1]!r} is no flag: every setting is given as --name=value (see --helpfull)')
   return rest

@@ -136,7 +136,8 @@ def forward(model: Decoder, tokens_BT, alive_L=None, mode: Mode = Mode()):
     each layer's update as mode.penalty and mode.penalty_scale define it; 0 for a skipped layer.
   """
   if alive_L is None:
-    alive_L = jnp.ones(model.num_layers, bool)
+    # Behind a barrier, else the compiler drops the branch below, fuses otherwise, and some last bits differ.
+    alive_L = jax.lax.optimization_barrier(jnp.ones(model.num_layers, bool))
   rope = rope_tables(model.spec, tokens_BT.shape[1])
   x_BTD = jnp.take(model.embed[...], tokens_BT, axis=0).astype(mode.dtype)
 
@@ -175,7 +176,7 @@ def delta_norm(d_BTD, x_BTD, penalty: str, scale: str):
 
   def norm(a, axis):
     if penalty == 'l1':
-      return jnp.sum(jnp.abs(a), axis)
+      return jnp.sum(a * jnp.sign(a), axis)  # jnp.abs has the gradient 1 at 0
     squares = jnp.sum(a * a, axis)
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)

@@ -129,11 +129,11 @@ def prepare(config: Config) -> Run:
   scores = config.remove_layers is None and num_remove > 0
   trains = any(recipe != 'none' for recipe in config.recipes()) and config.steps() > 0
   rows_NT, windows = None, {}
+  if (scores or trains) and not config.train_data:
+    raise InputError('--train_data is missing: give a text to learn gates and to train on.')
   if scores or trains or config.corpora():
     tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
     if scores or trains:
-      if not config.train_data:
-        raise InputError('--train_data is missing: give a text to learn gates and to train on.')
       corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer)
       seed = config.seed if config.shuffle else None
       rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed)
@@ -162,13 +162,16 @@ def _claim(work: pathlib.Path, config: Config):
     probe.unlink()
   except OSError as e:
     raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
-  if not (work / 'config.json').exists():
+  try:
+    before = checkpoint_hf.read_json(work / 'config.json')
+  except InputError:  # missing, or broken
+    before = {}
+  if 'workdir' not in before:  # a model has a config.json, too
     if foreign := next((p.name for p in sorted(work.iterdir()) if p.name != 'source'), None):
       raise InputError(
           f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
       )
     return
-  before = checkpoint_hf.read_json(work / 'config.json')
   now = json.loads(json.dumps(dataclasses.asdict(config)))
   for key in now:
     if key not in _FREE_ON_RESUME and before.get(key) != now[key]:

@@ -1,5 +1,7 @@
 """The device mesh, and the one table from a parameter's axes to it."""
 
+import math
+
 import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -23,10 +25,10 @@ def make_mesh(flag: str, devices=None) -> Mesh:
   if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise InputError(f'--mesh={flag}: must be three sizes data,fsdp,tp, as in 1,8,1; one of them may be -1.')
   if -1 in sizes:
-    sizes[sizes.index(-1)] = len(devices) // -int(np.prod(sizes)) or 1
-  if int(np.prod(sizes)) != len(devices):
+    sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes) or 1
+  if math.prod(sizes) != len(devices):
     raise InputError(
-        f'--mesh={flag}: makes {int(np.prod(sizes))} devices, there are {len(devices)}; let the sizes multiply to that.'
+        f'--mesh={flag}: makes {math.prod(sizes)} devices, there are {len(devices)}; let the sizes multiply to that.'
     )
   return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

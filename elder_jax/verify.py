@@ -9,7 +9,9 @@ import numpy as np
 from elder_jax import checkpoint_hf
 from elder_jax import model as model_lib
 
-TOLERANCE = 1e-4  # of a float32 logit, JAX against PyTorch
+# Largest difference of a logit, both sides in float32, per unit of the logits' standard deviation: PyTorch is as far from
+# its own float64 (1e-5 at 30 layers); a wrong weight is seen at 1e-2 and more.
+TOLERANCE = 1e-4
 
 
 class ExportMismatch(RuntimeError):
@@ -39,10 +41,11 @@ def check(folder: pathlib.Path, model: model_lib.Decoder, dtype: str, tokens_BT:
     expected = np.asarray(_logits(jax.tree.map(lambda a: a.astype(dtype), model), tokens_BT))
     got = np.asarray(_logits(read, tokens_BT))
   result = {'jax': float(np.max(np.abs(got - expected)))}
-  if not result['jax'] <= TOLERANCE:
+  tolerance = TOLERANCE * max(1.0, float(expected.std()))
+  if not result['jax'] <= tolerance:
     raise ExportMismatch(f'{folder}: the logits read back differ by {result["jax"]:.2g} from the pruned model')
   if torch:
-    result |= _check_torch(folder, expected, tokens_BT)
+    result |= _check_torch(folder, expected, tokens_BT, tolerance)
   return result
 
 
@@ -52,7 +55,7 @@ def _logits(model, tokens_BT):
   return model_lib.logits(model, x_BTD)
 
 
-def _check_torch(folder: pathlib.Path, expected_BTV: np.ndarray, tokens_BT: np.ndarray) -> dict:
+def _check_torch(folder: pathlib.Path, expected_BTV: np.ndarray, tokens_BT: np.ndarray, tolerance: float) -> dict:
   import torch  # not a requirement of the package
   import transformers
 
@@ -60,7 +63,7 @@ def _check_torch(folder: pathlib.Path, expected_BTV: np.ndarray, tokens_BT: np.n
   tokens = torch.tensor(np.asarray(tokens_BT, np.int64))
   with torch.no_grad():
     difference = float(np.max(np.abs(model(tokens).logits.numpy() - expected_BTV)))
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
       raise ExportMismatch(f'{folder}: logits in PyTorch differ by {difference:.2g} from the pruned model')
     prompt = tokens[:1, : min(16, tokens.shape[1])]
     generate = lambda cache: model.generate(

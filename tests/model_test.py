@@ -26,9 +26,10 @@ B, T = 2, 11
 ALL_NORMS = [(p, s) for p in ('l2', 'l1') for s in ('token', 'relative', 'none')]
 
 
-def decoder(num_layers: int = LAYERS, **spec) -> Decoder:
-  """A random Decoder, the norms' scales too, so that none of them could be swapped unseen."""
-  model = Decoder(dataclasses.replace(SPEC, **spec), num_layers, jax.random.key(1))
+@functools.cache
+def decoder(tied: bool = False) -> Decoder:
+  """A random Decoder, the norms' scales too, so that none of them could be swapped unseen. Not to be written to."""
+  model = Decoder(dataclasses.replace(SPEC, tied=tied), LAYERS, jax.random.key(1))
   for i, norm in enumerate((model.layers.attn_norm, model.layers.mlp_norm, model.final_norm)):
     norm.set_value(jax.random.uniform(jax.random.key(10 + i), norm.get_value().shape, minval=0.5, maxval=1.5))
   return model
@@ -44,8 +45,8 @@ def tokens(batch: int = B, length: int = T, vocab: int = SPEC.vocab_size, seed: 
   return np.random.default_rng(seed).integers(0, vocab, (batch, length), np.int32)
 
 
-def alive_without(*skipped, num_layers: int = LAYERS):
-  return jnp.array([l not in skipped for l in range(num_layers)])
+def alive_without(*skipped):
+  return np.array([l not in skipped for l in range(LAYERS)])
 
 
 def layer_of(model: Decoder, l: int) -> model_lib.Block:
@@ -58,18 +59,22 @@ def forward_jit(model, tokens_BT, alive_L=None, mode=Mode()):
   return x_BTD, delta_L, model_lib.logits(model, x_BTD)
 
 
+@jax.jit
+def layer_jit(block, x_BTD, rope):
+  return block(x_BTD, jnp.float32(1), rope, Mode(gate='residual'))[0]
+
+
 def by_hand(model: Decoder, tokens_BT, alive_L, mode: Mode):
   """forward as a Python loop, with the norms of the updates taken in numpy."""
   x_BTD = model.embed[...][tokens_BT]
   rope = model_lib.rope_tables(model.spec, tokens_BT.shape[1])
-  ungated = Mode(gate='residual')
   delta_L = []
   for l in range(model.num_layers):
     if not alive_L[l]:
       delta_L.append(0.0)
       continue
     # f(x) of the paper: the layer as it stands without a gate; both forms of the gate are written out from it.
-    f_BTD, _ = layer_of(model, l)(x_BTD, jnp.float32(1), rope, ungated)
+    f_BTD = layer_jit(layer_of(model, l), x_BTD, rope)
     gate = model.gate_L[...][l]
     delta_L.append(plain_norm(np.asarray(f_BTD - x_BTD), np.asarray(x_BTD), mode.penalty, mode.penalty_scale))
     x_BTD = gate * f_BTD if mode.gate == 'output' else x_BTD + gate * (f_BTD - x_BTD)
@@ -110,7 +115,7 @@ def test_logits_equal_those_of_torch(config, tmp_path):
   import torch
   import transformers
 
-  folder = write_tiny_llama(tmp_path, **config)
+  folder = write_tiny_llama(tmp_path, initializer_range=0.1, **config)
   source = checkpoint_hf.open_source(str(folder), tmp_path / 'scratch')
   model = checkpoint_hf.load(source, 'float32')
   assert model.spec.tied == ('tie_word_embeddings' not in config) and (model.head is None) == model.spec.tied
@@ -127,9 +132,7 @@ def test_logits_equal_those_of_torch(config, tmp_path):
   if 'rope_parameters' in config:
     H = source.spec.head_dim
     default_H = tuple(float(10000.0 ** (-i / H)) for i in range(0, H, 2))
-    other = jax.jit(lambda m, t: model_lib.logits(m, model_lib.forward(m, t)[0]))(
-        _with_spec(model, rope_freq_H=default_H), tokens_BT
-    )
+    other = forward_jit(_with_spec(model, rope_freq_H=default_H), tokens_BT)[2]
     assert np.max(np.abs(other - expected_BTV)) > 1e-2
 
 
@@ -151,29 +154,28 @@ def test_gate_zero_is_the_removed_layer():
   assert np.max(np.abs(gated - forward_jit(model, tokens_BT)[2])) > 1e-2
 
 
-def test_gates_of_one_change_no_bit():
-  model, tokens_BT = decoder(), tokens()
-  dense_BTD = model.embed[...][tokens_BT]
-  rope = model_lib.rope_tables(model.spec, T)
+def _ungated(block, x_BTD, gate, rope, mode):
+  """The layer of the paper's dense network; no gate anywhere."""
+  del gate, mode
+  h_BTD = model_lib.rms_norm(x_BTD, block.attn_norm[...], SPEC.norm_eps)
+  q_BTNH, k_BTKH, v_BTKH = (jnp.einsum('BTD,DNH->BTNH', h_BTD, w[...]) for w in (block.wq, block.wk, block.wv))
+  a_BTNH = model_lib.attention(model_lib.apply_rope(q_BTNH, rope), model_lib.apply_rope(k_BTKH, rope), v_BTKH)
+  y_BTD = x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, block.wo[...])
+  h_BTD = model_lib.rms_norm(y_BTD, block.mlp_norm[...], SPEC.norm_eps)
+  gate_BTF, up_BTF = (jnp.einsum('BTD,DF->BTF', h_BTD, w[...]) for w in (block.w_gate, block.w_up))
+  y_BTD = y_BTD + jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, block.w_down[...])
+  return y_BTD, y_BTD - x_BTD
 
-  @jax.jit
-  def ungated(block, x_BTD):  # the layer of the paper, no gate anywhere
-    h_BTD = model_lib.rms_norm(x_BTD, block.attn_norm[...], SPEC.norm_eps)
-    q, k, v = (jnp.einsum('BTD,DNH->BTNH', h_BTD, w[...]) for w in (block.wq, block.wk, block.wv))
-    a = model_lib.attention(model_lib.apply_rope(q, rope), model_lib.apply_rope(k, rope), v)
-    x_BTD = x_BTD + jnp.einsum('BTNH,NHD->BTD', a, block.wo[...])
-    h_BTD = model_lib.rms_norm(x_BTD, block.mlp_norm[...], SPEC.norm_eps)
-    gate_BTF, up_BTF = (jnp.einsum('BTD,DF->BTF', h_BTD, w[...]) for w in (block.w_gate, block.w_up))
-    return x_BTD + jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, block.w_down[...])
 
-  for l in range(LAYERS):
-    dense_BTD = ungated(layer_of(model, l), dense_BTD)
-  dense_BTD = model_lib.rms_norm(dense_BTD, model.final_norm[...], SPEC.norm_eps)
-  residual_BTD, residual_L, _ = forward_jit(model, tokens_BT, mode=Mode(gate='residual'))
-  output_BTD, output_L, _ = forward_jit(model, tokens_BT, mode=Mode(gate='output'))
+def test_gates_of_one_change_no_bit(monkeypatch):
+  run = lambda gate: jax.jit(lambda m, t: model_lib.forward(m, t, None, Mode(gate=gate)))(decoder(), tokens())
+  (residual_BTD, residual_L), (output_BTD, output_L) = run('residual'), run('output')
+  monkeypatch.setattr(model_lib.Block, '__call__', _ungated)
+  dense_BTD, dense_L = run('residual')
   np.testing.assert_array_equal(residual_BTD, dense_BTD)
   np.testing.assert_array_equal(output_BTD, dense_BTD)
   np.testing.assert_array_equal(residual_L, output_L)
+  np.testing.assert_allclose(residual_L, dense_L, rtol=1e-5)
 
 
 @pytest.mark.parametrize('removed', [[0], [4], [1, 2], [3, 0], [0, 1, 2, 3], [4, 2, 0], []], ids=str)
@@ -271,7 +273,7 @@ def _with_nan_layer(model: Decoder, l: int) -> Decoder:
   return model
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+@pytest.mark.parametrize('remat', ['none', 'full'])
 def test_a_skipped_layer_is_not_read(remat):
   model, mode = decoder(), Mode(remat=remat)
   broken = _with_nan_layer(model, 2)
@@ -332,9 +334,9 @@ def test_remat_changes_no_gradient():
 def test_remat_recomputes():
   """Else 'none' thrice would pass the test above."""
 
-  def kept(remat):  # bytes that the forward pass leaves for the backward pass
-    _, vjp = jax.vjp(lambda m: model_lib.forward(m, tokens(), None, Mode(remat=remat))[0], decoder())
-    return sum(a.size for a in jax.tree.leaves(vjp))
+  def kept(remat):  # numbers that the forward pass leaves for the backward pass
+    run = lambda m: model_lib.forward(m, tokens(), None, Mode(remat=remat))[0]
+    return sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda m: jax.vjp(run, m)[1], decoder())))
 
   assert kept('none') > kept('dots') > kept('full')
 
@@ -417,9 +419,8 @@ def plain_nll(model, x_BTD, tokens_BT, weight_BT=None):
   return jnp.sum(nll_BT * weight_BT[:, :-1]), jnp.sum(weight_BT[:, :-1])
 
 
-@pytest.mark.parametrize('tied', [True, False])
-@pytest.mark.parametrize('weighted', [True, False])
-@pytest.mark.parametrize('length', [2, 3, 4, 8, 11])  # a chunk is 8 tokens of 2 rows, that is 4 of each
+@pytest.mark.parametrize('weighted, tied', [(True, False), (False, True)])
+@pytest.mark.parametrize('length', [2, 4, 8, 11])  # a chunk is 8 tokens of 2 rows, that is 4 of each
 def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeypatch):
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
   model, tokens_BT = decoder(tied=tied), tokens(B, length)
@@ -429,7 +430,7 @@ def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeyp
     weight_BT = weight_BT.at[0, 0].set(0.5)
 
   def value_and_grad(f):
-    return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(model, x_BTD, tokens_BT, weight_BT)
+    return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(model, x_BTD, tokens_BT, weight_BT)
 
   (total, count), gradients = value_and_grad(losses.next_token_nll)
   (plain_total, plain_count), plain_gradients = value_and_grad(plain_nll)
@@ -463,7 +464,7 @@ def _arrays(jaxpr):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_the_logits_of_a_whole_batch_are_never_there(dtype, monkeypatch):
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
-  model, length = decoder(), 12
+  model, length = decoder(), 100
   x_BTD = jnp.ones((B, length, SPEC.d_model), dtype)
 
   def largest(f):
@@ -472,7 +473,8 @@ def test_the_logits_of_a_whole_batch_are_never_there(dtype, monkeypatch):
     return max(a.size for a in _arrays(jaxpr) if hasattr(a, 'size'))
 
   V = SPEC.vocab_size
-  assert SPEC.d_model < B * length  # else the head's own gradient would be as large
+  weights = max(a.size for a in jax.tree.leaves(model))
+  assert weights < B * length * V  # else the weights themselves would be found
   assert B * 4 * V <= largest(losses.next_token_nll) < B * length * V
   assert largest(plain_nll) >= B * (length - 1) * V  # the walk sees what it has to see
 
@@ -499,8 +501,7 @@ def test_loss_is_the_sum_of_its_parts():
 # ---- attention ----
 
 
-@pytest.mark.parametrize('kv_heads', [1, 2, 4])
-@pytest.mark.parametrize('length', [5, 8, 16, 21])
+@pytest.mark.parametrize('length, kv_heads', [(5, 2), (8, 2), (16, 2), (21, 2), (21, 1), (21, 4)])
 def test_blocks_of_queries_equal_the_whole_square(length, kv_heads, monkeypatch):
   monkeypatch.setattr(model_lib, 'CPU_QUERY_BLOCK', 8)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')

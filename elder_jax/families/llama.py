@@ -1,6 +1,7 @@
 """Llama 1, 2, 3 and models of the same architecture (SmolLM2, TinyLlama, Vicuna …)."""
 
 import math
+import sys
 
 import numpy as np
 
@@ -61,11 +62,15 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   head_dim = size('head_dim', max(1, d_model // num_heads))
   kv_heads = size('num_key_value_heads', num_heads)
   if head_dim % 2:
-    raise InputError(f'config.json: head_dim={head_dim} is odd, rotary position embedding needs an even one.')
+    raise InputError(f'config.json: head_dim={head_dim} is odd, rotary position embedding needs an even one; mend the file.')
+  if head_dim > 2**16:  # before a table of that size is made
+    raise InputError(f'config.json: head_dim={head_dim} is larger than any model has; mend the file.')
   if num_heads % kv_heads:
     raise InputError(
         f'config.json: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={kv_heads}; mend the file.'
     )
+  if (tied := config.get('tie_word_embeddings')) not in (True, False, None):
+    raise InputError(f'config.json: tie_word_embeddings={tied!r} must be true or false; mend the file.')
   spec = Spec(
       vocab_size=size('vocab_size'),
       d_model=d_model,
@@ -74,7 +79,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
       head_dim=head_dim,
       d_ff=size('intermediate_size'),
       norm_eps=_positive_number(config, 'rms_norm_eps', 1e-6),
-      tied=bool(config.get('tie_word_embeddings', False)),
+      tied=bool(tied),
       rope_freq_H=_rope_frequencies(config, head_dim),
   )
   return spec, size('num_hidden_layers')
@@ -91,22 +96,27 @@ def _positive(config, key, default=None) -> int:
 def _positive_number(config, key, default=None) -> float:
   value = config.get(key)
   value = default if value is None else value
-  if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+  if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
     raise InputError(f'config.json: {key}={value!r} must be a number above 0; mend the file.')
   return float(value)
 
 
+@np.errstate(divide='ignore', over='ignore', invalid='ignore')  # the result is looked at
 def _rope_frequencies(config: dict, head_dim: int) -> tuple[float, ...]:
   """Radians per position of each rotated pair; rope_theta and rope_scaling, or transformers 5's rope_parameters."""
+  for key in ('rope_scaling', 'rope_parameters'):
+    if not isinstance(config.get(key) or {}, dict):
+      raise InputError(f'config.json: {key}={config[key]!r} must be an object or null; mend the file.')
   rope = {k: v for k in ('rope_scaling', 'rope_parameters') for k, v in (config.get(k) or {}).items()}
   theta = _positive_number({'rope_theta': rope.pop('rope_theta', config.get('rope_theta'))}, 'rope_theta', 10000.0)
   kind = rope.pop('rope_type', rope.pop('type', 'default'))
   rope.pop('type', None)
-  # In float32, as transformers computes them, so that the angles at far positions agree.
-  freq_H = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+  # Rounded to float32 where transformers rounds (torch's power goes through double), so that far positions agree.
+  exponent_H = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  freq_H = np.float32(1) / (theta ** exponent_H.astype(np.float64)).astype(np.float32)
   known = {'default': (), 'linear': ('factor',)}
   known['llama3'] = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-  if kind not in known:
+  if kind not in list(known):  # a list: it may be what cannot be hashed
     raise InputError(f'config.json: rope type {kind!r} is not supported (default, linear and llama3 are).')
   if unknown := sorted(set(rope) - set(known[kind])):
     raise InputError(f'config.json: rope scaling key {unknown[0]!r} is not known for rope type {kind!r}; remove it.')
@@ -121,6 +131,8 @@ def _rope_frequencies(config: dict, head_dim: int) -> tuple[float, ...]:
       raise InputError(f'config.json: rope high_freq_factor={high} must be above low_freq_factor={low}; mend the file.')
     smooth_H = np.clip((context / wavelength_H - low) / (high - low), 0.0, 1.0)
     freq_H = (1 - smooth_H) * freq_H / p['factor'] + smooth_H * freq_H
+  if not np.isfinite(freq_H).all():
+    raise InputError('config.json: rope_theta and rope scaling give frequencies that are not finite; mend the file.')
   return tuple(float(f) for f in freq_H.astype(np.float32))
 
 

@@ -1,0 +1,736 @@
+"""Bad input: one sentence that names flag, file or tensor, exit status 2, before any long work, no traceback."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+from absl import flags
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from elder_jax import checkpoint_hf
+from elder_jax import config as config_lib
+from elder_jax import data
+from elder_jax import main
+from elder_jax import pipeline
+from elder_jax import sharding
+from elder_jax import verify
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+Q_PROJ = 'model.layers.3.self_attn.q_proj.weight'
+
+
+# ---- helpers ----
+
+
+@pytest.fixture(autouse=True)
+def no_long_work(monkeypatch):
+  """Weights are never read here, and no table of a billion rows is made, whatever a config.json says."""
+  rows = checkpoint_hf._rows
+
+  def few_rows(family, spec, num_layers):
+    assert num_layers < 1000, 'the layers of config.json were believed'
+    return rows(family, spec, num_layers)
+
+  monkeypatch.setattr(pipeline, 'load', lambda job: pytest.fail('the bad input was not seen, the model was loaded'))
+  monkeypatch.setattr(checkpoint_hf, '_rows', few_rows)
+
+
+@pytest.fixture
+def no_text(monkeypatch):
+  """Texts are not read either: what is wrong with flags and checkpoint is told before that."""
+  monkeypatch.setattr(data, 'load_tokenizer', lambda name: pytest.fail('the bad input was not seen, text was read'))
+
+
+def refused(settings, *parts, **more) -> str:
+  """Runs; the refusal must be one sentence that holds all `parts`, and must leave the work folder free."""
+  settings = {**settings, **more}
+  record = pathlib.Path(settings['workdir']) / 'config.json'
+  before = record.read_bytes() if record.is_file() else None
+  with pytest.raises(InputError) as caught:
+    pipeline.run(Config(**settings))
+  one_sentence(str(caught.value), *parts)
+  assert (record.read_bytes() if record.is_file() else None) == before
+  return str(caught.value)
+
+
+def one_sentence(message: str, *parts):
+  assert re.fullmatch(r'[^\r\n]+\.', message), message
+  assert len(message) < 700, message
+  for part in parts:
+    assert str(part) in message, message
+
+
+@pytest.fixture
+def model(tiny, tmp_path, settings) -> pathlib.Path:
+  """A copy of the tiny model to damage; `settings` point to it."""
+  folder = tmp_path / 'model'
+  shutil.copytree(tiny, folder)
+  settings['model'] = str(folder)
+  return folder
+
+
+def edit_json(path: pathlib.Path, **changes):
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: pathlib.Path, edit):
+  path = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  edit(tensors)
+  safetensors.numpy.save_file(tensors, path, metadata={'format': 'pt'})
+
+
+@pytest.fixture
+def sharded(model) -> pathlib.Path:
+  """The copy in two files with an index."""
+  tensors = safetensors.numpy.load_file(model / 'model.safetensors')
+  (model / 'model.safetensors').unlink()
+  home = {n: 'a.safetensors' if 'layers.0' in n else 'b.safetensors' for n in tensors}
+  for file in ('a.safetensors', 'b.safetensors'):
+    safetensors.numpy.save_file({n: t for n, t in tensors.items() if home[n] == file}, model / file)
+  (model / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': home}))
+  return model
+
+
+def test_what_the_cases_below_damage_is_good(settings, model, sharded):
+  job = pipeline.prepare(Config(**settings))
+  assert job.source.num_layers == 6 and job.num_remove == 2
+  assert (pathlib.Path(settings['workdir']) / 'config.json').is_file()
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ('more', 'parts'),
+    [
+        (dict(model=''), ['--model']),
+        (dict(workdir=''), ['--workdir']),
+        (dict(train_data=''), ['--train_data']),
+        (dict(lambda1=-0.1), ['--lambda1=-0.1']),
+        (dict(lambda2=-1e-3), ['--lambda2=-0.001']),
+        (dict(lambda2=float('nan')), ['--lambda2=nan']),
+        (dict(lambda2_power=-1.0), ['--lambda2_power']),
+        (dict(gate_lr=-1.0), ['--gate_lr']),
+        (dict(lr=float('inf')), ['--lr=inf']),
+        (dict(weight_decay=-1.0), ['--weight_decay']),
+        (dict(grad_clip=0.0), ['--grad_clip']),
+        (dict(shard_gb=0.0), ['--shard_gb']),
+        (dict(protect_first=-1), ['--protect_first']),
+        (dict(protect_last=-1), ['--protect_last']),
+        (dict(num_remove=-1), ['--num_remove=-1']),
+        (dict(train_steps=-1), ['--train_steps']),
+        (dict(eval_tokens=-1), ['--eval_tokens']),
+        (dict(seed=-1), ['--seed']),
+        (dict(checkpoint_every=-1), ['--checkpoint_every']),
+        (dict(ratio=1.0), ['--ratio']),
+        (dict(warmup_ratio=-0.1), ['--warmup_ratio']),
+        (dict(seq_len=1), ['--seq_len=1', 'at least 2']),
+        (dict(num_sequences=0), ['--num_sequences=0']),
+        (dict(batch_size=0), ['--batch_size=0']),
+        (dict(grad_accum=0), ['--grad_accum=0']),
+        (dict(eval_seq_len=1), ['--eval_seq_len=1']),
+        (dict(eval_batch_size=0), ['--eval_batch_size=0']),
+        (dict(gate_steps=0), ['--gate_steps=0']),
+        (dict(batch_size=3), ['--batch_size=3', '--num_sequences=8']),
+        (dict(grad_accum=3), ['--grad_accum=3', '--batch_size=4']),
+        (dict(compare=['none', 'nothing']), ['--compare', "'nothing'"]),
+        (dict(num_remove=5), ['5 layers', 'of 6', '--protect_first=1', '--protect_last=1', '4 to choose']),
+        (dict(num_remove=None, ratio=0.9), ['5 layers', '--protect_first=1']),
+        (dict(num_remove=1, protect_first=9), ['1 layers', '--protect_first=9', '0 to choose']),
+        (dict(remove_layers='2,6'), ['--remove_layers', '6', '0 to 5']),
+        (dict(remove_layers='-1'), ['--remove_layers', '-1', '0 to 5']),
+        (dict(remove_layers='2,3,2'), ['--remove_layers=2,3,2', 'twice']),
+        (dict(remove_layers='two'), ['--remove_layers=two', 'numbers']),
+        (dict(remove_layers='1;2'), ['--remove_layers=1;2', 'numbers']),
+        (dict(remove_layers='0,1,2,3,4,5'), ['--remove_layers', 'every layer']),
+        (dict(eval_data=('text.txt',)), ['--eval_data=text.txt', 'name=source']),
+        (dict(eval_data=('=text.txt',)), ['--eval_data==text.txt', 'name=source']),
+        (dict(eval_data=('news=',)), ['--eval_data=news=', 'name=source']),
+        (dict(eval_data=('a/b=text.txt',)), ['--eval_data=a/b=text.txt', 'name=source']),
+        (dict(mesh='1,1'), ['--mesh=1,1:', 'data,fsdp,tp']),
+        (dict(mesh='a,b,c'), ['--mesh=a,b,c:', 'data,fsdp,tp']),
+        (dict(mesh='-1,-1,1'), ['--mesh=-1,-1,1:', 'data,fsdp,tp']),
+        (dict(mesh='0,1,1'), ['--mesh=0,1,1:', 'data,fsdp,tp']),
+        (dict(mesh='1,7,1'), ['--mesh=1,7,1:', '7 devices']),
+        (dict(mesh='-1,7,1'), ['--mesh=-1,7,1:', '7 devices']),
+        (dict(mesh=f'-1,{2**32},{2**32}'), ['--mesh', str(2**64)]),
+    ],
+    ids=str,
+)
+def test_settings(settings, no_text, more, parts):
+  refused(settings, *parts, **more)
+
+
+def test_torch_verification_without_torch(settings, no_text, monkeypatch):
+  monkeypatch.setattr(verify, 'has_torch', lambda: False)
+  refused(settings, '--verify=torch', 'torch is not installed', verify='torch')
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'more', 'parts'),
+    [
+        ((4, 1, 1), dict(grad_accum=2), ['data × fsdp = 4', '--batch_size / --grad_accum=2']),
+        ((2, 2, 1), dict(eval_batch_size=6), ['data × fsdp = 4', '--eval_batch_size=6']),
+        ((1, 3, 1), {}, ['fsdp=3', '32']),
+        ((1, 1, 5), {}, ['tp=5', '263']),
+    ],
+    ids=str,
+)
+def test_mesh_that_does_not_divide(settings, no_text, monkeypatch, sizes, more, parts):
+  mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)  # needs no devices
+  monkeypatch.setattr(sharding, 'make_mesh', lambda flag: mesh)
+  refused(settings, '--mesh=', *parts, mesh=','.join(map(str, sizes)), **more)
+
+
+# ---- the work folder ----
+
+
+def test_workdir_that_is_a_file(settings, no_text, tmp_path):
+  (tmp_path / 'file').touch()
+  refused(settings, f'--workdir={tmp_path}/file', 'cannot be written', workdir=str(tmp_path / 'file'))
+  refused(settings, f'--workdir={tmp_path}/file/in', 'cannot be written', workdir=str(tmp_path / 'file' / 'in'))
+
+
+def test_workdir_that_cannot_be_written(settings, no_text, tmp_path, monkeypatch):
+  def touch(self, *args, **kwargs):  # root may write everywhere, so the refusal is made up
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(pathlib.Path, 'touch', touch)
+  refused(settings, f'--workdir={settings["workdir"]}', 'Permission denied')
+
+
+def test_workdir_of_something_else(settings, no_text):
+  work = pathlib.Path(settings['workdir'])
+  work.mkdir()
+  (work / 'thesis.tex').touch()
+  refused(settings, f'--workdir={work}', 'thesis.tex')
+  assert [p.name for p in work.iterdir()] == ['thesis.tex']
+
+
+def test_workdir_that_is_the_model(settings, no_text, model):
+  files = sorted(p.name for p in model.iterdir())
+  refused(settings, f'--workdir={model}', 'not of an earlier run', workdir=str(model))
+  assert sorted(p.name for p in model.iterdir()) == files
+
+
+def test_workdir_of_a_run_with_other_settings(settings):
+  pipeline.prepare(Config(**settings))
+  refused(settings, f'--workdir={settings["workdir"]}', '--lambda1=0.005', '0.1', lambda1=0.1)
+  refused(settings, '--eval_data', eval_data=())
+  pipeline.prepare(Config(**settings, checkpoint_every=7))  # does not change the result
+
+
+def test_workdir_with_a_broken_record(settings, no_text):
+  work = pathlib.Path(settings['workdir'])
+  work.mkdir()
+  (work / 'config.json').write_text('{"model": ')
+  refused(settings, f'--workdir={work}', 'not of an earlier run', 'config.json')
+
+
+def test_a_home_that_does_not_exist(settings, tmp_path, no_text, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  refused(settings, '--model=~no_such_user/x', model='~no_such_user/x')
+  refused(settings, '--model=~no_such_user/x.gguf', model='~no_such_user/x.gguf')
+  refused(settings, '--model', model='', workdir='~no_such_user/work')
+
+
+# ---- the model's folder ----
+
+
+def test_missing_model_folder(settings, no_text, tmp_path):
+  refused(settings, f'--model={tmp_path}/absent:', 'no such folder', model=f'{tmp_path}/absent')
+  refused(settings, '--model=./absent:', 'no such folder', model='./absent')
+  refused(settings, f'--model={tmp_path}/absent.gguf:', 'no such file', model=f'{tmp_path}/absent.gguf')
+  long = str(tmp_path / ('x' * 300))  # longer than a file system allows
+  refused(settings, f'--model={long}', 'no such folder', model=long)
+  refused(settings, f'--model={long}.gguf', 'no such file', model=f'{long}.gguf')
+
+
+def test_empty_or_foreign_model_folder(settings, no_text, tmp_path, text):
+  (tmp_path / 'model').mkdir()
+  refused(settings, f'--model={tmp_path}/model', 'is empty', model=str(tmp_path / 'model'))
+  (tmp_path / 'model' / 'notes.txt').touch()
+  refused(settings, f'--model={tmp_path}/model', 'no config.json', model=str(tmp_path / 'model'))
+  refused(settings, f'--model={text}', 'not a .gguf', model=str(text))
+
+
+def test_hub_id_that_cannot_be_fetched(settings, no_text, monkeypatch):
+  monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+  refused(settings, '--model=no-such-owner/no-such-model', 'hub', model='no-such-owner/no-such-model')
+
+
+def test_folder_without_weights(settings, no_text, model):
+  (model / 'model.safetensors').rename(model / 'weights.safetensors')
+  refused(settings, model, 'no model.safetensors')
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'consolidated.00.pth', 'model.pt'])
+def test_pickle_checkpoint(settings, no_text, model, name):
+  (model / 'model.safetensors').unlink()
+  (model / name).write_bytes(b'\x80\x04cos\nsystem\n')
+  refused(settings, model / name, 'pickle', 'convert')
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda b: b'',
+        lambda b: b[:4],
+        lambda b: b[:100],
+        lambda b: b[:-1],
+        lambda b: b[: len(b) // 2],
+        lambda b: b + b'more',
+        lambda b: b'\xff' * 8 + b[8:],
+        lambda b: b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n',
+        lambda b: b'PK\x03\x04' + b[4:],
+        lambda b: b.replace(b'"F32"', b'"F3Z"', 1),
+    ],
+    ids=['empty', 'tiny', 'header', 'last_byte', 'half', 'longer', 'length', 'lfs', 'zip', 'dtype'],
+)
+def test_truncated_or_foreign_safetensors(settings, no_text, model, damage):
+  path = model / 'model.safetensors'
+  path.write_bytes(damage(path.read_bytes()))
+  refused(settings, path, 'truncated or not a safetensors file')
+
+
+def test_index_that_names_a_missing_file(settings, no_text, sharded):
+  (sharded / 'a.safetensors').unlink()
+  refused(settings, sharded / 'model.safetensors.index.json', 'a.safetensors', 'not in the folder')
+
+
+@pytest.mark.parametrize('file', ['../a.safetensors', '{folder}/../a.safetensors', 'sub/a.safetensors', '..', '..\\a'])
+def test_index_that_leads_outside(settings, no_text, sharded, file):
+  file = file.format(folder=sharded)
+  (sharded / 'sub').mkdir()
+  for place in (sharded.parent, sharded / 'sub'):  # it is there, and is not to be opened
+    shutil.copy(sharded / 'a.safetensors', place)
+  index = sharded / 'model.safetensors.index.json'
+  where = json.loads(index.read_text())['weight_map']
+  index.write_text(json.dumps({'weight_map': {n: file if f[0] == 'a' else f for n, f in where.items()}}))
+  refused(settings, index, repr(file), 'outside the folder')
+
+
+@pytest.mark.parametrize('weight_map', [None, {}, [], 'a.safetensors', {Q_PROJ: 1}])
+def test_index_without_a_map(settings, no_text, sharded, weight_map):
+  edit_json(sharded / 'model.safetensors.index.json', weight_map=weight_map)
+  refused(settings, sharded / 'model.safetensors.index.json', 'weight_map')
+
+
+@pytest.mark.parametrize('content', [b'{', b'[]', b'\xff\xfe', b''])
+def test_unreadable_json(settings, no_text, sharded, content):
+  for name in ('model.safetensors.index.json', 'config.json'):
+    (sharded / name).write_bytes(content)
+    refused(settings, sharded / name, 'JSON')
+
+
+def test_index_that_disagrees_with_the_files(settings, no_text, sharded):
+  index = sharded / 'model.safetensors.index.json'
+  where = json.loads(index.read_text())['weight_map']
+  edit_json(index, weight_map=where | {Q_PROJ: 'a.safetensors'})
+  refused(settings, index, Q_PROJ, 'a.safetensors')
+  edit_json(index, weight_map=where | {'model.ghost': 'b.safetensors'})
+  refused(settings, index, 'model.ghost', 'b.safetensors')
+
+
+def test_tensor_in_two_files(settings, no_text, sharded):
+  tensors = safetensors.numpy.load_file(sharded / 'a.safetensors')
+  twice = safetensors.numpy.load_file(sharded / 'b.safetensors')
+  safetensors.numpy.save_file(tensors | {Q_PROJ: twice[Q_PROJ]}, sharded / 'a.safetensors')
+  refused(settings, sharded / 'b.safetensors', Q_PROJ, 'also in a.safetensors')
+
+
+# ---- tensors ----
+
+
+def test_missing_tensor(settings, no_text, model):
+  edit_tensors(model, lambda tensors: tensors.pop(Q_PROJ))
+  refused(settings, f'--model={model}', Q_PROJ, 'is missing')
+
+
+@pytest.mark.parametrize(
+    'name', ['model.layers.3.self_attn.q_proj.bias', 'model.layers.6.self_attn.q_proj.weight', 'vision.weight', '']
+)
+def test_tensor_left_over(settings, no_text, model, name):
+  edit_tensors(model, lambda tensors: tensors.update({name: np.zeros(32, np.float32)}))
+  refused(settings, f'--model={model}', f'the tensor {name} has no place')
+
+
+@pytest.mark.parametrize('shape', [(32, 31), (32,), (1024,), (32, 32, 1), ()])
+def test_tensor_of_the_wrong_shape(settings, no_text, model, shape):
+  edit_tensors(model, lambda tensors: tensors.update({Q_PROJ: np.zeros(shape, np.float32)}))
+  refused(settings, f'--model={model}', Q_PROJ, f'has shape {list(shape)}', '[32, 32]')
+
+
+def test_untied_model_without_a_head(settings, no_text, model):
+  edit_json(model / 'config.json', tie_word_embeddings=False)
+  refused(settings, 'lm_head.weight', 'is missing')
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'uint8', 'int32', 'float64', 'float8_e4m3fn'])
+def test_quantised_tensor(settings, no_text, model, dtype):
+  edit_tensors(model, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(jnp.dtype(dtype))}))
+  refused(settings, model / 'model.safetensors', Q_PROJ, 'unquantised')
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_tensor_that_is_not_finite(settings, model, tmp_path, value):
+  def poison(tensors):
+    tensors[Q_PROJ][3, 5] = value
+
+  edit_tensors(model, poison)
+  source = checkpoint_hf.open_source(str(model), tmp_path / 'scratch')
+  with pytest.raises(InputError) as caught:
+    checkpoint_hf.load(source, 'float32')
+  one_sentence(str(caught.value), f'--model={model}', Q_PROJ, 'NaN or infinite')
+
+
+# ---- config.json ----
+
+
+@pytest.mark.parametrize(
+    ('changes', 'parts'),
+    [
+        (dict(model_type='bert'), ["'bert'", 'llama']),
+        (dict(model_type=None), ['model_type', 'None']),
+        (dict(model_type=['llama']), ['model_type', "['llama']"]),
+        (dict(num_experts=8), ["'num_experts'"]),
+        (dict(hidden_act='gelu'), ["hidden_act='gelu'"]),
+        (dict(attention_bias=True), ['attention_bias=True']),
+        (dict(mlp_bias=True), ['mlp_bias=True']),
+        (dict(pretraining_tp=2), ['pretraining_tp=2']),
+        (dict(sliding_window=128), ['sliding_window=128']),
+        (dict(quantization_config={'bits': 4}), ['quantization_config']),
+        (dict(hidden_size='32'), ["hidden_size='32'"]),
+        (dict(hidden_size=None), ['hidden_size=None']),
+        (dict(hidden_size=32.0), ['hidden_size=32.0']),
+        (dict(hidden_size=True), ['hidden_size=True']),
+        (dict(hidden_size=[32]), ['hidden_size=[32]']),
+        (dict(vocab_size=-1), ['vocab_size=-1']),
+        (dict(vocab_size=262), ['model.embed_tokens.weight', '[262, 32]']),
+        (dict(intermediate_size=0), ['intermediate_size=0']),
+        (dict(num_attention_heads=0), ['num_attention_heads=0']),
+        (dict(num_key_value_heads=0), ['num_key_value_heads=0']),
+        (dict(num_key_value_heads=3), ['num_attention_heads=4', 'num_key_value_heads=3']),
+        (dict(head_dim=7), ['head_dim=7']),
+        (dict(head_dim=2**20), [f'head_dim={2**20}']),
+        (dict(num_hidden_layers=0), ['num_hidden_layers=0']),
+        (dict(num_hidden_layers='6'), ["num_hidden_layers='6'"]),
+        (dict(num_hidden_layers=7), ['model.layers.6.', 'is missing']),
+        (dict(num_hidden_layers=5), ['model.layers.5.', 'has no place']),
+        (dict(num_hidden_layers=10**9), ['num_hidden_layers=1000000000']),
+        (dict(rms_norm_eps='1e-5'), ["rms_norm_eps='1e-5'"]),
+        (dict(rms_norm_eps=0), ['rms_norm_eps=0']),
+        (dict(rms_norm_eps=float('nan')), ['rms_norm_eps=nan']),
+        (dict(rms_norm_eps=10**400), ['rms_norm_eps=1000']),
+        (dict(tie_word_embeddings='false'), ["tie_word_embeddings='false'"]),
+        (dict(rope_parameters={'rope_type': 'yarn', 'factor': 2.0}), ["rope type 'yarn'"]),
+        (dict(rope_parameters=None, rope_scaling={'type': 'dynamic', 'factor': 2.0}), ["rope type 'dynamic'"]),
+        (dict(rope_parameters={'rope_type': ['linear']}), ['rope type', "['linear']"]),
+        (dict(rope_parameters={'rope_type': 'linear', 'factor': 'two'}), ["factor='two'"]),
+        (dict(rope_parameters={'rope_type': 'linear'}), ['factor=None']),
+        (dict(rope_parameters={'rope_type': 'linear', 'factor': 2.0, 'beta': 1}), ["'beta'"]),
+        (dict(rope_parameters={'rope_theta': -1.0}), ['rope_theta=-1.0']),
+        (dict(rope_parameters={'rope_theta': 1e-300}), ['rope_theta']),
+        (dict(rope_scaling=[1, 2]), ['rope_scaling=[1, 2]']),
+        (dict(rope_parameters='linear'), ["rope_parameters='linear'"]),
+        (
+            dict(
+                rope_parameters={
+                    'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 4.0, 'high_freq_factor': 1.0,
+                    'original_max_position_embeddings': 64,
+                }  # fmt: skip
+            ),
+            ['high_freq_factor=1.0', 'low_freq_factor=4.0'],
+        ),
+    ],
+    ids=lambda v: str(v)[:60] if isinstance(v, dict) else '',
+)
+def test_config_json(settings, no_text, model, changes, parts):
+  edit_json(model / 'config.json', **changes)
+  refused(settings, *parts)
+
+
+# ---- texts ----
+
+
+def test_training_text_too_short(settings):
+  message = refused(settings, '--train_data=', '--num_sequences=1000', '--seq_len=32', '32000', num_sequences=1000)
+  assert settings['train_data'] in message
+
+
+def test_window_longer_than_the_text(settings):
+  refused(settings, '--eval_data=text', '--eval_seq_len=100000', eval_seq_len=100000, eval_tokens=0)
+  refused(settings, '--eval_data=text', 'has 16 tokens', '--eval_seq_len=32', eval_tokens=16)
+
+
+@pytest.mark.parametrize('flag', ['train_data', 'eval_data'])
+@pytest.mark.parametrize(
+    ('name', 'content', 'parts'),
+    [
+        ('absent.txt', None, ['no such file']),
+        ('absent.jsonl', None, ['no such file']),
+        ('absent.csv', None, ['.parquet']),
+        ('x' * 300 + '.txt', None, ['no such file']),
+        ('empty.txt', b'', ['is empty']),
+        ('blank.txt', b'\n', ['has 1 tokens']),
+        ('latin1.txt', b'caf\xe9 ' * 500, ['cannot be read', "can't decode byte 0xe9"]),
+        ('empty.jsonl', b'', ['is empty']),
+        ('broken.jsonl', b'{"text": "a"}\n{"text": ', ['cannot be read']),
+        ('text.jsonl', b'just a text\nin two lines\n', ['cannot be read']),
+        ('other.jsonl', b'{"body": "a", "id": 1}\n', ["no column 'text'", 'body', '--text_column']),
+        ('numbers.jsonl', b'{"text": 1}\n{"text": 2}\n', ['--text_column', "'text'"]),
+        ('lists.jsonl', b'{"text": ["a", "b"]}\n', ['--text_column', "'text'"]),
+        ('foreign.parquet', b'PAR1 no parquet at all', ['cannot be read']),
+        ('empty.parquet', b'', ['is empty']),
+        ('image.png', b'\x89PNG\r\n', ['is of no kind that can be read', '.parquet']),
+        ('a:b:c:d', None, ['id:configuration:split']),
+        ('~no_such_user/a.txt', None, ['no such file']),
+    ],
+    ids=lambda v: v[:20] if isinstance(v, str) else '',
+)
+def test_text(settings, tmp_path, monkeypatch, flag, name, content, parts):
+  for constants in ('huggingface_hub.constants', 'datasets.config'):
+    monkeypatch.setattr(f'{constants}.HF_HUB_OFFLINE', True)
+  path = name if name[0] in 'a~' and (':' in name or '/' in name) else str(tmp_path / name)
+  if content is not None:
+    (tmp_path / name).write_bytes(content)
+  if flag == 'train_data':
+    refused(settings, f'--train_data={path}', *parts, train_data=path)
+  else:
+    refused(settings, '--eval_data=news', *parts, eval_data=(f'news={path}',))
+
+
+def test_hub_data_that_cannot_be_fetched(settings, monkeypatch):
+  for constants in ('huggingface_hub.constants', 'datasets.config'):
+    monkeypatch.setattr(f'{constants}.HF_HUB_OFFLINE', True)
+  name = 'no-such-owner/no-such-data:en:train'
+  refused(settings, f'--train_data={name}: cannot be read', train_data=name)
+
+
+def test_unknown_text_column(settings, tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n')
+  refused(settings, "'body'", "'text'", '--text_column', train_data=str(tmp_path / 'a.jsonl'), text_column='body')
+
+
+def test_tokenizer_missing_broken_or_of_another_model(settings, model, monkeypatch):
+  monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+  refused(settings, 'no-such-owner/no-such', '--tokenizer', tokenizer='no-such-owner/no-such')
+  tokenizer = json.loads((model / 'tokenizer.json').read_text())
+  tokenizer['model']['vocab']['e'] = 300
+  (model / 'tokenizer.json').write_text(json.dumps(tokenizer))
+  refused(settings, '--train_data', 'made token 300', 'has 263', '--tokenizer')
+  (model / 'tokenizer.json').write_text('{}')
+  refused(settings, model, '--tokenizer')
+  for path in model.glob('tokenizer*'):
+    path.unlink()
+  refused(settings, model, '--tokenizer')
+
+
+def test_window_bos_without_such_a_token(settings, model):
+  edit_json(model / 'tokenizer_config.json', bos_token=None)
+  refused(settings, '--eval_bos=window', eval_bos='window')
+
+
+# ---- GGUF ----
+
+
+def write_gguf(path: pathlib.Path, architecture='llama', drop=(), fields=(), tensors=(), types=()):
+  """A one-layer model of width 32, or that with changes: fields and tensors dropped, set or added."""
+  d, f = 32, 64
+  values = {
+      'llama.context_length': 64, 'llama.embedding_length': d, 'llama.block_count': 1, 'llama.feed_forward_length': f,
+      'llama.attention.head_count': 4, 'llama.attention.layer_norm_rms_epsilon': 1e-5,
+      'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm', 'tokenizer.ggml.tokens': ['<s>', 'a', 'b', 'ab'],
+      'tokenizer.ggml.token_type': [3, 1, 1, 1], 'tokenizer.ggml.merges': ['a b'], 'tokenizer.ggml.bos_token_id': 0,
+  }  # fmt: skip
+  shapes = {
+      'token_embd.weight': (4, d), 'output_norm.weight': (d,), 'blk.0.attn_norm.weight': (d,),
+      'blk.0.attn_q.weight': (d, d), 'blk.0.attn_k.weight': (d, d), 'blk.0.attn_v.weight': (d, d),
+      'blk.0.attn_output.weight': (d, d), 'blk.0.ffn_norm.weight': (d,), 'blk.0.ffn_gate.weight': (f, d),
+      'blk.0.ffn_up.weight': (f, d), 'blk.0.ffn_down.weight': (d, f),
+  }  # fmt: skip
+  values = {k: v for k, v in (values | dict(fields)).items() if k not in drop}
+  arrays = {k: np.ones(s, dict(types).get(k, np.float32)) for k, s in (shapes | dict(tensors)).items() if k not in drop}
+  writer = gguf.GGUFWriter(path, architecture)
+  for key, value in values.items():
+    if isinstance(value, list):
+      writer.add_array(key, value)
+    else:
+      add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
+      add[type(value)](key, value)
+  for name, array in arrays.items():
+    writer.add_tensor(name, array)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+@pytest.fixture
+def small_gguf(tmp_path, settings) -> pathlib.Path:
+  """Where to write a GGUF file to; `settings` point there and need no text."""
+  settings |= dict(
+      model=str(tmp_path / 'small.gguf'), remove_layers='', recipe='none', compare=[], train_data='', eval_data=()
+  )
+  return tmp_path / 'small.gguf'
+
+
+def test_what_the_gguf_cases_damage_is_good(settings, small_gguf):
+  write_gguf(small_gguf)
+  assert pipeline.prepare(Config(**settings)).source.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda b: b'',
+        lambda b: b'GGUF',
+        lambda b: b'GGUF\x03\x00\x00\x00' + b'\xff' * 200,
+        lambda b: b'Just a text, renamed.\n' * 20,
+        lambda b: b[:30],
+        lambda b: b[:400],
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:-1000],
+    ],
+    ids=['empty', 'magic', 'garbage', 'text', 'header', 'fields', 'half', 'tail'],
+)
+def test_truncated_or_foreign_gguf(settings, no_text, small_gguf, damage):
+  write_gguf(small_gguf)
+  small_gguf.write_bytes(damage(small_gguf.read_bytes()))
+  refused(settings, small_gguf, 'truncated or not a GGUF file')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'parts'),
+    [
+        (dict(architecture='bert'), ["'bert'", 'llama']),
+        (dict(tensors={'blk.0.attn_q.bias': (32,)}), ['blk.0.attn_q.bias']),
+        (dict(tensors={'blk.1.attn_q.weight': (32, 32)}), ['blk.1.attn_q.weight']),
+        (dict(tensors={'blk.0.attn_q.weight': (32, 64)}), ['model.layers.0.self_attn.q_proj.weight', '[32, 64]']),
+        (dict(drop=['blk.0.attn_q.weight']), ['model.layers.0.self_attn.q_proj.weight', 'is missing']),
+        (dict(types={'blk.0.attn_q.weight': np.int8}), ['blk.0.attn_q.weight', 'I8']),
+        (dict(drop=['llama.block_count']), ['small.gguf', 'llama.block_count']),
+        (dict(fields={'llama.block_count': 100_000}), ['small.gguf', 'block_count is 100000']),
+        (dict(fields={'llama.block_count': 'one'}), ['small.gguf', "num_hidden_layers='one'"]),
+        (dict(fields={'llama.block_count': 0}), ['small.gguf', 'num_hidden_layers=0']),
+        (dict(fields={'llama.attention.head_count': [4, 4]}), ['small.gguf']),
+        (dict(fields={'llama.embedding_length': 'wide'}), ['small.gguf']),
+        (dict(fields={'llama.attention.layer_norm_rms_epsilon': 'small'}), ['small.gguf']),
+        (dict(fields={'llama.rope.scaling.type': 'yarn'}), ['small.gguf', 'rope scaling', 'yarn']),
+        (dict(tensors={'rope_freqs.weight': (4,)}), ['rope scaling']),
+        (dict(fields={'tokenizer.ggml.model': 'bert'}), ['small.gguf', 'tokenizer bert/smollm']),
+        (dict(fields={'tokenizer.ggml.pre': 'qwen2'}), ['small.gguf', 'tokenizer gpt2/qwen2']),
+        (dict(drop=['tokenizer.ggml.merges']), ['small.gguf', 'vocabulary']),
+        (dict(drop=['tokenizer.ggml.token_type']), ['small.gguf', 'vocabulary']),
+        (dict(fields={'tokenizer.ggml.merges': ['a c']}), ['small.gguf', 'vocabulary']),
+        (dict(fields={'tokenizer.ggml.bos_token_id': 99}), ['small.gguf', 'vocabulary']),
+        (
+            dict(drop=['tokenizer.ggml.bos_token_id'], fields={'tokenizer.ggml.add_bos_token': True}),
+            ['small.gguf', 'vocabulary'],
+        ),
+    ],
+    ids=lambda v: str(v)[:70] if isinstance(v, dict) else '',
+)
+def test_gguf(settings, no_text, small_gguf, changes, parts):
+  write_gguf(small_gguf, **changes)
+  refused(settings, *parts)
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def flag_values(monkeypatch) -> flags.FlagValues:
+  """Flags of their own for a test, so that none leaks into the next."""
+  values = flags.FlagValues()
+  config_lib.define_flags(values)
+  monkeypatch.setattr(main.flags, 'FLAGS', values)
+  return values
+
+
+@pytest.mark.parametrize(
+    ('args', 'part'),
+    [
+        (['--gate=foo'], '--gate=foo'),
+        (['--recipe=cook'], '--recipe=cook'),
+        (['--seq_len=many'], '--seq_len=many'),
+        (['--lambda1=much'], '--lambda1=much'),
+        (['--shuffle=perhaps'], '--shuffle=perhaps'),
+        (['--no_such_flag=1'], "'no_such_flag'"),
+        (['--lambda=1'], "'lambda'"),
+        (['--seq_len'], 'seq_len'),
+        (['model/folder'], "'model/folder'"),
+        (['--seq_len=4', '-'], "'-'"),
+        (['--flagfile=no/such.flags'], 'no/such.flags'),
+        (['--flagfile={tmp}'], '{tmp}'),
+        (['--flagfile={tmp}/binary.flags'], '--flagfile'),
+        (['--flagfile={tmp}/prose.flags'], "'seq_len"),
+    ],
+    ids=lambda v: '',
+)
+def test_command_line(flag_values, capsys, tmp_path, args, part):
+  (tmp_path / 'binary.flags').write_bytes(b'\x80\x81\xff')
+  (tmp_path / 'prose.flags').write_text('seq_len=3\n')
+  with pytest.raises(SystemExit) as caught:
+    main.parse(['main', *(arg.format(tmp=tmp_path) for arg in args)])
+  err = capsys.readouterr().err
+  assert caught.value.code == 2 and part.format(tmp=tmp_path) in err
+  assert re.fullmatch(r'elder_jax: [^\n]+ \(see --helpfull\)\n', err), err
+
+
+def test_flags_after_the_flagfile_win(flag_values, tmp_path):
+  (tmp_path / 'a.flags').write_text('# A comment.\n--seq_len=7\n--lambda1=0.5\n--eval_data=a=a.txt\n--compare=none\n')
+  flag_values(['main', '--seed=3', f'--flagfile={tmp_path}/a.flags', '--seq_len=9', '--compare='])
+  config = config_lib.from_flags(flag_values)
+  assert (config.seq_len, config.lambda1, config.seed, config.compare) == (9, 0.5, 3, [])
+  assert config.corpora() == {'a': 'a.txt'} and config.recipes() == ['regularize']
+  assert config.remove_layers is None and config.num_remove is None and config.batch_size == 4
+
+
+def test_an_empty_eval_data_drops_those_before_it(flag_values):
+  flag_values(['main', '--eval_data=a=a.txt', '--eval_data=', '--eval_data=b=b.txt', '--eval_data=c=c.txt'])
+  assert config_lib.from_flags(flag_values).corpora() == {'b': 'b.txt', 'c': 'c.txt'}
+
+
+def command(*args, cwd=REPO) -> subprocess.CompletedProcess:
+  env = {**os.environ, 'PYTHONPATH': str(REPO), 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
+  return subprocess.run(
+      [sys.executable, '-m', 'elder_jax.main', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+  )
+
+
+@pytest.mark.parametrize(
+    ('args', 'part'),
+    [
+        (['--no_such_flag=1'], "'no_such_flag'"),
+        (['--model={tmp}/absent', '--workdir={tmp}/work'], '--model={tmp}/absent: there is no such folder'),
+        (['--model=no-such-owner/no-such-model', '--workdir={tmp}/work'], '--model=no-such-owner/no-such-model'),
+        (['--flagfile={tmp}/absent.flags'], '{tmp}/absent.flags'),
+        (['--workdir={tmp}/work', 'model/folder'], "'model/folder'"),
+    ],
+    ids=['flag', 'folder', 'hub', 'flagfile', 'positional'],
+)
+def test_exit_status_2_without_a_traceback(tmp_path, args, part):
+  result = command(*(arg.format(tmp=tmp_path) for arg in args))
+  assert result.returncode == 2 and 'Traceback' not in result.stderr + result.stdout
+  last = result.stderr.splitlines()[-1]
+  assert last.startswith('elder_jax: ') and part.format(tmp=tmp_path) in last
+
+
+def test_help_names_every_flag():
+  result = command('--helpfull')
+  assert 'Traceback' not in result.stderr + result.stdout
+  for field in config_lib.dataclasses.fields(Config):
+    assert re.search(rf'--(\[no\])?{field.name}\b', result.stdout), field.name

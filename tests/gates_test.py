@@ -1,0 +1,129 @@
+"""Stage 1: the rounds, what may be chosen, what the loss holds."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from elder_jax import gates
+from elder_jax import losses
+from elder_jax import prune
+from elder_jax import regularize
+from elder_jax.model import Decoder, Mode, Spec
+
+SPEC = Spec(
+    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
+    rope_freq_H=(1.0, 0.1),
+)  # fmt: skip
+L = 5
+BATCH_BT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (4, 9), np.int32)
+
+
+def learn(model, num_remove=2, iterative=True, steps=2, lambda1=1e-4, candidates=(1, 2, 3), lr=0.02):
+  settings = gates.GateSettings(num_remove, iterative, steps, lr, lambda1, candidates, clip=1e9)
+  log = []
+  chosen, history = gates.learn(
+      model, settings, Mode(), lambda i: BATCH_BT, lambda r, i, m: log.append((r, i, m))
+  )  # fmt: skip
+  return chosen, np.array(history), log
+
+
+@pytest.fixture(scope='module')
+def trained() -> Decoder:
+  """A model whose layers all serve the batch: to shrink any of their gates costs LM loss."""
+  settings = regularize.TrainSettings(steps=30, lr=5e-3, lambda2=0.0)
+  return regularize.fit(
+      Decoder(SPEC, L, jax.random.key(0)), [], settings, Mode(), lambda i: BATCH_BT, lambda i, m: None
+  )
+
+
+def without_effect(model: Decoder, *layers: int) -> Decoder:
+  """A copy in which these layers' updates are exactly 0."""
+  model = jax.tree.map(lambda a: a, model)
+  for param in (model.layers.wo, model.layers.w_down):
+    param.set_value(param.get_value().at[np.array(layers)].set(0.0))
+  return model
+
+
+def test_iterative_skips_what_it_chose(trained):
+  before = [np.array(a) for a in jax.tree.leaves(trained)]
+  chosen, history, log = learn(trained, num_remove=3, steps=2)
+  assert sorted(chosen) == [1, 2, 3] and history.shape == (3, L)
+  assert [(r, i) for r, i, _ in log] == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
+  for r, layer in enumerate(chosen):
+    left = [l for l in (1, 2, 3) if l not in chosen[:r]]
+    assert layer == min(left, key=lambda l: abs(history[r, l]))
+    assert (history[r:, layer] == history[r, layer]).all()  # its gate stands from then on
+  for r in (0, 1):
+    alive = [l for l in range(L) if l not in chosen[: r + 1]]
+    assert (history[r + 1, alive] != history[r, alive]).all()  # the others go on from where they stand
+    assert np.abs(history[r + 1, alive] - history[r, alive]).max() < 0.1
+  for r, _, metrics in log:
+    np.testing.assert_array_equal(metrics['delta_L'] == 0, np.isin(np.arange(L), chosen[:r]))
+  chex.assert_trees_all_equal([np.array(a) for a in jax.tree.leaves(trained)], before)
+
+
+def test_one_shot_takes_all_after_one_round(trained):
+  model = without_effect(trained, 1, 3)
+  chosen, history, log = learn(model, num_remove=2, iterative=False, steps=4)
+  assert sorted(chosen) == [1, 3] and history.shape == (1, L)
+  assert [(r, i) for r, i, _ in log] == [(0, i) for i in range(4)]
+  assert history[0, [1, 3]].max() < history[0, [0, 2, 4]].min()
+
+
+def test_a_layer_without_effect_shrinks_by_l1_alone_and_goes_first(trained):
+  model = without_effect(trained, 2)
+  chosen, history, _ = learn(model, steps=4)
+  assert chosen[0] == 2
+  np.testing.assert_allclose(history[0, 2], 1 - 4 * 0.02, rtol=1e-4)  # Adam's full step, as λ1 never changes
+
+
+def test_no_l1_leaves_the_gate_of_a_layer_without_effect_alone(trained):
+  _, history, _ = learn(without_effect(trained, 2), num_remove=1, steps=3, lambda1=0.0)
+  assert history[0, 2] == 1.0 and (history[0, [0, 1, 3, 4]] != 1.0).all()
+
+
+def test_protected_layers_are_never_chosen(trained):
+  model = without_effect(trained, 0, 4)
+  for iterative in (True, False):
+    chosen, history, _ = learn(model, num_remove=2, iterative=iterative, candidates=(1, 2, 3), steps=2)
+    assert len(set(chosen)) == 2 and set(chosen) < {1, 2, 3}
+    assert history[0, [0, 4]].max() < history[0, [1, 2, 3]].min()  # though their gates are the least
+
+
+def test_nothing_to_remove():
+  chosen, history, log = learn(Decoder(SPEC, L, jax.random.key(0)), num_remove=0, iterative=False)
+  assert chosen == [] and len(history) == 0 and log == []
+
+
+def test_the_size_of_a_gate_counts_not_its_sign():
+  model = Decoder(SPEC, L, jax.random.key(0))
+  model.gate_L.set_value(np.float32([1, -3, 2, 0.5, 1]))
+  chosen, _, _ = learn(model, num_remove=3, iterative=False, steps=1, lr=1e-6)
+  assert chosen == [3, 2, 1]
+
+
+def test_loss_adds_lambda1_times_the_gates_that_are_alive():
+  model = Decoder(SPEC, L, jax.random.key(0))
+  model.gate_L.set_value(np.float32([1, -2, 4, 8, 16]))
+  alive_L = np.array([True, True, False, True, False])
+  terms = {
+      'alive_L': alive_L, 'gate_weight_L': np.where(alive_L, np.float32(0.25), np.float32(0)),
+      'delta_weight_L': np.zeros(L, np.float32),
+  }  # fmt: skip
+  loss, parts = losses.loss(model, BATCH_BT, terms, Mode())
+  assert float(parts['gate_l1']) == 0.25 * (1 + 2 + 8)
+  np.testing.assert_allclose(float(loss), float(parts['lm_loss']) + 0.25 * 11, rtol=1e-6)
+  # What is skipped is as good as removed.
+  cut = prune.prune(model, [2, 4])
+  cut.gate_L.set_value(np.float32([1, -2, 8]))
+  none = {'alive_L': np.ones(3, bool), 'gate_weight_L': np.zeros(3, np.float32), 'delta_weight_L': np.zeros(3, np.float32)}
+  lm, _ = losses.loss(cut, BATCH_BT, none, Mode())
+  np.testing.assert_allclose(float(parts['lm_loss']), float(lm), rtol=1e-6)
+
+
+def test_learn_gives_the_loss_its_lambda1_on_alive_layers(trained):
+  chosen, history, log = learn(trained, num_remove=2, steps=1, lambda1=0.5)
+  assert float(log[0][2]['gate_l1']) == 0.5 * L
+  alive = [l for l in range(L) if l != chosen[0]]
+  np.testing.assert_allclose(log[1][2]['gate_l1'], 0.5 * np.abs(history[0, alive]).sum(), rtol=1e-6)

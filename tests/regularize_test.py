@@ -1,0 +1,192 @@
+"""Stage 2: who is penalised when and how much, and what that does to the updates."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from elder_jax import model as model_lib
+from elder_jax import regularize
+from elder_jax import train
+from elder_jax.checkpoint import Checkpoints
+from elder_jax.model import Decoder, Mode, Spec
+from elder_jax.regularize import penalty_terms, TrainSettings
+
+L = 4
+BATCHES_SBT = np.random.default_rng(0).integers(0, 40, (8, 4, 9), np.int32)
+
+
+def tiny(tied=True) -> Decoder:
+  spec = Spec(
+      vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=tied,
+      rope_freq_H=(1.0, 0.1),
+  )  # fmt: skip
+  return Decoder(spec, L, jax.random.key(0))
+
+
+def leaves(model) -> dict:
+  return {jax.tree_util.keystr(p): np.array(a) for p, a in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
+def settings(**more) -> TrainSettings:
+  return TrainSettings(**({'steps': 3, 'lr': 1e-3, 'lambda2': 0.5} | more))
+
+
+def fit(model, layers, mode=Mode(), log=lambda i, m: None, checkpoint=None, batch=lambda i: BATCHES_SBT[i % 8], **more):
+  return regularize.fit(model, layers, settings(**more), mode, batch, log, checkpoint)
+
+
+def weights(layers, steps, **more) -> list[list[float]]:
+  return [penalty_terms(L, layers, settings(steps=steps, **more), i)['delta_weight_L'].tolist() for i in range(steps)]
+
+
+def skipped(layers, steps, **more) -> list[list[int]]:
+  more |= {'steps': steps, 'sequential': True}
+  return [np.flatnonzero(~penalty_terms(L, layers, settings(**more), i)['alive_L']).tolist() for i in range(steps)]
+
+
+def test_joint_is_one_weight_on_all_chosen_layers_in_every_step():
+  assert weights([2, 0], 3) == [[0.5, 0, 0.5, 0]] * 3
+  terms = penalty_terms(L, [2, 0], settings(), 1)
+  assert terms['alive_L'].all() and terms['alive_L'].dtype == bool and not terms['gate_weight_L'].any()
+  assert {terms['gate_weight_L'].dtype, terms['delta_weight_L'].dtype} == {np.dtype('float32')}
+
+
+@pytest.mark.parametrize('power, ramp', [(0.0, [1, 1, 1, 1]), (1.0, [0.25, 0.5, 0.75, 1]), (2.0, [1 / 16, 0.25, 9 / 16, 1])])
+def test_ramp_ends_at_lambda2(power, ramp):
+  assert weights([1], 4, lambda2_power=power) == [[0, 0.5 * r, 0, 0] for r in ramp]
+
+
+def test_sequential_takes_the_layers_in_the_order_given():
+  assert weights([3, 1], 4, sequential=True) == [[0, 0, 0, 0.5]] * 2 + [[0, 0.5, 0, 0]] * 2
+  assert skipped([3, 1], 4) == [[], [], [3], [3]]
+
+
+@pytest.mark.parametrize(
+    'steps, layers, turns',
+    [
+        (5, [0, 1], [0, 0, 0, 1, 1]),
+        (7, [0, 1, 2], [0, 0, 0, 1, 1, 2, 2]),
+        (8, [0, 1, 2], [0, 0, 0, 1, 1, 1, 2, 2]),
+        (3, [0, 1, 2], [0, 1, 2]),
+        (4, [0, 1, 2], [0, 0, 1, 2]),
+        (1, [0], [0]),
+    ],
+)
+def test_turns_where_steps_do_not_divide(steps, layers, turns):
+  assert [np.flatnonzero(w).tolist() for w in weights(layers, steps, sequential=True)] == [[t] for t in turns]
+  assert skipped(layers, steps) == [list(range(t)) for t in turns]
+
+
+@pytest.mark.parametrize('steps', range(4, 14))
+def test_every_layer_has_its_turn_and_its_whole_ramp(steps):
+  w_SL = np.array(weights([2, 0, 3, 1], steps, sequential=True, lambda2_power=1.0))
+  assert ((w_SL > 0).sum(1) == 1).all()
+  for l in range(L):
+    turn = w_SL[w_SL[:, l] > 0, l]
+    np.testing.assert_allclose(turn, 0.5 * np.arange(1, len(turn) + 1) / len(turn), rtol=1e-6)
+    assert len(turn) in (steps // L, -(-steps // L))
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3])
+def test_fewer_steps_than_layers_give_some_layers_a_turn(steps):
+  w_SL = np.array(weights([0, 1, 2, 3], steps, sequential=True, lambda2_power=1.0))
+  assert ((w_SL == 0.5).sum(1) == 1).all() and ((w_SL > 0).sum(1) == 1).all()
+  assert len(set(w_SL.argmax(1))) == steps
+
+
+def test_no_layers_are_no_penalty():
+  for sequential in (False, True):
+    terms = penalty_terms(L, [], settings(sequential=sequential), 2)
+    assert terms['alive_L'].all() and not terms['delta_weight_L'].any()
+
+
+@pytest.mark.parametrize('penalty, scale', [('l2', 'token'), ('l1', 'relative'), ('l2', 'none')])
+def test_the_penalty_alone_drives_the_updates_to_zero(penalty, scale):
+  model = tiny(tied=False)
+  model.head.set_value(jnp.zeros_like(model.head.get_value()))  # the LM loss is log V whatever the layers do
+  first = []
+  mode = Mode(penalty=penalty, penalty_scale=scale)
+  log = lambda i, m: first.append(m)
+  trained = fit(model, [1, 2], mode, log, steps=60, lr=0.02, lambda2=10.0)
+  np.testing.assert_allclose([m['lm_loss'] for m in first], np.log(40), rtol=1e-5)
+  _, before_L = model_lib.forward(model, BATCHES_SBT[0], mode=mode)
+  _, after_L = model_lib.forward(trained, BATCHES_SBT[0], mode=mode)
+  ratio_L = np.asarray(after_L) / np.asarray(before_L)
+  assert ratio_L[1] < 0.05 and ratio_L[2] < 0.05, ratio_L
+  old, new = leaves(model), leaves(trained)
+  for name in old:  # behind the last penalised layer no gradient comes from anywhere
+    if '.layers.' in name:
+      np.testing.assert_array_equal(old[name][3], new[name][3])
+      assert (old[name][[1, 2]] != new[name][[1, 2]]).any()
+
+
+def test_no_penalty_is_plain_lm_training():
+  model, steps = tiny(), 3
+  mine = fit(model, [], steps=steps, warmup_ratio=0.34)
+
+  def lm_loss(layers, tokens_BT):
+    changed = jax.tree.map(lambda a: a, model)
+    changed.layers = layers
+    x_BTD, _ = model_lib.forward(changed, tokens_BT)
+    logp_BTV = jax.nn.log_softmax(model_lib.logits(changed, x_BTD)[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))
+
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(train.schedule(1e-3, steps, 0.34)))
+  layers = jax.tree.map(lambda a: a, model.layers)
+  state = tx.init(layers)
+  gradient = jax.jit(jax.grad(lm_loss))
+  for i in range(steps):
+    updates, state = tx.update(gradient(layers, BATCHES_SBT[i]), state)
+    layers = optax.apply_updates(layers, updates)
+  chex.assert_trees_all_close(leaves(mine.layers), leaves(layers), atol=2e-6)
+  assert np.abs(leaves(mine.layers)['.wq.value'] - leaves(model.layers)['.wq.value']).max() > 1e-3
+
+
+def test_lambda2_of_zero_is_no_penalty_bit_for_bit():
+  plain, zero, some = fit(tiny(), []), fit(tiny(), [1, 2], lambda2=0.0), fit(tiny(), [1, 2], lambda2=0.5)
+  chex.assert_trees_all_equal(leaves(plain), leaves(zero))
+  assert any((a != b).any() for a, b in zip(leaves(plain).values(), leaves(some).values()))
+
+
+def test_what_trains_and_what_is_logged():
+  log = []
+  model = tiny()
+  old = leaves(model)
+  new = leaves(
+      fit(model, [2, 1], log=lambda i, m: log.append((i, m)), steps=4, sequential=True, trainable='all', lambda2_power=1.0)
+  )
+  assert [i for i, _ in log] == [0, 1, 2, 3]
+  delta_SL = np.array([m['delta_L'] for _, m in log])
+  assert (delta_SL[2:, 2] == 0).all() and (delta_SL[:2, 2] > 0).all() and (delta_SL[:, [0, 1, 3]] > 0).all()
+  expected = [0.25 * delta_SL[0, 2], 0.5 * delta_SL[1, 2], 0.25 * delta_SL[2, 1], 0.5 * delta_SL[3, 1]]
+  np.testing.assert_allclose([m['penalty'] for _, m in log], expected, rtol=1e-6)
+  assert {name for name in old if (old[name] == new[name]).all()} == {'.gate_L.value'}
+
+
+def test_a_killed_training_goes_on_exactly(tmp_path):
+  options = dict(steps=6, sequential=True, lambda2_power=1.0, warmup_ratio=0.3, weight_decay=0.1)
+  straight = fit(tiny(), [2, 1], **options)
+
+  class Killed(BaseException):
+    pass
+
+  def dying(i):
+    if i == 5:
+      raise Killed
+    return BATCHES_SBT[i]
+
+  checkpoints = lambda: Checkpoints(tmp_path / 'c', 2, 6)
+  with pytest.raises(Killed):
+    fit(tiny(), [2, 1], checkpoint=checkpoints(), batch=dying, **options)
+  steps = []
+  resumed = fit(tiny(), [2, 1], log=lambda i, m: steps.append(i), checkpoint=checkpoints(), **options)
+  assert steps == [4, 5]
+  chex.assert_trees_all_equal(leaves(resumed), leaves(straight))
+  # Finished and started again: nothing is left to do.
+  steps.clear()
+  again = fit(tiny(), [2, 1], log=lambda i, m: steps.append(i), checkpoint=checkpoints(), **options)
+  assert steps == []
+  chex.assert_trees_all_equal(leaves(again), leaves(straight))

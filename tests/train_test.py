@@ -1,0 +1,302 @@
+"""The training loop: what trains, the optimiser, donation, the schedule, non-finite losses, checkpoints."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from elder_jax import train
+from elder_jax.checkpoint import Checkpoints
+from elder_jax.model import Decoder, Mode, Spec
+
+SPEC = Spec(
+    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=False,
+    rope_freq_H=(1.0, 0.1),
+)  # fmt: skip
+L = 3
+BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (8, 4, 9), np.int32)
+NORMS = {'.final_norm.value', '.layers.attn_norm.value', '.layers.mlp_norm.value'}
+
+
+def named(tree) -> dict:
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def trains(name: str, what: str) -> bool:
+  return {'gates': 'gate_L' in name, 'blocks': '.layers.' in name, 'all': 'gate_L' not in name}[what]
+
+
+def copy(tree) -> dict:
+  return {name: np.array(leaf) for name, leaf in named(tree).items()}
+
+
+def rate(step):
+  return 0.01 + 0.0 * step
+
+
+def tiny(dtype=jnp.float32) -> Decoder:
+  model = Decoder(SPEC, L, jax.random.key(0))
+  return jax.tree_util.tree_map_with_path(
+      lambda path, a: a if 'gate_L' in jax.tree_util.keystr(path) else a.astype(dtype), model
+  )
+
+
+def terms(**more) -> dict:
+  return {
+      'alive_L': np.ones(L, bool), 'gate_weight_L': np.full(L, 0.01, np.float32),
+      'delta_weight_L': np.full(L, 0.1, np.float32),
+  } | more  # fmt: skip
+
+
+@functools.cache
+def adam_step(what: str, dtype: str = 'float32'):
+  """(tx, step); compiled once for all tests."""
+  tx = train.optimizer(train.mask(tiny(), what), rate, 0.0, 1.0)
+  return tx, train.make_step(tx, Mode(dtype=dtype), 1, rate)
+
+
+def begin(what: str, model: Decoder | None = None, dtype: str = 'float32'):
+  model = tiny() if model is None else model
+  tx, step = adam_step(what, dtype)
+  return step, *train.init(model, train.mask(model, what), tx)
+
+
+@pytest.mark.parametrize('what', ['gates', 'blocks', 'all'])
+def test_nothing_but_what_is_named_trains(what):
+  before = copy(tiny())
+  step, state, frozen = begin(what)
+  assert set(named(state.trained)) == {name for name in before if trains(name, what)}
+  assert set(named(frozen)) == {name for name in before if not trains(name, what)}
+  state, _ = step(state, frozen, BATCHES_SBT[0], terms())
+  assert int(state.step) == 1
+  after = copy(train.combine(state.trained, frozen))
+  assert list(after) == list(before)  # the order too: it is the tree's
+  for name in before:
+    assert np.array_equal(after[name], before[name]) != trains(name, what), name
+  assert set(named(state.trained)) == {name for name in before if trains(name, what)}
+
+
+@pytest.mark.parametrize('what', ['gates', 'blocks', 'all'])
+def test_optimiser_state_is_of_the_trained_leaves_only(what):
+  _, state, _ = begin(what)
+  shapes = sorted(a.shape for a in jax.tree.leaves(state.opt_state) if a.ndim)
+  assert shapes == sorted(2 * [a.shape for name, a in copy(tiny()).items() if trains(name, what)])
+
+
+def test_gradient_accumulation_changes_nothing():
+  model = tiny()
+  mask = train.mask(model, 'all')
+  tx = optax.masked(optax.sgd(0.5), mask)  # an update that is the gradient; Adam's hides a wrong scale
+  results = []
+  for parts in (1, 2, 4):
+    state, frozen = train.init(model, mask, tx)
+    state, metrics = train.make_step(tx, Mode(), parts, rate)(state, frozen, BATCHES_SBT[0], terms())
+    results.append((copy(state.trained), jax.device_get(metrics)))
+  moved = max(np.abs(a - b).max() for a, b in zip(results[0][0].values(), copy(train.partition(model, mask)[0]).values()))
+  assert moved > 1e-2
+  chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+  chex.assert_trees_all_close(results[0], results[2], atol=1e-6, rtol=1e-5)
+
+
+def test_masters_of_a_bfloat16_model_are_float32():
+  model = tiny(jnp.bfloat16)
+  step, state, frozen = begin('blocks', model, 'bfloat16')
+  state, metrics = step(state, frozen, BATCHES_SBT[0], terms())
+  assert {a.dtype for a in jax.tree.leaves(state.trained)} == {jnp.dtype('float32')}
+  assert {a.dtype for a in jax.tree.leaves(state.opt_state) if a.ndim} == {jnp.dtype('float32')}
+  assert frozen.embed.get_value().dtype == jnp.bfloat16 and frozen.gate_L.get_value().dtype == jnp.float32
+  assert metrics['loss'].dtype == jnp.float32 and metrics['delta_L'].dtype == jnp.float32
+  # Steps that bfloat16 cannot hold: a weight of 1 would swallow one of 0.01·0.01.
+  norm = np.asarray(state.trained.layers.attn_norm.get_value())
+  assert (norm != norm.astype(jnp.bfloat16).astype(np.float32)).any()
+  _, gates, _ = begin('gates', model, 'bfloat16')
+  assert gates.trained.gate_L.get_value().dtype == jnp.float32
+
+
+def test_the_callers_model_outlives_donation():
+  model = tiny()
+  before = copy(model)
+  step, state, frozen = begin('blocks', model)
+  given = state.trained.layers.wq.get_value()
+  state, _ = step(state, frozen, BATCHES_SBT[0], terms())
+  state, _ = step(state, frozen, BATCHES_SBT[1], terms())
+  assert given.is_deleted()  # the state was donated
+  chex.assert_trees_all_equal(copy(model), before)
+
+
+def test_changed_terms_do_not_recompile():
+  step, state, frozen = begin('blocks')
+  traces = []
+  counted = lambda i: traces.append(i) or rate(i)
+  tx = train.optimizer(train.mask(tiny(), 'blocks'), counted, 0.0, 1.0)
+  step = train.make_step(tx, Mode(), 1, counted)
+  losses = []
+  for i, change in enumerate((
+      {}, {'alive_L': np.array([True, False, True])}, {'delta_weight_L': np.zeros(L, np.float32)},
+      {'gate_weight_L': np.ones(L, np.float32)},
+  )):  # fmt: skip
+    state, metrics = step(state, frozen, BATCHES_SBT[0], terms(**change))
+    losses.append(float(metrics['loss']))
+    if not i:
+      first = len(traces)
+  assert len(traces) == first > 0 and step._cache_size() == 1
+  assert len(set(losses)) == 4
+
+
+def test_schedule():
+  r = train.schedule(2.0, 100, 0.1)
+  rates = np.array([float(r(i)) for i in range(100)])
+  np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-6)
+  assert rates.max() == rates[9] == rates[10] == 2.0 and rates[0] > 0
+  np.testing.assert_allclose(rates[10:], 2.0 * np.arange(90, 0, -1) / 90, rtol=1e-6)
+  assert float(r(100)) == 0 and 0 < rates[-1] < 0.03
+
+
+@pytest.mark.parametrize('warmup', [0.0, 0.05, 0.5, 0.99])
+@pytest.mark.parametrize('steps', [1, 2, 3, 10])
+def test_schedule_wastes_no_step(steps, warmup):
+  r = train.schedule(1.0, steps, warmup)
+  rates = [float(r(i)) for i in range(steps)]
+  assert min(rates) > 0 and max(rates) == 1.0
+  if not warmup:
+    assert rates[0] == 1.0
+
+
+def test_weight_decay_is_for_matrices():
+  model = tiny()
+  mask = train.mask(model, 'all')
+  tx = train.optimizer(mask, rate, 0.5, 1.0)
+  state, _ = train.init(model, mask, tx)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, state.trained), state.opt_state, state.trained)
+  weights = copy(state.trained)
+  assert {'.embed.value', '.head.value', '.layers.w_down.value'} | NORMS < set(weights)
+  for name, update in copy(updates).items():
+    expected = 0 * weights[name] if name in NORMS else -0.01 * 0.5 * weights[name]
+    np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('scale, norm', [(1e-3, None), (10.0, 0.25), (1e4, 0.25)])
+def test_gradients_are_clipped_by_their_global_norm(scale, norm):
+  model = tiny()
+  mask = train.mask(model, 'blocks')
+  tx = train.optimizer(mask, rate, 0.0, 0.25)
+  state, _ = train.init(model, mask, tx)
+  grads = jax.tree.map(lambda a: scale * a, state.trained)
+  grads = jax.tree.map(lambda a: a / optax.global_norm(state.trained), grads)  # of the norm `scale`
+  _, opt_state = tx.update(grads, state.opt_state, state.trained)
+  mu = optax.tree_utils.tree_get(opt_state, 'mu')
+  np.testing.assert_allclose(float(optax.global_norm(mu)), 0.1 * (scale if norm is None else norm), rtol=1e-4)
+
+
+def test_metrics_of_a_step():
+  step, state, frozen = begin('blocks')
+  _, metrics = step(state, frozen, BATCHES_SBT[0], terms())
+  m = {k: np.asarray(v) for k, v in metrics.items()}
+  np.testing.assert_allclose(m['loss'], m['lm_loss'] + m['gate_l1'] + m['penalty'], rtol=1e-6)
+  np.testing.assert_allclose(m['penalty'], 0.1 * m['delta_L'].sum(), rtol=1e-6)
+  np.testing.assert_allclose(m['gate_l1'], 0.01 * L, rtol=1e-6)
+  np.testing.assert_allclose(m['lr'], 0.01, rtol=1e-6)
+  assert m['grad_norm'] > 0 and m['delta_L'].shape == (L,) and (m['delta_L'] > 0).all()
+
+
+class Recorder:
+  """Stands for Checkpoints."""
+
+  def __init__(self, *steps):
+    self.steps, self.saved = steps, []
+
+  def due(self, step: int) -> bool:
+    return step in self.steps
+
+  def save(self, state):
+    self.saved.append(int(state.step))
+
+
+@pytest.mark.parametrize('due', [(1, 2, 3, 4, 5), (3,), (2, 3), (4,), ()])
+def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(due):
+  step, state, frozen = begin('blocks')
+  bad = terms(delta_weight_L=np.array([0, np.nan, 0], np.float32))
+  logged, recorder = [], Recorder(*due)
+  with pytest.raises(train.NonFiniteLoss, match='loss of step 3 is nan'):
+    train.fit(
+        step, state, frozen, 5, lambda i: BATCHES_SBT[i], lambda i: bad if i == 2 else terms(),
+        lambda i, m: logged.append(i), recorder,
+    )  # fmt: skip
+  assert recorder.saved == [s for s in due if s < 3] and logged == [0, 1]
+
+
+def fake_step(losses, grad_norms):
+  def step(state, frozen, batch, terms):
+    return state._replace(step=state.step + 1), {'loss': losses[batch], 'grad_norm': grad_norms[batch]}
+
+  return step
+
+
+def test_a_gradient_that_is_not_finite_spoils_the_state_though_the_loss_is_finite():
+  recorder, state = Recorder(1, 2, 3), train.TrainState(jnp.int32(0), None, None)
+  step = fake_step([1.0, 1.0, 1.0], [1.0, np.inf, 1.0])
+  with pytest.raises(train.NonFiniteLoss, match='gradient of step 2 is inf'):
+    train.fit(step, state, None, 3, lambda i: i, lambda i: {}, lambda i, m: None, recorder)
+  assert recorder.saved == [1]
+
+
+@pytest.mark.parametrize('due', [(), (1, 2, 3), (2,), (3,)])
+@pytest.mark.parametrize('start', [0, 1, 3])
+def test_each_step_is_logged_once_and_before_it_is_saved(start, due):
+  events, recorder = [], Recorder(*due)
+  recorder.save = lambda state: events.append(('save', int(state.step)))
+  state = train.TrainState(jnp.int32(start), None, None)
+  step = fake_step([5.0, 6.0, 7.0], [1.0] * 3)
+  log = lambda i, m: events.append((i, float(m['loss'])))
+  state = train.fit(step, state, None, 3, lambda i: i, lambda i: {}, log, recorder)
+  expected = []
+  for i in range(start, 3):
+    expected += [(i, 5.0 + i)] + ([('save', i + 1)] if i + 1 in due else [])
+  assert events == expected and int(state.step) == 3
+
+
+def fit(step, state, frozen, steps, checkpoint=None):
+  change = lambda i: terms(delta_weight_L=np.full(L, i, np.float32))
+  return train.fit(step, state, frozen, steps, lambda i: BATCHES_SBT[i], change, lambda i, m: None, checkpoint)
+
+
+def test_saved_and_restored_is_bit_for_bit_the_straight_run(tmp_path):
+  step, state, frozen = begin('all')
+  straight = copy(fit(step, state, frozen, 6))
+  checkpoints = Checkpoints(tmp_path / 'c', 3, 6)
+  _, state, frozen = begin('all')
+  half = copy(fit(step, state, frozen, 3, checkpoints))
+  _, fresh, frozen = begin('all')
+  restored = Checkpoints(tmp_path / 'c', 3, 6).latest(fresh)
+  assert int(restored.step) == 3
+  chex.assert_trees_all_equal(copy(restored), half)
+  resumed = copy(fit(step, restored, frozen, 6))
+  assert list(resumed) == list(straight)
+  chex.assert_trees_all_equal(resumed, straight)
+
+
+def test_checkpoints_keep_the_last_whole_one(tmp_path):
+  folder = tmp_path / 'a' / 'c'
+  state = train.TrainState(jnp.int32(0), {'w': jnp.arange(3.0)}, {'mu': jnp.zeros(3)})
+  checkpoints = Checkpoints(folder, 2, 7)
+  assert checkpoints.latest(state) is state
+  assert [s for s in range(1, 8) if checkpoints.due(s)] == [2, 4, 6, 7]
+  assert [s for s in range(1, 8) if Checkpoints(folder, 0, 7).due(s)] == [7]
+
+  checkpoints.save(state._replace(step=jnp.int32(2)))
+  (folder / '9.orbax-checkpoint-tmp').mkdir()  # Orbax's name for one that it has not finished
+  (folder / '4.orbax-checkpoint-tmp').mkdir()
+  assert int(checkpoints.latest(state).step) == 2
+  checkpoints.save(state._replace(step=jnp.int32(4), trained={'w': 2 * jnp.arange(3.0)}))
+  assert [p.name for p in folder.iterdir() if p.name.isdecimal()] == ['4']
+  latest = checkpoints.latest(state)
+  assert int(latest.step) == 4
+  np.testing.assert_array_equal(latest.trained['w'], [0, 2, 4])
+  checkpoints.save(state._replace(step=jnp.int32(10)))  # 10 after 4: numbers, not names, are compared
+  assert int(checkpoints.latest(state).step) == 10
+  checkpoints.clear()
+  assert not folder.exists() and checkpoints.latest(state) is state
