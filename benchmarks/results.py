@@ -60,19 +60,31 @@ def rows() -> dict[str, dict]:
     )
   rows['stage2/l2 token 0.01 lr 0.0003 sequential'] = dict(fixed, lambda2=1e-2, lr=3e-4, order='sequential')
   rows['stage2/l2 token 0.001 lr 0.0003'] = dict(fixed, lambda2=1e-3, lr=3e-4)
-  for gate in ('residual', 'output'):
-    for lr in (0.02, 0.1):
+  rows['stage2/l2 token 0.001 lr 0.0003 sequential'] = dict(fixed, lambda2=1e-3, lr=3e-4, order='sequential')
+  for gate, lrs in (('residual', (0.005, 0.02, 0.1)), ('output', (0.02, 0.1))):
+    for lr in lrs:
       stage1 = dict(recipe='none', gate=gate, gate_lr=lr, dtype='bfloat16')
       rows[f'stage1/{gate} one_shot lr {lr:g}'] = dict(stage1, selection='one_shot', gate_steps=28)
       rows[f'stage1/{gate} iterative lr {lr:g}'] = dict(stage1, gate_steps=4)
-  rows['stage2/l2 token 0.1 lr 0.0003'] = dict(fixed, lambda2=0.1, lr=3e-4)
+  rows |= final_rows()
   rows['stage2/l2 token 0.1 lr 0.0003 ramp 2'] = dict(fixed, lambda2=0.1, lr=3e-4, lambda2_power=2.0)
-  rows['stage2/l2 token 0.01 lr 0.0003 all trained'] = dict(fixed, lambda2=1e-2, lr=3e-4, trainable='all')
-  return rows | MORE
+  rows['stage2/l2 token 0.001 lr 0.0003 sequential, all trained'] = dict(
+      fixed, lambda2=1e-3, lr=3e-4, order='sequential', trainable='all'
+  )
+  return rows
 
 
-# Rows that follow from what the rows above showed on validation text.
-MORE: dict[str, dict] = {}
+def final_rows() -> dict[str, dict]:
+  """The whole method as chosen from the rows above by validation text, and prune-then-train on the layers it chose."""
+  rows = {}
+  for seed in (0, 1, 2):
+    chosen = dict(seed=seed, lr=3e-4, gate='residual', **FINAL)
+    rows[f'final/regularize, seed {seed}'] = chosen
+    rows[f'final/prune_then_train, seed {seed}'] = dict(chosen, recipe='prune_then_train', same_layers=f'final/regularize, seed {seed}')
+  return rows
+
+
+FINAL = dict(selection='one_shot', gate_steps=28, gate_lr=0.02, lambda2=1e-3, order='sequential')
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
@@ -85,7 +97,10 @@ def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
   return str(paths[0]), str(paths[1])
 
 
-def do(name: str, settings: dict, work: pathlib.Path) -> dict:
+def do(name: str, settings: dict, work: pathlib.Path, done: dict[str, dict]) -> dict:
+  settings = dict(settings)
+  if like := settings.pop('same_layers', None):
+    settings['remove_layers'] = ','.join(str(l) for l in done[like]['removed'])
   train, validation = split(pathlib.Path(_WIKITEXT.value), work)
   texts = {'validation': validation, 'WikiText-2 test': f'{_WIKITEXT.value}/test.txt', 'news': _NEWS.value}
   settings = {
@@ -144,7 +159,7 @@ def main(argv):
     path = work / (name.replace('/', '-').replace(' ', '_') + '.json')
     if not path.exists() and not _TABLE.value and name.startswith(_ONLY.value):
       metrics.say(f'row {name}')
-      report_lib.write_json(path, do(name, settings, work))
+      report_lib.write_json(path, do(name, settings, work, done))
       jax.clear_caches()
     if path.exists():
       done[name] = json.loads(path.read_text())

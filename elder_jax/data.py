@@ -45,9 +45,7 @@ def read_text(flag: str, source: str, column: str) -> str:
     elif os.path.isfile(path):
       raise InputError(f'{flag}={source}: is of no kind that can be read; give a .txt, .jsonl or .parquet file.')
     else:
-      hub_id, *rest = source.split(':')
-      if len(rest) > 2:
-        raise InputError(f'{flag}={source}: must be a file or id:configuration:split.')
+      hub_id, *rest = source.split(':', 2)
       split = rest.pop() if rest else 'train'
       rows = datasets.load_dataset(hub_id, *rest, split=split)
   except InputError:

@@ -495,7 +495,6 @@ def test_window_longer_than_the_text(settings):
         ('foreign.parquet', b'PAR1 no parquet at all', ['cannot be read']),
         ('empty.parquet', b'', ['is empty']),
         ('image.png', b'\x89PNG\r\n', ['is of no kind that can be read', '.parquet']),
-        ('a:b:c:d', None, ['id:configuration:split']),
         ('~no_such_user/a.txt', None, ['no such file']),
     ],
     ids=lambda v: v[:20] if isinstance(v, str) else '',

@@ -48,6 +48,13 @@ def write_tiny_llama(folder: pathlib.Path, dtype: str = 'float32', shard: str = 
   return folder
 
 
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Runs of one shape are compiled once in a session; half of the time of the whole runs goes otherwise into it."""
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('jax')))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory) -> pathlib.Path:
   """A tiny Llama's folder; read only."""

@@ -1,5 +1,8 @@
 """Stage 2: who is penalised when and how much, and what that does to the updates."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,14 +19,29 @@ from elder_jax.regularize import penalty_terms, TrainSettings
 
 L = 4
 BATCHES_SBT = np.random.default_rng(0).integers(0, 40, (8, 4, 9), np.int32)
+MAKE_STEP, STEPS = train.make_step, {}
 
 
-def tiny(tied=True) -> Decoder:
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiler():
+  """Half the time of these tests is XLA's, for programs that run in no time."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
+@functools.cache
+def random_model(tied: bool) -> Decoder:
   spec = Spec(
       vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=tied,
       rope_freq_H=(1.0, 0.1),
   )  # fmt: skip
   return Decoder(spec, L, jax.random.key(0))
+
+
+def tiny(tied=True) -> Decoder:
+  return jax.tree.map(lambda a: a, random_model(tied))
 
 
 def leaves(model) -> dict:
@@ -35,7 +53,12 @@ def settings(**more) -> TrainSettings:
 
 
 def fit(model, layers, mode=Mode(), log=lambda i, m: None, checkpoint=None, batch=lambda i: BATCHES_SBT[i % 8], **more):
-  return regularize.fit(model, layers, settings(**more), mode, batch, log, checkpoint)
+  s = settings(**more)
+  # What the step depends on: such fits share one, as they would share its compilation if jax could tell.
+  key = mode, dataclasses.replace(s, lambda2=0, lambda2_power=0, sequential=False)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'make_step', lambda *args: STEPS.get(key) or STEPS.setdefault(key, MAKE_STEP(*args)))
+    return regularize.fit(model, layers, s, mode, batch, log, checkpoint)
 
 
 def weights(layers, steps, **more) -> list[list[float]]:
@@ -103,18 +126,17 @@ def test_no_layers_are_no_penalty():
     assert terms['alive_L'].all() and not terms['delta_weight_L'].any()
 
 
-@pytest.mark.parametrize('penalty, scale', [('l2', 'token'), ('l1', 'relative'), ('l2', 'none')])
+@pytest.mark.parametrize('penalty, scale', [('l2', 'token'), ('l1', 'relative')])
 def test_the_penalty_alone_drives_the_updates_to_zero(penalty, scale):
   model = tiny(tied=False)
   model.head.set_value(jnp.zeros_like(model.head.get_value()))  # the LM loss is log V whatever the layers do
-  first = []
-  mode = Mode(penalty=penalty, penalty_scale=scale)
-  log = lambda i, m: first.append(m)
-  trained = fit(model, [1, 2], mode, log, steps=60, lr=0.02, lambda2=10.0)
-  np.testing.assert_allclose([m['lm_loss'] for m in first], np.log(40), rtol=1e-5)
-  _, before_L = model_lib.forward(model, BATCHES_SBT[0], mode=mode)
-  _, after_L = model_lib.forward(trained, BATCHES_SBT[0], mode=mode)
-  ratio_L = np.asarray(after_L) / np.asarray(before_L)
+  metrics = []
+  trained = fit(
+      model, [1, 2], Mode(penalty=penalty, penalty_scale=scale), lambda i, m: metrics.append(m),
+      batch=lambda i: BATCHES_SBT[0], steps=60, lr=0.02, lambda2=10.0,
+  )  # fmt: skip
+  np.testing.assert_allclose([m['lm_loss'] for m in metrics], np.log(40), rtol=1e-5)
+  ratio_L = metrics[-1]['delta_L'] / metrics[0]['delta_L']
   assert ratio_L[1] < 0.05 and ratio_L[2] < 0.05, ratio_L
   old, new = leaves(model), leaves(trained)
   for name in old:  # behind the last penalised layer no gradient comes from anywhere
@@ -125,7 +147,7 @@ def test_the_penalty_alone_drives_the_updates_to_zero(penalty, scale):
 
 def test_no_penalty_is_plain_lm_training():
   model, steps = tiny(), 3
-  mine = fit(model, [], steps=steps, warmup_ratio=0.34)
+  mine = fit(model, [], steps=steps)
 
   def lm_loss(layers, tokens_BT):
     changed = jax.tree.map(lambda a: a, model)
@@ -134,7 +156,7 @@ def test_no_penalty_is_plain_lm_training():
     logp_BTV = jax.nn.log_softmax(model_lib.logits(changed, x_BTD)[:, :-1])
     return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))
 
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(train.schedule(1e-3, steps, 0.34)))
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(train.schedule(1e-3, steps, 0.05)))
   layers = jax.tree.map(lambda a: a, model.layers)
   state = tx.init(layers)
   gradient = jax.jit(jax.grad(lm_loss))

@@ -1,0 +1,140 @@
+"""What people and programs read of a run: the table, the verdict, metrics.jsonl."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from elder_jax import report as report_lib
+from elder_jax.metrics import Metrics
+
+
+def make(recipe='regularize', **changes) -> dict:
+  return {
+      'model': 'some/model',
+      'num_layers': 6,
+      'removed': [2, 3],
+      'kept': [0, 1, 4, 5],
+      'recipe': recipe,
+      'gates': [[1.0] * 6, [1.0, 0.9, 0.1234, -0.05, 1.0, 1.0]],
+      'ppl': {'wiki': {'dense': 10.126, 'pruned': 20.5}, 'news': {'dense': 7.0, 'pruned': 9999.994}},
+      'recipes': {
+          'regularize': {'ppl': {'wiki': 20.5, 'news': 9999.994}},
+          'none': {'ppl': {'wiki': 123456.0, 'news': 10000.0}},
+          'prune_then_train': {'ppl': {'wiki': 21.0, 'news': 10001.0}},
+      },
+      'corpora': {
+          c: {'source': f'{c}.txt', 'sha256': c[0] * 64, 'windows': 8, 'window': 32, 'bos': 'tokenizer', 'protocol': 'P/1'}
+          for c in ('wiki', 'news')
+      },
+      'params': {'dense': 12_340_000, 'pruned': 9_255_000},
+      'seconds': {'load': 1.2, 'gates': 61.7},
+      'device': '1 × cpu',
+      'versions': {'python': '3.11', 'jax': '0.10'},
+  } | changes  # fmt: skip
+
+
+def test_table():
+  assert report_lib.table(make()).splitlines() == [
+      '| model | layers | PPL wiki | PPL news |',
+      '| --- | ---: | ---: | ---: |',
+      '| dense | 6 | 10.13 | 7.00 |',
+      '| direct removal | 4 | 1.2e+05 | 1e+04 |',
+      '| prune, then train | 4 | 21.00 | 1e+04 |',
+      '| regularise, then prune (exported) | 4 | 20.50 | 9999.99 |',
+  ]
+
+
+def test_verdict_is_silent_where_the_exported_recipe_wins():
+  assert report_lib.verdict(make()) == []
+  tie = make()
+  tie['recipes']['none']['ppl']['wiki'] = 20.5  # no better, and first in the file's order it is not
+  assert report_lib.verdict(tie) == []
+
+
+def test_verdict_names_the_best_rival_on_its_corpus():
+  report = make()
+  report['recipes']['prune_then_train']['ppl']['wiki'] = 19.25
+  report['recipes']['none']['ppl']['wiki'] = 20.0
+  (line,) = report_lib.verdict(report)
+  assert line.startswith('On wiki, "prune, then train" is better than the exported "regularise, then prune"')
+  assert '19.25 against 20.50' in line and 'news' not in line
+  report['recipes']['none']['ppl']['news'] = 5.0
+  assert len(report_lib.verdict(report)) == 2
+  report = make(recipe='none')
+  assert [line.split(',')[0] for line in report_lib.verdict(report)] == ['On wiki', 'On news']
+
+
+def test_markdown():
+  report = make()
+  text = report_lib.markdown(report)
+  assert text.startswith('# some/model: 6 → 4 layers\n')
+  assert 'numbers of the dense model): [2, 3]. Kept: [0, 1, 4, 5].' in text
+  assert 'Parameters: 12.3 M → 9.3 M (25.0% fewer).' in text
+  assert report_lib.table(report) in text and 'is better than' not in text
+  assert f'- wiki: wiki.txt, sha256 {"w" * 16}…, 8 windows of 32 tokens, BOS: tokenizer.' in text
+  assert '- Protocol: P/1.' in text
+  assert '0: 1.000, 1: 0.900, 2: 0.123, 3: -0.050, 4: 1.000, 5: 1.000.' in text  # of the last round
+  assert 'Seconds: load 1, gates 62. Device: 1 × cpu.' in text and 'python 3.11, jax 0.10.' in text
+  report['recipes']['none']['ppl']['wiki'] = 2.0
+  assert report_lib.verdict(report)[0] in report_lib.markdown(report)
+
+
+def test_markdown_of_a_run_without_texts_and_gates():
+  recipes = {'none': {'ppl': {}}}
+  text = report_lib.markdown(make('none', ppl={}, gates=[], corpora={}, recipes=recipes))
+  assert '|' not in text and 'Protocol' not in text and 'Gates' not in text and 'Parameters' in text
+
+
+def test_versions_and_device():
+  versions = report_lib.versions()
+  assert versions['jax'] == jax.__version__ and all(versions.values())
+  assert report_lib.device().startswith(f'{len(jax.devices())} × ')
+
+
+def test_write_json_leaves_no_half(tmp_path):
+  path = tmp_path / 'report.json'
+  report_lib.write_json(path, {'a': [1, 'ü']})
+  assert json.loads(path.read_text()) == {'a': [1, 'ü']} and [p.name for p in tmp_path.iterdir()] == ['report.json']
+  with pytest.raises(TypeError):
+    report_lib.write_json(path, {'a': object()})
+  assert json.loads(path.read_text()) == {'a': [1, 'ü']}
+
+
+def steps(path) -> list[tuple]:
+  return [(row['stage'], row['step']) for row in map(json.loads, path.read_text().splitlines())]
+
+
+def test_metrics_begin_drops_what_will_be_written_again(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  metrics = Metrics(path)
+  metrics.begin('gates', 0)
+  assert not path.exists()
+  for stage in ('gates', 'regularize'):
+    for i in range(4):
+      metrics.write(stage, i, {'loss': np.float32(i).item(), 'delta_L': np.arange(2.0)}, round=0)
+  assert json.loads(path.read_text().splitlines()[1]) == {
+      'stage': 'gates', 'step': 1, 'round': 0, 'loss': 1.0, 'delta_L': [0.0, 1.0]
+  }  # fmt: skip
+  gates = [('gates', i) for i in range(4)]
+  metrics.begin('regularize', 2)
+  assert steps(path) == gates + [('regularize', 0), ('regularize', 1)]
+  metrics.write('regularize', 2, {'loss': 1.0})
+  assert steps(path) == gates + [('regularize', i) for i in range(3)]
+  metrics.begin('gates', 0)
+  assert steps(path) == [('regularize', i) for i in range(3)]
+
+
+@pytest.mark.parametrize('half', ['{"stage": "gates", "st', '{', '{"stage": "gates", "step": 2, "loss": 1.0}'])
+def test_metrics_begin_mends_a_last_line_that_a_kill_cut_off(tmp_path, half):
+  path = tmp_path / 'metrics.jsonl'
+  metrics = Metrics(path)
+  for i in range(2):
+    metrics.write('gates', i, {'loss': 1.0})
+  with path.open('a') as file:
+    file.write(half)
+  metrics.begin('regularize', 0)
+  metrics.write('regularize', 0, {'loss': 1.0})
+  whole = [('gates', 2)] if half.endswith('}') else []
+  assert steps(path) == [('gates', 0), ('gates', 1), *whole, ('regularize', 0)]

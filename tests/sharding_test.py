@@ -1,0 +1,170 @@
+"""Meshes, and the same training on each of them. Run as a script, this file is the worker with eight devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+
+from elder_jax import sharding
+from elder_jax import train
+from elder_jax.checkpoint import Checkpoints
+from elder_jax.errors import InputError
+from elder_jax.model import Decoder, Mode, Spec
+
+SPEC = Spec(
+    vocab_size=48, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
+    rope_freq_H=(1.0, 0.1),
+)  # fmt: skip
+L = 2
+MESHES = ['1,1,1', '8,1,1', '2,2,2', '1,4,2']
+
+
+def named(tree) -> dict:
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def worker(out: pathlib.Path):
+  """Two steps on each mesh: losses, weights, how every leaf lies before and after, and a resume after the first step."""
+  jax.config.update('jax_numpy_rank_promotion', 'raise')
+  jax.config.update('jax_disable_most_optimizations', True)  # half the time is XLA's
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+      lambda event, seconds, **more: compiled.append(event) if 'backend_compile' in event else None
+  )
+  batches = np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 16, 9), np.int32)
+  terms = {
+      'alive_L': np.ones(L, bool), 'gate_weight_L': np.zeros(L, np.float32), 'delta_weight_L': np.float32([0, 0.1])
+  }  # fmt: skip
+  facts, arrays, whole = {}, {}, Decoder(SPEC, L, jax.random.key(0))
+  arrays |= {f'start/{k}': np.asarray(a) for k, a in named(whole).items()}
+  for flag in MESHES:
+    mesh = sharding.make_mesh(flag, jax.devices()[: 1 if flag == '1,1,1' else 8])
+    model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, flag))
+    mask, rate = train.mask(model, 'all'), train.schedule(1e-3, 2, 0.0)
+    tx = train.optimizer(mask, rate, 0.0, 1.0)
+    step = train.make_step(tx, Mode(), 2, rate)
+    state, frozen = train.init(model, mask, tx)
+    lies = lambda state: {k: [a.shape, a.sharding.shard_shape(a.shape)] for k, a in named(state).items()}
+    before, losses = lies(state), []
+    checkpoints = Checkpoints(out / flag, 1, 2)
+    for i, batch in enumerate([sharding.put_batch(b, mesh) for b in batches]):
+      compiled.clear()
+      state, metrics = step(state, frozen, batch, terms)
+      again = len(compiled)  # of the second step, in the end
+      losses.append(float(metrics['loss']))
+      if not i:
+        checkpoints.save(state)
+    restored = checkpoints.latest(train.init(model, mask, tx)[0])
+    resumed, _ = step(restored, frozen, batch, terms)
+    facts[flag] = {
+        'losses': losses, 'before': before, 'after': lies(state), 'again': again, 'batch': batch.sharding.shard_shape((16, 9)),
+        'resumed': all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(state))),
+    }  # fmt: skip
+    arrays |= {f'{flag}/{k}': np.asarray(a) for k, a in named(state.trained).items()}
+  np.savez(out / 'arrays.npz', **arrays)
+  (out / 'facts.json').write_text(json.dumps(facts))
+
+
+@pytest.fixture(scope='module')
+def result():
+  root = str(pathlib.Path(__file__).parents[1])
+  with tempfile.TemporaryDirectory() as folder:
+    env = os.environ | {
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, __file__, folder], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(pathlib.Path(folder) / 'arrays.npz') as file:
+      arrays = dict(file)
+    return json.loads((pathlib.Path(folder) / 'facts.json').read_text()), arrays
+
+
+@pytest.mark.parametrize('flag', MESHES[1:])
+def test_every_mesh_trains_as_one_device_does(result, flag):
+  facts, arrays = result
+  np.testing.assert_allclose(facts[flag]['losses'], facts['1,1,1']['losses'], rtol=1e-5)
+  names = [k.partition('/')[2] for k in arrays if k.startswith('1,1,1/')]
+  assert len(names) == 11
+  for name in names:
+    np.testing.assert_allclose(arrays[f'{flag}/{name}'], arrays[f'1,1,1/{name}'], atol=1e-5, err_msg=name)
+    assert np.abs(arrays[f'{flag}/{name}'] - arrays[f'start/{name}']).max() > 1e-3, name
+
+
+@pytest.mark.parametrize('flag', MESHES)
+def test_weights_and_optimiser_state_are_sharded_and_stay_so(result, flag):
+  facts, _ = result
+  _, fsdp, tp = (int(s) for s in flag.split(','))
+  for when in ('before', 'after'):
+    lies = facts[flag][when]
+    matrices = [k for k in lies if '.w_up.' in k or '.embed.' in k or '.wo.' in k or '.wk.' in k]
+    assert len(matrices) == 12  # weight, mu and nu of each
+    for name in matrices:
+      shape, shard = lies[name]
+      assert np.prod(shape) == np.prod(shard) * fsdp * tp, (when, name, shape, shard)
+    norms = [k for k in lies if 'norm' in k]
+    assert len(norms) == 9
+    for name in norms:
+      shape, shard = lies[name]
+      assert np.prod(shape) == np.prod(shard) * fsdp, (when, name, shape, shard)
+
+
+@pytest.mark.parametrize('flag', MESHES)
+def test_the_batch_lies_on_data_and_fsdp(result, flag):
+  data, fsdp, _ = (int(s) for s in flag.split(','))
+  assert result[0][flag]['batch'] == [16 // (data * fsdp), 9]
+
+
+@pytest.mark.parametrize('flag', MESHES)
+def test_one_compilation_serves_all_steps(result, flag):
+  assert result[0][flag]['again'] == 0
+
+
+@pytest.mark.parametrize('flag', MESHES)
+def test_training_goes_on_from_a_checkpoint_of_a_mesh(result, flag):
+  assert result[0][flag]['resumed']
+
+
+@pytest.mark.parametrize(
+    'flag, sizes',
+    [('1,8,1', (1, 8, 1)), ('-1,1,1', (8, 1, 1)), ('2,-1,2', (2, 2, 2)), ('1,4,-1', (1, 4, 2)), ('8,1,-1', (8, 1, 1))],
+)
+def test_make_mesh(flag, sizes):
+  mesh = sharding.make_mesh(flag, np.arange(8))
+  assert dict(mesh.shape) == dict(zip(('data', 'fsdp', 'tp'), sizes))
+
+
+@pytest.mark.parametrize('flag', ['', '8', '1,8', '1,8,1,1', 'a,b,c', '-1,-1,1', '0,8,1', '-2,4,1', '1.0,8,1', '2,2,1', '3,-1,1', '16,-1,1'])
+def test_make_mesh_refuses(flag):
+  with pytest.raises(InputError, match=f'^--mesh={flag}: '):
+    sharding.make_mesh(flag, np.arange(8))
+
+
+def one_device_as(**sizes):
+  """A stand-in for a mesh, of which only the sizes are asked before anything is placed."""
+  return type('FakeMesh', (), {'shape': {'data': 1, 'fsdp': 1, 'tp': 1} | sizes})()
+
+
+@pytest.mark.parametrize('sizes, axis, size', [({'fsdp': 3}, 'fsdp=3', 16), ({'tp': 5}, 'tp=5', 48), ({'tp': 4}, 'tp=4', 2)])
+def test_a_size_that_does_not_divide_is_refused(sizes, axis, size, monkeypatch):
+  monkeypatch.setattr(sharding, 'NamedSharding', lambda mesh, spec: spec)
+  model = jax.eval_shape(lambda: Decoder(SPEC, L, jax.random.key(0)))
+  with pytest.raises(InputError, match=rf'^--mesh=x,y,z: {axis} does not divide a size of {size} '):
+    sharding.for_model(model, one_device_as(**sizes), 'x,y,z')
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+  mesh = one_device_as(data=2, fsdp=4)
+  sharding.check_batch(mesh, '2,4,1', 16, '--batch_size')
+  with pytest.raises(InputError, match='^--mesh=2,4,1: .*8.*--batch_size=12'):
+    sharding.check_batch(mesh, '2,4,1', 12, '--batch_size')
+
+
+if __name__ == '__main__':
+  worker(pathlib.Path(sys.argv[1]))
