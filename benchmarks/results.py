@@ -32,8 +32,14 @@ _ONLY = flags.DEFINE_string('only', '', 'Rows to do, by the beginning of their n
 _TABLE = flags.DEFINE_boolean('table', False, 'Only write the document.')
 
 BEGIN, END = '<!-- results: begin -->\n', '<!-- results: end -->\n'
-BLOCK = '12,13,14,15,16,17,18'  # LLM-Streamline's choice here: rows on stage 2 use it, so that choice and training are apart
-BUDGET = dict(seq_len=256, num_sequences=64, batch_size=4, train_steps=16, num_remove=7, eval_seq_len=512, eval_tokens=6144)
+BLOCK = (
+  '12,13,14,15,16,17,18'  # LLM-Streamline's choice here: rows on stage 2 use it, so that choice and training are apart
+)
+BUDGET = dict(
+    seq_len=256, num_sequences=64, batch_size=4, train_steps=16, num_remove=7, eval_seq_len=512, eval_tokens=6144
+)  # fmt: skip
+# What a row has where its name does not say otherwise; written out, so that the rows do not follow the defaults about.
+START = dict(gate='residual', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
 
 # λ2 by norm and scale, so that the penalty starts at about 0.6 per layer: ten times what the paper's 1e-3 gives for l2
 # per token, where the penalty is too weak to be told from none.
@@ -50,26 +56,28 @@ def rows() -> dict[str, dict]:
   rows['stage2/direct removal'] = dict(fixed, recipe='none')
   for lr in (1e-4, 3e-4):
     rows[f'stage2/prune_then_train lr {lr:g}'] = dict(fixed, recipe='prune_then_train', lr=lr)
-  for penalty, scale in (('l2', 'token'), ('l2', 'relative')):
+  for penalty, scale in (('l2', 'token'), ('l2', 'relative'), ('l2', 'none')):
     rows[f'stage2/{penalty} {scale} {LAMBDA2[penalty, scale]:g} lr 0.0001'] = dict(
-        fixed, penalty=penalty, penalty_scale=scale, lambda2=LAMBDA2[penalty, scale], lr=1e-4
+      fixed, penalty=penalty, penalty_scale=scale, lambda2=LAMBDA2[penalty, scale], lr=1e-4
     )
   for (penalty, scale), lambda2 in LAMBDA2.items():
     rows[f'stage2/{penalty} {scale} {lambda2:g} lr 0.0003'] = dict(
-        fixed, penalty=penalty, penalty_scale=scale, lambda2=lambda2, lr=3e-4
+      fixed, penalty=penalty, penalty_scale=scale, lambda2=lambda2, lr=3e-4
     )
   rows['stage2/l2 token 0.01 lr 0.0003 sequential'] = dict(fixed, lambda2=1e-2, lr=3e-4, order='sequential')
   rows['stage2/l2 token 0.001 lr 0.0003'] = dict(fixed, lambda2=1e-3, lr=3e-4)
   rows['stage2/l2 token 0.001 lr 0.0003 sequential'] = dict(fixed, lambda2=1e-3, lr=3e-4, order='sequential')
-  for gate, lrs in (('residual', (0.005, 0.02, 0.1)), ('output', (0.02, 0.1))):
+  for gate, lrs in (('residual', (0.002, 0.005, 0.02, 0.1)), ('output', (0.005, 0.02, 0.1))):
     for lr in lrs:
       stage1 = dict(recipe='none', gate=gate, gate_lr=lr, dtype='bfloat16')
       rows[f'stage1/{gate} one_shot lr {lr:g}'] = dict(stage1, selection='one_shot', gate_steps=28)
       rows[f'stage1/{gate} iterative lr {lr:g}'] = dict(stage1, gate_steps=4)
   rows |= final_rows()
+  rows['stage2/l2 token 0.1 lr 0.0003'] = dict(fixed, lambda2=0.1, lr=3e-4)
+  rows['stage2/l2 token 0.01 lr 0.0003 all trained'] = dict(fixed, lambda2=1e-2, lr=3e-4, trainable='all')
   rows['stage2/l2 token 0.1 lr 0.0003 ramp 2'] = dict(fixed, lambda2=0.1, lr=3e-4, lambda2_power=2.0)
   rows['stage2/l2 token 0.001 lr 0.0003 sequential, all trained'] = dict(
-      fixed, lambda2=1e-3, lr=3e-4, order='sequential', trainable='all'
+    fixed, lambda2=1e-3, lr=3e-4, order='sequential', trainable='all'
   )
   return rows
 
@@ -80,11 +88,13 @@ def final_rows() -> dict[str, dict]:
   for seed in (0, 1, 2):
     chosen = dict(seed=seed, lr=3e-4, gate='residual', **FINAL)
     rows[f'final/regularize, seed {seed}'] = chosen
-    rows[f'final/prune_then_train, seed {seed}'] = dict(chosen, recipe='prune_then_train', same_layers=f'final/regularize, seed {seed}')
+    rows[f'final/prune_then_train, seed {seed}'] = dict(
+      chosen, recipe='prune_then_train', same_layers=f'final/regularize, seed {seed}'
+    )
   return rows
 
 
-FINAL = dict(selection='one_shot', gate_steps=28, gate_lr=0.02, lambda2=1e-3, order='sequential')
+FINAL = dict(selection='one_shot', gate_steps=28, gate_lr=0.005, lambda2=1e-3, order='sequential')
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
@@ -106,7 +116,7 @@ def do(name: str, settings: dict, work: pathlib.Path, done: dict[str, dict]) -> 
   settings = {
       'model': _MODEL.value, 'workdir': str(work / 'rows' / name.replace('/', '-').replace(' ', '_')),
       'train_data': train, 'eval_data': tuple(f'{k}={v}' for k, v in texts.items()), 'compare': [],
-      'checkpoint_every': 0, **BUDGET, **settings,
+      'checkpoint_every': 0, **BUDGET, **START, **settings,
   }  # fmt: skip
   config = Config(**settings)
   job = pipeline.prepare(config)
@@ -116,13 +126,13 @@ def do(name: str, settings: dict, work: pathlib.Path, done: dict[str, dict]) -> 
   chosen_in = time.monotonic() - start
   pruned = pipeline.apply_recipe(job, model, choice['chosen'], config.recipe)
   return {
-      'settings': {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k, None)},
-      'ppl': pipeline.perplexities(job, pruned, name),
-      'removed': sorted(choice['chosen']),
-      'gates': choice['gates'],
-      'seconds': {'stage1': chosen_in, 'all': time.monotonic() - start},
-      'device': report_lib.device(),
-      'versions': report_lib.versions(),
+    'settings': {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k, None)},
+    'ppl': pipeline.perplexities(job, pruned, name),
+    'removed': sorted(choice['chosen']),
+    'gates': choice['gates'],
+    'seconds': {'stage1': chosen_in, 'all': time.monotonic() - start},
+    'device': report_lib.device(),
+    'versions': report_lib.versions(),
   }
 
 
@@ -145,7 +155,9 @@ def table(done: dict[str, dict]) -> str:
     lines.append(f'| **{name}, {len(members)} seeds, mean ± s.d.** | | ' + ' | '.join(cells) + ' |')
   versions = done['dense']['versions']
   about = ', '.join(f'{k} {v}' for k, v in versions.items() if k in ('python', 'jax', 'flax', 'optax'))
-  lines.append(f'\nDevice: {done["dense"]["device"]}; {about}. Budget: {", ".join(f"{k}={v}" for k, v in BUDGET.items())}.')
+  lines.append(
+    f'\nDevice: {done["dense"]["device"]}; {about}. Budget: {", ".join(f"{k}={v}" for k, v in BUDGET.items())}.'
+  )
   return '\n'.join(lines) + '\n'
 
 

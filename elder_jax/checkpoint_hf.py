@@ -22,8 +22,11 @@ import safetensors.numpy
 
 from elder_jax import families
 from elder_jax import gguf_source
-from elder_jax.errors import InputError, reason, user_path
-from elder_jax.model import Decoder, Spec
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
+from elder_jax.errors import user_path
+from elder_jax.model import Decoder
+from elder_jax.model import Spec
 
 DTYPES = {'F32', 'F16', 'BF16'}
 # What is taken over from the source as it stands, byte for byte.
@@ -68,7 +71,7 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
-        f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
+      f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
   spec, num_layers = families.FAMILIES[model_type].spec_from_config(config)
   source = Source(model, files, config, spec, num_layers, shapes, read)
@@ -96,7 +99,7 @@ def _fetch(hub_id: str) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
   except Exception as e:  # the hub client raises many kinds, all mean the same here  # noqa: BLE001
     raise InputError(
-        f'--model={hub_id}: no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
+      f'--model={hub_id}: no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
     ) from e
 
 
@@ -124,7 +127,9 @@ def _safetensors(folder: pathlib.Path):
     for file in sorted(set(where.values())):
       # A plain name: an index from a stranger must not make us read outside the folder.
       if pathlib.PurePath(file).name != file or '\\' in file or file in ('.', '..'):
-        raise InputError(f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.')
+        raise InputError(
+          f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.'
+        )
       if not (folder / file).is_file():
         raise InputError(f'{index}: names {file}, which is not in the folder; fetch the missing file.')
       paths.append(folder / file)
@@ -132,7 +137,7 @@ def _safetensors(folder: pathlib.Path):
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
     if pickles:
       raise InputError(
-          f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
+        f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
       )
     raise InputError(f'{folder}: has no model.safetensors and no model.safetensors.index.json; fetch the weights.')
 
@@ -145,8 +150,8 @@ def _safetensors(folder: pathlib.Path):
         tensor = file.get_slice(name)
         if tensor.get_dtype() not in DTYPES:
           raise InputError(
-              f'{path}: the tensor {name} is of type {tensor.get_dtype()}, only F32, F16 and BF16 are supported; '
-              'use an unquantised checkpoint.'
+            f'{path}: the tensor {name} is of type {tensor.get_dtype()}, only F32, F16 and BF16 are supported; '
+            'use an unquantised checkpoint.'
           )
         shapes[name], home[name] = tuple(tensor.get_shape()), path
   for name, file in (where or {}).items():
@@ -203,7 +208,9 @@ def _rows(family, spec: Spec, num_layers: int) -> list[_Row]:
     folded = tuple(sizes[a] for a in letters)
     for l in range(num_layers) if '{l}' in name else [None]:
       rows.append(_Row(name.format(l=l), path, l, shape, folded, order))
-  return sorted(rows, key=lambda r: -1 if r.layer is None and r.path == 'embed' else num_layers if r.layer is None else r.layer)
+  return sorted(
+    rows, key=lambda r: -1 if r.layer is None and r.path == 'embed' else num_layers if r.layer is None else r.layer
+  )
 
 
 def _ignored(family, spec: Spec) -> re.Pattern:
@@ -215,20 +222,25 @@ def _check_names_and_shapes(source: Source):
   where = f'--model={source.name}'
   if source.num_layers > len(source.shapes):  # before a table of so many layers is made
     raise InputError(
-        f'{where}: config.json has num_hidden_layers={source.num_layers}, but there are only {len(source.shapes)} '
-        'tensors; fetch both again.'
+      f'{where}: config.json has num_hidden_layers={source.num_layers}, but there are only {len(source.shapes)} '
+      'tensors; fetch both again.'
     )
   rows = {row.name: row for row in _rows(source.family, source.spec, source.num_layers)}
   if (missing := next((n for n in rows if n not in source.shapes), None)) is not None:
-    raise InputError(f'{where}: the tensor {missing} is missing; config.json and weights do not belong together, fetch both again.')
+    raise InputError(
+      f'{where}: the tensor {missing} is missing; config.json and weights do not belong together, fetch both again.'
+    )
   ignored = _ignored(source.family, source.spec)
   if (extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None)) is not None:
-    raise InputError(f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; fetch both again.')
+    raise InputError(
+      f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; '
+      'fetch both again.'
+    )
   for name, row in rows.items():
     if source.shapes[name] != row.shape:
       raise InputError(
-          f'{where}: the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}; '
-          'fetch both again.'
+        f'{where}: the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}; '
+        'fetch both again.'
       )
 
 
@@ -261,7 +273,9 @@ def load(source: Source, dtype: str, shardings=None) -> Decoder:
 def _read(source: Source, row: _Row) -> np.ndarray:
   tensor = source.read(row.name)
   if not np.isfinite(tensor.astype(np.float32)).all():
-    raise InputError(f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; fetch the checkpoint again.')
+    raise InputError(
+      f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; fetch the checkpoint again.'
+    )
   return tensor
 
 
@@ -296,8 +310,8 @@ def save(model: Decoder, source: Source, kept: list[int], folder: pathlib.Path, 
     safetensors.numpy.save_file(tensors, folder / name, metadata={'format': 'pt'})
   if len(shards) > 1:
     index = {
-        'metadata': {'total_size': sum(map(size, rows))},
-        'weight_map': {row.name: name for name, shard in zip(names, shards) for row in shard},
+      'metadata': {'total_size': sum(map(size, rows))},
+      'weight_map': {row.name: name for name, shard in zip(names, shards) for row in shard},
     }
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
 

@@ -9,7 +9,8 @@ import pathlib
 
 from absl import flags
 
-from elder_jax.errors import InputError, user_path
+from elder_jax.errors import InputError
+from elder_jax.errors import user_path
 
 RECIPES = ('regularize', 'prune_then_train', 'none')
 
@@ -28,24 +29,25 @@ class Config:
   ratio: float = _flag(0.25, 'Fraction of the layers to remove, rounded half up to a whole number of layers.')
   num_remove: int | None = _flag(None, 'Number of layers to remove; wins over --ratio.')
   remove_layers: str | None = _flag(
-      None, 'Layers to remove by 0-based number, e.g. 3,5; skips stage 1. Empty (--remove_layers=): none, a round trip.'
+    None, 'Layers to remove by 0-based number, e.g. 3,5; skips stage 1. Empty (--remove_layers=): none, a round trip.'
   )
   method: str = _flag('elder', 'How layers are chosen: elder, learned gates.', ('elder',))
   recipe: str = _flag(
-      'regularize',
-      'What happens to the chosen layers: regularize, then remove (the method); prune_then_train, removed first and then '
-      'the same steps of LM training; none, just removed.',
-      RECIPES,
+    'regularize',
+    'What happens to the chosen layers: regularize, then remove (the method); prune_then_train, removed first and then '
+    'the same steps of LM training; none, just removed.',
+    RECIPES,
   )
   compare: list[str] = _flag(
-      ('none',), 'Further recipes, run on the same layers and batches for the report only; empty (--compare=): no others.'
+    ('none',), 'Further recipes, run on the same layers and batches for the report only; empty (--compare=): no others.'
   )
   # Data.
   train_data: str = _flag(
-      '', 'Text to train on: a .txt, .jsonl or .parquet file, or a hub id with configuration and split, id:config:split.'
+    '', 'Text to train on: a .txt, .jsonl or .parquet file, or a hub id with configuration and split, id:config:split.'
   )
   eval_data: tuple[str, ...] = _flag(
-      (), 'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.'
+    (),
+    'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
   )
   text_column: str = _flag('text', 'Column of jsonl, parquet and hub data that holds the text.')
   seq_len: int = _flag(2048, 'Tokens per training sequence.')
@@ -59,49 +61,55 @@ class Config:
   eval_tokens: int = _flag(0, 'Tokens of each evaluation text that are used, from its start; 0: all.')
   eval_batch_size: int = _flag(4, 'Windows per evaluation step.')
   eval_bos: str = _flag(
-      'tokenizer',
-      "Begin-of-sequence token: tokenizer, where the tokenizer's own rule puts one, at the start of the text (the usual "
-      'protocol); window, first in every window; none.',
-      ('tokenizer', 'window', 'none'),
+    'tokenizer',
+    "Begin-of-sequence token: tokenizer, where the tokenizer's own rule puts one, at the start of the text (the usual "
+    'protocol); window, first in every window; none.',
+    ('tokenizer', 'window', 'none'),
   )
   # Stage 1: which layers go.
-  gate: str = _flag('residual', 'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.', ('residual', 'output'))
+  gate: str = _flag(
+    'residual', 'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.', ('residual', 'output')
+  )
   selection: str = _flag(
-      'iterative', 'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
+      'one_shot', 'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
       ('iterative', 'one_shot'),
   )  # fmt: skip
   lambda1: float = _flag(5e-3, 'Weight of the L1 penalty on the gates.')
-  gate_lr: float = _flag(0.02, 'Learning rate of the gates (Adam).')
-  gate_steps: int = _flag(8, 'Steps per round of stage 1.')
+  gate_lr: float = _flag(0.005, 'Learning rate of the gates (Adam).')
+  gate_steps: int = _flag(
+    28, 'Steps per round of stage 1; one_shot has one round, iterative one for each layer that goes.'
+  )
   protect_first: int = _flag(3, 'Layers at the input end that are never chosen.')
   protect_last: int = _flag(4, 'Layers at the output end that are never chosen.')
   # Stage 2: what is trained, and how.
   penalty: str = _flag('l2', "Norm of a layer's update in the penalty.", ('l2', 'l1'))
   penalty_scale: str = _flag(
-      'token',
-      "token: mean over tokens of each token's norm; relative: the same, divided by the norm of the layer's input; "
-      'none: norm over the whole batch.',
-      ('token', 'relative', 'none'),
+    'token',
+    "token: mean over tokens of each token's norm; relative: the same, divided by the norm of the layer's input; "
+    'none: norm over the whole batch.',
+    ('token', 'relative', 'none'),
   )
   lambda2: float = _flag(1e-3, 'Weight of the penalty on the updates of the layers that will be removed.')
   lambda2_power: float = _flag(
-      0.0, 'Ramp of lambda2: it is lambda2 * f^power at the fraction f of the steps; 0: constant, 1: linear, 2: square.'
+    0.0, 'Ramp of lambda2: it is lambda2 * f^power at the fraction f of the steps; 0: constant, 1: linear, 2: square.'
   )
   order: str = _flag(
-      'joint', 'joint: all chosen layers are penalised together; sequential: one after another, each switched off after '
+      'sequential', 'joint: all chosen layers are penalised together; sequential: one after another, each switched off after '
       'its turn.', ('joint', 'sequential'),
   )  # fmt: skip
-  train_steps: int | None = _flag(None, 'Steps of stage 2, and of prune_then_train; unset: one pass over the sequences.')
-  lr: float = _flag(1e-4, 'Peak learning rate of stage 2 (AdamW); falls linearly to 0.')
+  train_steps: int | None = _flag(
+    None, 'Steps of stage 2, and of prune_then_train; unset: one pass over the sequences.'
+  )
+  lr: float = _flag(3e-4, 'Peak learning rate of stage 2 (AdamW); falls linearly to 0.')
   warmup_ratio: float = _flag(0.05, 'Fraction of the steps over which the learning rate rises from 0.')
   weight_decay: float = _flag(0.0, 'Weight decay of matrices in stage 2.')
   grad_clip: float = _flag(1.0, 'Norm that gradients are clipped to.')
   trainable: str = _flag(
-      'blocks', "blocks: the layers' weights; all: embedding, final norm and head as well.", ('blocks', 'all')
+    'blocks', "blocks: the layers' weights; all: embedding, final norm and head as well.", ('blocks', 'all')
   )
   # Computation.
   dtype: str = _flag(
-      'float32', 'Type of computation and of frozen weights; what is trained is kept in float32.', ('float32', 'bfloat16')
+    'float32', 'Type of computation and of frozen weights; what is trained is kept in float32.', ('float32', 'bfloat16')
   )
   remat: str = _flag(
       'dots', 'What the backward pass computes again, to save memory: none, dots (all but matrix products), full.',
@@ -121,7 +129,15 @@ class Config:
     """Raises InputError for settings that no run can have. What depends on the model is checked in the pipeline."""
     if not self.workdir:
       raise InputError('--workdir is missing: give a folder for the results.')
-    for name in ('seq_len', 'num_sequences', 'batch_size', 'grad_accum', 'eval_seq_len', 'eval_batch_size', 'gate_steps'):
+    for name in (
+      'seq_len',
+      'num_sequences',
+      'batch_size',
+      'grad_accum',
+      'eval_seq_len',
+      'eval_batch_size',
+      'gate_steps',
+    ):
       least = 2 if name.endswith('seq_len') else 1
       if getattr(self, name) < least:
         raise InputError(f'--{name}={getattr(self, name)} is too small; give at least {least}.')
@@ -140,11 +156,11 @@ class Config:
         raise InputError(f'--{name}={getattr(self, name)} must be at least 0 and below 1.')
     if self.num_sequences % self.batch_size:
       raise InputError(
-          f'--batch_size={self.batch_size} does not divide --num_sequences={self.num_sequences}; change one of them.'
+        f'--batch_size={self.batch_size} does not divide --num_sequences={self.num_sequences}; change one of them.'
       )
     if self.batch_size % self.grad_accum:
       raise InputError(
-          f'--grad_accum={self.grad_accum} does not divide --batch_size={self.batch_size}; change one of them.'
+        f'--grad_accum={self.grad_accum} does not divide --batch_size={self.batch_size}; change one of them.'
       )
     if unknown := next((r for r in self.compare if r not in RECIPES), None):
       raise InputError(f'--compare: {unknown!r} is no recipe, these are: {", ".join(RECIPES)}.')

@@ -6,7 +6,9 @@ import os
 
 import numpy as np
 
-from elder_jax.errors import InputError, reason, user_path
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
+from elder_jax.errors import user_path
 
 _BUILDERS = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}
 
@@ -53,7 +55,7 @@ def read_text(flag: str, source: str, column: str) -> str:
   except Exception as e:  # datasets raises many kinds, all mean the same here  # noqa: BLE001
     why = e.__cause__ if isinstance(e, datasets.exceptions.DatasetGenerationError) and e.__cause__ else e
     raise InputError(
-        f'{flag}={source}: cannot be read ({reason(why)}); give a .txt, .jsonl or .parquet file or a hub id.'
+      f'{flag}={source}: cannot be read ({reason(why)}); give a .txt, .jsonl or .parquet file or a hub id.'
     ) from e
   if column not in rows.column_names:
     raise InputError(f'{flag}={source}: has no column {column!r} but {rows.column_names}; name it with --text_column.')
@@ -84,8 +86,8 @@ def pack(corpus: Corpus, flag: str, seq_len: int, num_sequences: int, seed: int 
   available = len(corpus.tokens_N) // seq_len
   if available < num_sequences:
     raise InputError(
-        f'{flag}={corpus.source}: has {len(corpus.tokens_N)} tokens, --num_sequences={num_sequences} of '
-        f'--seq_len={seq_len} need {num_sequences * seq_len}; give a longer text or ask for fewer.'
+      f'{flag}={corpus.source}: has {len(corpus.tokens_N)} tokens, --num_sequences={num_sequences} of '
+      f'--seq_len={seq_len} need {num_sequences * seq_len}; give a longer text or ask for fewer.'
     )
   rows_NT = corpus.tokens_N[: available * seq_len].reshape(available, seq_len)
   if seed is None:

@@ -34,7 +34,7 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
   count = len(tokens_N) // text_len
   if not count:
     raise InputError(
-        f'{flag}: has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.'
+      f'{flag}: has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.'
     )
   tokens_NT = tokens_N[: count * text_len].reshape(count, text_len)
   if bos == 'window':
@@ -53,12 +53,12 @@ def _nll(model, tokens_BT, counted_BT, mode):
 
 
 def perplexity(
-    model: model_lib.Decoder,
-    windows: Windows,
-    mode: model_lib.Mode,
-    batch_size: int,
-    put: Callable = jax.numpy.asarray,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+  model: model_lib.Decoder,
+  windows: Windows,
+  mode: model_lib.Mode,
+  batch_size: int,
+  put: Callable = jax.numpy.asarray,
+  progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> float:
   """exp(Σ nll / number of predicted tokens), summed in float64; gates as they stand in the model.
 

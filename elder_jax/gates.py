@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from elder_jax import train
-from elder_jax.model import Decoder, Mode
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,11 @@ class GateSettings:
 
 
 def learn(
-    model: Decoder,
-    settings: GateSettings,
-    mode: Mode,
-    batch: Callable[[int], jax.Array],
-    log: Callable[[int, int, dict], None],
+  model: Decoder,
+  settings: GateSettings,
+  mode: Mode,
+  batch: Callable[[int], jax.Array],
+  log: Callable[[int, int, dict], None],
 ) -> tuple[list[int], list[list[float]]]:
   """Chooses layers (ELDeR, arXiv 2505.18232, section 3.2).
 
@@ -52,12 +53,12 @@ def learn(
   rounds = settings.num_remove if settings.iterative else min(1, settings.num_remove)
   for r in range(rounds):
     terms = {
-        'alive_L': alive_L.copy(),
-        'gate_weight_L': np.where(alive_L, np.float32(settings.lambda1), np.float32(0)),
-        'delta_weight_L': np.zeros(L, np.float32),
+      'alive_L': alive_L.copy(),
+      'gate_weight_L': np.where(alive_L, np.float32(settings.lambda1), np.float32(0)),
+      'delta_weight_L': np.zeros(L, np.float32),
     }
     state = train.fit(
-        step_fn, state, frozen, (r + 1) * settings.steps, batch, lambda _: terms, lambda i, m: log(r, i, m)
+      step_fn, state, frozen, (r + 1) * settings.steps, batch, lambda _: terms, lambda i, m: log(r, i, m)
     )
     # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
     gate_L = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), gate_L)

@@ -6,10 +6,14 @@ import pathlib
 import gguf
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
+from tokenizers import processors
 
 from elder_jax import families
-from elder_jax.errors import InputError, reason
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
 
 
 def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
@@ -20,7 +24,7 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   except Exception as e:  # the parser has no error of its own for a broken file  # noqa: BLE001
     raise InputError(f'{path}: is truncated or not a GGUF file ({reason(e)}); fetch it again.') from e
   architecture = fields.get('general.architecture')
-  family = next((f for f in families.FAMILIES.values() if f.GGUF_ARCHITECTURE == architecture), None)
+  family = next((f for f in families.FAMILIES.values() if architecture == f.GGUF_ARCHITECTURE), None)
   if family is None:
     known = ', '.join(f.GGUF_ARCHITECTURE for f in families.FAMILIES.values())
     raise InputError(f'{path}: GGUF architecture {architecture!r} is not supported, these are: {known}.')
@@ -48,8 +52,8 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
       config[ours] = value
   if num_layers > len(tensors):  # before a table of so many layers is made
     raise InputError(
-        f'{path}: the GGUF field {architecture}.block_count is {num_layers}, but there are only {len(tensors)} '
-        'tensors; fetch the file again.'
+      f'{path}: the GGUF field {architecture}.block_count is {num_layers}, but there are only {len(tensors)} '
+      'tensors; fetch the file again.'
     )
   layers = range(num_layers)
   names = {}  # GGUF name -> Hugging Face name
@@ -79,7 +83,9 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
 
 def _write_files(scratch: pathlib.Path, config: dict, fields: dict, path: pathlib.Path):
   scratch.mkdir(parents=True, exist_ok=True)
-  dump = lambda name, value: (scratch / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', 'utf-8')
+  dump = lambda name, value: (scratch / name).write_text(
+    json.dumps(value, indent=2, ensure_ascii=False) + '\n', 'utf-8'
+  )
   dump('config.json', config)
   ids = {k: fields[f'tokenizer.ggml.{k}'] for k in ('bos_token_id', 'eos_token_id') if f'tokenizer.ggml.{k}' in fields}
   dump('generation_config.json', {'_from_model_config': True, **ids})
@@ -92,19 +98,19 @@ def _write_files(scratch: pathlib.Path, config: dict, fields: dict, path: pathli
 # Byte-level BPE dialects: how llama.cpp's name for one cuts the text before merges (its own regular expressions say
 # the same). `smollm`: digits one by one, then GPT-2's pattern; `llama-bpe`: Llama 3's pattern.
 _LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRE_TOKENIZERS = {
-    'gpt-2': lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    'smollm': lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    'llama-bpe': lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), 'isolated'),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
+  'gpt-2': lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+  'smollm': lambda: pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+  ),
+  'llama-bpe': lambda: pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  ),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
@@ -114,8 +120,8 @@ def _tokenizer(fields: dict, path: pathlib.Path):
   kind, dialect = fields.get('tokenizer.ggml.model'), fields.get('tokenizer.ggml.pre')
   if kind != 'gpt2' or dialect not in list(_PRE_TOKENIZERS):  # a list: it may be what cannot be hashed
     raise InputError(
-        f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (gpt2 with {", ".join(_PRE_TOKENIZERS)} is); '
-        'use the Hugging Face folder of this model.'
+      f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (gpt2 with {", ".join(_PRE_TOKENIZERS)} is); '
+      'use the Hugging Face folder of this model.'
     )
   try:
     return _build_tokenizer(fields, dialect)
@@ -143,12 +149,12 @@ def _build_tokenizer(fields: dict, dialect: str):
   if fields.get('tokenizer.ggml.add_bos_token', dialect == 'llama-bpe'):
     bos = settings['bos_token']
     tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f'{bos} $A', pair=f'{bos} $A {bos} $B', special_tokens=[(bos, tokens.index(bos))]
-            ),
-        ]
+      [
+        processors.ByteLevel(trim_offsets=False),
+        processors.TemplateProcessing(
+          single=f'{bos} $A', pair=f'{bos} $A {bos} $B', special_tokens=[(bos, tokens.index(bos))]
+        ),
+      ]
     )
   if template := fields.get('tokenizer.chat_template'):
     settings['chat_template'] = template

@@ -32,7 +32,7 @@ def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
   chunk = min(T, max(1, CHUNK_TOKENS // B))
   pad = -T % chunk
   as_chunks = lambda a: jnp.moveaxis(
-      jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
+    jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
   )
 
   @jax.checkpoint

@@ -9,8 +9,8 @@ and jax.lax.scan as it stands. A parameter's axes are written once, where it is 
 initialisation, its sharding (sharding.py) and its slicing (prune.py).
 """
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 
 from flax import nnx
 import jax
@@ -95,7 +95,7 @@ class Block(nnx.Module):
     attn_BTD = jnp.einsum('BTNH,NHD->BTD', attention(q_BTNH, k_BTKH, v_BTKH), w(self.wo))
     h_BTD = rms_norm(x_BTD + attn_BTD, self.mlp_norm[...], self.spec.norm_eps)
     f_BTF = jax.nn.silu(jnp.einsum('BTD,DF->BTF', h_BTD, w(self.w_gate))) * jnp.einsum(
-        'BTD,DF->BTF', h_BTD, w(self.w_up)
+      'BTD,DF->BTF', h_BTD, w(self.w_up)
     )
     mlp_BTD = jnp.einsum('BTF,FD->BTD', f_BTF, w(self.w_down))
     # Added in the order of the ungated network, so that a gate of 1 changes no bit and a gate of 0 leaves x alone.
@@ -223,6 +223,6 @@ def attention(q_BTNH, k_BTKH, v_BTKH):
     end = min(T, start + CPU_QUERY_BLOCK)
     causal_ts = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None]
     blocks.append(
-        jax.nn.dot_product_attention(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask=causal_ts[None, None])
+      jax.nn.dot_product_attention(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], mask=causal_ts[None, None])
     )
   return jnp.concatenate(blocks, axis=1)

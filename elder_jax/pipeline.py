@@ -26,7 +26,8 @@ from elder_jax import verify
 from elder_jax.checkpoint import Checkpoints
 from elder_jax.config import Config
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder, Mode
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
 
 # What a run may change when it is started again in its work folder.
 _FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh')
@@ -84,23 +85,23 @@ def run(config: Config) -> dict:
   kept = prune.kept_layers(job.source.num_layers, removed)
   params = {'dense': prune.num_params(model), 'pruned': prune.num_params(pruned)}
   report = {
-      'schema': report_lib.SCHEMA,
-      'model': config.model,
-      'num_layers': job.source.num_layers,
-      'removed': sorted(removed),
-      'order': removed,
-      'kept': kept,
-      'method': config.method if config.remove_layers is None else 'given',
-      'recipe': config.recipe,
-      'gates': choice['gates'],
-      'ppl': {c: {'dense': dense['ppl'][c], 'pruned': results[config.recipe]['ppl'][c]} for c in job.windows},
-      'recipes': {r: {'ppl': v['ppl']} for r, v in results.items()},
-      'corpora': {c: w.about for c, w in job.windows.items()},
-      'params': params,
-      'steps': config.steps() if config.recipe != 'none' else 0,
-      'tokens_per_step': config.batch_size * config.seq_len,
-      'versions': report_lib.versions(),
-      'device': report_lib.device(),
+    'schema': report_lib.SCHEMA,
+    'model': config.model,
+    'num_layers': job.source.num_layers,
+    'removed': sorted(removed),
+    'order': removed,
+    'kept': kept,
+    'method': config.method if config.remove_layers is None else 'given',
+    'recipe': config.recipe,
+    'gates': choice['gates'],
+    'ppl': {c: {'dense': dense['ppl'][c], 'pruned': results[config.recipe]['ppl'][c]} for c in job.windows},
+    'recipes': {r: {'ppl': v['ppl']} for r, v in results.items()},
+    'corpora': {c: w.about for c, w in job.windows.items()},
+    'params': params,
+    'steps': config.steps() if config.recipe != 'none' else 0,
+    'tokens_per_step': config.batch_size * config.seq_len,
+    'versions': report_lib.versions(),
+    'device': report_lib.device(),
   }
   report['verify'], seconds['export'] = _timed(lambda: export(job, pruned, kept, report))
   report['seconds'] = {k: round(v, 1) for k, v in seconds.items()}
@@ -143,7 +144,7 @@ def prepare(config: Config) -> Run:
       special = config.eval_bos == 'tokenizer'
       corpus = data.tokenise(flag, text, config.text_column, tokenizer, special)
       windows[name] = evaluate.make_windows(
-          corpus, flag, config.eval_seq_len, config.eval_tokens, config.eval_bos, tokenizer.bos_token_id
+        corpus, flag, config.eval_seq_len, config.eval_tokens, config.eval_bos, tokenizer.bos_token_id
       )
       _check_tokens(windows[name].tokens_NT, source, flag)
 
@@ -169,14 +170,14 @@ def _claim(work: pathlib.Path, config: Config):
   if 'workdir' not in before:  # a model has a config.json, too
     if foreign := next((p.name for p in sorted(work.iterdir()) if p.name != 'source'), None):
       raise InputError(
-          f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
+        f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
       )
     return
   now = json.loads(json.dumps(dataclasses.asdict(config)))
   for key in now:
     if key not in _FREE_ON_RESUME and before.get(key) != now[key]:
       raise InputError(
-          f'--workdir={config.workdir}: holds a run with --{key}={before.get(key)}, not {now[key]}; choose another folder.'
+        f'--workdir={config.workdir}: holds a run with --{key}={before.get(key)}, not {now[key]}; choose another folder.'
       )
 
 
@@ -195,8 +196,8 @@ def _num_remove(config: Config, num_layers: int) -> int:
   free = max(0, num_layers - config.protect_first - config.protect_last)
   if n > free:
     raise InputError(
-        f'{n} layers are to be removed of {num_layers}, but --protect_first={config.protect_first} and '
-        f'--protect_last={config.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
+      f'{n} layers are to be removed of {num_layers}, but --protect_first={config.protect_first} and '
+      f'--protect_last={config.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
     )
   return n
 
@@ -204,7 +205,7 @@ def _num_remove(config: Config, num_layers: int) -> int:
 def _check_tokens(rows_NT: np.ndarray, source: checkpoint_hf.Source, flag: str):
   if (largest := int(rows_NT.max())) >= source.spec.vocab_size:
     raise InputError(
-        f'{flag}: the tokenizer made token {largest}, the model has {source.spec.vocab_size}; give its own by --tokenizer.'
+      f'{flag}: the tokenizer made token {largest}, the model has {source.spec.vocab_size}; give its own by --tokenizer.'
     )
 
 
@@ -231,14 +232,14 @@ def choose_layers(job: Run, model: Decoder) -> dict:
   if not job.num_remove:
     return {'chosen': [], 'gates': []}
   settings = gates.GateSettings(
-      num_remove=job.num_remove,
-      iterative=config.selection == 'iterative',
-      steps=config.gate_steps,
-      lr=config.gate_lr,
-      lambda1=config.lambda1,
-      candidates=tuple(range(config.protect_first, model.num_layers - config.protect_last)),
-      clip=config.grad_clip,
-      grad_accum=config.grad_accum,
+    num_remove=job.num_remove,
+    iterative=config.selection == 'iterative',
+    steps=config.gate_steps,
+    lr=config.gate_lr,
+    lambda1=config.lambda1,
+    candidates=tuple(range(config.protect_first, model.num_layers - config.protect_last)),
+    clip=config.grad_clip,
+    grad_accum=config.grad_accum,
   )
   total = settings.steps * (settings.num_remove if settings.iterative else 1)
   progress = metrics.Progress('stage 1, gates')
@@ -253,23 +254,23 @@ def choose_layers(job: Run, model: Decoder) -> dict:
 
 
 def apply_recipe(
-    job: Run, model: Decoder, removed: list[int], recipe: str, checkpoints: Checkpoints | None = None
+  job: Run, model: Decoder, removed: list[int], recipe: str, checkpoints: Checkpoints | None = None
 ) -> Decoder:
   """The pruned model by one of the recipes; all of them see the same layers, steps and batches. `model` is not changed."""
   if recipe == 'none' or not job.config.steps():
     return prune.prune(model, removed)
   config = job.config
   settings = regularize.TrainSettings(
-      steps=config.steps(),
-      lr=config.lr,
-      lambda2=config.lambda2,
-      lambda2_power=config.lambda2_power,
-      sequential=config.order == 'sequential',
-      trainable=config.trainable,
-      warmup_ratio=config.warmup_ratio,
-      weight_decay=config.weight_decay,
-      clip=config.grad_clip,
-      grad_accum=config.grad_accum,
+    steps=config.steps(),
+    lr=config.lr,
+    lambda2=config.lambda2,
+    lambda2_power=config.lambda2_power,
+    sequential=config.order == 'sequential',
+    trainable=config.trainable,
+    warmup_ratio=config.warmup_ratio,
+    weight_decay=config.weight_decay,
+    clip=config.grad_clip,
+    grad_accum=config.grad_accum,
   )
   progress = metrics.Progress(f'training, {report_lib.NAMES[recipe]}')
   began = []
@@ -313,9 +314,9 @@ def export(job: Run, pruned: Decoder, kept: list[int], report: dict) -> dict:
 def model_card(job: Run, report: dict) -> str:
   name = pathlib.PurePath(report['model']).name
   text = (
-      f'# {name}, {len(report["kept"])} of {report["num_layers"]} layers\n\n'
-      f'Made from {report["model"]} by elder_jax, recipe `{report["recipe"]}`.\n'
-      f'Removed layers (0-based, numbers of the original): {report["removed"]}. Kept: {report["kept"]}.\n'
+    f'# {name}, {len(report["kept"])} of {report["num_layers"]} layers\n\n'
+    f'Made from {report["model"]} by elder_jax, recipe `{report["recipe"]}`.\n'
+    f'Removed layers (0-based, numbers of the original): {report["removed"]}. Kept: {report["kept"]}.\n'
   )
   return text + (f'\n{report_lib.table(report)}\n' if report['ppl'] else '')
 

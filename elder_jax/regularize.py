@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from elder_jax import train
-from elder_jax.model import Decoder, Mode
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,13 @@ def penalty_terms(num_layers: int, layers: list[int], settings: TrainSettings, s
 
 
 def fit(
-    model: Decoder,
-    layers: list[int],
-    settings: TrainSettings,
-    mode: Mode,
-    batch: Callable[[int], jax.Array],
-    log: Callable[[int, dict], None],
-    checkpoint=None,
+  model: Decoder,
+  layers: list[int],
+  settings: TrainSettings,
+  mode: Mode,
+  batch: Callable[[int], jax.Array],
+  log: Callable[[int, dict], None],
+  checkpoint=None,
 ) -> Decoder:
   """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
 

@@ -10,10 +10,10 @@ import jax
 
 SCHEMA = 1
 NAMES = {
-    'dense': 'dense',
-    'none': 'direct removal',
-    'prune_then_train': 'prune, then train',
-    'regularize': 'regularise, then prune',
+  'dense': 'dense',
+  'none': 'direct removal',
+  'prune_then_train': 'prune, then train',
+  'regularize': 'regularise, then prune',
 }
 
 
@@ -62,8 +62,8 @@ def verdict(report: dict) -> list[str]:
     best = min(by_ppl, key=by_ppl.get)
     if best != report['recipe']:
       lines.append(
-          f'On {corpus}, "{NAMES[best]}" is better than the exported "{NAMES[report["recipe"]]}" at the same steps: '
-          f'{by_ppl[best]:.2f} against {by_ppl[report["recipe"]]:.2f}.'
+        f'On {corpus}, "{NAMES[best]}" is better than the exported "{NAMES[report["recipe"]]}" at the same steps: '
+        f'{by_ppl[best]:.2f} against {by_ppl[report["recipe"]]:.2f}.'
       )
   return lines
 
@@ -71,20 +71,20 @@ def verdict(report: dict) -> list[str]:
 def markdown(report: dict) -> str:
   params = report['params']
   lines = [
-      f'# {report["model"]}: {report["num_layers"]} → {len(report["kept"])} layers',
-      '',
-      f'Removed (0-based, numbers of the dense model): {report["removed"]}. Kept: {report["kept"]}.',
-      f'Parameters: {params["dense"] / 1e6:.1f} M → {params["pruned"] / 1e6:.1f} M '
-      f'({100 * (1 - params["pruned"] / params["dense"]):.1f}% fewer).',
-      '',
+    f'# {report["model"]}: {report["num_layers"]} → {len(report["kept"])} layers',
+    '',
+    f'Removed (0-based, numbers of the dense model): {report["removed"]}. Kept: {report["kept"]}.',
+    f'Parameters: {params["dense"] / 1e6:.1f} M → {params["pruned"] / 1e6:.1f} M '
+    f'({100 * (1 - params["pruned"] / params["dense"]):.1f}% fewer).',
+    '',
   ]
   if report['ppl']:
     lines += [table(report), '']
     lines += [f'{line}\n' for line in verdict(report)]
     for corpus, about in report['corpora'].items():
       lines.append(
-          f'- {corpus}: {about["source"]}, sha256 {about["sha256"][:16]}…, {about["windows"]} windows of '
-          f'{about["window"]} tokens, BOS: {about["bos"]}.'
+        f'- {corpus}: {about["source"]}, sha256 {about["sha256"][:16]}…, {about["windows"]} windows of '
+        f'{about["window"]} tokens, BOS: {about["bos"]}.'
       )
     lines += [f'- Protocol: {next(iter(report["corpora"].values()))["protocol"]}.', '']
   if report['gates']:
@@ -92,7 +92,7 @@ def markdown(report: dict) -> str:
     lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']
   seconds = ', '.join(f'{stage} {s:.0f}' for stage, s in report['seconds'].items())
   lines += [
-      f'Seconds: {seconds}. Device: {report["device"]}.',
-      'Versions: ' + ', '.join(f'{k} {v}' for k, v in report['versions'].items()) + '.',
+    f'Seconds: {seconds}. Device: {report["device"]}.',
+    'Versions: ' + ', '.join(f'{k} {v}' for k, v in report['versions'].items()) + '.',
   ]
   return '\n'.join(lines) + '\n'

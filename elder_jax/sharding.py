@@ -2,9 +2,12 @@
 
 import math
 
-import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from elder_jax.errors import InputError
@@ -28,7 +31,7 @@ def make_mesh(flag: str, devices=None) -> Mesh:
     sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes) or 1
   if math.prod(sizes) != len(devices):
     raise InputError(
-        f'--mesh={flag}: makes {math.prod(sizes)} devices, there are {len(devices)}; let the sizes multiply to that.'
+      f'--mesh={flag}: makes {math.prod(sizes)} devices, there are {len(devices)}; let the sizes multiply to that.'
     )
   return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -42,8 +45,8 @@ def for_model(model, mesh: Mesh, flag: str):
       axis = RULES.get(letter)
       if axis and size % mesh.shape[axis]:
         raise InputError(
-            f'--mesh={flag}: {axis}={mesh.shape[axis]} does not divide a size of {size} of the model (axis {letter}); '
-            f'choose a divisor of {size}.'
+          f'--mesh={flag}: {axis}={mesh.shape[axis]} does not divide a size of {size} of the model (axis {letter}); '
+          f'choose a divisor of {size}.'
         )
       spec.append(axis if axis not in spec else None)
     return param.replace(NamedSharding(mesh, P(*spec)))

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
 from elder_jax import losses
-from elder_jax.model import Decoder, Mode
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
 
 
 class TrainState(NamedTuple):
@@ -97,7 +99,9 @@ def make_step(tx, mode: Mode, grad_accum: int, rate):
       (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, frozen, tokens_bT, terms)
       return jax.tree.map(lambda t, x: t + x / grad_accum, total, ({'loss': loss, **parts}, grads)), None
 
-    shapes = jax.eval_shape(lambda t: jax.value_and_grad(micro_loss, has_aux=True)(state.trained, frozen, t, terms), parts_AbT[0])
+    shapes = jax.eval_shape(
+      lambda t: jax.value_and_grad(micro_loss, has_aux=True)(state.trained, frozen, t, terms), parts_AbT[0]
+    )
     (loss, parts), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (metrics, grads), _ = jax.lax.scan(accumulate, ({'loss': loss, **parts}, grads), parts_AbT)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
@@ -108,14 +112,14 @@ def make_step(tx, mode: Mode, grad_accum: int, rate):
 
 
 def fit(
-    step_fn,
-    state: TrainState,
-    frozen,
-    steps: int,
-    batch: Callable[[int], jax.Array],
-    terms: Callable[[int], dict],
-    log: Callable[[int, dict], None],
-    checkpoint=None,
+  step_fn,
+  state: TrainState,
+  frozen,
+  steps: int,
+  batch: Callable[[int], jax.Array],
+  terms: Callable[[int], dict],
+  log: Callable[[int, dict], None],
+  checkpoint=None,
 ) -> TrainState:
   """Runs step_fn until `steps` are done; batch and terms are pure functions of the step, so that resume is the step.
 

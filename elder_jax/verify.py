@@ -67,7 +67,7 @@ def _check_torch(folder: pathlib.Path, expected_BTV: np.ndarray, tokens_BT: np.n
       raise ExportMismatch(f'{folder}: logits in PyTorch differ by {difference:.2g} from the pruned model')
     prompt = tokens[:1, : min(16, tokens.shape[1])]
     generate = lambda cache: model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False, use_cache=cache
+      prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False, use_cache=cache
     )[0].tolist()
     cached, uncached = generate(True), generate(False)
   if cached != uncached:

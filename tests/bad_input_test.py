@@ -113,61 +113,61 @@ def test_what_the_cases_below_damage_is_good(settings, model, sharded):
 
 
 @pytest.mark.parametrize(
-    ('more', 'parts'),
-    [
-        (dict(model=''), ['--model']),
-        (dict(workdir=''), ['--workdir']),
-        (dict(train_data=''), ['--train_data']),
-        (dict(lambda1=-0.1), ['--lambda1=-0.1']),
-        (dict(lambda2=-1e-3), ['--lambda2=-0.001']),
-        (dict(lambda2=float('nan')), ['--lambda2=nan']),
-        (dict(lambda2_power=-1.0), ['--lambda2_power']),
-        (dict(gate_lr=-1.0), ['--gate_lr']),
-        (dict(lr=float('inf')), ['--lr=inf']),
-        (dict(weight_decay=-1.0), ['--weight_decay']),
-        (dict(grad_clip=0.0), ['--grad_clip']),
-        (dict(shard_gb=0.0), ['--shard_gb']),
-        (dict(protect_first=-1), ['--protect_first']),
-        (dict(protect_last=-1), ['--protect_last']),
-        (dict(num_remove=-1), ['--num_remove=-1']),
-        (dict(train_steps=-1), ['--train_steps']),
-        (dict(eval_tokens=-1), ['--eval_tokens']),
-        (dict(seed=-1), ['--seed']),
-        (dict(checkpoint_every=-1), ['--checkpoint_every']),
-        (dict(ratio=1.0), ['--ratio']),
-        (dict(warmup_ratio=-0.1), ['--warmup_ratio']),
-        (dict(seq_len=1), ['--seq_len=1', 'at least 2']),
-        (dict(num_sequences=0), ['--num_sequences=0']),
-        (dict(batch_size=0), ['--batch_size=0']),
-        (dict(grad_accum=0), ['--grad_accum=0']),
-        (dict(eval_seq_len=1), ['--eval_seq_len=1']),
-        (dict(eval_batch_size=0), ['--eval_batch_size=0']),
-        (dict(gate_steps=0), ['--gate_steps=0']),
-        (dict(batch_size=3), ['--batch_size=3', '--num_sequences=8']),
-        (dict(grad_accum=3), ['--grad_accum=3', '--batch_size=4']),
-        (dict(compare=['none', 'nothing']), ['--compare', "'nothing'"]),
-        (dict(num_remove=5), ['5 layers', 'of 6', '--protect_first=1', '--protect_last=1', '4 to choose']),
-        (dict(num_remove=None, ratio=0.9), ['5 layers', '--protect_first=1']),
-        (dict(num_remove=1, protect_first=9), ['1 layers', '--protect_first=9', '0 to choose']),
-        (dict(remove_layers='2,6'), ['--remove_layers', '6', '0 to 5']),
-        (dict(remove_layers='-1'), ['--remove_layers', '-1', '0 to 5']),
-        (dict(remove_layers='2,3,2'), ['--remove_layers=2,3,2', 'twice']),
-        (dict(remove_layers='two'), ['--remove_layers=two', 'numbers']),
-        (dict(remove_layers='1;2'), ['--remove_layers=1;2', 'numbers']),
-        (dict(remove_layers='0,1,2,3,4,5'), ['--remove_layers', 'every layer']),
-        (dict(eval_data=('text.txt',)), ['--eval_data=text.txt', 'name=source']),
-        (dict(eval_data=('=text.txt',)), ['--eval_data==text.txt', 'name=source']),
-        (dict(eval_data=('news=',)), ['--eval_data=news=', 'name=source']),
-        (dict(eval_data=('a/b=text.txt',)), ['--eval_data=a/b=text.txt', 'name=source']),
-        (dict(mesh='1,1'), ['--mesh=1,1:', 'data,fsdp,tp']),
-        (dict(mesh='a,b,c'), ['--mesh=a,b,c:', 'data,fsdp,tp']),
-        (dict(mesh='-1,-1,1'), ['--mesh=-1,-1,1:', 'data,fsdp,tp']),
-        (dict(mesh='0,1,1'), ['--mesh=0,1,1:', 'data,fsdp,tp']),
-        (dict(mesh='1,7,1'), ['--mesh=1,7,1:', '7 devices']),
-        (dict(mesh='-1,7,1'), ['--mesh=-1,7,1:', '7 devices']),
-        (dict(mesh=f'-1,{2**32},{2**32}'), ['--mesh', str(2**64)]),
-    ],
-    ids=str,
+  ('more', 'parts'),
+  [
+    (dict(model=''), ['--model']),
+    (dict(workdir=''), ['--workdir']),
+    (dict(train_data=''), ['--train_data']),
+    (dict(lambda1=-0.1), ['--lambda1=-0.1']),
+    (dict(lambda2=-1e-3), ['--lambda2=-0.001']),
+    (dict(lambda2=float('nan')), ['--lambda2=nan']),
+    (dict(lambda2_power=-1.0), ['--lambda2_power']),
+    (dict(gate_lr=-1.0), ['--gate_lr']),
+    (dict(lr=float('inf')), ['--lr=inf']),
+    (dict(weight_decay=-1.0), ['--weight_decay']),
+    (dict(grad_clip=0.0), ['--grad_clip']),
+    (dict(shard_gb=0.0), ['--shard_gb']),
+    (dict(protect_first=-1), ['--protect_first']),
+    (dict(protect_last=-1), ['--protect_last']),
+    (dict(num_remove=-1), ['--num_remove=-1']),
+    (dict(train_steps=-1), ['--train_steps']),
+    (dict(eval_tokens=-1), ['--eval_tokens']),
+    (dict(seed=-1), ['--seed']),
+    (dict(checkpoint_every=-1), ['--checkpoint_every']),
+    (dict(ratio=1.0), ['--ratio']),
+    (dict(warmup_ratio=-0.1), ['--warmup_ratio']),
+    (dict(seq_len=1), ['--seq_len=1', 'at least 2']),
+    (dict(num_sequences=0), ['--num_sequences=0']),
+    (dict(batch_size=0), ['--batch_size=0']),
+    (dict(grad_accum=0), ['--grad_accum=0']),
+    (dict(eval_seq_len=1), ['--eval_seq_len=1']),
+    (dict(eval_batch_size=0), ['--eval_batch_size=0']),
+    (dict(gate_steps=0), ['--gate_steps=0']),
+    (dict(batch_size=3), ['--batch_size=3', '--num_sequences=8']),
+    (dict(grad_accum=3), ['--grad_accum=3', '--batch_size=4']),
+    (dict(compare=['none', 'nothing']), ['--compare', "'nothing'"]),
+    (dict(num_remove=5), ['5 layers', 'of 6', '--protect_first=1', '--protect_last=1', '4 to choose']),
+    (dict(num_remove=None, ratio=0.9), ['5 layers', '--protect_first=1']),
+    (dict(num_remove=1, protect_first=9), ['1 layers', '--protect_first=9', '0 to choose']),
+    (dict(remove_layers='2,6'), ['--remove_layers', '6', '0 to 5']),
+    (dict(remove_layers='-1'), ['--remove_layers', '-1', '0 to 5']),
+    (dict(remove_layers='2,3,2'), ['--remove_layers=2,3,2', 'twice']),
+    (dict(remove_layers='two'), ['--remove_layers=two', 'numbers']),
+    (dict(remove_layers='1;2'), ['--remove_layers=1;2', 'numbers']),
+    (dict(remove_layers='0,1,2,3,4,5'), ['--remove_layers', 'every layer']),
+    (dict(eval_data=('text.txt',)), ['--eval_data=text.txt', 'name=source']),
+    (dict(eval_data=('=text.txt',)), ['--eval_data==text.txt', 'name=source']),
+    (dict(eval_data=('news=',)), ['--eval_data=news=', 'name=source']),
+    (dict(eval_data=('a/b=text.txt',)), ['--eval_data=a/b=text.txt', 'name=source']),
+    (dict(mesh='1,1'), ['--mesh=1,1:', 'data,fsdp,tp']),
+    (dict(mesh='a,b,c'), ['--mesh=a,b,c:', 'data,fsdp,tp']),
+    (dict(mesh='-1,-1,1'), ['--mesh=-1,-1,1:', 'data,fsdp,tp']),
+    (dict(mesh='0,1,1'), ['--mesh=0,1,1:', 'data,fsdp,tp']),
+    (dict(mesh='1,7,1'), ['--mesh=1,7,1:', '7 devices']),
+    (dict(mesh='-1,7,1'), ['--mesh=-1,7,1:', '7 devices']),
+    (dict(mesh=f'-1,{2**32},{2**32}'), ['--mesh', str(2**64)]),
+  ],
+  ids=str,
 )
 def test_settings(settings, no_text, more, parts):
   refused(settings, *parts, **more)
@@ -179,14 +179,14 @@ def test_torch_verification_without_torch(settings, no_text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('sizes', 'more', 'parts'),
-    [
-        ((4, 1, 1), dict(grad_accum=2), ['data × fsdp = 4', '--batch_size / --grad_accum=2']),
-        ((2, 2, 1), dict(eval_batch_size=6), ['data × fsdp = 4', '--eval_batch_size=6']),
-        ((1, 3, 1), {}, ['fsdp=3', '32']),
-        ((1, 1, 5), {}, ['tp=5', '263']),
-    ],
-    ids=str,
+  ('sizes', 'more', 'parts'),
+  [
+    ((4, 1, 1), dict(grad_accum=2), ['data × fsdp = 4', '--batch_size / --grad_accum=2']),
+    ((2, 2, 1), dict(eval_batch_size=6), ['data × fsdp = 4', '--eval_batch_size=6']),
+    ((1, 3, 1), {}, ['fsdp=3', '32']),
+    ((1, 1, 5), {}, ['tp=5', '263']),
+  ],
+  ids=str,
 )
 def test_mesh_that_does_not_divide(settings, no_text, monkeypatch, sizes, more, parts):
   mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)  # needs no devices
@@ -284,20 +284,20 @@ def test_pickle_checkpoint(settings, no_text, model, name):
 
 
 @pytest.mark.parametrize(
-    'damage',
-    [
-        lambda b: b'',
-        lambda b: b[:4],
-        lambda b: b[:100],
-        lambda b: b[:-1],
-        lambda b: b[: len(b) // 2],
-        lambda b: b + b'more',
-        lambda b: b'\xff' * 8 + b[8:],
-        lambda b: b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n',
-        lambda b: b'PK\x03\x04' + b[4:],
-        lambda b: b.replace(b'"F32"', b'"F3Z"', 1),
-    ],
-    ids=['empty', 'tiny', 'header', 'last_byte', 'half', 'longer', 'length', 'lfs', 'zip', 'dtype'],
+  'damage',
+  [
+    lambda b: b'',
+    lambda b: b[:4],
+    lambda b: b[:100],
+    lambda b: b[:-1],
+    lambda b: b[: len(b) // 2],
+    lambda b: b + b'more',
+    lambda b: b'\xff' * 8 + b[8:],
+    lambda b: b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n',
+    lambda b: b'PK\x03\x04' + b[4:],
+    lambda b: b.replace(b'"F32"', b'"F3Z"', 1),
+  ],
+  ids=['empty', 'tiny', 'header', 'last_byte', 'half', 'longer', 'length', 'lfs', 'zip', 'dtype'],
 )
 def test_truncated_or_foreign_safetensors(settings, no_text, model, damage):
   path = model / 'model.safetensors'
@@ -360,7 +360,7 @@ def test_missing_tensor(settings, no_text, model):
 
 
 @pytest.mark.parametrize(
-    'name', ['model.layers.3.self_attn.q_proj.bias', 'model.layers.6.self_attn.q_proj.weight', 'vision.weight', '']
+  'name', ['model.layers.3.self_attn.q_proj.bias', 'model.layers.6.self_attn.q_proj.weight', 'vision.weight', '']
 )
 def test_tensor_left_over(settings, no_text, model, name):
   edit_tensors(model, lambda tensors: tensors.update({name: np.zeros(32, np.float32)}))
@@ -400,62 +400,65 @@ def test_tensor_that_is_not_finite(settings, model, tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    ('changes', 'parts'),
-    [
-        (dict(model_type='bert'), ["'bert'", 'llama']),
-        (dict(model_type=None), ['model_type', 'None']),
-        (dict(model_type=['llama']), ['model_type', "['llama']"]),
-        (dict(num_experts=8), ["'num_experts'"]),
-        (dict(hidden_act='gelu'), ["hidden_act='gelu'"]),
-        (dict(attention_bias=True), ['attention_bias=True']),
-        (dict(mlp_bias=True), ['mlp_bias=True']),
-        (dict(pretraining_tp=2), ['pretraining_tp=2']),
-        (dict(sliding_window=128), ['sliding_window=128']),
-        (dict(quantization_config={'bits': 4}), ['quantization_config']),
-        (dict(hidden_size='32'), ["hidden_size='32'"]),
-        (dict(hidden_size=None), ['hidden_size=None']),
-        (dict(hidden_size=32.0), ['hidden_size=32.0']),
-        (dict(hidden_size=True), ['hidden_size=True']),
-        (dict(hidden_size=[32]), ['hidden_size=[32]']),
-        (dict(vocab_size=-1), ['vocab_size=-1']),
-        (dict(vocab_size=262), ['model.embed_tokens.weight', '[262, 32]']),
-        (dict(intermediate_size=0), ['intermediate_size=0']),
-        (dict(num_attention_heads=0), ['num_attention_heads=0']),
-        (dict(num_key_value_heads=0), ['num_key_value_heads=0']),
-        (dict(num_key_value_heads=3), ['num_attention_heads=4', 'num_key_value_heads=3']),
-        (dict(head_dim=7), ['head_dim=7']),
-        (dict(head_dim=2**20), [f'head_dim={2**20}']),
-        (dict(num_hidden_layers=0), ['num_hidden_layers=0']),
-        (dict(num_hidden_layers='6'), ["num_hidden_layers='6'"]),
-        (dict(num_hidden_layers=7), ['model.layers.6.', 'is missing']),
-        (dict(num_hidden_layers=5), ['model.layers.5.', 'has no place']),
-        (dict(num_hidden_layers=10**9), ['num_hidden_layers=1000000000']),
-        (dict(rms_norm_eps='1e-5'), ["rms_norm_eps='1e-5'"]),
-        (dict(rms_norm_eps=0), ['rms_norm_eps=0']),
-        (dict(rms_norm_eps=float('nan')), ['rms_norm_eps=nan']),
-        (dict(rms_norm_eps=10**400), ['rms_norm_eps=1000']),
-        (dict(tie_word_embeddings='false'), ["tie_word_embeddings='false'"]),
-        (dict(rope_parameters={'rope_type': 'yarn', 'factor': 2.0}), ["rope type 'yarn'"]),
-        (dict(rope_parameters=None, rope_scaling={'type': 'dynamic', 'factor': 2.0}), ["rope type 'dynamic'"]),
-        (dict(rope_parameters={'rope_type': ['linear']}), ['rope type', "['linear']"]),
-        (dict(rope_parameters={'rope_type': 'linear', 'factor': 'two'}), ["factor='two'"]),
-        (dict(rope_parameters={'rope_type': 'linear'}), ['factor=None']),
-        (dict(rope_parameters={'rope_type': 'linear', 'factor': 2.0, 'beta': 1}), ["'beta'"]),
-        (dict(rope_parameters={'rope_theta': -1.0}), ['rope_theta=-1.0']),
-        (dict(rope_parameters={'rope_theta': 1e-300}), ['rope_theta']),
-        (dict(rope_scaling=[1, 2]), ['rope_scaling=[1, 2]']),
-        (dict(rope_parameters='linear'), ["rope_parameters='linear'"]),
-        (
-            dict(
-                rope_parameters={
-                    'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 4.0, 'high_freq_factor': 1.0,
-                    'original_max_position_embeddings': 64,
-                }  # fmt: skip
-            ),
-            ['high_freq_factor=1.0', 'low_freq_factor=4.0'],
-        ),
-    ],
-    ids=lambda v: str(v)[:60] if isinstance(v, dict) else '',
+  ('changes', 'parts'),
+  [
+    (dict(model_type='bert'), ["'bert'", 'llama']),
+    (dict(model_type=None), ['model_type', 'None']),
+    (dict(model_type=['llama']), ['model_type', "['llama']"]),
+    (dict(num_experts=8), ["'num_experts'"]),
+    (dict(hidden_act='gelu'), ["hidden_act='gelu'"]),
+    (dict(attention_bias=True), ['attention_bias=True']),
+    (dict(mlp_bias=True), ['mlp_bias=True']),
+    (dict(pretraining_tp=2), ['pretraining_tp=2']),
+    (dict(sliding_window=128), ['sliding_window=128']),
+    (dict(quantization_config={'bits': 4}), ['quantization_config']),
+    (dict(hidden_size='32'), ["hidden_size='32'"]),
+    (dict(hidden_size=None), ['hidden_size=None']),
+    (dict(hidden_size=32.0), ['hidden_size=32.0']),
+    (dict(hidden_size=True), ['hidden_size=True']),
+    (dict(hidden_size=[32]), ['hidden_size=[32]']),
+    (dict(vocab_size=-1), ['vocab_size=-1']),
+    (dict(vocab_size=262), ['model.embed_tokens.weight', '[262, 32]']),
+    (dict(intermediate_size=0), ['intermediate_size=0']),
+    (dict(num_attention_heads=0), ['num_attention_heads=0']),
+    (dict(num_key_value_heads=0), ['num_key_value_heads=0']),
+    (dict(num_key_value_heads=3), ['num_attention_heads=4', 'num_key_value_heads=3']),
+    (dict(head_dim=7), ['head_dim=7']),
+    (dict(head_dim=2**20), [f'head_dim={2**20}']),
+    (dict(num_hidden_layers=0), ['num_hidden_layers=0']),
+    (dict(num_hidden_layers='6'), ["num_hidden_layers='6'"]),
+    (dict(num_hidden_layers=7), ['model.layers.6.', 'is missing']),
+    (dict(num_hidden_layers=5), ['model.layers.5.', 'has no place']),
+    (dict(num_hidden_layers=10**9), ['num_hidden_layers=1000000000']),
+    (dict(rms_norm_eps='1e-5'), ["rms_norm_eps='1e-5'"]),
+    (dict(rms_norm_eps=0), ['rms_norm_eps=0']),
+    (dict(rms_norm_eps=float('nan')), ['rms_norm_eps=nan']),
+    (dict(rms_norm_eps=10**400), ['rms_norm_eps=1000']),
+    (dict(tie_word_embeddings='false'), ["tie_word_embeddings='false'"]),
+    (dict(rope_parameters={'rope_type': 'yarn', 'factor': 2.0}), ["rope type 'yarn'"]),
+    (dict(rope_parameters=None, rope_scaling={'type': 'dynamic', 'factor': 2.0}), ["rope type 'dynamic'"]),
+    (dict(rope_parameters={'rope_type': ['linear']}), ['rope type', "['linear']"]),
+    (dict(rope_parameters={'rope_type': 'linear', 'factor': 'two'}), ["factor='two'"]),
+    (dict(rope_parameters={'rope_type': 'linear'}), ['factor=None']),
+    (dict(rope_parameters={'rope_type': 'linear', 'factor': 2.0, 'beta': 1}), ["'beta'"]),
+    (dict(rope_parameters={'rope_theta': -1.0}), ['rope_theta=-1.0']),
+    (dict(rope_parameters={'rope_theta': 1e-300}), ['rope_theta']),
+    (dict(rope_scaling=[1, 2]), ['rope_scaling=[1, 2]']),
+    (dict(rope_parameters='linear'), ["rope_parameters='linear'"]),
+    (
+      dict(
+        rope_parameters={
+          'rope_type': 'llama3',
+          'factor': 8.0,
+          'low_freq_factor': 4.0,
+          'high_freq_factor': 1.0,
+          'original_max_position_embeddings': 64,
+        }  # fmt: skip
+      ),
+      ['high_freq_factor=1.0', 'low_freq_factor=4.0'],
+    ),
+  ],
+  ids=lambda v: str(v)[:60] if isinstance(v, dict) else '',
 )
 def test_config_json(settings, no_text, model, changes, parts):
   edit_json(model / 'config.json', **changes)
@@ -477,27 +480,27 @@ def test_window_longer_than_the_text(settings):
 
 @pytest.mark.parametrize('flag', ['train_data', 'eval_data'])
 @pytest.mark.parametrize(
-    ('name', 'content', 'parts'),
-    [
-        ('absent.txt', None, ['no such file']),
-        ('absent.jsonl', None, ['no such file']),
-        ('absent.csv', None, ['.parquet']),
-        ('x' * 300 + '.txt', None, ['no such file']),
-        ('empty.txt', b'', ['is empty']),
-        ('blank.txt', b'\n', ['has 1 tokens']),
-        ('latin1.txt', b'caf\xe9 ' * 500, ['cannot be read', "can't decode byte 0xe9"]),
-        ('empty.jsonl', b'', ['is empty']),
-        ('broken.jsonl', b'{"text": "a"}\n{"text": ', ['cannot be read']),
-        ('text.jsonl', b'just a text\nin two lines\n', ['cannot be read']),
-        ('other.jsonl', b'{"body": "a", "id": 1}\n', ["no column 'text'", 'body', '--text_column']),
-        ('numbers.jsonl', b'{"text": 1}\n{"text": 2}\n', ['--text_column', "'text'"]),
-        ('lists.jsonl', b'{"text": ["a", "b"]}\n', ['--text_column', "'text'"]),
-        ('foreign.parquet', b'PAR1 no parquet at all', ['cannot be read']),
-        ('empty.parquet', b'', ['is empty']),
-        ('image.png', b'\x89PNG\r\n', ['is of no kind that can be read', '.parquet']),
-        ('~no_such_user/a.txt', None, ['no such file']),
-    ],
-    ids=lambda v: v[:20] if isinstance(v, str) else '',
+  ('name', 'content', 'parts'),
+  [
+    ('absent.txt', None, ['no such file']),
+    ('absent.jsonl', None, ['no such file']),
+    ('absent.csv', None, ['.parquet']),
+    ('x' * 300 + '.txt', None, ['no such file']),
+    ('empty.txt', b'', ['is empty']),
+    ('blank.txt', b'\n', ['has 1 tokens']),
+    ('latin1.txt', b'caf\xe9 ' * 500, ['cannot be read', "can't decode byte 0xe9"]),
+    ('empty.jsonl', b'', ['is empty']),
+    ('broken.jsonl', b'{"text": "a"}\n{"text": ', ['cannot be read']),
+    ('text.jsonl', b'just a text\nin two lines\n', ['cannot be read']),
+    ('other.jsonl', b'{"body": "a", "id": 1}\n', ["no column 'text'", 'body', '--text_column']),
+    ('numbers.jsonl', b'{"text": 1}\n{"text": 2}\n', ['--text_column', "'text'"]),
+    ('lists.jsonl', b'{"text": ["a", "b"]}\n', ['--text_column', "'text'"]),
+    ('foreign.parquet', b'PAR1 no parquet at all', ['cannot be read']),
+    ('empty.parquet', b'', ['is empty']),
+    ('image.png', b'\x89PNG\r\n', ['is of no kind that can be read', '.parquet']),
+    ('~no_such_user/a.txt', None, ['no such file']),
+  ],
+  ids=lambda v: v[:20] if isinstance(v, str) else '',
 )
 def test_text(settings, tmp_path, monkeypatch, flag, name, content, parts):
   for constants in ('huggingface_hub.constants', 'datasets.config'):
@@ -581,7 +584,7 @@ def write_gguf(path: pathlib.Path, architecture='llama', drop=(), fields=(), ten
 def small_gguf(tmp_path, settings) -> pathlib.Path:
   """Where to write a GGUF file to; `settings` point there and need no text."""
   settings |= dict(
-      model=str(tmp_path / 'small.gguf'), remove_layers='', recipe='none', compare=[], train_data='', eval_data=()
+    model=str(tmp_path / 'small.gguf'), remove_layers='', recipe='none', compare=[], train_data='', eval_data=()
   )
   return tmp_path / 'small.gguf'
 
@@ -592,18 +595,18 @@ def test_what_the_gguf_cases_damage_is_good(settings, small_gguf):
 
 
 @pytest.mark.parametrize(
-    'damage',
-    [
-        lambda b: b'',
-        lambda b: b'GGUF',
-        lambda b: b'GGUF\x03\x00\x00\x00' + b'\xff' * 200,
-        lambda b: b'Just a text, renamed.\n' * 20,
-        lambda b: b[:30],
-        lambda b: b[:400],
-        lambda b: b[: len(b) // 2],
-        lambda b: b[:-1000],
-    ],
-    ids=['empty', 'magic', 'garbage', 'text', 'header', 'fields', 'half', 'tail'],
+  'damage',
+  [
+    lambda b: b'',
+    lambda b: b'GGUF',
+    lambda b: b'GGUF\x03\x00\x00\x00' + b'\xff' * 200,
+    lambda b: b'Just a text, renamed.\n' * 20,
+    lambda b: b[:30],
+    lambda b: b[:400],
+    lambda b: b[: len(b) // 2],
+    lambda b: b[:-1000],
+  ],
+  ids=['empty', 'magic', 'garbage', 'text', 'header', 'fields', 'half', 'tail'],
 )
 def test_truncated_or_foreign_gguf(settings, no_text, small_gguf, damage):
   write_gguf(small_gguf)
@@ -612,35 +615,35 @@ def test_truncated_or_foreign_gguf(settings, no_text, small_gguf, damage):
 
 
 @pytest.mark.parametrize(
-    ('changes', 'parts'),
-    [
-        (dict(architecture='bert'), ["'bert'", 'llama']),
-        (dict(tensors={'blk.0.attn_q.bias': (32,)}), ['blk.0.attn_q.bias']),
-        (dict(tensors={'blk.1.attn_q.weight': (32, 32)}), ['blk.1.attn_q.weight']),
-        (dict(tensors={'blk.0.attn_q.weight': (32, 64)}), ['model.layers.0.self_attn.q_proj.weight', '[32, 64]']),
-        (dict(drop=['blk.0.attn_q.weight']), ['model.layers.0.self_attn.q_proj.weight', 'is missing']),
-        (dict(types={'blk.0.attn_q.weight': np.int8}), ['blk.0.attn_q.weight', 'I8']),
-        (dict(drop=['llama.block_count']), ['small.gguf', 'llama.block_count']),
-        (dict(fields={'llama.block_count': 100_000}), ['small.gguf', 'block_count is 100000']),
-        (dict(fields={'llama.block_count': 'one'}), ['small.gguf', "num_hidden_layers='one'"]),
-        (dict(fields={'llama.block_count': 0}), ['small.gguf', 'num_hidden_layers=0']),
-        (dict(fields={'llama.attention.head_count': [4, 4]}), ['small.gguf']),
-        (dict(fields={'llama.embedding_length': 'wide'}), ['small.gguf']),
-        (dict(fields={'llama.attention.layer_norm_rms_epsilon': 'small'}), ['small.gguf']),
-        (dict(fields={'llama.rope.scaling.type': 'yarn'}), ['small.gguf', 'rope scaling', 'yarn']),
-        (dict(tensors={'rope_freqs.weight': (4,)}), ['rope scaling']),
-        (dict(fields={'tokenizer.ggml.model': 'bert'}), ['small.gguf', 'tokenizer bert/smollm']),
-        (dict(fields={'tokenizer.ggml.pre': 'qwen2'}), ['small.gguf', 'tokenizer gpt2/qwen2']),
-        (dict(drop=['tokenizer.ggml.merges']), ['small.gguf', 'vocabulary']),
-        (dict(drop=['tokenizer.ggml.token_type']), ['small.gguf', 'vocabulary']),
-        (dict(fields={'tokenizer.ggml.merges': ['a c']}), ['small.gguf', 'vocabulary']),
-        (dict(fields={'tokenizer.ggml.bos_token_id': 99}), ['small.gguf', 'vocabulary']),
-        (
-            dict(drop=['tokenizer.ggml.bos_token_id'], fields={'tokenizer.ggml.add_bos_token': True}),
-            ['small.gguf', 'vocabulary'],
-        ),
-    ],
-    ids=lambda v: str(v)[:70] if isinstance(v, dict) else '',
+  ('changes', 'parts'),
+  [
+    (dict(architecture='bert'), ["'bert'", 'llama']),
+    (dict(tensors={'blk.0.attn_q.bias': (32,)}), ['blk.0.attn_q.bias']),
+    (dict(tensors={'blk.1.attn_q.weight': (32, 32)}), ['blk.1.attn_q.weight']),
+    (dict(tensors={'blk.0.attn_q.weight': (32, 64)}), ['model.layers.0.self_attn.q_proj.weight', '[32, 64]']),
+    (dict(drop=['blk.0.attn_q.weight']), ['model.layers.0.self_attn.q_proj.weight', 'is missing']),
+    (dict(types={'blk.0.attn_q.weight': np.int8}), ['blk.0.attn_q.weight', 'I8']),
+    (dict(drop=['llama.block_count']), ['small.gguf', 'llama.block_count']),
+    (dict(fields={'llama.block_count': 100_000}), ['small.gguf', 'block_count is 100000']),
+    (dict(fields={'llama.block_count': 'one'}), ['small.gguf', "num_hidden_layers='one'"]),
+    (dict(fields={'llama.block_count': 0}), ['small.gguf', 'num_hidden_layers=0']),
+    (dict(fields={'llama.attention.head_count': [4, 4]}), ['small.gguf']),
+    (dict(fields={'llama.embedding_length': 'wide'}), ['small.gguf']),
+    (dict(fields={'llama.attention.layer_norm_rms_epsilon': 'small'}), ['small.gguf']),
+    (dict(fields={'llama.rope.scaling.type': 'yarn'}), ['small.gguf', 'rope scaling', 'yarn']),
+    (dict(tensors={'rope_freqs.weight': (4,)}), ['rope scaling']),
+    (dict(fields={'tokenizer.ggml.model': 'bert'}), ['small.gguf', 'tokenizer bert/smollm']),
+    (dict(fields={'tokenizer.ggml.pre': 'qwen2'}), ['small.gguf', 'tokenizer gpt2/qwen2']),
+    (dict(drop=['tokenizer.ggml.merges']), ['small.gguf', 'vocabulary']),
+    (dict(drop=['tokenizer.ggml.token_type']), ['small.gguf', 'vocabulary']),
+    (dict(fields={'tokenizer.ggml.merges': ['a c']}), ['small.gguf', 'vocabulary']),
+    (dict(fields={'tokenizer.ggml.bos_token_id': 99}), ['small.gguf', 'vocabulary']),
+    (
+      dict(drop=['tokenizer.ggml.bos_token_id'], fields={'tokenizer.ggml.add_bos_token': True}),
+      ['small.gguf', 'vocabulary'],
+    ),
+  ],
+  ids=lambda v: str(v)[:70] if isinstance(v, dict) else '',
 )
 def test_gguf(settings, no_text, small_gguf, changes, parts):
   write_gguf(small_gguf, **changes)
@@ -660,24 +663,24 @@ def flag_values(monkeypatch) -> flags.FlagValues:
 
 
 @pytest.mark.parametrize(
-    ('args', 'part'),
-    [
-        (['--gate=foo'], '--gate=foo'),
-        (['--recipe=cook'], '--recipe=cook'),
-        (['--seq_len=many'], '--seq_len=many'),
-        (['--lambda1=much'], '--lambda1=much'),
-        (['--shuffle=perhaps'], '--shuffle=perhaps'),
-        (['--no_such_flag=1'], "'no_such_flag'"),
-        (['--lambda=1'], "'lambda'"),
-        (['--seq_len'], 'seq_len'),
-        (['model/folder'], "'model/folder'"),
-        (['--seq_len=4', '-'], "'-'"),
-        (['--flagfile=no/such.flags'], 'no/such.flags'),
-        (['--flagfile={tmp}'], '{tmp}'),
-        (['--flagfile={tmp}/binary.flags'], '--flagfile'),
-        (['--flagfile={tmp}/prose.flags'], "'seq_len"),
-    ],
-    ids=lambda v: '',
+  ('args', 'part'),
+  [
+    (['--gate=foo'], '--gate=foo'),
+    (['--recipe=cook'], '--recipe=cook'),
+    (['--seq_len=many'], '--seq_len=many'),
+    (['--lambda1=much'], '--lambda1=much'),
+    (['--shuffle=perhaps'], '--shuffle=perhaps'),
+    (['--no_such_flag=1'], "'no_such_flag'"),
+    (['--lambda=1'], "'lambda'"),
+    (['--seq_len'], 'seq_len'),
+    (['model/folder'], "'model/folder'"),
+    (['--seq_len=4', '-'], "'-'"),
+    (['--flagfile=no/such.flags'], 'no/such.flags'),
+    (['--flagfile={tmp}'], '{tmp}'),
+    (['--flagfile={tmp}/binary.flags'], '--flagfile'),
+    (['--flagfile={tmp}/prose.flags'], "'seq_len"),
+  ],
+  ids=lambda v: '',
 )
 def test_command_line(flag_values, capsys, tmp_path, args, part):
   (tmp_path / 'binary.flags').write_bytes(b'\x80\x81\xff')
@@ -706,20 +709,20 @@ def test_an_empty_eval_data_drops_those_before_it(flag_values):
 def command(*args, cwd=REPO) -> subprocess.CompletedProcess:
   env = {**os.environ, 'PYTHONPATH': str(REPO), 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
   return subprocess.run(
-      [sys.executable, '-m', 'elder_jax.main', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    [sys.executable, '-m', 'elder_jax.main', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
   )
 
 
 @pytest.mark.parametrize(
-    ('args', 'part'),
-    [
-        (['--no_such_flag=1'], "'no_such_flag'"),
-        (['--model={tmp}/absent', '--workdir={tmp}/work'], '--model={tmp}/absent: there is no such folder'),
-        (['--model=no-such-owner/no-such-model', '--workdir={tmp}/work'], '--model=no-such-owner/no-such-model'),
-        (['--flagfile={tmp}/absent.flags'], '{tmp}/absent.flags'),
-        (['--workdir={tmp}/work', 'model/folder'], "'model/folder'"),
-    ],
-    ids=['flag', 'folder', 'hub', 'flagfile', 'positional'],
+  ('args', 'part'),
+  [
+    (['--no_such_flag=1'], "'no_such_flag'"),
+    (['--model={tmp}/absent', '--workdir={tmp}/work'], '--model={tmp}/absent: there is no such folder'),
+    (['--model=no-such-owner/no-such-model', '--workdir={tmp}/work'], '--model=no-such-owner/no-such-model'),
+    (['--flagfile={tmp}/absent.flags'], '{tmp}/absent.flags'),
+    (['--workdir={tmp}/work', 'model/folder'], "'model/folder'"),
+  ],
+  ids=['flag', 'folder', 'hub', 'flagfile', 'positional'],
 )
 def test_exit_status_2_without_a_traceback(tmp_path, args, part):
   result = command(*(arg.format(tmp=tmp_path) for arg in args))

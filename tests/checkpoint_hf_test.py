@@ -132,8 +132,8 @@ def test_sharded_output(shard_bytes, mild, tmp_path):
   np.testing.assert_array_equal(logits_BTV, expected_BTV)
   # And read back by us.
   chex.assert_trees_all_equal(
-      jax.tree.leaves(checkpoint_hf.load(open_folder(out), 'float32')),
-      jax.tree.leaves(checkpoint_hf.load(open_folder(mild), 'float32')),
+    jax.tree.leaves(checkpoint_hf.load(open_folder(out), 'float32')),
+    jax.tree.leaves(checkpoint_hf.load(open_folder(mild), 'float32')),
   )
 
 
@@ -212,9 +212,9 @@ def test_a_tied_checkpoint_may_store_its_head(tiny, tmp_path):
 
 LLAMA3 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}
 ROPES = {
-    'default': (None, {'rope_type': 'default'}),
-    'linear': ({'type': 'linear', 'factor': 2.0}, {'rope_type': 'linear', 'factor': 2.0}),
-    'llama3': ({'rope_type': 'llama3', **LLAMA3}, {'rope_type': 'llama3', **LLAMA3}),
+  'default': (None, {'rope_type': 'default'}),
+  'linear': ({'type': 'linear', 'factor': 2.0}, {'rope_type': 'linear', 'factor': 2.0}),
+  'llama3': ({'rope_type': 'llama3', **LLAMA3}, {'rope_type': 'llama3', **LLAMA3}),
 }
 
 
@@ -342,7 +342,7 @@ def test_gguf_is_the_checkpoint_it_was_made_from(llama_for_gguf, tmp_path):
   same_bytes(tensors_of(tmp_path / 'out'), tensors_of(llama_for_gguf))
   tokens_BT = some_tokens(VOCAB)
   np.testing.assert_array_equal(
-      torch_logits(load_torch(tmp_path / 'out'), tokens_BT), torch_logits(load_torch(llama_for_gguf), tokens_BT)
+    torch_logits(load_torch(tmp_path / 'out'), tokens_BT), torch_logits(load_torch(llama_for_gguf), tokens_BT)
   )
   tokenizer = data.load_tokenizer(str(tmp_path / 'out'))
   assert tokenizer(TEXT).input_ids == data.load_tokenizer(str(tmp_path / 'files'))(TEXT).input_ids

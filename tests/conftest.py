@@ -17,7 +17,9 @@ TINY = dict(
 def write_tokenizer(folder: pathlib.Path):
   """A byte-level tokenizer of 258 tokens, with a chat template and a licence file beside it."""
   import tokenizers
-  from tokenizers import decoders, models, pre_tokenizers
+  from tokenizers import decoders
+  from tokenizers import models
+  from tokenizers import pre_tokenizers
 
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocab = {t: i for i, t in enumerate(['<s>', '</s>', *alphabet])}
@@ -27,7 +29,7 @@ def write_tokenizer(folder: pathlib.Path):
   tokenizer.add_special_tokens(['<s>', '</s>'])
   tokenizer.save(str(folder / 'tokenizer.json'))
   (folder / 'tokenizer_config.json').write_text(
-      '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}'
+    '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}'
   )
   (folder / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content }}\n{% endfor %}')
   (folder / 'LICENSE').write_text('Free for all.\n')
@@ -74,6 +76,6 @@ def settings(tiny, text, tmp_path) -> dict:
   """Settings of a whole run that takes seconds."""
   return dict(
       model=str(tiny), workdir=str(tmp_path / 'work'), train_data=str(text), eval_data=(f'text={text}',),
-      seq_len=32, num_sequences=8, batch_size=4, eval_seq_len=32, eval_tokens=256, num_remove=2, gate_steps=2,
-      protect_first=1, protect_last=1, train_steps=3, lr=1e-3, verify='jax',
+      seq_len=32, num_sequences=8, batch_size=4, eval_seq_len=32, eval_tokens=256, num_remove=2,
+      selection='iterative', gate_steps=2, order='joint', protect_first=1, protect_last=1, train_steps=3, lr=1e-3, verify='jax',
   )  # fmt: skip

@@ -105,24 +105,24 @@ def test_a_finished_run_is_not_done_again(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'options',
-    [
-        dict(gate='output'),
-        dict(selection='one_shot'),
-        dict(penalty='l1', penalty_scale='relative'),
-        dict(penalty_scale='none', lambda2=1e-5),
-        dict(order='sequential', train_steps=4),
-        dict(lambda2_power=2.0),
-        dict(trainable='all'),
-        dict(dtype='bfloat16'),
-        dict(dtype='bfloat16', export_dtype='float32'),
-        dict(grad_accum=2, remat='full'),
-        dict(eval_bos='window'),
-        dict(recipe='prune_then_train', compare=[]),
-        dict(eval_data=()),
-        dict(shuffle=False),
-    ],
-    ids=str,
+  'options',
+  [
+    dict(gate='output'),
+    dict(selection='one_shot'),
+    dict(penalty='l1', penalty_scale='relative'),
+    dict(penalty_scale='none', lambda2=1e-5),
+    dict(order='sequential', train_steps=4),
+    dict(lambda2_power=2.0),
+    dict(trainable='all'),
+    dict(dtype='bfloat16'),
+    dict(dtype='bfloat16', export_dtype='float32'),
+    dict(grad_accum=2, remat='full'),
+    dict(eval_bos='window'),
+    dict(recipe='prune_then_train', compare=[]),
+    dict(eval_data=()),
+    dict(shuffle=False),
+  ],
+  ids=str,
 )
 def test_every_option_runs_to_an_export_that_verifies(settings, options):
   report = run(settings, **options)

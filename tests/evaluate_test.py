@@ -11,7 +11,9 @@ from elder_jax import evaluate
 from elder_jax import model as model_lib
 from elder_jax.data import Corpus
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder, Mode, Spec
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+from elder_jax.model import Spec
 
 V = 40
 SPEC = Spec(

@@ -12,7 +12,9 @@ from elder_jax import losses
 from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import train
-from elder_jax.model import Decoder, Mode, Spec
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+from elder_jax.model import Spec
 
 SPEC = Spec(
     vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
@@ -142,7 +144,11 @@ def test_loss_adds_lambda1_times_the_gates_that_are_alive():
   # What is skipped is as good as removed.
   cut = prune.prune(model, [2, 4])
   cut.gate_L.set_value(np.float32([1, -2, 8]))
-  none = {'alive_L': np.ones(3, bool), 'gate_weight_L': np.zeros(3, np.float32), 'delta_weight_L': np.zeros(3, np.float32)}
+  none = {
+    'alive_L': np.ones(3, bool),
+    'gate_weight_L': np.zeros(3, np.float32),
+    'delta_weight_L': np.zeros(3, np.float32),
+  }
   lm, _ = losses.loss(cut, BATCH_BT, none, Mode())
   np.testing.assert_allclose(float(parts['lm_loss']), float(lm), rtol=1e-6)
 

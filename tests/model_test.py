@@ -106,14 +106,14 @@ LLAMA3 = {
 }  # fmt: skip
 LINEAR = {'rope_type': 'linear', 'rope_theta': 10000.0, 'factor': 4.0}
 TORCH_CASES = {
-    'mha_untied': dict(num_key_value_heads=4, tie_word_embeddings=False),
-    'gqa_tied': dict(num_key_value_heads=2),
-    'mqa_untied': dict(num_key_value_heads=1, tie_word_embeddings=False),
-    'wide_heads_tied': dict(head_dim=12, vocab_size=101),
-    'narrow_heads_untied': dict(head_dim=6, tie_word_embeddings=False, vocab_size=101),
-    'theta': dict(rope_parameters={'rope_type': 'default', 'rope_theta': 100.0}),
-    'llama3_rope': dict(rope_parameters=LLAMA3),
-    'linear_rope': dict(rope_parameters=LINEAR),
+  'mha_untied': dict(num_key_value_heads=4, tie_word_embeddings=False),
+  'gqa_tied': dict(num_key_value_heads=2),
+  'mqa_untied': dict(num_key_value_heads=1, tie_word_embeddings=False),
+  'wide_heads_tied': dict(head_dim=12, vocab_size=101),
+  'narrow_heads_untied': dict(head_dim=6, tie_word_embeddings=False, vocab_size=101),
+  'theta': dict(rope_parameters={'rope_type': 'default', 'rope_theta': 100.0}),
+  'llama3_rope': dict(rope_parameters=LLAMA3),
+  'linear_rope': dict(rope_parameters=LINEAR),
 }
 
 
@@ -493,9 +493,9 @@ def test_the_logits_of_a_whole_batch_are_never_there(dtype, monkeypatch):
 def test_loss_is_the_sum_of_its_parts():
   model = with_gates(decoder(), [0.9, -0.4, 0.3, 1.2, 0.7])
   terms = {
-      'alive_L': alive_without(1),
-      'gate_weight_L': jnp.array([0.1, 0, 0.2, 0, 0.3]),
-      'delta_weight_L': jnp.array([0, 0, 0.5, 0.25, 0]),
+    'alive_L': alive_without(1),
+    'gate_weight_L': jnp.array([0.1, 0, 0.2, 0, 0.3]),
+    'delta_weight_L': jnp.array([0, 0, 0.5, 0.25, 0]),
   }
   mode = Mode(penalty_scale='relative')
   total, parts = losses.loss(model, tokens(), terms, mode)
@@ -537,5 +537,5 @@ def test_query_head_reads_its_own_key_value_head():
   q, k, v = (jnp.array(random.normal(size=(B, 7, n, 6)), jnp.float32) for n in (4, 2, 2))
   repeated = (jnp.array(np.repeat(a, 2, axis=2)) for a in (k, v))
   np.testing.assert_allclose(
-      jax.jit(model_lib.attention)(q, k, v), jax.jit(model_lib.attention)(q, *repeated), rtol=1e-5, atol=1e-6
+    jax.jit(model_lib.attention)(q, k, v), jax.jit(model_lib.attention)(q, *repeated), rtol=1e-5, atol=1e-6
   )

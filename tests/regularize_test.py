@@ -14,8 +14,11 @@ from elder_jax import model as model_lib
 from elder_jax import regularize
 from elder_jax import train
 from elder_jax.checkpoint import Checkpoints
-from elder_jax.model import Decoder, Mode, Spec
-from elder_jax.regularize import penalty_terms, TrainSettings
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+from elder_jax.model import Spec
+from elder_jax.regularize import TrainSettings
+from elder_jax.regularize import penalty_terms
 
 L = 4
 BATCHES_SBT = np.random.default_rng(0).integers(0, 40, (8, 4, 9), np.int32)
@@ -77,7 +80,9 @@ def test_joint_is_one_weight_on_all_chosen_layers_in_every_step():
   assert {terms['gate_weight_L'].dtype, terms['delta_weight_L'].dtype} == {np.dtype('float32')}
 
 
-@pytest.mark.parametrize('power, ramp', [(0.0, [1, 1, 1, 1]), (1.0, [0.25, 0.5, 0.75, 1]), (2.0, [1 / 16, 0.25, 9 / 16, 1])])
+@pytest.mark.parametrize(
+  'power, ramp', [(0.0, [1, 1, 1, 1]), (1.0, [0.25, 0.5, 0.75, 1]), (2.0, [1 / 16, 0.25, 9 / 16, 1])]
+)
 def test_ramp_ends_at_lambda2(power, ramp):
   assert weights([1], 4, lambda2_power=power) == [[0, 0.5 * r, 0, 0] for r in ramp]
 
@@ -88,15 +93,15 @@ def test_sequential_takes_the_layers_in_the_order_given():
 
 
 @pytest.mark.parametrize(
-    'steps, layers, turns',
-    [
-        (5, [0, 1], [0, 0, 0, 1, 1]),
-        (7, [0, 1, 2], [0, 0, 0, 1, 1, 2, 2]),
-        (8, [0, 1, 2], [0, 0, 0, 1, 1, 1, 2, 2]),
-        (3, [0, 1, 2], [0, 1, 2]),
-        (4, [0, 1, 2], [0, 0, 1, 2]),
-        (1, [0], [0]),
-    ],
+  'steps, layers, turns',
+  [
+    (5, [0, 1], [0, 0, 0, 1, 1]),
+    (7, [0, 1, 2], [0, 0, 0, 1, 1, 2, 2]),
+    (8, [0, 1, 2], [0, 0, 0, 1, 1, 1, 2, 2]),
+    (3, [0, 1, 2], [0, 1, 2]),
+    (4, [0, 1, 2], [0, 0, 1, 2]),
+    (1, [0], [0]),
+  ],
 )
 def test_turns_where_steps_do_not_divide(steps, layers, turns):
   assert [np.flatnonzero(w).tolist() for w in weights(layers, steps, sequential=True)] == [[t] for t in turns]
@@ -159,10 +164,14 @@ def test_no_penalty_is_plain_lm_training():
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(train.schedule(1e-3, steps, 0.05)))
   layers = jax.tree.map(lambda a: a, model.layers)
   state = tx.init(layers)
-  gradient = jax.jit(jax.grad(lm_loss))
+
+  @jax.jit
+  def step(layers, state, tokens_BT):
+    updates, state = tx.update(jax.grad(lm_loss)(layers, tokens_BT), state)
+    return optax.apply_updates(layers, updates), state
+
   for i in range(steps):
-    updates, state = tx.update(gradient(layers, BATCHES_SBT[i]), state)
-    layers = optax.apply_updates(layers, updates)
+    layers, state = step(layers, state, BATCHES_SBT[i])
   chex.assert_trees_all_close(leaves(mine.layers), leaves(layers), atol=2e-6)
   assert np.abs(leaves(mine.layers)['.wq.value'] - leaves(model.layers)['.wq.value']).max() > 1e-3
 
@@ -178,7 +187,9 @@ def test_what_trains_and_what_is_logged():
   model = tiny()
   old = leaves(model)
   new = leaves(
-      fit(model, [2, 1], log=lambda i, m: log.append((i, m)), steps=4, sequential=True, trainable='all', lambda2_power=1.0)
+    fit(
+      model, [2, 1], log=lambda i, m: log.append((i, m)), steps=4, sequential=True, trainable='all', lambda2_power=1.0
+    )
   )
   assert [i for i, _ in log] == [0, 1, 2, 3]
   delta_SL = np.array([m['delta_L'] for _, m in log])

@@ -37,12 +37,12 @@ def make(recipe='regularize', **changes) -> dict:
 
 def test_table():
   assert report_lib.table(make()).splitlines() == [
-      '| model | layers | PPL wiki | PPL news |',
-      '| --- | ---: | ---: | ---: |',
-      '| dense | 6 | 10.13 | 7.00 |',
-      '| direct removal | 4 | 1.2e+05 | 1e+04 |',
-      '| prune, then train | 4 | 21.00 | 1e+04 |',
-      '| regularise, then prune (exported) | 4 | 20.50 | 9999.99 |',
+    '| model | layers | PPL wiki | PPL news |',
+    '| --- | ---: | ---: | ---: |',
+    '| dense | 6 | 10.13 | 7.00 |',
+    '| direct removal | 4 | 1.2e+05 | 1e+04 |',
+    '| prune, then train | 4 | 21.00 | 1e+04 |',
+    '| regularise, then prune (exported) | 4 | 20.50 | 9999.99 |',
   ]
 
 

@@ -15,7 +15,9 @@ from elder_jax import sharding
 from elder_jax import train
 from elder_jax.checkpoint import Checkpoints
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder, Mode, Spec
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+from elder_jax.model import Spec
 
 SPEC = Spec(
     vocab_size=48, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
@@ -35,7 +37,7 @@ def worker(out: pathlib.Path):
   jax.config.update('jax_disable_most_optimizations', True)  # half the time is XLA's
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
-      lambda event, seconds, **more: compiled.append(event) if 'backend_compile' in event else None
+    lambda event, seconds, **more: compiled.append(event) if 'backend_compile' in event else None
   )
   batches = np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 16, 9), np.int32)
   terms = {
@@ -63,7 +65,8 @@ def worker(out: pathlib.Path):
     restored = checkpoints.latest(train.init(model, mask, tx)[0])
     resumed, _ = step(restored, frozen, batch, terms)
     facts[flag] = {
-        'losses': losses, 'before': before, 'after': lies(state), 'again': again, 'batch': batch.sharding.shard_shape((16, 9)),
+        'losses': losses, 'before': before, 'after': lies(state), 'again': again,
+        'batch': batch.sharding.shard_shape((16, 9)),
         'resumed': all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(state))),
     }  # fmt: skip
     arrays |= {f'{flag}/{k}': np.asarray(a) for k, a in named(state.trained).items()}
@@ -132,15 +135,17 @@ def test_training_goes_on_from_a_checkpoint_of_a_mesh(result, flag):
 
 
 @pytest.mark.parametrize(
-    'flag, sizes',
-    [('1,8,1', (1, 8, 1)), ('-1,1,1', (8, 1, 1)), ('2,-1,2', (2, 2, 2)), ('1,4,-1', (1, 4, 2)), ('8,1,-1', (8, 1, 1))],
+  'flag, sizes',
+  [('1,8,1', (1, 8, 1)), ('-1,1,1', (8, 1, 1)), ('2,-1,2', (2, 2, 2)), ('1,4,-1', (1, 4, 2)), ('8,1,-1', (8, 1, 1))],
 )
 def test_make_mesh(flag, sizes):
   mesh = sharding.make_mesh(flag, np.arange(8))
   assert dict(mesh.shape) == dict(zip(('data', 'fsdp', 'tp'), sizes))
 
 
-@pytest.mark.parametrize('flag', ['', '8', '1,8', '1,8,1,1', 'a,b,c', '-1,-1,1', '0,8,1', '-2,4,1', '1.0,8,1', '2,2,1', '3,-1,1', '16,-1,1'])
+@pytest.mark.parametrize(
+  'flag', ['', '8', '1,8', '1,8,1,1', 'a,b,c', '-1,-1,1', '0,8,1', '-2,4,1', '1.0,8,1', '2,2,1', '3,-1,1', '16,-1,1']
+)
 def test_make_mesh_refuses(flag):
   with pytest.raises(InputError, match=f'^--mesh={flag}: '):
     sharding.make_mesh(flag, np.arange(8))
@@ -151,7 +156,9 @@ def one_device_as(**sizes):
   return type('FakeMesh', (), {'shape': {'data': 1, 'fsdp': 1, 'tp': 1} | sizes})()
 
 
-@pytest.mark.parametrize('sizes, axis, size', [({'fsdp': 3}, 'fsdp=3', 16), ({'tp': 5}, 'tp=5', 48), ({'tp': 4}, 'tp=4', 2)])
+@pytest.mark.parametrize(
+  'sizes, axis, size', [({'fsdp': 3}, 'fsdp=3', 16), ({'tp': 5}, 'tp=5', 48), ({'tp': 4}, 'tp=4', 2)]
+)
 def test_a_size_that_does_not_divide_is_refused(sizes, axis, size, monkeypatch):
   monkeypatch.setattr(sharding, 'NamedSharding', lambda mesh, spec: spec)
   model = jax.eval_shape(lambda: Decoder(SPEC, L, jax.random.key(0)))

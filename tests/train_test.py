@@ -11,7 +11,9 @@ import pytest
 
 from elder_jax import train
 from elder_jax.checkpoint import Checkpoints
-from elder_jax.model import Decoder, Mode, Spec
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+from elder_jax.model import Spec
 
 SPEC = Spec(
     vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=False,
@@ -110,7 +112,9 @@ def test_gradient_accumulation_changes_nothing():
     state, frozen = train.init(model, mask, tx)
     state, metrics = train.make_step(tx, Mode(), parts, rate)(state, frozen, BATCHES_SBT[0], terms())
     results.append((copy(state.trained), jax.device_get(metrics)))
-  moved = max(np.abs(a - b).max() for a, b in zip(results[0][0].values(), copy(train.partition(model, mask)[0]).values()))
+  moved = max(
+    np.abs(a - b).max() for a, b in zip(results[0][0].values(), copy(train.partition(model, mask)[0]).values())
+  )
   assert moved > 1e-2
   chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)
   chex.assert_trees_all_close(results[0], results[2], atol=1e-6, rtol=1e-5)
@@ -181,7 +185,7 @@ def test_weight_decay_is_for_matrices():
   mask = train.mask(model, 'all')
   tx = train.optimizer(mask, rate, 0.5, 1.0)
   state, _ = train.init(model, mask, tx)
-  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, state.trained), state.opt_state, state.trained)
+  updates, _ = jax.jit(tx.update)(jax.tree.map(np.zeros_like, state.trained), state.opt_state, state.trained)
   weights = copy(state.trained)
   assert {'.embed.value', '.head.value', '.layers.w_down.value'} | NORMS < set(weights)
   for name, update in copy(updates).items():
@@ -197,7 +201,7 @@ def test_gradients_are_clipped_by_their_global_norm(scale, norm):
   state, _ = train.init(model, mask, tx)
   grads = jax.tree.map(lambda a: scale * a, state.trained)
   grads = jax.tree.map(lambda a: a / optax.global_norm(state.trained), grads)  # of the norm `scale`
-  _, opt_state = tx.update(grads, state.opt_state, state.trained)
+  _, opt_state = jax.jit(tx.update)(grads, state.opt_state, state.trained)
   mu = optax.tree_utils.tree_get(opt_state, 'mu')
   np.testing.assert_allclose(float(optax.global_norm(mu)), 0.1 * (scale if norm is None else norm), rtol=1e-4)
 
@@ -306,7 +310,9 @@ def test_checkpoints_keep_the_last_whole_one(tmp_path):
   latest = checkpoints.latest(state)
   assert int(latest.step) == 4
   np.testing.assert_array_equal(latest.trained['w'], [0, 2, 4])
-  checkpoints.save(state._replace(step=jnp.int32(10)))  # 10 after 4: numbers, not names, are compared
+  checkpoints.save(state._replace(step=jnp.int32(10)))
+  Checkpoints(tmp_path / 'b', 2, 7).save(state._replace(step=jnp.int32(9)))
+  (tmp_path / 'b' / '9').rename(folder / '9')  # as if it was killed before it removed the older one
   assert int(checkpoints.latest(state).step) == 10
   checkpoints.clear()
   assert not folder.exists() and checkpoints.latest(state) is state

@@ -12,28 +12,28 @@ from elder_jax.model import Spec
 # A comma separates HF's dimensions, letters next to each other are folded into one. None: a buffer that is derived
 # from the config, skipped when read and not written.
 WEIGHTS = {
-    'model.embed_tokens.weight': ('embed', 'V,D->VD'),
-    'model.layers.{l}.input_layernorm.weight': ('layers.attn_norm', 'D->D'),
-    'model.layers.{l}.self_attn.q_proj.weight': ('layers.wq', 'NH,D->DNH'),
-    'model.layers.{l}.self_attn.k_proj.weight': ('layers.wk', 'KH,D->DKH'),
-    'model.layers.{l}.self_attn.v_proj.weight': ('layers.wv', 'KH,D->DKH'),
-    'model.layers.{l}.self_attn.o_proj.weight': ('layers.wo', 'D,NH->NHD'),
-    'model.layers.{l}.self_attn.rotary_emb.inv_freq': None,
-    'model.layers.{l}.post_attention_layernorm.weight': ('layers.mlp_norm', 'D->D'),
-    'model.layers.{l}.mlp.gate_proj.weight': ('layers.w_gate', 'F,D->DF'),
-    'model.layers.{l}.mlp.up_proj.weight': ('layers.w_up', 'F,D->DF'),
-    'model.layers.{l}.mlp.down_proj.weight': ('layers.w_down', 'D,F->FD'),
-    'model.norm.weight': ('final_norm', 'D->D'),
-    'lm_head.weight': ('head', 'V,D->VD'),
+  'model.embed_tokens.weight': ('embed', 'V,D->VD'),
+  'model.layers.{l}.input_layernorm.weight': ('layers.attn_norm', 'D->D'),
+  'model.layers.{l}.self_attn.q_proj.weight': ('layers.wq', 'NH,D->DNH'),
+  'model.layers.{l}.self_attn.k_proj.weight': ('layers.wk', 'KH,D->DKH'),
+  'model.layers.{l}.self_attn.v_proj.weight': ('layers.wv', 'KH,D->DKH'),
+  'model.layers.{l}.self_attn.o_proj.weight': ('layers.wo', 'D,NH->NHD'),
+  'model.layers.{l}.self_attn.rotary_emb.inv_freq': None,
+  'model.layers.{l}.post_attention_layernorm.weight': ('layers.mlp_norm', 'D->D'),
+  'model.layers.{l}.mlp.gate_proj.weight': ('layers.w_gate', 'F,D->DF'),
+  'model.layers.{l}.mlp.up_proj.weight': ('layers.w_up', 'F,D->DF'),
+  'model.layers.{l}.mlp.down_proj.weight': ('layers.w_down', 'D,F->FD'),
+  'model.norm.weight': ('final_norm', 'D->D'),
+  'lm_head.weight': ('head', 'V,D->VD'),
 }
 
 # Keys that change nothing in the computation of logits.
 _NEUTRAL = set(
-    '_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache initializer_range '
-    'bos_token_id eos_token_id pad_token_id attention_dropout max_position_embeddings is_llama_config '
-    'transformers.js_config _attn_implementation_autoset name_or_path max_sequence_length max_length '
-    'output_attentions output_hidden_states return_dict id2label label2id problem_type chunk_size_feed_forward '
-    'is_encoder_decoder unsloth_fixed unsloth_version'.split()
+  '_name_or_path architectures model_type torch_dtype dtype transformers_version use_cache initializer_range '
+  'bos_token_id eos_token_id pad_token_id attention_dropout max_position_embeddings is_llama_config '
+  'transformers.js_config _attn_implementation_autoset name_or_path max_sequence_length max_length '
+  'output_attentions output_hidden_states return_dict id2label label2id problem_type chunk_size_feed_forward '
+  'is_encoder_decoder unsloth_fixed unsloth_version'.split()
 )
 # Keys that may only have the value under which they change nothing.
 _FIXED = {
@@ -41,8 +41,8 @@ _FIXED = {
     'rope_interleaved': (False,), 'sliding_window': (None,), 'quantization_config': (None,),
 }  # fmt: skip
 _READ = set(
-    'vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim '
-    'rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters'.split()
+  'vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim '
+  'rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters'.split()
 )
 
 
@@ -51,36 +51,38 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   for key, value in config.items():
     if key in _FIXED and value not in _FIXED[key]:
       raise InputError(
-          f'config.json: {key}={value!r} is not supported (only {_FIXED[key][0]!r} is); use a checkpoint without it.'
+        f'config.json: {key}={value!r} is not supported (only {_FIXED[key][0]!r} is); use a checkpoint without it.'
       )
     if key not in _NEUTRAL and key not in _FIXED and key not in _READ:
       raise InputError(
-          f'config.json: the key {key!r} is not known for model_type llama; remove it if it does not change the computation.'
+        f'config.json: the key {key!r} is not known for model_type llama; remove it if it does not change the computation.'
       )
   size = lambda key, default=None: _positive(config, key, default)
   d_model, num_heads = size('hidden_size'), size('num_attention_heads')
   head_dim = size('head_dim', max(1, d_model // num_heads))
   kv_heads = size('num_key_value_heads', num_heads)
   if head_dim % 2:
-    raise InputError(f'config.json: head_dim={head_dim} is odd, rotary position embedding needs an even one; mend the file.')
+    raise InputError(
+      f'config.json: head_dim={head_dim} is odd, rotary position embedding needs an even one; mend the file.'
+    )
   if head_dim > 2**16:  # before a table of that size is made
     raise InputError(f'config.json: head_dim={head_dim} is larger than any model has; mend the file.')
   if num_heads % kv_heads:
     raise InputError(
-        f'config.json: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={kv_heads}; mend the file.'
+      f'config.json: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={kv_heads}; mend the file.'
     )
   if (tied := config.get('tie_word_embeddings')) not in (True, False, None):
     raise InputError(f'config.json: tie_word_embeddings={tied!r} must be true or false; mend the file.')
   spec = Spec(
-      vocab_size=size('vocab_size'),
-      d_model=d_model,
-      num_heads=num_heads,
-      num_kv_heads=kv_heads,
-      head_dim=head_dim,
-      d_ff=size('intermediate_size'),
-      norm_eps=_positive_number(config, 'rms_norm_eps', 1e-6),
-      tied=bool(tied),
-      rope_freq_H=_rope_frequencies(config, head_dim),
+    vocab_size=size('vocab_size'),
+    d_model=d_model,
+    num_heads=num_heads,
+    num_kv_heads=kv_heads,
+    head_dim=head_dim,
+    d_ff=size('intermediate_size'),
+    norm_eps=_positive_number(config, 'rms_norm_eps', 1e-6),
+    tied=bool(tied),
+    rope_freq_H=_rope_frequencies(config, head_dim),
   )
   return spec, size('num_hidden_layers')
 
@@ -140,18 +142,18 @@ def _rope_frequencies(config: dict, head_dim: int) -> tuple[float, ...]:
 
 GGUF_ARCHITECTURE = 'llama'
 GGUF_NAMES = {
-    'model.embed_tokens.weight': 'token_embd.weight',
-    'model.layers.{l}.input_layernorm.weight': 'blk.{l}.attn_norm.weight',
-    'model.layers.{l}.self_attn.q_proj.weight': 'blk.{l}.attn_q.weight',
-    'model.layers.{l}.self_attn.k_proj.weight': 'blk.{l}.attn_k.weight',
-    'model.layers.{l}.self_attn.v_proj.weight': 'blk.{l}.attn_v.weight',
-    'model.layers.{l}.self_attn.o_proj.weight': 'blk.{l}.attn_output.weight',
-    'model.layers.{l}.post_attention_layernorm.weight': 'blk.{l}.ffn_norm.weight',
-    'model.layers.{l}.mlp.gate_proj.weight': 'blk.{l}.ffn_gate.weight',
-    'model.layers.{l}.mlp.up_proj.weight': 'blk.{l}.ffn_up.weight',
-    'model.layers.{l}.mlp.down_proj.weight': 'blk.{l}.ffn_down.weight',
-    'model.norm.weight': 'output_norm.weight',
-    'lm_head.weight': 'output.weight',
+  'model.embed_tokens.weight': 'token_embd.weight',
+  'model.layers.{l}.input_layernorm.weight': 'blk.{l}.attn_norm.weight',
+  'model.layers.{l}.self_attn.q_proj.weight': 'blk.{l}.attn_q.weight',
+  'model.layers.{l}.self_attn.k_proj.weight': 'blk.{l}.attn_k.weight',
+  'model.layers.{l}.self_attn.v_proj.weight': 'blk.{l}.attn_v.weight',
+  'model.layers.{l}.self_attn.o_proj.weight': 'blk.{l}.attn_output.weight',
+  'model.layers.{l}.post_attention_layernorm.weight': 'blk.{l}.ffn_norm.weight',
+  'model.layers.{l}.mlp.gate_proj.weight': 'blk.{l}.ffn_gate.weight',
+  'model.layers.{l}.mlp.up_proj.weight': 'blk.{l}.ffn_up.weight',
+  'model.layers.{l}.mlp.down_proj.weight': 'blk.{l}.ffn_down.weight',
+  'model.norm.weight': 'output_norm.weight',
+  'lm_head.weight': 'output.weight',
 }
 
 
@@ -160,26 +162,25 @@ def config_from_gguf(field, has_tensor) -> dict:
   if (scaling := field('rope.scaling.type', 'none')) != 'none' or has_tensor('rope_freqs.weight'):
     raise InputError(f'GGUF rope scaling ({scaling}) is not supported; use the Hugging Face folder of this model.')
   d_model, heads = field('embedding_length'), field('attention.head_count')
-  config = {
-      'architectures': ['LlamaForCausalLM'],
-      'model_type': 'llama',
-      'vocab_size': field('vocab_size'),
-      'hidden_size': d_model,
-      'intermediate_size': field('feed_forward_length'),
-      'num_hidden_layers': field('block_count'),
-      'num_attention_heads': heads,
-      'num_key_value_heads': field('attention.head_count_kv', heads),
-      'head_dim': field('attention.key_length', d_model // heads if heads else None),
-      'hidden_act': 'silu',
-      'max_position_embeddings': field('context_length'),
-      # float32 in the file; to the shortest decimal that is the same float32.
-      'rms_norm_eps': float(str(np.float32(field('attention.layer_norm_rms_epsilon')))),
-      'rope_theta': float(field('rope.freq_base', 10000.0)),
-      'attention_bias': False,
-      'mlp_bias': False,
-      'tie_word_embeddings': not has_tensor('output.weight'),
+  return {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'vocab_size': field('vocab_size'),
+    'hidden_size': d_model,
+    'intermediate_size': field('feed_forward_length'),
+    'num_hidden_layers': field('block_count'),
+    'num_attention_heads': heads,
+    'num_key_value_heads': field('attention.head_count_kv', heads),
+    'head_dim': field('attention.key_length', d_model // heads if heads else None),
+    'hidden_act': 'silu',
+    'max_position_embeddings': field('context_length'),
+    # float32 in the file; to the shortest decimal that is the same float32.
+    'rms_norm_eps': float(str(np.float32(field('attention.layer_norm_rms_epsilon')))),
+    'rope_theta': float(field('rope.freq_base', 10000.0)),
+    'attention_bias': False,
+    'mlp_bias': False,
+    'tie_word_embeddings': not has_tensor('output.weight'),
   }
-  return config
 
 
 def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
