@@ -94,8 +94,8 @@ class Config:
     0.0, 'Ramp of lambda2: it is lambda2 * f^power at the fraction f of the steps; 0: constant, 1: linear, 2: square.'
   )
   order: str = _flag(
-      'sequential', 'joint: all chosen layers are penalised together; sequential: one after another, each switched off after '
-      'its turn.', ('joint', 'sequential'),
+      'sequential', 'joint: all chosen layers are penalised together; sequential: one after another, each switched off '
+      'after its turn.', ('joint', 'sequential'),
   )  # fmt: skip
   train_steps: int | None = _flag(
     None, 'Steps of stage 2, and of prune_then_train; unset: one pass over the sequences.'
