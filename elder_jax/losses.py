@@ -47,7 +47,7 @@ def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
 
 
 def loss(model, tokens_BT, terms, mode):
-  """LM loss + Σ_l gate_l1_l·|g_l| + Σ_l delta_l1_l·R(d_l), and its parts (ELDeR, arXiv 2505.18232, section 3).
+  """LM loss + Σ_l gate_weight_l·|g_l| + Σ_l delta_weight_l·R(d_l), and its parts (ELDeR, arXiv 2505.18232, section 3).
 
   Args:
     terms: {'alive_L': bool, 'gate_weight_L': fp32, 'delta_weight_L': fp32}. Stage 1 puts λ1 on the gates of the layers

@@ -55,14 +55,14 @@ def table(report: dict) -> str:
 
 
 def verdict(report: dict) -> list[str]:
-  """One sentence per corpus on which another recipe, at the same number of steps, was better than the exported one."""
+  """One sentence per corpus on which another recipe, on the same layers, was better than the exported one."""
   lines = []
   for corpus in report['ppl']:
     by_ppl = {r: v['ppl'][corpus] for r, v in report['recipes'].items()}
     best = min(by_ppl, key=by_ppl.get)
     if best != report['recipe']:
       lines.append(
-        f'On {corpus}, "{NAMES[best]}" is better than the exported "{NAMES[report["recipe"]]}" at the same steps: '
+        f'On {corpus}, "{NAMES[best]}" is better than the exported "{NAMES[report["recipe"]]}": '
         f'{by_ppl[best]:.2f} against {by_ppl[report["recipe"]]:.2f}.'
       )
   return lines
