@@ -74,7 +74,7 @@ def test_an_exported_folder_prunes_as_its_gguf_does(whole, tmp_path):
   direct, a = export(tmp_path / 'a', GGUF, removed)
   again, b = export(tmp_path / 'b', folder, removed, verify='jax')
   assert direct['ppl']['news'] == again['ppl']['news'] and direct['ppl']['news']['dense'] < 40
-  assert direct['verify']['torch'] <= 2e-4
+  assert direct['verify']['torch'] <= 1e-4
   names = {path.name for path in folder.iterdir()}
   assert {'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'model.safetensors'} <= names
   for name in names - {'README.md', 'config.json', 'model.safetensors'}:
