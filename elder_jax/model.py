@@ -84,26 +84,39 @@ class Block(nnx.Module):
     self.w_up = weight('LDF', 'D')
     self.w_down = weight('LFD', 'F')
 
+  def qkv(self, x_BTD, rope):
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer, the first two rotated."""
+    h_BTD = rms_norm(x_BTD, self.attn_norm[...], self.spec.norm_eps)
+    q_BTNH = apply_rope(jnp.einsum('BTD,DNH->BTNH', h_BTD, _cast(self.wq, h_BTD)), rope)
+    k_BTKH = apply_rope(jnp.einsum('BTD,DKH->BTKH', h_BTD, _cast(self.wk, h_BTD)), rope)
+    return q_BTNH, k_BTKH, jnp.einsum('BTD,DKH->BTKH', h_BTD, _cast(self.wv, h_BTD))
+
+  def attn_update(self, attended_BTNH):
+    return jnp.einsum('BTNH,NHD->BTD', attended_BTNH, _cast(self.wo, attended_BTNH))
+
+  def mlp_features(self, x_BTD):
+    """What the down projection reads, [B, T, F], where x_BTD is the stream after attention."""
+    h_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.spec.norm_eps)
+    gate_BTF = jnp.einsum('BTD,DF->BTF', h_BTD, _cast(self.w_gate, h_BTD))
+    return jax.nn.silu(gate_BTF) * jnp.einsum('BTD,DF->BTF', h_BTD, _cast(self.w_up, h_BTD))
+
+  def mlp_update(self, f_BTF):
+    return jnp.einsum('BTF,FD->BTD', f_BTF, _cast(self.w_down, f_BTF))
+
   def __call__(self, x_BTD, gate, rope, mode: Mode):
     """One gated layer: (x_BTD, gate as an fp32 scalar) -> (next x_BTD, the layer's own update d_BTD, ungated)."""
-    dtype = x_BTD.dtype
-    w = lambda p: p[...].astype(dtype)
-    h_BTD = rms_norm(x_BTD, self.attn_norm[...], self.spec.norm_eps)
-    q_BTNH = apply_rope(jnp.einsum('BTD,DNH->BTNH', h_BTD, w(self.wq)), rope)
-    k_BTKH = apply_rope(jnp.einsum('BTD,DKH->BTKH', h_BTD, w(self.wk)), rope)
-    v_BTKH = jnp.einsum('BTD,DKH->BTKH', h_BTD, w(self.wv))
-    attn_BTD = jnp.einsum('BTNH,NHD->BTD', attention(q_BTNH, k_BTKH, v_BTKH), w(self.wo))
-    h_BTD = rms_norm(x_BTD + attn_BTD, self.mlp_norm[...], self.spec.norm_eps)
-    f_BTF = jax.nn.silu(jnp.einsum('BTD,DF->BTF', h_BTD, w(self.w_gate))) * jnp.einsum(
-      'BTD,DF->BTF', h_BTD, w(self.w_up)
-    )
-    mlp_BTD = jnp.einsum('BTF,FD->BTD', f_BTF, w(self.w_down))
+    attn_BTD = self.attn_update(attention(*self.qkv(x_BTD, rope)))
+    mlp_BTD = self.mlp_update(self.mlp_features(x_BTD + attn_BTD))
     # Added in the order of the ungated network, so that a gate of 1 changes no bit and a gate of 0 leaves x alone.
     if mode.gate == 'residual':
       y_BTD = (x_BTD + gate * attn_BTD) + gate * mlp_BTD
     else:
       y_BTD = gate * ((x_BTD + attn_BTD) + mlp_BTD)
-    return y_BTD.astype(dtype), attn_BTD + mlp_BTD
+    return y_BTD.astype(x_BTD.dtype), attn_BTD + mlp_BTD
+
+
+def _cast(weight: nnx.Param, like):
+  return weight[...].astype(like.dtype)
 
 
 class Decoder(nnx.Module):
@@ -123,23 +136,46 @@ class Decoder(nnx.Module):
     return self.gate_L.get_value().shape[0]
 
 
-def forward(model: Decoder, tokens_BT, alive_L=None, mode: Mode = Mode()):
+def forward(model: Decoder, tokens_BT, alive_L=None, mode: Mode = Mode(), gate_L=None):
   """Runs the network up to the final norm.
 
   Args:
     tokens_BT: int32 token ids.
     alive_L: bool; a layer that is not alive is skipped: the identity, at no cost. None: all are alive.
     mode: see Mode.
+    gate_L: gates (fp32) in place of the model's own.
 
   Returns:
     x_BTD in the compute type, to be given to `logits` or to losses.next_token_nll, and delta_L (fp32), the norm of
     each layer's update as mode.penalty and mode.penalty_scale define it; 0 for a skipped layer.
   """
+  x_BTD, delta_L = run_layers(model, embed(model, tokens_BT, mode), alive_L, mode, gate_L)
+  return final(model, x_BTD), delta_L
+
+
+def embed(model: Decoder, tokens_BT, mode: Mode = Mode()):
+  """The stream x_BTD that the first layer reads."""
+  return jnp.take(model.embed[...], tokens_BT, axis=0).astype(mode.dtype)
+
+
+def final(model: Decoder, x_BTD):
+  """The final norm."""
+  return rms_norm(x_BTD, model.final_norm[...], model.spec.norm_eps)
+
+
+def run_layers(model: Decoder, x_BTD, alive_L=None, mode: Mode = Mode(), gate_L=None, inputs: bool = False):
+  """The layers alone, from the stream x_BTD at position 0 on; arguments as in `forward`.
+
+  To run only the layers above some layer, give that layer's input and an alive_L that is False below.
+
+  Returns:
+    (x_BTD after the last layer, before the final norm; delta_L), and with `inputs` also x_LBTD, what each layer read.
+  """
   if alive_L is None:
     # Behind a barrier, else the compiler drops the branch below, fuses otherwise, and some last bits differ.
     alive_L = jax.lax.optimization_barrier(jnp.ones(model.num_layers, bool))
-  rope = rope_tables(model.spec, tokens_BT.shape[1])
-  x_BTD = jnp.take(model.embed[...], tokens_BT, axis=0).astype(mode.dtype)
+  gate_L = model.gate_L[...] if gate_L is None else gate_L
+  rope = rope_tables(model.spec, x_BTD.shape[1])
 
   def layer(x_BTD, scanned):
     block, gate, alive = scanned
@@ -148,14 +184,15 @@ def forward(model: Decoder, tokens_BT, alive_L=None, mode: Mode = Mode()):
       y_BTD, d_BTD = block(x_BTD, gate, rope, mode)
       return y_BTD, delta_norm(d_BTD, x_BTD, mode.penalty, mode.penalty_scale)
 
-    return jax.lax.cond(alive, run, lambda x_BTD: (x_BTD, jnp.float32(0)), x_BTD)
+    y_BTD, delta = jax.lax.cond(alive, run, lambda x_BTD: (x_BTD, jnp.float32(0)), x_BTD)
+    return y_BTD, (delta, x_BTD) if inputs else delta
 
   if mode.remat == 'full':
     layer = jax.checkpoint(layer)
   elif mode.remat == 'dots':
     layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.checkpoint_dots)
-  x_BTD, delta_L = jax.lax.scan(layer, x_BTD, (model.layers, model.gate_L[...], alive_L))
-  return rms_norm(x_BTD, model.final_norm[...], model.spec.norm_eps), delta_L
+  x_BTD, out = jax.lax.scan(layer, x_BTD, (model.layers, gate_L, alive_L))
+  return (x_BTD, *out) if inputs else (x_BTD, out)
 
 
 def logits(model: Decoder, x_BTD):
@@ -198,7 +235,7 @@ def rms_norm(x_BTD, scale_D, eps: float):
 
 
 def rope_tables(spec: Spec, num_tokens: int):
-  """(cos_TH, sin_TH) in float32, each half as wide as a head."""
+  """(cos_TH, sin_TH) of the positions 0 … num_tokens − 1 in float32, each half as wide as a head."""
   angle_TH = jnp.arange(num_tokens, dtype=jnp.float32)[:, None] * jnp.array(spec.rope_freq_H, jnp.float32)[None]
   return jnp.cos(angle_TH), jnp.sin(angle_TH)
 
