@@ -58,7 +58,7 @@ def learn(
       'delta_weight_L': np.zeros(L, np.float32),
     }
     state = train.fit(
-      step_fn, state, frozen, (r + 1) * settings.steps, batch, lambda _: terms, lambda i, m: log(r, i, m)
+      step_fn, state, (frozen, None), (r + 1) * settings.steps, batch, lambda _: terms, lambda i, m: log(r, i, m)
     )
     # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
     gate_L = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), gate_L)

@@ -18,6 +18,8 @@ class TrainSettings:
   lambda2: float
   lambda2_power: float = 0.0  # λ2·f^power at the fraction f of the steps (of a layer's turn where sequential)
   sequential: bool = False
+  anneal: float = 0.0  # fraction of the steps in which the layers' gates go from 1 to 0; 0: they stay at 1
+  distill: float = 0.0  # weight of the KL to the teacher, 1 − distill that of the LM loss
   trainable: str = 'blocks'
   warmup_ratio: float = 0.05
   weight_decay: float = 0.0
@@ -29,7 +31,8 @@ def penalty_terms(num_layers: int, layers: list[int], settings: TrainSettings, s
   """The terms of losses.loss at a step, a pure function of it.
 
   Joint (ELDeR, arXiv 2505.18232, section 3.3): λ2 on all of `layers` in every step. Sequential: the steps are shared
-  out among `layers`, one after another in the order given; a layer whose turn is over is skipped.
+  out among `layers`, one after another in the order given; a layer whose turn is over is skipped. Annealed: the gates
+  of `layers` fall linearly to 0 over the first `anneal` of the steps (of each turn, where sequential).
   """
   alive_L = np.ones(num_layers, bool)
   weight_L = np.zeros(num_layers, np.float32)
@@ -41,7 +44,11 @@ def penalty_terms(num_layers: int, layers: list[int], settings: TrainSettings, s
   weight_L[now] = settings.lambda2 * fraction**settings.lambda2_power
   if settings.sequential:
     alive_L[layers[:turn]] = False
-  return {'alive_L': alive_L, 'gate_weight_L': np.zeros(num_layers, np.float32), 'delta_weight_L': weight_L}
+  gate_L = np.ones(num_layers, np.float32)
+  if settings.anneal:
+    gate_L[now] = max(0.0, 1 - fraction / settings.anneal)
+  zeros_L = np.zeros(num_layers, np.float32)
+  return {'alive_L': alive_L, 'gate_L': gate_L, 'gate_weight_L': zeros_L, 'delta_weight_L': weight_L}
 
 
 def fit(
@@ -52,12 +59,14 @@ def fit(
   batch: Callable[[int], jax.Array],
   log: Callable[[int, dict], None],
   checkpoint=None,
+  teacher: Decoder | None = None,
 ) -> Decoder:
   """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
 
   Args:
     log: called with (step, metrics).
     checkpoint: a checkpoint.Checkpoints to go on from and to write to, or None.
+    teacher: the dense model; needed where settings.distill > 0.
 
   Returns:
     The model with its trained leaves in float32.
@@ -68,7 +77,8 @@ def fit(
   state, frozen = train.init(model, mask, tx)
   if checkpoint:
     state = checkpoint.latest(state)
-  step_fn = train.make_step(tx, mode, settings.grad_accum, rate)
+  step_fn = train.make_step(tx, mode, settings.grad_accum, rate, settings.distill)
+  fixed = frozen, teacher if settings.distill else None
   terms = lambda step: penalty_terms(model.num_layers, layers, settings, step)
-  state = train.fit(step_fn, state, frozen, settings.steps, batch, terms, log, checkpoint)
+  state = train.fit(step_fn, state, fixed, settings.steps, batch, terms, log, checkpoint)
   return train.combine(state.trained, frozen)

@@ -84,23 +84,27 @@ def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
   return state, frozen
 
 
-def make_step(tx, mode: Mode, grad_accum: int, rate):
-  """A jitted step(state, frozen, batch_BT, terms) -> (state, metrics); terms as in losses.loss, no recompilation."""
+def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
+  """A jitted step(state, (frozen, teacher), batch_BT, terms) -> (state, metrics).
 
-  def micro_loss(trained, frozen, tokens_bT, terms):
-    return losses.loss(combine(trained, frozen), tokens_bT, terms, mode)
+  terms, distill and teacher (None without distillation) as in losses.loss; no recompilation for other terms.
+  """
 
-  def step(state: TrainState, frozen, batch_BT, terms):
+  def micro_loss(trained, fixed, tokens_bT, terms):
+    frozen, teacher = fixed
+    return losses.loss(combine(trained, frozen), tokens_bT, terms, mode, teacher, distill)
+
+  def step(state: TrainState, fixed, batch_BT, terms):
     B, T = batch_BT.shape
     # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
     parts_AbT = batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1)
 
     def accumulate(total, tokens_bT):
-      (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, frozen, tokens_bT, terms)
+      (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, tokens_bT, terms)
       return jax.tree.map(lambda t, x: t + x / grad_accum, total, ({'loss': loss, **parts}, grads)), None
 
     shapes = jax.eval_shape(
-      lambda t: jax.value_and_grad(micro_loss, has_aux=True)(state.trained, frozen, t, terms), parts_AbT[0]
+      lambda t: jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, t, terms), parts_AbT[0]
     )
     (loss, parts), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (metrics, grads), _ = jax.lax.scan(accumulate, ({'loss': loss, **parts}, grads), parts_AbT)
@@ -114,7 +118,7 @@ def make_step(tx, mode: Mode, grad_accum: int, rate):
 def fit(
   step_fn,
   state: TrainState,
-  frozen,
+  fixed,
   steps: int,
   batch: Callable[[int], jax.Array],
   terms: Callable[[int], dict],
@@ -134,7 +138,7 @@ def fit(
   """
   waiting = None
   for i in range(int(state.step), steps):
-    state, metrics = step_fn(state, frozen, batch(i), terms(i))
+    state, metrics = step_fn(state, fixed, batch(i), terms(i))
     if waiting:
       _log(log, *waiting)
     waiting = i, metrics

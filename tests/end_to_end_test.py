@@ -76,14 +76,14 @@ def test_a_killed_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage):
   class Killed(BaseException):
     pass
 
-  def dying_fit(step_fn, state, frozen, steps, batch, terms, log, *save):
+  def dying_fit(step_fn, state, fixed, steps, batch, terms, log, *save):
     def dying_batch(i):
       if stage == ('gates' if steps != 5 else 'regularize') and i == 3:
         calls.append(i)
         raise Killed
       return batch(i)
 
-    return fit(step_fn, state, frozen, steps, dying_batch, terms, log, *save)
+    return fit(step_fn, state, fixed, steps, dying_batch, terms, log, *save)
 
   monkeypatch.setattr(train, 'fit', dying_fit)
   with pytest.raises(Killed):

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from elder_jax import losses
 from elder_jax import model as model_lib
+from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import train
 from elder_jax.checkpoint import Checkpoints
@@ -55,13 +57,22 @@ def settings(**more) -> TrainSettings:
   return TrainSettings(**({'steps': 3, 'lr': 1e-3, 'lambda2': 0.5} | more))
 
 
-def fit(model, layers, mode=Mode(), log=lambda i, m: None, checkpoint=None, batch=lambda i: BATCHES_SBT[i % 8], **more):
+def fit(
+  model,
+  layers,
+  mode=Mode(),
+  log=lambda i, m: None,
+  checkpoint=None,
+  batch=lambda i: BATCHES_SBT[i % 8],
+  teacher=None,
+  **more,
+):
   s = settings(**more)
   # What the step depends on: such fits share one, as they would share its compilation if jax could tell.
-  key = mode, dataclasses.replace(s, lambda2=0, lambda2_power=0, sequential=False)
+  key = mode, dataclasses.replace(s, lambda2=0, lambda2_power=0, sequential=False, anneal=0)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, 'make_step', lambda *args: STEPS.get(key) or STEPS.setdefault(key, MAKE_STEP(*args)))
-    return regularize.fit(model, layers, s, mode, batch, log, checkpoint)
+    return regularize.fit(model, layers, s, mode, batch, log, checkpoint, teacher)
 
 
 def weights(layers, steps, **more) -> list[list[float]]:
@@ -106,6 +117,28 @@ def test_sequential_takes_the_layers_in_the_order_given():
 def test_turns_where_steps_do_not_divide(steps, layers, turns):
   assert [np.flatnonzero(w).tolist() for w in weights(layers, steps, sequential=True)] == [[t] for t in turns]
   assert skipped(layers, steps) == [list(range(t)) for t in turns]
+
+
+def gates_of(layers, **more) -> list[list[float]]:
+  return [penalty_terms(L, layers, settings(steps=4, **more), i)['gate_L'].tolist() for i in range(4)]
+
+
+def test_annealed_gates_fall_to_zero_and_stay_there():
+  assert gates_of([1]) == [[1] * L] * 4
+  assert gates_of([1], anneal=1.0) == [[1, g, 1, 1] for g in (0.75, 0.5, 0.25, 0)]
+  assert gates_of([2, 1], anneal=0.5) == [[1, g, g, 1] for g in (0.5, 0, 0, 0)]
+  # One after another: a layer whose turn is over is skipped, so that its gate is of no account.
+  assert gates_of([2, 1], anneal=1.0, sequential=True) == [[1, 1, 0.5, 1], [1, 1, 0, 1], [1, 0.5, 1, 1], [1, 0, 1, 1]]
+
+
+def test_what_is_annealed_away_leaves_without_a_jump():
+  model, lm = tiny(), []
+  trained = fit(model, [2, 1], log=lambda i, m: lm.append(m['lm_loss']), steps=4, anneal=0.5, lambda2=0.0, lr=0.0)
+  pruned = prune.prune(trained, [1, 2])
+  tokens_BT = BATCHES_SBT[3]
+  nll, count = losses.next_token_nll(pruned, model_lib.forward(pruned, tokens_BT)[0], tokens_BT)
+  np.testing.assert_allclose(lm[3], nll / count, rtol=1e-6)
+  assert abs(lm[3] - lm[0]) > 1e-3
 
 
 @pytest.mark.parametrize('steps', range(4, 14))
@@ -180,6 +213,48 @@ def test_lambda2_of_zero_is_no_penalty_bit_for_bit():
   plain, zero, some = fit(tiny(), []), fit(tiny(), [1, 2], lambda2=0.0), fit(tiny(), [1, 2], lambda2=0.5)
   chex.assert_trees_all_equal(leaves(plain), leaves(zero))
   assert any((a != b).any() for a, b in zip(leaves(plain).values(), leaves(some).values()))
+
+
+def plain_kl(teacher, model, tokens_BT):
+  """Mean over predicted tokens of Σ_v p log(p / q), from whole logits."""
+  logp_BTV, logq_BTV = (
+    jax.nn.log_softmax(model_lib.logits(m, model_lib.forward(m, tokens_BT)[0])[:, :-1]) for m in (teacher, model)
+  )
+  return jnp.mean(jnp.sum(jnp.exp(logp_BTV) * (logp_BTV - logq_BTV), -1))
+
+
+@pytest.mark.parametrize('tied, chunk', [(True, 1024), (False, 8)])
+def test_distillation_is_the_formula(tied, chunk, monkeypatch):
+  monkeypatch.setattr(losses, 'CHUNK_TOKENS', chunk)  # 8 tokens are 2 of each row: chunks that do not divide 9
+  teacher, model, tokens_BT = tiny(tied), prune.prune(tiny(tied), [1, 2]), BATCHES_SBT[0]
+  terms = penalty_terms(L - 2, [], settings(), 0)
+  both = lambda m, t, w: losses.loss(m, tokens_BT, terms, Mode(), t, w)
+  total, parts = both(model, teacher, 0.25)
+  kl = plain_kl(teacher, model, tokens_BT)
+  assert kl > 0.1
+  np.testing.assert_allclose(parts['kl'], kl, rtol=1e-5)
+  np.testing.assert_allclose(total, 0.75 * parts['lm_loss'] + 0.25 * kl, rtol=1e-5)
+  lm_only = both(model, teacher, 0.0)
+  assert 'kl' not in lm_only[1]
+  np.testing.assert_allclose(parts['lm_loss'], lm_only[0], rtol=1e-6)
+  # Nothing goes into the teacher, and into the model what the plain formula gives.
+  to_model, to_teacher = jax.grad(lambda m, t: both(m, t, 1.0)[0], argnums=(0, 1))(model, teacher)
+  assert all((g == 0).all() for g in leaves(to_teacher).values())
+  plain = jax.grad(lambda m: plain_kl(teacher, m, tokens_BT))(model)
+  chex.assert_trees_all_close(leaves(to_model.layers), leaves(plain.layers), atol=2e-6)
+
+
+def test_a_model_that_is_its_own_teacher_learns_nothing_from_it():
+  log = []
+  fit(tiny(), [], log=lambda i, m: log.append(m), steps=1, distill=1.0, teacher=tiny())
+  assert abs(log[0]['kl']) < 1e-6 and log[0]['grad_norm'] < 1e-4
+
+
+def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one():
+  teacher, cut = tiny(), prune.prune(tiny(), [1])
+  trained = fit(cut, [], steps=30, lr=3e-3, distill=1.0, teacher=teacher)
+  near, far = (float(plain_kl(teacher, m, BATCHES_SBT[0])) for m in (trained, cut))
+  assert near < 0.5 * far, (near, far)
 
 
 def test_what_trains_and_what_is_logged():

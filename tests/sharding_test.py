@@ -57,13 +57,13 @@ def worker(out: pathlib.Path):
     checkpoints = Checkpoints(out / flag, 1, 2)
     for i, batch in enumerate([sharding.put_batch(b, mesh) for b in batches]):
       compiled.clear()
-      state, metrics = step(state, frozen, batch, terms)
+      state, metrics = step(state, (frozen, None), batch, terms)
       again = len(compiled)  # of the second step, in the end
       losses.append(float(metrics['loss']))
       if not i:
         checkpoints.save(state)
     restored = checkpoints.latest(train.init(model, mask, tx)[0])
-    resumed, _ = step(restored, frozen, batch, terms)
+    resumed, _ = step(restored, (frozen, None), batch, terms)
     facts[flag] = {
         'losses': losses, 'before': before, 'after': lies(state), 'again': again,
         'batch': batch.sharding.shard_shape((16, 9)),

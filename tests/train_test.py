@@ -87,7 +87,7 @@ def test_nothing_but_what_is_named_trains(what):
   step, state, frozen = begin(what)
   assert set(named(state.trained)) == {name for name in before if trains(name, what)}
   assert set(named(frozen)) == {name for name in before if not trains(name, what)}
-  state, _ = step(state, frozen, BATCHES_SBT[0], terms())
+  state, _ = step(state, (frozen, None), BATCHES_SBT[0], terms())
   assert int(state.step) == 1
   after = copy(train.combine(state.trained, frozen))
   assert list(after) == list(before)  # the order too: it is the tree's
@@ -110,7 +110,7 @@ def test_gradient_accumulation_changes_nothing():
   results = []
   for parts in (1, 2, 4):
     state, frozen = train.init(model, mask, tx)
-    state, metrics = train.make_step(tx, Mode(), parts, rate)(state, frozen, BATCHES_SBT[0], terms())
+    state, metrics = train.make_step(tx, Mode(), parts, rate)(state, (frozen, None), BATCHES_SBT[0], terms())
     results.append((copy(state.trained), jax.device_get(metrics)))
   moved = max(
     np.abs(a - b).max() for a, b in zip(results[0][0].values(), copy(train.partition(model, mask)[0]).values())
@@ -123,7 +123,7 @@ def test_gradient_accumulation_changes_nothing():
 def test_masters_of_a_bfloat16_model_are_float32():
   model = tiny(jnp.bfloat16)
   step, state, frozen = begin('blocks', model, 'bfloat16')
-  state, metrics = step(state, frozen, BATCHES_SBT[0], terms())
+  state, metrics = step(state, (frozen, None), BATCHES_SBT[0], terms())
   assert {a.dtype for a in jax.tree.leaves(state.trained)} == {jnp.dtype('float32')}
   assert {a.dtype for a in jax.tree.leaves(state.opt_state) if a.ndim} == {jnp.dtype('float32')}
   assert frozen.embed.get_value().dtype == jnp.bfloat16 and frozen.gate_L.get_value().dtype == jnp.float32
@@ -140,8 +140,8 @@ def test_the_callers_model_outlives_donation():
   before = copy(model)
   step, state, frozen = begin('blocks', model)
   given = state.trained.layers.wq.get_value()
-  state, _ = step(state, frozen, BATCHES_SBT[0], terms())
-  state, _ = step(state, frozen, BATCHES_SBT[1], terms())
+  state, _ = step(state, (frozen, None), BATCHES_SBT[0], terms())
+  state, _ = step(state, (frozen, None), BATCHES_SBT[1], terms())
   assert given.is_deleted()  # the state was donated
   chex.assert_trees_all_equal(copy(model), before)
 
@@ -153,7 +153,7 @@ def test_changed_terms_do_not_recompile():
       {}, {'alive_L': np.array([True, False, True])}, {'delta_weight_L': np.zeros(L, np.float32)},
       {'gate_weight_L': np.ones(L, np.float32)},
   )):  # fmt: skip
-    state, metrics = step(state, frozen, BATCHES_SBT[0], terms(**change))
+    state, metrics = step(state, (frozen, None), BATCHES_SBT[0], terms(**change))
     losses.append(float(metrics['loss']))
     if not i:
       first = len(TRACES)
@@ -208,7 +208,7 @@ def test_gradients_are_clipped_by_their_global_norm(scale, norm):
 
 def test_metrics_of_a_step():
   step, state, frozen = begin('blocks')
-  _, metrics = step(state, frozen, BATCHES_SBT[0], terms())
+  _, metrics = step(state, (frozen, None), BATCHES_SBT[0], terms())
   m = {k: np.asarray(v) for k, v in metrics.items()}
   np.testing.assert_allclose(m['loss'], m['lm_loss'] + m['gate_l1'] + m['penalty'], rtol=1e-6)
   np.testing.assert_allclose(m['penalty'], 0.1 * m['delta_L'].sum(), rtol=1e-6)
@@ -237,14 +237,14 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(due):
   logged, recorder = [], Recorder(*due)
   with pytest.raises(train.NonFiniteLoss, match='loss of step 3 is nan'):
     train.fit(
-        step, state, frozen, 5, lambda i: BATCHES_SBT[i], lambda i: bad if i == 2 else terms(),
+        step, state, (frozen, None), 5, lambda i: BATCHES_SBT[i], lambda i: bad if i == 2 else terms(),
         lambda i, m: logged.append(i), recorder,
     )  # fmt: skip
   assert recorder.saved == [s for s in due if s < 3] and logged == [0, 1]
 
 
 def fake_step(losses, grad_norms):
-  def step(state, frozen, batch, terms):
+  def step(state, fixed, batch, terms):
     return state._replace(step=state.step + 1), {'loss': losses[batch], 'grad_norm': grad_norms[batch]}
 
   return step
@@ -275,7 +275,7 @@ def test_each_step_is_logged_once_and_before_it_is_saved(start, due):
 
 def fit(step, state, frozen, steps, checkpoint=None):
   change = lambda i: terms(delta_weight_L=np.full(L, i, np.float32))
-  return train.fit(step, state, frozen, steps, lambda i: BATCHES_SBT[i], change, lambda i, m: None, checkpoint)
+  return train.fit(step, state, (frozen, None), steps, lambda i: BATCHES_SBT[i], change, lambda i, m: None, checkpoint)
 
 
 def test_saved_and_restored_is_bit_for_bit_the_straight_run(tmp_path):
