@@ -18,6 +18,7 @@ setup(
     'flax>=0.12.8',  # NNX modules are pytrees
     'gguf>=0.17',
     'jax>=0.10.2',
+    'matplotlib>=3.9',
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',  # the v1 interface
@@ -30,6 +31,7 @@ setup(
     'demo': ['mwparserfromhell==0.7.2'],
     # Where torch is built for CUDA by default, take the CPU build from the index of your choice first.
     'test': ['chex>=0.1.92', 'pytest>=8', 'ruff>=0.8', 'torch==2.13.0'],  # one torch, so that golden figures agree
+    'eval': ['lm_eval>=0.4.9,<0.5'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
   },

@@ -4,15 +4,19 @@ Nothing else reads flags. `config.json` in the work folder holds the same fields
 """
 
 import dataclasses
+import decimal
 import math
 import pathlib
 
 from absl import flags
 
+from elder_jax import importance
 from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 
-RECIPES = ('regularize', 'prune_then_train', 'none')
+METHODS = ('elder', *importance.METHODS, 'laco')
+TRAINED = ('regularize', 'prune_then_train', 'absorb_then_train', 'replace_linear_then_train')
+RECIPES = (*TRAINED, 'absorb', 'replace_linear', 'none')
 
 
 def _flag(default, help_text, choices=None):
@@ -26,16 +30,27 @@ class Config:
   tokenizer: str = _flag('', "Folder or hub id of the tokenizer, where it is not the model's own.")
   workdir: str = _flag('', 'Folder for results; made if missing. A run started again in it goes on where it was.')
   # How much goes, and what.
-  ratio: float = _flag(0.25, 'Fraction of the layers to remove, rounded half up to a whole number of layers.')
+  ratio: str = _flag(
+    '0.25',
+    'Fraction of the layers to remove, rounded half up to a whole number of layers. Several, as in 0.25,0.1,0.4: a '
+    'table and a plot of all; the first is exported.',
+  )
   num_remove: int | None = _flag(None, 'Number of layers to remove; wins over --ratio.')
   remove_layers: str | None = _flag(
     None, 'Layers to remove by 0-based number, e.g. 3,5; skips stage 1. Empty (--remove_layers=): none, a round trip.'
   )
-  method: str = _flag('elder', 'How layers are chosen: elder, learned gates.', ('elder',))
+  method: str = _flag(
+    'elder',
+    f'How layers are chosen, of {", ".join(METHODS)}. elder: learned gates; laco merges layers instead of removing '
+    'them. Several, as in elder,sleb: one table of all; the first is exported.',
+  )
+  score_steps: int = _flag(8, 'Batches of the training text that methods other than elder score the layers on.')
   recipe: str = _flag(
     'regularize',
-    'What happens to the chosen layers: regularize, then remove (the method); prune_then_train, removed first and then '
-    'the same steps of LM training; none, just removed.',
+    'What happens to the chosen layers: regularize, then remove (ELDeR); prune_then_train, removed first and then '
+    'the same steps of LM training; absorb, removed while the layers before them are refitted, in closed form, to do '
+    "their work; replace_linear, ReplaceMe's rule for the same; either with _then_train, followed by the same steps of "
+    'LM training; none, just removed.',
     RECIPES,
   )
   compare: list[str] = _flag(
@@ -79,8 +94,8 @@ class Config:
   gate_steps: int = _flag(
     28, 'Steps per round of stage 1; one_shot has one round, iterative one for each layer that goes.'
   )
-  protect_first: int = _flag(3, 'Layers at the input end that are never chosen.')
-  protect_last: int = _flag(4, 'Layers at the output end that are never chosen.')
+  protect_first: int = _flag(3, 'Layers at the input end that elder never chooses.')
+  protect_last: int = _flag(4, 'Layers at the output end that elder never chooses.')
   # Stage 2: what is trained, and how.
   penalty: str = _flag('l2', "Norm of a layer's update in the penalty.", ('l2', 'l1'))
   penalty_scale: str = _flag(
@@ -97,8 +112,15 @@ class Config:
       'sequential', 'joint: all chosen layers are penalised together; sequential: one after another, each switched off '
       'after its turn.', ('joint', 'sequential'),
   )  # fmt: skip
+  anneal: float = _flag(
+    0.0,
+    'Fraction of the steps of regularize in which the gates of the chosen layers go from 1 to 0; 0: they stay at 1.',
+  )
+  distill: float = _flag(
+    0.0, "Weight of the KL divergence from the dense model's predictions, in all training; 1 minus it is the LM loss's."
+  )
   train_steps: int | None = _flag(
-    None, 'Steps of stage 2, and of prune_then_train; unset: one pass over the sequences.'
+    None, 'Steps of stage 2, and of the training of other recipes; unset: one pass over the sequences.'
   )
   lr: float = _flag(3e-4, 'Peak learning rate of stage 2 (AdamW); falls linearly to 0.')
   warmup_ratio: float = _flag(0.05, 'Fraction of the steps over which the learning rate rises from 0.')
@@ -107,6 +129,10 @@ class Config:
   trainable: str = _flag(
     'blocks', "blocks: the layers' weights; all: embedding, final norm and head as well.", ('blocks', 'all')
   )
+  # Zero-shot tasks.
+  tasks: str = _flag('', 'Tasks of lm-evaluation-harness, as in piqa,arc_easy, to evaluate all models of the run on.')
+  tasks_dir: str = _flag('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
+  task_limit: int = _flag(0, 'Questions per task, from the start; 0: all.')
   # Computation.
   dtype: str = _flag(
     'float32', 'Type of computation and of frozen weights; what is trained is kept in float32.', ('float32', 'bfloat16')
@@ -137,13 +163,14 @@ class Config:
       'eval_seq_len',
       'eval_batch_size',
       'gate_steps',
+      'score_steps',
     ):
       least = 2 if name.endswith('seq_len') else 1
       if getattr(self, name) < least:
         raise InputError(f'--{name}={getattr(self, name)} is too small; give at least {least}.')
     for name in (
         'lambda1', 'lambda2', 'lambda2_power', 'gate_lr', 'lr', 'weight_decay', 'protect_first', 'protect_last',
-        'eval_tokens', 'seed', 'checkpoint_every', 'train_steps', 'num_remove',
+        'eval_tokens', 'seed', 'task_limit', 'checkpoint_every', 'train_steps', 'num_remove',
     ):  # fmt: skip
       value = getattr(self, name)
       if value is not None and not 0 <= value < math.inf:
@@ -151,9 +178,11 @@ class Config:
     for name in ('grad_clip', 'shard_gb'):
       if not 0 < getattr(self, name) < math.inf:
         raise InputError(f'--{name}={getattr(self, name)} must be above 0 and finite.')
-    for name in ('ratio', 'warmup_ratio'):
-      if not 0 <= getattr(self, name) < 1:
-        raise InputError(f'--{name}={getattr(self, name)} must be at least 0 and below 1.')
+    if not 0 <= self.warmup_ratio < 1:
+      raise InputError(f'--warmup_ratio={self.warmup_ratio} must be at least 0 and below 1.')
+    for name in ('anneal', 'distill'):
+      if not 0 <= getattr(self, name) <= 1:
+        raise InputError(f'--{name}={getattr(self, name)} must be in 0 … 1.')
     if self.num_sequences % self.batch_size:
       raise InputError(
         f'--batch_size={self.batch_size} does not divide --num_sequences={self.num_sequences}; change one of them.'
@@ -166,6 +195,8 @@ class Config:
       raise InputError(f'--compare: {unknown!r} is no recipe, these are: {", ".join(RECIPES)}.')
     self.corpora()
     self.layers_given()
+    self.methods()
+    self.ratios()
 
   def corpora(self) -> dict[str, str]:
     """The evaluation texts: {name: source}."""
@@ -191,6 +222,26 @@ class Config:
     if len(set(layers)) < len(layers):
       raise InputError(f'--remove_layers={self.remove_layers}: names a layer twice; name each once.')
     return sorted(layers)
+
+  def methods(self) -> list[str]:
+    """The ways of choosing to run; the first is that of the exported model."""
+    methods = list(dict.fromkeys(m.strip() for m in self.method.split(',')))
+    if unknown := next((m for m in methods if m not in METHODS), None):
+      raise InputError(f'--method={self.method}: {unknown!r} is no method, these are: {", ".join(METHODS)}.')
+    return methods
+
+  def ratios(self) -> list[decimal.Decimal]:
+    """The fractions of layers to remove; the first is that of the exported model."""
+    try:
+      ratios = [decimal.Decimal(part.strip()) for part in str(self.ratio).split(',')]
+    except decimal.InvalidOperation as e:
+      raise InputError(f'--ratio={self.ratio}: must be numbers with commas, as in 0.1,0.25.') from e
+    if not all(ratio.is_finite() and 0 <= ratio < 1 for ratio in ratios):
+      raise InputError(f'--ratio={self.ratio} must be at least 0 and below 1.')
+    return ratios
+
+  def task_names(self) -> list[str]:
+    return [task.strip() for task in self.tasks.split(',') if task.strip()]
 
   def recipes(self) -> list[str]:
     """The recipes to run; the one that is exported last."""

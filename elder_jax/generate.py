@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax import checkpoint_hf
+from elder_jax import cli
 from elder_jax import data
-from elder_jax import main as cli
 from elder_jax import model as model_lib
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder

@@ -65,7 +65,7 @@ def shortgpt(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed
 
   BI_l = 1 − mean over tokens of cos(x_l, x_{l+1}). Scores: BI per layer, in 0 … 2.
   """
-  _check('shortgpt', model, num_remove, model.num_layers)
+  check('shortgpt', model.num_layers, num_remove)
   influence_L = 1 - _mean_cosines(model, batches, 1, mode)
   return Choice(_lowest(influence_L, range(model.num_layers), num_remove), influence_L.tolist())
 
@@ -75,7 +75,7 @@ def cosine_block(model: Decoder, num_remove: int, batches: Batches, mode: Mode, 
 
   Scores: for each start l the mean over all tokens of cos(x_l, x_{l+n}); the run with the highest goes.
   """
-  _check('cosine_block', model, num_remove, model.num_layers)
+  check('cosine_block', model.num_layers, num_remove)
   cosine_S = _mean_cosines(model, batches, num_remove, mode)
   start = int(np.argmax(cosine_S))
   return Choice(list(range(start, start + num_remove)), cosine_S.tolist())
@@ -87,7 +87,7 @@ def uidl(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: in
   Scores: for each start l the angular distance d(l, n) = arccos(cos(x_l, x_{l+n})) / π at the last token of each
   sequence, averaged over the sequences; in 0 … 1. The run of n layers with the least goes.
   """
-  _check('uidl', model, num_remove, model.num_layers)
+  check('uidl', model.num_layers, num_remove)
   distance_S, count = 0.0, 0
   for tokens_BT in batches:
     distance_S = distance_S + _to_host(_angle_sums(model, tokens_BT, num_remove, mode))
@@ -109,7 +109,7 @@ def taylor(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: 
   Needs a float32 accumulator of the size of the blocks beside the gradients of one batch; mode.remat is observed.
   """
   candidates = range(KEPT_FIRST, model.num_layers - KEPT_LAST)
-  _check('taylor', model, num_remove, len(candidates))
+  check('taylor', model.num_layers, num_remove)
   weights, rest = train.partition(model, _matrices(model))
   # Where the weights lie, or a model that needs all devices would have its sum on one.
   total = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32, device=w.sharding), weights)
@@ -128,7 +128,7 @@ def ppl(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int
   go, all at once, but never the first KEPT_FIRST and the last KEPT_LAST blocks.
   """
   candidates = range(KEPT_FIRST, model.num_layers - KEPT_LAST)
-  _check('ppl', model, num_remove, len(candidates))
+  check('ppl', model.num_layers, num_remove)
   ppl_L = np.exp(_loss_without_each(model, batches, np.ones(model.num_layers, bool), mode))
   return Choice(_lowest(ppl_L, candidates, num_remove), ppl_L.tolist())
 
@@ -142,7 +142,7 @@ def sleb(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: in
   Scores: the mean LM loss per token without the layer, as of the last time that it was scored: for a removed layer the
   loss right after its removal.
   """
-  _check('sleb', model, num_remove, model.num_layers)
+  check('sleb', model.num_layers, num_remove)
   alive_L, score_L = np.ones(model.num_layers, bool), np.zeros(model.num_layers)
   removed = []
   for _ in range(num_remove):
@@ -158,7 +158,7 @@ def magnitude(model: Decoder, num_remove: int, batches: Batches, mode: Mode, see
 
   Scores: Σ |w| over a block's weight matrices, the norms' scales apart. The lowest go. Reads no text.
   """
-  _check('magnitude', model, num_remove, model.num_layers)
+  check('magnitude', model.num_layers, num_remove)
   weights, _ = train.partition(model, _matrices(model))
   score_L = sum(_to_host(a_L) for a_L in _magnitudes(weights))
   return Choice(_lowest(score_L, range(model.num_layers), num_remove), score_L.tolist())
@@ -166,7 +166,7 @@ def magnitude(model: Decoder, num_remove: int, batches: Batches, mode: Mode, see
 
 def random(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
   """Layers in an order drawn by `seed`, the same for each num_remove. Scores: the layer's place in it. Reads no text."""
-  _check('random', model, num_remove, model.num_layers)
+  check('random', model.num_layers, num_remove)
   order_L = np.random.default_rng(seed).permutation(model.num_layers)
   return Choice(order_L[:num_remove].tolist(), np.argsort(order_L).astype(float).tolist())
 
@@ -174,7 +174,7 @@ def random(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: 
 def last(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
   """The final n layers but the very last (the simple strategy of arXiv 2403.17887, section 4.4). Scores nothing."""
   end = model.num_layers - 1
-  _check('last', model, num_remove, end)
+  check('last', model.num_layers, num_remove)
   return Choice(list(range(end - num_remove, end)), [])
 
 
@@ -184,10 +184,12 @@ METHODS: dict[str, Callable[[Decoder, int, Batches, Mode, int], Choice]] = {
 }  # fmt: skip
 
 
-def _check(method: str, model: Decoder, num_remove: int, candidates: int):
-  if num_remove > candidates:
+def check(method: str, num_layers: int, num_remove: int):
+  """Raises InputError where the method has fewer layers to choose from."""
+  spared = {'taylor': KEPT_FIRST + KEPT_LAST, 'ppl': KEPT_FIRST + KEPT_LAST, 'last': 1}.get(method, 0)
+  if num_remove > num_layers - spared:
     raise InputError(
-      f'--num_remove={num_remove}: --method={method} may choose from {max(0, candidates)} of the {model.num_layers} '
+      f'--num_remove={num_remove}: --method={method} may choose from {max(0, num_layers - spared)} of the {num_layers} '
       'layers; remove fewer (--num_remove or --ratio) or use another --method.'
     )
 

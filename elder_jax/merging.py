@@ -64,14 +64,8 @@ def laco(
   """
   L = model.num_layers
   combine = min(combine, num_remove + 1)
+  check(L, num_remove, combine, interval)
   top = L - 1 - combine
-  merges_at_most = 0 if top < 0 else top // max(interval, combine - 1) + 1
-  if num_remove > merges_at_most * (combine - 1):
-    raise InputError(
-      f'--num_remove={num_remove}: --method=laco can merge away at most {merges_at_most * (combine - 1)} of the {L} '
-      'layers; remove fewer (--num_remove or --ratio) or use another --method.'
-    )
-
   seen = {(): 1.0}  # the merges up to and with the tried one -> its cosine; sweeps agree in their first part
   while True:
     merged, merges, alive, l, refused = model, (), list(range(L)), top, []
@@ -94,6 +88,26 @@ def laco(
       threshold = round(threshold - step, 6)
   removed = [k for group in merges for k in group[1:]]
   return Collapsed(prune.prune(merged, removed), removed, list(merges), seen[merges], threshold)
+
+
+def check(num_layers: int, num_remove: int, combine: int = 4, interval: int = 2):
+  """Raises InputError where no sweep of `laco` can remove so many layers."""
+  combine = min(combine, num_remove + 1)
+  top = num_layers - 1 - combine
+  most = (combine - 1) * (0 if top < 0 else top // max(interval, combine - 1) + 1)
+  if num_remove > most:
+    raise InputError(
+      f'--num_remove={num_remove}: --method=laco can merge away at most {most} of the {num_layers} '
+      'layers; remove fewer (--num_remove or --ratio) or use another --method.'
+    )
+
+
+def merge(model: Decoder, merges: Sequence[Sequence[int]]) -> Decoder:
+  """The model without the merged layers, by the `merges` that `laco` has found."""
+  merged = model
+  for base, *members in merges:
+    merged = _merge(merged, base, _at(members, model.num_layers))
+  return prune.prune(merged, [l for _, *members in merges for l in members])
 
 
 def _at(layers: Sequence[int], num_layers: int) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""The method, top to bottom: load → dense evaluation → gates → regularise → prune → evaluate → export → report."""
+"""The method, top to bottom: load → dense evaluation → choice of layers → recipe → evaluate → export → report."""
 
 from collections.abc import Callable
 import dataclasses
-import decimal
 import functools
 import json
 import os
@@ -10,48 +9,32 @@ import pathlib
 import shutil
 import time
 
-import jax
 import numpy as np
 
+from elder_jax import absorb
 from elder_jax import checkpoint_hf
-from elder_jax import data
 from elder_jax import evaluate
 from elder_jax import gates
+from elder_jax import generate
+from elder_jax import importance
+from elder_jax import merging
 from elder_jax import metrics
 from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import report as report_lib
 from elder_jax import sharding
 from elder_jax import verify
+from elder_jax import zero_shot
 from elder_jax.checkpoint import Checkpoints
+from elder_jax.config import TRAINED
 from elder_jax.config import Config
-from elder_jax.errors import InputError
+from elder_jax.job import Run
+from elder_jax.job import load
+from elder_jax.job import prepare
 from elder_jax.model import Decoder
-from elder_jax.model import Mode
 
-# What a run may change when it is started again in its work folder.
-_FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh')
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """All that was checked before the first long step."""
-
-  config: Config
-  source: checkpoint_hf.Source
-  num_remove: int
-  rows_NT: np.ndarray | None  # the packed training sequences
-  windows: dict[str, evaluate.Windows]
-  mesh: jax.sharding.Mesh
-  mode: Mode
-  log: metrics.Metrics
-
-  @property
-  def seed(self) -> int | None:
-    return self.config.seed if self.config.shuffle else None
-
-  def batch(self, step: int):
-    return sharding.put_batch(data.batch(self.rows_NT, self.config.batch_size, step, self.seed), self.mesh)
+# What these choose for n layers is not the beginning of what they choose for more.
+_CHOOSE_ANEW = ('uidl', 'cosine_block', 'last', 'laco')
 
 
 def run(config: Config) -> dict:
@@ -65,25 +48,40 @@ def run(config: Config) -> dict:
 
   metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
   model, seconds['load'] = _timed(lambda: load(job))
-  dense = stage('dense', lambda: {'ppl': perplexities(job, model, 'dense')})
-  choice = stage('gates', lambda: choose_layers(job, model))
-  removed = choice['chosen']
-  metrics.say(f'removing layers {sorted(removed)} (0-based) of {job.source.num_layers}')
+  dense = stage('dense', 'dense', lambda: measure(job, model, 'dense'))
 
-  results, pruned = {}, None
-  for recipe in config.recipes():
-    checkpoints = Checkpoints(work / 'checkpoints' / recipe, config.checkpoint_every, config.steps())
-    exported = recipe == config.recipe
-    done = (work / 'stages' / f'{recipe}.json').exists()
-    if exported or not done:
-      pruned, taken = _timed(lambda: apply_recipe(job, model, removed, recipe, checkpoints))
-      seconds.setdefault(f'train_{recipe}', taken)
-    results[recipe] = stage(recipe, lambda: {'ppl': perplexities(job, pruned, report_lib.NAMES[recipe])})
-    if not exported:
+  # The first method, number of layers and --recipe are what is exported: its model is the last to be made.
+  choices = {}
+  for method in config.methods() if config.remove_layers is None else ['given']:
+    for n in job.num_removes if method in _CHOOSE_ANEW else [max(job.num_removes)]:
+      name = ('gates' if method in ('elder', 'given') else f'choose-{method}') + (
+        f'-{n}' if method in _CHOOSE_ANEW else ''
+      )
+      choices[method, n] = stage(name, name, lambda: choose_layers(job, model, method, n))
+  rows, pruned, choice = [], None, None
+  exported = next(iter(choices))[0], job.num_removes[0], config.recipe
+  rivals = [
+    (method, n, recipe)
+    for method in dict.fromkeys(method for method, _ in choices)
+    for n in job.num_removes
+    for recipe in config.recipes()
+  ]
+  for method, n, recipe in sorted(rivals, key=lambda rival: rival == exported):
+    choice = first(choices[method, n if method in _CHOOSE_ANEW else max(job.num_removes)], n)
+    name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
+    metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
+    checkpoints = Checkpoints(work / 'checkpoints' / name, config.checkpoint_every, config.steps())
+    if (method, n, recipe) == exported or not (work / 'stages' / f'{name}.json').exists():
+      pruned, taken = _timed(lambda: apply_recipe(job, model, choice, recipe, checkpoints, name))
+      seconds.setdefault(f'train_{name}', taken)
+    figures = stage(name, f'evaluate_{name}', lambda: measure(job, pruned, name))
+    rows.append({'method': method, 'recipe': recipe, 'removed': sorted(choice['chosen']), **figures})
+    if (method, n, recipe) != exported:
       checkpoints.clear()
 
+  removed = choice['chosen']
   kept = prune.kept_layers(job.source.num_layers, removed)
-  params = {'dense': prune.num_params(model), 'pruned': prune.num_params(pruned)}
+  trained = config.recipe in TRAINED
   report = {
     'schema': report_lib.SCHEMA,
     'model': config.model,
@@ -91,127 +89,41 @@ def run(config: Config) -> dict:
     'removed': sorted(removed),
     'order': removed,
     'kept': kept,
-    'method': config.method if config.remove_layers is None else 'given',
+    'method': exported[0],
     'recipe': config.recipe,
-    'gates': choice['gates'],
-    'ppl': {c: {'dense': dense['ppl'][c], 'pruned': results[config.recipe]['ppl'][c]} for c in job.windows},
-    'recipes': {r: {'ppl': v['ppl']} for r, v in results.items()},
+    'gates': choice.get('gates', []),
+    'choices': [{'method': method, **choice} for (method, _), choice in choices.items()],
+    'ppl': {c: {'dense': dense['ppl'][c], 'pruned': rows[-1]['ppl'][c]} for c in job.windows},
+    'tasks': {'dense': dense['tasks'], 'pruned': rows[-1]['tasks']},
+    'rows': rows,
     'corpora': {c: w.about for c, w in job.windows.items()},
-    'params': params,
-    'steps': config.steps() if config.recipe != 'none' else 0,
+    'params': {'dense': prune.num_params(model), 'pruned': prune.num_params(pruned)},
+    'steps': config.steps() if trained else 0,
     'tokens_per_step': config.batch_size * config.seq_len,
     'versions': report_lib.versions(),
     'device': report_lib.device(),
   }
   report['verify'], seconds['export'] = _timed(lambda: export(job, pruned, kept, report))
   report['seconds'] = {k: round(v, 1) for k, v in seconds.items()}
+  if len(job.num_removes) > 1 and job.windows:
+    report_lib.plot(report, work / 'sweep.svg')
   (work / 'report.md').write_text(report_lib.markdown(report), encoding='utf-8')
   report_lib.write_json(work / 'report.json', report)
   shutil.rmtree(work / 'checkpoints', ignore_errors=True)
   return report
 
 
-def prepare(config: Config) -> Run:
-  """Refuses whatever can be refused before long work starts, then claims the work folder."""
-  config.check()
-  work = config.path()
-  _claim(work, config)
-  source = checkpoint_hf.open_source(config.model, work / 'source')
-  num_remove = _num_remove(config, source.num_layers)
-  mesh = sharding.make_mesh(config.mesh)
-  abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
-  sharding.for_model(abstract, mesh, config.mesh)
-  sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
-  if config.eval_data:
-    sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')
-  if config.verify == 'torch' and not verify.has_torch():
-    raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
-
-  scores = config.remove_layers is None and num_remove > 0
-  trains = any(recipe != 'none' for recipe in config.recipes()) and config.steps() > 0
-  rows_NT, windows = None, {}
-  if (scores or trains) and not config.train_data:
-    raise InputError('--train_data is missing: give a text to learn gates and to train on.')
-  if scores or trains or config.corpora():
-    tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
-    if scores or trains:
-      corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer)
-      seed = config.seed if config.shuffle else None
-      rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed)
-      _check_tokens(rows_NT, source, '--train_data')
-    for name, text in config.corpora().items():
-      flag = f'--eval_data={name}'
-      special = config.eval_bos == 'tokenizer'
-      corpus = data.tokenise(flag, text, config.text_column, tokenizer, special)
-      windows[name] = evaluate.make_windows(
-        corpus, flag, config.eval_seq_len, config.eval_tokens, config.eval_bos, tokenizer.bos_token_id
-      )
-      _check_tokens(windows[name].tokens_NT, source, flag)
-
-  if jax.process_index() == 0:
-    report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
-  mode = Mode(config.gate, config.penalty, config.penalty_scale, config.dtype, config.remat)
-  return Run(config, source, num_remove, rows_NT, windows, mesh, mode, metrics.Metrics(work / 'metrics.jsonl'))
-
-
-def _claim(work: pathlib.Path, config: Config):
-  """Makes the work folder, or makes sure that it is this run's own."""
-  try:
-    work.mkdir(parents=True, exist_ok=True)
-    probe = work / f'.writable-{os.getpid()}'
-    probe.touch()
-    probe.unlink()
-  except OSError as e:
-    raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
-  try:
-    before = checkpoint_hf.read_json(work / 'config.json')
-  except InputError:  # missing, or broken
-    before = {}
-  if 'workdir' not in before:  # a model has a config.json, too
-    if foreign := next((p.name for p in sorted(work.iterdir()) if p.name != 'source'), None):
-      raise InputError(
-        f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
-      )
-    return
-  now = json.loads(json.dumps(dataclasses.asdict(config)))
-  for key in now:
-    if key not in _FREE_ON_RESUME and before.get(key) != now[key]:
-      raise InputError(
-        f'--workdir={config.workdir}: holds a run with --{key}={before.get(key)}, not {now[key]}; choose another folder.'
-      )
-
-
-def _num_remove(config: Config, num_layers: int) -> int:
-  given = config.layers_given()
-  if given is not None:
-    if wrong := next((l for l in given if not 0 <= l < num_layers), None):
-      raise InputError(f'--remove_layers: {wrong} is not a layer of this model, which has 0 to {num_layers - 1}.')
-    if len(given) == num_layers:
-      raise InputError('--remove_layers: names every layer of the model; leave one.')
-    return len(given)
-  n = config.num_remove
-  if n is None:
-    exact = decimal.Decimal(str(config.ratio)) * num_layers
-    n = int(exact.to_integral_value(decimal.ROUND_HALF_UP))
-  free = max(0, num_layers - config.protect_first - config.protect_last)
-  if n > free:
-    raise InputError(
-      f'{n} layers are to be removed of {num_layers}, but --protect_first={config.protect_first} and '
-      f'--protect_last={config.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
-    )
-  return n
-
-
-def _check_tokens(rows_NT: np.ndarray, source: checkpoint_hf.Source, flag: str):
-  if (largest := int(rows_NT.max())) >= source.spec.vocab_size:
-    raise InputError(
-      f'{flag}: the tokenizer made token {largest}, the model has {source.spec.vocab_size}; give its own by --tokenizer.'
-    )
-
-
-def load(job: Run) -> Decoder:
-  model = jax.eval_shape(lambda: Decoder(job.source.spec, job.source.num_layers, jax.random.key(0)))
-  return checkpoint_hf.load(job.source, job.config.dtype, sharding.for_model(model, job.mesh, job.config.mesh))
+def measure(job: Run, model: Decoder, name: str) -> dict:
+  """{'ppl': {corpus: perplexity}, 'tasks': as zero_shot.run has it}."""
+  figures = {'ppl': perplexities(job, model, name), 'tasks': {}}
+  if job.tasks:
+    put = lambda a: sharding.put_batch(a, job.mesh)
+    context = zero_shot.context_length(job.source.config, job.tokenizer)
+    figures['tasks'] = zero_shot.run(
+      model, job.tokenizer, job.tasks, job.mode, job.config.eval_batch_size, context, put,
+      job.config.task_limit or None, generate.eos_ids(job.source), metrics.Progress(f'zero-shot tasks of {name}'),
+    )  # fmt: skip
+  return figures
 
 
 def perplexities(job: Run, model: Decoder, name: str) -> dict[str, float]:
@@ -224,15 +136,36 @@ def perplexities(job: Run, model: Decoder, name: str) -> dict[str, float]:
   return result
 
 
-def choose_layers(job: Run, model: Decoder) -> dict:
-  """{'chosen': layers in the order of their choice, 'gates': all gates at the end of each round}."""
+def choose_layers(job: Run, model: Decoder, method: str, num_remove: int) -> dict:
+  """{'chosen': layers in the order of their choice, and what the method says of them}.
+
+  The latter is 'gates', all gates at the end of each round, for elder, 'merges' for laco, 'scores' for others.
+  """
   config = job.config
-  if config.remove_layers is not None:
+  if method == 'given':
     return {'chosen': config.layers_given(), 'gates': []}
-  if not job.num_remove:
+  if not num_remove:
     return {'chosen': [], 'gates': []}
+  if method == 'elder':
+    return _learn_gates(job, model, num_remove)
+  metrics.say(f'choosing layers by {method}')
+  batches = [job.batch(i) for i in range(config.score_steps)]
+  if method == 'laco':
+    collapsed = merging.laco(model, num_remove, batches, job.mode)
+    return {'chosen': collapsed.removed, 'merges': [list(group) for group in collapsed.merges]}
+  choice = importance.choose(method, model, num_remove, batches, job.mode, config.seed)
+  return {'chosen': choice.removed, 'scores': choice.scores}
+
+
+def first(choice: dict, num_remove: int) -> dict:
+  """The choice of the first `num_remove` of the chosen layers."""
+  return choice | {'chosen': choice['chosen'][:num_remove]}
+
+
+def _learn_gates(job: Run, model: Decoder, num_remove: int) -> dict:
+  config = job.config
   settings = gates.GateSettings(
-    num_remove=job.num_remove,
+    num_remove=num_remove,
     iterative=config.selection == 'iterative',
     steps=config.gate_steps,
     lr=config.gate_lr,
@@ -254,38 +187,72 @@ def choose_layers(job: Run, model: Decoder) -> dict:
 
 
 def apply_recipe(
-  job: Run, model: Decoder, removed: list[int], recipe: str, checkpoints: Checkpoints | None = None
+  job: Run,
+  model: Decoder,
+  choice: dict,
+  recipe: str,
+  checkpoints: Checkpoints | None = None,
+  name: str = '',
 ) -> Decoder:
-  """The pruned model by one of the recipes; all of them see the same layers, steps and batches. `model` is not changed."""
-  if recipe == 'none' or not job.config.steps():
-    return prune.prune(model, removed)
-  config = job.config
+  """The pruned model by one of the recipes; all of them see the same steps and batches. `model` is not changed.
+
+  Layers that were chosen by laco are merged where the recipe just removes layers, before or without training; the
+  other recipes have their own way of keeping what the layers did, and start from the layers as they were.
+
+  Args:
+    choice: of `choose_layers`.
+    name: of the run in metrics.jsonl; unset: the recipe.
+  """
+  config, removed, name = job.config, choice['chosen'], name or recipe
+  kind, trained = recipe.removesuffix('_then_train'), recipe in TRAINED and config.steps() > 0
+  if kind in ('absorb', 'replace_linear'):
+    # The batches that training sees, or would see, in its first pass: no more tokens than other recipes have.
+    one_pass = config.num_sequences // config.batch_size
+    batches = [job.batch(i) for i in range(min(config.steps() or one_pass, one_pass))]
+    refit = {'absorb': absorb.absorb, 'replace_linear': absorb.replace_linear}[kind]
+    start = refit(model, removed, batches, job.mode, _say_refit)
+  elif recipe == 'regularize' and trained:
+    start = prune.with_gates(model, 1.0)
+  else:
+    start = merging.merge(model, choice['merges']) if 'merges' in choice else prune.prune(model, removed)
+  if not trained:
+    return start
+
   settings = regularize.TrainSettings(
     steps=config.steps(),
     lr=config.lr,
     lambda2=config.lambda2,
     lambda2_power=config.lambda2_power,
     sequential=config.order == 'sequential',
+    anneal=config.anneal,
+    distill=config.distill,
     trainable=config.trainable,
     warmup_ratio=config.warmup_ratio,
     weight_decay=config.weight_decay,
     clip=config.grad_clip,
     grad_accum=config.grad_accum,
   )
-  progress = metrics.Progress(f'training, {report_lib.NAMES[recipe]}')
+  progress = metrics.Progress(f'training, {name}')
   began = []
 
   def log(step, values):
     if not began:
-      began.append(job.log.begin(recipe, step))
-    job.log.write(recipe, step, values)
+      began.append(job.log.begin(name, step))
+    job.log.write(name, step, values)
     progress(step + 1, settings.steps, f'loss {values["loss"]:.4f}, lm {values["lm_loss"]:.4f}')
 
-  if recipe == 'prune_then_train':
-    # A copy-free start: the pruned arrays are new, and only they are trained.
-    return regularize.fit(prune.prune(model, removed), [], settings, job.mode, job.batch, log, checkpoints)
-  trained = regularize.fit(prune.with_gates(model, 1.0), removed, settings, job.mode, job.batch, log, checkpoints)
-  return prune.prune(trained, removed)
+  # A gate at 1 is the same network in both places; only at x + g·d can it be annealed.
+  mode = dataclasses.replace(job.mode, gate='residual')
+  penalised = removed if recipe == 'regularize' else []
+  result = regularize.fit(start, penalised, settings, mode, job.batch, log, checkpoints, model)
+  return prune.prune(result, removed) if recipe == 'regularize' else result
+
+
+def _say_refit(layer: int, end: int, before: float, after: float):
+  metrics.say(
+    f'layer {layer} takes over what layers {layer + 1} to {end - 1} did: squared error of the stream, as a part of '
+    f'its square, {before:.3g} → {after:.3g}'
+  )
 
 
 def export(job: Run, pruned: Decoder, kept: list[int], report: dict) -> dict:
@@ -318,10 +285,10 @@ def model_card(job: Run, report: dict) -> str:
     f'Made from {report["model"]} by elder_jax, recipe `{report["recipe"]}`.\n'
     f'Removed layers (0-based, numbers of the original): {report["removed"]}. Kept: {report["kept"]}.\n'
   )
-  return text + (f'\n{report_lib.table(report)}\n' if report['ppl'] else '')
+  return text + (f'\n{report_lib.table(report)}\n' if report['rows'] and report['ppl'] else '')
 
 
-def _stage(work: pathlib.Path, seconds: dict, name: str, compute: Callable[[], dict]) -> dict:
+def _stage(work: pathlib.Path, seconds: dict, name: str, key: str, compute: Callable[[], dict]) -> dict:
   """compute(), or what an earlier run in this work folder had of it."""
   path = work / 'stages' / f'{name}.json'
   if path.exists():
@@ -331,7 +298,7 @@ def _stage(work: pathlib.Path, seconds: dict, name: str, compute: Callable[[], d
     saved = {'result': result, 'seconds': taken}
     path.parent.mkdir(exist_ok=True)
     report_lib.write_json(path, saved)
-  seconds[name if name in ('dense', 'gates') else f'evaluate_{name}'] = saved['seconds']
+  seconds[key] = saved['seconds']
   return saved['result']
 
 

@@ -8,12 +8,16 @@ import platform
 
 import jax
 
-SCHEMA = 1
+SCHEMA = 2
 NAMES = {
   'dense': 'dense',
   'none': 'direct removal',
   'prune_then_train': 'prune, then train',
+  'replace_linear': 'replaced by a linear map',
+  'replace_linear_then_train': 'replaced by a linear map, then train',
   'regularize': 'regularise, then prune',
+  'absorb': 'absorb',
+  'absorb_then_train': 'absorb, then train',
 }
 
 
@@ -41,31 +45,63 @@ def write_json(path: pathlib.Path, value: dict):
 
 
 def table(report: dict) -> str:
-  """Markdown: a row per model, perplexity on each corpus."""
-  corpora = list(report['ppl'])
-  rows = [['model', 'layers', *(f'PPL {c}' for c in corpora)], ['---', '---:', *('---:' for _ in corpora)]]
+  """Markdown: a row per model, perplexity on each corpus and accuracy in each task."""
+  corpora, tasks = list(report['ppl']), [t for t, v in report['tasks']['dense'].items() if 'acc' in v]
+  methods = len({row['method'] for row in report['rows']}) > 1
+  head = ['model', *(['layers chosen by'] if methods else []), 'layers']
+  head += [f'PPL {c}' for c in corpora] + [f'{t}, %' for t in tasks]
+  lines = [head, ['---'] * (2 if methods else 1) + ['---:'] * (1 + len(corpora) + len(tasks))]
   figure = lambda value: f'{value:.2f}' if value < 1e4 else f'{value:.2g}'
-  dense = [figure(report['ppl'][c]['dense']) for c in corpora]
-  rows.append([NAMES['dense'], str(report['num_layers']), *dense])
-  for recipe in sorted(report['recipes'], key=list(NAMES).index):
-    ppl = report['recipes'][recipe]['ppl']
-    name = NAMES[recipe] + (' (exported)' if recipe == report['recipe'] else '')
-    rows.append([name, str(len(report['kept'])), *(figure(ppl[c]) for c in corpora)])
-  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+  percent = lambda value: f'{100 * value["acc"]:.1f} ± {100 * value["acc_stderr"]:.1f}'
+  dense = [figure(report['ppl'][c]['dense']) for c in corpora] + [percent(report['tasks']['dense'][t]) for t in tasks]
+  lines.append([NAMES['dense'], *([''] if methods else []), str(report['num_layers']), *dense])
+  methods_in_order = list(dict.fromkeys(row['method'] for row in [report['rows'][-1], *report['rows']]))
+  place = lambda row: (len(row['removed']), methods_in_order.index(row['method']), list(NAMES).index(row['recipe']))
+  for row in sorted(report['rows'], key=place):
+    name = NAMES[row['recipe']] + (' (exported)' if row is report['rows'][-1] else '')
+    figures = [figure(row['ppl'][c]) for c in corpora] + [percent(row['tasks'][t]) for t in tasks]
+    layers = str(report['num_layers'] - len(row['removed']))
+    lines.append([name, *([row['method']] if methods else []), layers, *figures])
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def verdict(report: dict) -> list[str]:
-  """One sentence per corpus on which another recipe, on the same layers, was better than the exported one."""
-  lines = []
+  """One sentence per corpus on which another way to as few layers was better than the exported one."""
+  lines, exported = [], report['rows'][-1]
+  rivals = [row for row in report['rows'] if len(row['removed']) == len(exported['removed'])]
+  methods = len({row['method'] for row in rivals}) > 1
+  name = lambda row: NAMES[row['recipe']] + (f', layers chosen by {row["method"]}' if methods else '')
   for corpus in report['ppl']:
-    by_ppl = {r: v['ppl'][corpus] for r, v in report['recipes'].items()}
-    best = min(by_ppl, key=by_ppl.get)
-    if best != report['recipe']:
+    best = min(rivals, key=lambda row: row['ppl'][corpus])
+    if best['ppl'][corpus] < exported['ppl'][corpus]:
       lines.append(
-        f'On {corpus}, "{NAMES[best]}" is better than the exported "{NAMES[report["recipe"]]}": '
-        f'{by_ppl[best]:.2f} against {by_ppl[report["recipe"]]:.2f}.'
+        f'On {corpus}, "{name(best)}" is better than the exported "{name(exported)}": '
+        f'{best["ppl"][corpus]:.2f} against {exported["ppl"][corpus]:.2f}.'
       )
   return lines
+
+
+def plot(report: dict, path: pathlib.Path):
+  """Perplexity over the number of layers, a line for each way of choosing and recipe; an SVG."""
+  import matplotlib.figure  # here: it is slow to import, and only a sweep needs it
+
+  corpora = list(report['ppl'])
+  figure = matplotlib.figure.Figure(figsize=(6 * len(corpora), 4.5), layout='constrained')
+  lines: dict[tuple[str, str], list[dict]] = {}
+  for row in report['rows']:
+    lines.setdefault((row['method'], row['recipe']), []).append(row)
+  depth = lambda row: report['num_layers'] - len(row['removed'])
+  for corpus, axes in zip(corpora, figure.subplots(1, len(corpora), squeeze=False)[0]):
+    for (method, recipe), rows in sorted(lines.items()):
+      rows = sorted(rows, key=depth)
+      layers = [depth(row) for row in rows] + [report['num_layers']]
+      ppl = [row['ppl'][corpus] for row in rows] + [report['ppl'][corpus]['dense']]
+      axes.plot(layers, ppl, marker='o', label=f'{method}: {NAMES[recipe]}')
+    axes.set(title=corpus, xlabel='layers', ylabel='perplexity', yscale='log')
+    axes.legend()
+  temporary = path.with_name(f'{path.name}.partial')
+  figure.savefig(temporary, format='svg', metadata={'Date': None})
+  os.replace(temporary, path)
 
 
 def markdown(report: dict) -> str:
@@ -78,8 +114,11 @@ def markdown(report: dict) -> str:
     f'({100 * (1 - params["pruned"] / params["dense"]):.1f}% fewer).',
     '',
   ]
-  if report['ppl']:
+  if report['ppl'] or report['tasks']['dense']:
     lines += [table(report), '']
+  if report['ppl']:
+    if len({len(row['removed']) for row in report['rows']}) > 1:
+      lines += ['![perplexity over layers](sweep.svg)', '']
     lines += [f'{line}\n' for line in verdict(report)]
     for corpus, about in report['corpora'].items():
       lines.append(
@@ -87,6 +126,10 @@ def markdown(report: dict) -> str:
         f'{about["window"]} tokens, BOS: {about["bos"]}.'
       )
     lines += [f'- Protocol: {next(iter(report["corpora"].values()))["protocol"]}.', '']
+  for choice in report['choices']:
+    if choice.get('merges'):
+      merged = '; '.join(f'{base} ← {", ".join(map(str, members))}' for base, *members in choice['merges'])
+      lines += [f'Layers merged by {choice["method"]}: {merged}.', '']
   if report['gates']:
     final = report['gates'][-1]
     lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']

@@ -17,9 +17,9 @@ import pytest
 import safetensors.numpy
 
 from elder_jax import checkpoint_hf
+from elder_jax import cli
 from elder_jax import config as config_lib
 from elder_jax import data
-from elder_jax import main
 from elder_jax import pipeline
 from elder_jax import sharding
 from elder_jax import verify
@@ -105,7 +105,7 @@ def sharded(model) -> pathlib.Path:
 
 def test_what_the_cases_below_damage_is_good(settings, model, sharded):
   job = pipeline.prepare(Config(**settings))
-  assert job.source.num_layers == 6 and job.num_remove == 2
+  assert job.source.num_layers == 6 and job.num_removes == [2]
   assert (pathlib.Path(settings['workdir']) / 'config.json').is_file()
 
 
@@ -136,6 +136,15 @@ def test_what_the_cases_below_damage_is_good(settings, model, sharded):
     (dict(checkpoint_every=-1), ['--checkpoint_every']),
     (dict(ratio=1.0), ['--ratio']),
     (dict(warmup_ratio=-0.1), ['--warmup_ratio']),
+    (dict(ratio='0.1,x'), ['--ratio=0.1,x', 'numbers with commas']),
+    (dict(ratio='0.1,nan'), ['--ratio=0.1,nan', 'below 1']),
+    (dict(method='elder,slep'), ['--method=elder,slep', "'slep' is no method", 'sleb']),
+    (dict(method='elder,laco', num_remove=3, protect_last=0), ['--num_remove=3', '--method=laco']),
+    (dict(method='taylor', num_remove=1), ['--num_remove=1', '--method=taylor', '0 of the 6']),
+    (dict(method='shortgpt', num_remove=6), ['6 layers', 'of 6', 'leave one']),
+    (dict(anneal=1.5), ['--anneal=1.5']),
+    (dict(distill=-0.5), ['--distill=-0.5']),
+    (dict(score_steps=0), ['--score_steps=0']),
     (dict(seq_len=1), ['--seq_len=1', 'at least 2']),
     (dict(num_sequences=0), ['--num_sequences=0']),
     (dict(batch_size=0), ['--batch_size=0']),
@@ -658,7 +667,7 @@ def flag_values(monkeypatch) -> flags.FlagValues:
   """Flags of their own for a test, so that none leaks into the next."""
   values = flags.FlagValues()
   config_lib.define_flags(values)
-  monkeypatch.setattr(main.flags, 'FLAGS', values)
+  monkeypatch.setattr(cli.flags, 'FLAGS', values)
   return values
 
 
@@ -686,7 +695,7 @@ def test_command_line(flag_values, capsys, tmp_path, args, part):
   (tmp_path / 'binary.flags').write_bytes(b'\x80\x81\xff')
   (tmp_path / 'prose.flags').write_text('seq_len=3\n')
   with pytest.raises(SystemExit) as caught:
-    main.parse(['main', *(arg.format(tmp=tmp_path) for arg in args)])
+    cli.parse(['main', *(arg.format(tmp=tmp_path) for arg in args)])
   err = capsys.readouterr().err
   assert caught.value.code == 2 and part.format(tmp=tmp_path) in err
   assert re.fullmatch(r'elder_jax: [^\n]+ \(see --helpfull\)\n', err), err

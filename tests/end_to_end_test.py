@@ -33,14 +33,14 @@ def test_report_and_work_folder(settings):
   assert sorted(report['removed'] + report['kept']) == list(range(6))
   assert not {0, 5} & set(report['removed'])  # the protected ends
   assert len(report['gates']) == 2 and len(report['gates'][0]) == 6
-  assert set(report['recipes']) == {'none', 'prune_then_train', 'regularize'}
-  assert report['ppl']['text']['pruned'] == report['recipes']['regularize']['ppl']['text']
-  assert len({v['ppl']['text'] for v in report['recipes'].values()}) == 3
+  assert [row['recipe'] for row in report['rows']] == ['none', 'prune_then_train', 'regularize']
+  assert report['ppl']['text']['pruned'] == report['rows'][-1]['ppl']['text']
+  assert len({row['ppl']['text'] for row in report['rows']}) == 3
   assert report['ppl']['text']['dense'] > 1 and report['corpora']['text']['windows'] == 8
   assert report['params']['dense'] > report['params']['pruned']
   assert report['verify']['torch'] <= 1e-4 and len(report['verify']['generated']) == 32
   assert {'load', 'dense', 'gates', 'train_regularize', 'evaluate_regularize', 'export'} <= set(report['seconds'])
-  assert {'jax', 'flax', 'python'} <= set(report['versions']) and report['schema'] == 1
+  assert {'jax', 'flax', 'python'} <= set(report['versions']) and report['schema'] == 2
 
   lines = [json.loads(line) for line in (work / 'metrics.jsonl').read_text().splitlines()]
   steps = [(line['stage'], line['step']) for line in lines]
@@ -119,6 +119,12 @@ def test_a_finished_run_is_not_done_again(settings, monkeypatch):
     dict(grad_accum=2, remat='full'),
     dict(eval_bos='window'),
     dict(recipe='prune_then_train', compare=[]),
+    dict(recipe='absorb_then_train', compare=['absorb']),
+    dict(recipe='replace_linear', compare=['replace_linear_then_train']),
+    dict(anneal=0.5, gate='output'),
+    dict(distill=0.5, compare=['prune_then_train']),
+    dict(method='laco', num_remove=2, recipe='prune_then_train'),
+    dict(method='random', recipe='none', train_steps=0),
     dict(eval_data=()),
     dict(shuffle=False),
   ],
@@ -129,6 +135,62 @@ def test_every_option_runs_to_an_export_that_verifies(settings, options):
   assert len(report['kept']) == 4 and report['verify']['jax'] <= 1e-4
   dtype = options.get('export_dtype') or options.get('dtype', 'float32')
   assert {str(t.dtype) for t in exported(settings['workdir']).values()} == {dtype}
+
+
+def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_path):
+  settings |= dict(compare=['none'], recipe='prune_then_train')
+  together = run(settings, method='shortgpt,laco,random')
+  rows = {(row['method'], row['recipe']): row for row in together['rows']}
+  assert list(rows)[-1] == ('shortgpt', 'prune_then_train') and len(rows) == 6 == len(together['rows'])
+  for method in ('shortgpt', 'laco', 'random'):
+    alone = run(settings, method=method, workdir=str(tmp_path / method))
+    assert [rows[method, recipe] for recipe in ('none', 'prune_then_train')] == alone['rows']
+  assert len({row['ppl']['text'] for row in together['rows']}) == 6
+  # LaCo's merges are no removal of the same layers.
+  removed = run(
+    settings, remove_layers=','.join(map(str, rows['laco', 'none']['removed'])), workdir=str(tmp_path / 'given')
+  )
+  assert removed['rows'][0]['ppl'] != rows['laco', 'none']['ppl']
+  assert 'Layers merged by laco: ' in (pathlib.Path(settings['workdir']) / 'report.md').read_text()
+
+
+def test_a_sweep_takes_the_beginning_of_one_order_or_chooses_anew(settings, tmp_path):
+  settings |= dict(compare=[], recipe='none', num_remove=None, gate_steps=1)
+  swept = run(settings, ratio='0.33,0.17,0.5', method='elder,cosine_block')
+  rows = {(row['method'], len(row['removed'])): row for row in swept['rows']}
+  assert set(rows) == {(m, n) for m in ('elder', 'cosine_block') for n in (1, 2, 3)}
+  assert list(rows)[-1] == ('elder', 2) and len(swept['kept']) == 4
+  assert set(rows['elder', 1]['removed']) < set(rows['elder', 2]['removed']) < set(rows['elder', 3]['removed'])
+  for method, n in (('elder', 1), ('cosine_block', 1), ('cosine_block', 3)):
+    alone = run(settings, num_remove=n, method=method, workdir=str(tmp_path / f'{method}{n}'))
+    assert alone['rows'] == [rows[method, n]]
+  work = pathlib.Path(settings['workdir'])
+  assert '<svg' in (work / 'sweep.svg').read_text() and 'sweep.svg' in (work / 'report.md').read_text()
+
+
+def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
+  settings |= dict(method='shortgpt,random', compare=['absorb'], recipe='absorb_then_train')
+  made, apply = [], pipeline.apply_recipe
+
+  def dying(job, model, choice, recipe, *more):
+    if len(made) == 2:
+      raise KeyboardInterrupt
+    made.append(recipe)
+    return apply(job, model, choice, recipe, *more)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pipeline, 'apply_recipe', dying)
+    with pytest.raises(KeyboardInterrupt):
+      run(settings)
+  before, made = made, []
+  monkeypatch.setattr(
+    pipeline,
+    'apply_recipe',
+    lambda job, model, choice, recipe, *more: made.append(recipe) or apply(job, model, choice, recipe, *more),
+  )
+  monkeypatch.setattr(pipeline.importance, 'choose', lambda *_: pytest.fail('layers were chosen again'))
+  report = run(settings)
+  assert len(before) + len(made) == 4 == len(report['rows'])
 
 
 def test_given_layers_skip_stage_1(settings):

@@ -10,6 +10,13 @@ from elder_jax import report as report_lib
 from elder_jax.metrics import Metrics
 
 
+def row(recipe, wiki, news, method='elder', removed=(2, 3), tasks=None) -> dict:
+  return {
+      'method': method, 'recipe': recipe, 'removed': list(removed), 'ppl': {'wiki': wiki, 'news': news},
+      'tasks': tasks or {},
+  }  # fmt: skip
+
+
 def make(recipe='regularize', **changes) -> dict:
   return {
       'model': 'some/model',
@@ -19,11 +26,11 @@ def make(recipe='regularize', **changes) -> dict:
       'recipe': recipe,
       'gates': [[1.0] * 6, [1.0, 0.9, 0.1234, -0.05, 1.0, 1.0]],
       'ppl': {'wiki': {'dense': 10.126, 'pruned': 20.5}, 'news': {'dense': 7.0, 'pruned': 9999.994}},
-      'recipes': {
-          'regularize': {'ppl': {'wiki': 20.5, 'news': 9999.994}},
-          'none': {'ppl': {'wiki': 123456.0, 'news': 10000.0}},
-          'prune_then_train': {'ppl': {'wiki': 21.0, 'news': 10001.0}},
-      },
+      'rows': [  # the exported one is the last
+          row('none', 123456.0, 10000.0), row('prune_then_train', 21.0, 10001.0), row('regularize', 20.5, 9999.994)
+      ],
+      'tasks': {'dense': {}, 'pruned': {}},
+      'choices': [{'method': 'elder', 'chosen': [2, 3]}],
       'corpora': {
           c: {'source': f'{c}.txt', 'sha256': c[0] * 64, 'windows': 8, 'window': 32, 'bos': 'tokenizer', 'protocol': 'P/1'}
           for c in ('wiki', 'news')
@@ -46,23 +53,60 @@ def test_table():
   ]
 
 
+def sweep() -> dict:
+  acc = lambda value: {'piqa': {'acc': value, 'acc_stderr': 0.011, 'n': 9}}
+  rows = [
+    row('none', 30.0, 31.0, 'sleb', [3], acc(0.6)),
+    row('none', 28.0, 33.0, 'laco', [3], acc(0.5)),
+    row('none', 29.0, 32.0, 'laco', [2, 3], acc(0.4)),
+    row('none', 31.0, 30.0, 'sleb', [2, 3], acc(0.55)),
+  ]
+  choices = [{'method': 'sleb', 'chosen': [3, 2]}, {'method': 'laco', 'chosen': [2, 3], 'merges': [[1, 2, 3]]}]
+  return make('none', rows=rows, choices=choices, gates=[], tasks={'dense': acc(0.7), 'pruned': rows[-1]['tasks']})
+
+
+def test_table_of_several_methods_and_depths_with_tasks():
+  assert report_lib.table(sweep()).splitlines() == [
+    '| model | layers chosen by | layers | PPL wiki | PPL news | piqa, % |',
+    '| --- | --- | ---: | ---: | ---: | ---: |',
+    '| dense |  | 6 | 10.13 | 7.00 | 70.0 ± 1.1 |',
+    '| direct removal | sleb | 5 | 30.00 | 31.00 | 60.0 ± 1.1 |',
+    '| direct removal | laco | 5 | 28.00 | 33.00 | 50.0 ± 1.1 |',
+    '| direct removal (exported) | sleb | 4 | 31.00 | 30.00 | 55.0 ± 1.1 |',
+    '| direct removal | laco | 4 | 29.00 | 32.00 | 40.0 ± 1.1 |',
+  ]
+  text = report_lib.markdown(sweep())
+  assert 'Layers merged by laco: 1 ← 2, 3.' in text and '![perplexity over layers](sweep.svg)' in text
+  # Only models of the same depth are rivals.
+  (line,) = report_lib.verdict(sweep())
+  assert line.startswith('On wiki, "direct removal, layers chosen by laco"') and '29.00 against 31.00' in line
+
+
+def test_plot_has_a_line_for_each_way(tmp_path):
+  report_lib.plot(sweep(), tmp_path / 'sweep.svg')
+  text = (tmp_path / 'sweep.svg').read_text()
+  assert '<svg' in text and [p.name for p in tmp_path.iterdir()] == ['sweep.svg']
+  for label in ('laco: direct removal', 'sleb: direct removal', 'wiki', 'news'):
+    assert f'<!-- {label} -->' in text, label
+
+
 def test_verdict_is_silent_where_the_exported_recipe_wins():
   assert report_lib.verdict(make()) == []
   tie = make()
-  tie['recipes']['none']['ppl']['wiki'] = 20.5  # no better, and first in the file's order it is not
+  tie['rows'][0]['ppl']['wiki'] = 20.5  # no better, and first in the file's order it is not
   assert report_lib.verdict(tie) == []
 
 
 def test_verdict_names_the_best_rival_on_its_corpus():
   report = make()
-  report['recipes']['prune_then_train']['ppl']['wiki'] = 19.25
-  report['recipes']['none']['ppl']['wiki'] = 20.0
+  report['rows'][1]['ppl']['wiki'] = 19.25
+  report['rows'][0]['ppl']['wiki'] = 20.0
   (line,) = report_lib.verdict(report)
   assert line.startswith('On wiki, "prune, then train" is better than the exported "regularise, then prune"')
   assert '19.25 against 20.50' in line and 'news' not in line
-  report['recipes']['none']['ppl']['news'] = 5.0
+  report['rows'][0]['ppl']['news'] = 5.0
   assert len(report_lib.verdict(report)) == 2
-  report = make(recipe='none')
+  report = make(rows=[row('regularize', 20.5, 9999.0), row('none', 123456.0, 10000.0)])
   assert [line.split(',')[0] for line in report_lib.verdict(report)] == ['On wiki', 'On news']
 
 
@@ -77,13 +121,13 @@ def test_markdown():
   assert '- Protocol: P/1.' in text
   assert '0: 1.000, 1: 0.900, 2: 0.123, 3: -0.050, 4: 1.000, 5: 1.000.' in text  # of the last round
   assert 'Seconds: load 1, gates 62. Device: 1 × cpu.' in text and 'python 3.11, jax 0.10.' in text
-  report['recipes']['none']['ppl']['wiki'] = 2.0
+  report['rows'][0]['ppl']['wiki'] = 2.0
   assert report_lib.verdict(report)[0] in report_lib.markdown(report)
 
 
 def test_markdown_of_a_run_without_texts_and_gates():
-  recipes = {'none': {'ppl': {}}}
-  text = report_lib.markdown(make('none', ppl={}, gates=[], corpora={}, recipes=recipes))
+  rows = [{'method': 'given', 'recipe': 'none', 'removed': [2, 3], 'ppl': {}, 'tasks': {}}]
+  text = report_lib.markdown(make('none', ppl={}, gates=[], corpora={}, rows=rows))
   assert '|' not in text and 'Protocol' not in text and 'Gates' not in text and 'Parameters' in text
 
 

@@ -1,0 +1,169 @@
+"""What a run needs and whatever can be refused before it: work folder, model, texts, tasks, devices."""
+
+import dataclasses
+import decimal
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from elder_jax import checkpoint_hf
+from elder_jax import data
+from elder_jax import evaluate
+from elder_jax import importance
+from elder_jax import merging
+from elder_jax import metrics
+from elder_jax import report as report_lib
+from elder_jax import sharding
+from elder_jax import verify
+from elder_jax import zero_shot
+from elder_jax.config import TRAINED
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+
+# What a run may change when it is started again in its work folder.
+_FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All that was checked before the first long step."""
+
+  config: Config
+  source: checkpoint_hf.Source
+  num_removes: list[int]  # the first is that of the exported model
+  rows_NT: np.ndarray | None  # the packed training sequences
+  windows: dict[str, evaluate.Windows]
+  tokenizer: object  # of transformers, where the run reads text
+  tasks: object  # the harness's TaskDict, or None
+  mesh: jax.sharding.Mesh
+  mode: Mode
+  log: metrics.Metrics
+
+  @property
+  def seed(self) -> int | None:
+    return self.config.seed if self.config.shuffle else None
+
+  def batch(self, step: int):
+    return sharding.put_batch(data.batch(self.rows_NT, self.config.batch_size, step, self.seed), self.mesh)
+
+
+def prepare(config: Config) -> Run:
+  """Refuses whatever can be refused before long work starts, then claims the work folder."""
+  config.check()
+  work = config.path()
+  _claim(work, config)
+  source = checkpoint_hf.open_source(config.model, work / 'source')
+  num_removes = _num_removes(config, source.num_layers)
+  mesh = sharding.make_mesh(config.mesh)
+  abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
+  sharding.for_model(abstract, mesh, config.mesh)
+  sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
+  if config.eval_data:
+    sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')
+  if config.verify == 'torch' and not verify.has_torch():
+    raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
+
+  scores = config.remove_layers is None and any(num_removes)
+  trains = any(recipe in TRAINED for recipe in config.recipes()) and config.steps() > 0
+  refits = any(recipe.startswith(('absorb', 'replace_linear')) for recipe in config.recipes()) and any(num_removes)
+  reads = scores or trains or refits
+  rows_NT, windows, tokenizer, tasks = None, {}, None, None
+  if reads and not config.train_data:
+    raise InputError('--train_data is missing: give a text to choose layers by and to train on.')
+  if reads or config.corpora() or config.task_names():
+    tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
+    if reads:
+      corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer)
+      seed = config.seed if config.shuffle else None
+      rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed)
+      _check_tokens(rows_NT, source, '--train_data')
+    for name, text in config.corpora().items():
+      flag = f'--eval_data={name}'
+      special = config.eval_bos == 'tokenizer'
+      corpus = data.tokenise(flag, text, config.text_column, tokenizer, special)
+      windows[name] = evaluate.make_windows(
+        corpus, flag, config.eval_seq_len, config.eval_tokens, config.eval_bos, tokenizer.bos_token_id
+      )
+      _check_tokens(windows[name].tokens_NT, source, flag)
+  if config.task_names():
+    tasks = zero_shot.load_tasks(config.task_names(), config.tasks_dir)
+
+  if jax.process_index() == 0:
+    report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
+  mode = Mode(config.gate, config.penalty, config.penalty_scale, config.dtype, config.remat)
+  log = metrics.Metrics(work / 'metrics.jsonl')
+  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, mode, log)
+
+
+def _claim(work: pathlib.Path, config: Config):
+  """Makes the work folder, or makes sure that it is this run's own."""
+  try:
+    work.mkdir(parents=True, exist_ok=True)
+    probe = work / f'.writable-{os.getpid()}'
+    probe.touch()
+    probe.unlink()
+  except OSError as e:
+    raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
+  try:
+    before = checkpoint_hf.read_json(work / 'config.json')
+  except InputError:  # missing, or broken
+    before = {}
+  if 'workdir' not in before:  # a model has a config.json, too
+    if foreign := next((p.name for p in sorted(work.iterdir()) if p.name != 'source'), None):
+      raise InputError(
+        f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
+      )
+    return
+  now = json.loads(json.dumps(dataclasses.asdict(config)))
+  for key in now:
+    if key not in _FREE_ON_RESUME and before.get(key) != now[key]:
+      raise InputError(
+        f'--workdir={config.workdir}: holds a run with --{key}={before.get(key)}, not {now[key]}; choose another folder.'
+      )
+
+
+def _num_removes(config: Config, num_layers: int) -> list[int]:
+  given = config.layers_given()
+  if given is not None:
+    if wrong := next((l for l in given if not 0 <= l < num_layers), None):
+      raise InputError(f'--remove_layers: {wrong} is not a layer of this model, which has 0 to {num_layers - 1}.')
+    if len(given) == num_layers:
+      raise InputError('--remove_layers: names every layer of the model; leave one.')
+    return [len(given)]
+  if config.num_remove is not None:
+    counts = [config.num_remove]
+  else:
+    exact = [ratio * num_layers for ratio in config.ratios()]
+    counts = list(dict.fromkeys(int(n.to_integral_value(decimal.ROUND_HALF_UP)) for n in exact))
+  free = max(0, num_layers - config.protect_first - config.protect_last)
+  for n in counts:
+    if n >= num_layers:
+      raise InputError(f'{n} layers are to be removed of {num_layers}; leave one (--num_remove or --ratio).')
+    for method in config.methods():
+      if method == 'laco':
+        merging.check(num_layers, n)
+      elif method != 'elder':
+        importance.check(method, num_layers, n)
+      elif n > free:
+        raise InputError(
+          f'{n} layers are to be removed of {num_layers}, but --protect_first={config.protect_first} and '
+          f'--protect_last={config.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
+        )
+  return counts
+
+
+def _check_tokens(rows_NT: np.ndarray, source: checkpoint_hf.Source, flag: str):
+  if (largest := int(rows_NT.max())) >= source.spec.vocab_size:
+    raise InputError(
+      f'{flag}: the tokenizer made token {largest}, the model has {source.spec.vocab_size}; give its own by --tokenizer.'
+    )
+
+
+def load(job: Run) -> Decoder:
+  model = jax.eval_shape(lambda: Decoder(job.source.spec, job.source.num_layers, jax.random.key(0)))
+  return checkpoint_hf.load(job.source, job.config.dtype, sharding.for_model(model, job.mesh, job.config.mesh))

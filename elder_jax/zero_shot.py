@@ -1,0 +1,229 @@
+"""Zero-shot tasks: accuracies of a model by lm-evaluation-harness, run in JAX (lm_eval_adapter.py).
+
+`python -m elder_jax.zero_shot --model=FOLDER` evaluates any model that elder_jax reads and prints a table. A task's
+questions come from the model hub; where none is reached, --tasks_dir names a folder of local task files, which go before
+the harness's own of the same name (`python -m benchmarks.tasks` writes some).
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import pathlib
+import tempfile
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+
+from elder_jax import checkpoint_hf
+from elder_jax import cli
+from elder_jax import data
+from elder_jax import generate
+from elder_jax import metrics
+from elder_jax import report as report_lib
+from elder_jax import sharding
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
+from elder_jax.errors import user_path
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+
+TASKS = ('piqa', 'winogrande', 'hellaswag', 'arc_easy', 'arc_challenge')
+
+
+def load_tasks(tasks: list[str], tasks_dir: str = ''):
+  """The harness's TaskDict of tasks, groups or tags by name, questions loaded; the slow or failing part of `run`.
+
+  Raises:
+    InputError: lm_eval is missing, a task is unknown, or its questions cannot be had.
+  """
+  try:
+    import lm_eval.tasks  # here: it is optional and takes a second
+  except ImportError as e:
+    raise InputError(
+      f"--tasks: lm-evaluation-harness is missing ({reason(e)}); install it with pip install 'elder_jax[eval]'."
+    ) from e
+  folder = user_path(tasks_dir) if tasks_dir else None
+  if folder and not folder.is_dir():
+    raise InputError(f'--tasks_dir={tasks_dir}: there is no such folder; check the path.')
+  manager = lm_eval.tasks.TaskManager(include_path=folder)
+  if not tasks:
+    raise InputError('--tasks is empty; name a task, as in --tasks=piqa.')
+  for task in tasks:
+    if task not in manager.all_tasks:
+      raise InputError(f'--tasks={task}: the harness has no such task; check the name, or give --tasks_dir.')
+  try:
+    return manager.load(list(dict.fromkeys(tasks)))
+  except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
+    raise InputError(
+      f'--tasks={",".join(tasks)}: the questions cannot be loaded ({reason(e)}); give local task files with --tasks_dir.'
+    ) from e
+
+
+def run(
+  model: Decoder,
+  tokenizer,
+  loaded,
+  mode: Mode = Mode(),
+  batch_size: int = 16,
+  max_length: int = 2048,
+  put: Callable = jnp.asarray,
+  limit: int | None = None,
+  eos_ids: tuple[int, ...] = (),
+  progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, dict[str, float]]:
+  """Evaluates a model, without examples in the prompt unless a task's own file asks for them.
+
+  Args:
+    loaded: of `load_tasks`; may be used again for another model.
+    limit: questions per task, from the start; None: all.
+    Others: see lm_eval_adapter.JaxLM.
+
+  Returns:
+    {task: {'acc': a fraction, 'acc_stderr': its standard error, …, 'n': questions}}, whatever the task measures; a
+    group has no n.
+
+  Raises:
+    InputError: a task asks for what the adapter cannot do.
+  """
+  from lm_eval import evaluator
+
+  from elder_jax.lm_eval_adapter import JaxLM
+
+  lm = JaxLM(model, tokenizer, mode, batch_size, max_length, put, eos_ids, progress)
+  for task in loaded['tasks'].values():
+    if task.get_config('num_fewshot') is None:
+      task.set_config(key='num_fewshot', value=0)
+    task.set_fewshot_seed(seed=1234)  # the harness's default
+  # Means have a standard error in closed form. Others are bootstrapped, by default in forked processes, which JAX does
+  # not go well with.
+  os.environ.setdefault('DISABLE_MULTIPROC', '1')
+  results = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+  figures = {}
+  for task, values in results['results'].items():
+    # 'acc,none' is acc without a filter on the answers.
+    plain = {k.removesuffix(',none'): v for k, v in values.items() if ',' in k}
+    figures[task] = {k: float(v) for k, v in plain.items() if isinstance(v, (int, float))}
+    if task in results['n-samples']:
+      figures[task]['n'] = results['n-samples'][task]['effective']
+  return figures
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+  """Markdown: a row per task, accuracies in percent with their standard errors."""
+  percent = lambda values, name: (
+    f'{100 * values[name]:.2f} ± {100 * values.get(f"{name}_stderr", math.nan):.2f}' if name in values else ''
+  )
+  rows = [['task', 'questions', 'acc, %', 'acc_norm, %'], ['---', '---:', '---:', '---:']]
+  for task, values in figures.items():
+    rows.append([task, str(values.get('n', '')), percent(values, 'acc'), percent(values, 'acc_norm')])
+  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+
+
+# ---- the command ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The command's flags; see define_flags."""
+
+  model: str
+  tokenizer: str
+  tasks: tuple[str, ...]
+  tasks_dir: str
+  limit: int
+  batch_size: int
+  dtype: str
+  mesh: str
+  out: str
+
+
+def evaluate_model(settings: Settings) -> dict:
+  """Loads a model and evaluates it; what goes into --out.
+
+  Raises:
+    InputError.
+  """
+  for name, least in (('limit', 0), ('batch_size', 1)):
+    if (value := getattr(settings, name)) < least:
+      raise InputError(f'--{name}={value} is too small; give at least {least}.')
+  out = user_path(settings.out) if settings.out else None
+  if out and (out.is_dir() or not out.parent.is_dir()):
+    raise InputError(f'--out={settings.out}: is a folder, or in none that exists; give a file, as in --out=tasks.json.')
+  mesh = sharding.make_mesh(settings.mesh)
+  sharding.check_batch(mesh, settings.mesh, settings.batch_size, '--batch_size')
+  with tempfile.TemporaryDirectory() as scratch:
+    source = checkpoint_hf.open_source(settings.model, pathlib.Path(scratch))
+    tokenizer = data.load_tokenizer(settings.tokenizer or str(source.files))
+    loaded = load_tasks(list(settings.tasks), settings.tasks_dir)
+    abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
+    metrics.say(f'loading {settings.model}, {source.num_layers} layers, in {settings.dtype} on {report_lib.device()}')
+    model = checkpoint_hf.load(source, settings.dtype, sharding.for_model(abstract, mesh, settings.mesh))
+    figures = run(
+      model,
+      tokenizer,
+      loaded,
+      Mode(dtype=settings.dtype),
+      settings.batch_size,
+      context_length(source.config, tokenizer),
+      lambda batch: sharding.put_batch(batch, mesh),
+      settings.limit or None,
+      generate.eos_ids(source),
+      metrics.Progress('requests'),
+    )
+  versions = report_lib.versions() | {'lm_eval': importlib.metadata.version('lm_eval')}
+  result = {'settings': dataclasses.asdict(settings), 'tasks': figures, 'versions': versions}
+  if out and jax.process_index() == 0:
+    report_lib.write_json(out, result)
+  return result
+
+
+def context_length(config: dict, tokenizer) -> int:
+  """Tokens that a model of this config.json reads at most, by the rule of the harness's hf backend."""
+  for name in ('n_positions', 'max_position_embeddings', 'n_ctx'):
+    if config.get(name) is not None:
+      return int(config[name])
+  limit = tokenizer.model_max_length
+  return int(limit) if limit < 1e29 else 2048  # a tokenizer without a limit says 1e30
+
+
+def define_flags():
+  """Only when this is the command: some have the names of flags of elder_jax.config."""
+  text = functools.partial(flags.DEFINE_string, module_name='elder_jax')
+  number = functools.partial(flags.DEFINE_integer, module_name='elder_jax')
+  kwargs = {'flag_values': flags.FLAGS}
+  text('model', '', 'Model: a Hugging Face folder, such as an export, a hub id or a .gguf file.', **kwargs)
+  text('tokenizer', '', "Folder or hub id of the tokenizer, where it is not the model's own.", **kwargs)
+  flags.DEFINE_list(
+    'tasks', list(TASKS), 'Tasks of lm-evaluation-harness, or of --tasks_dir.', module_name='elder_jax', **kwargs
+  )
+  text('tasks_dir', '', "Folder of local task files (.yaml), which go before the harness's own of a name.", **kwargs)
+  number('limit', 0, 'Questions per task, from the start; 0: all.', **kwargs)
+  number('batch_size', 16, 'Requests per step.', **kwargs)
+  flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16'], 'Type of weights and computation.', module_name='elder_jax', **kwargs
+  )
+  text('mesh', '-1,1,1', 'Devices for data, fsdp and tensor parallelism, as in elder_jax.main.', **kwargs)
+  text('out', '', 'File for the figures (JSON).', **kwargs)
+
+
+def main(argv: list[str]):
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  try:
+    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+    result = evaluate_model(Settings(**values | {'tasks': tuple(values['tasks'])}))
+  except InputError as e:
+    cli.fail(2, str(e))
+  if jax.process_index() == 0:
+    print(table(result['tasks']))
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main, flags_parser=cli.parse)

@@ -1,0 +1,152 @@
+"""Removal in closed form, against plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elder_jax import absorb
+from elder_jax import model as model_lib
+from elder_jax import prune
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+from elder_jax.model import Spec
+
+L = 6
+BATCHES = list(np.random.default_rng(0).integers(0, 40, (3, 4, 16), np.int32))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiler():
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
+def tiny() -> Decoder:
+  spec = Spec(
+      vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
+      rope_freq_H=(1.0, 0.1),
+  )  # fmt: skip
+  return Decoder(spec, L, jax.random.key(0))
+
+
+def streams(model, tokens_BT) -> np.ndarray:
+  """What each layer reads and the last writes, [L + 1, tokens, D]."""
+  x_BTD, _, x_LBTD = model_lib.run_layers(model, model_lib.embed(model, tokens_BT), inputs=True)
+  x_MBTD = np.concatenate([x_LBTD, x_BTD[None]]).astype(np.float64)
+  return x_MBTD.reshape(len(x_MBTD), -1, 16)
+
+
+def features(model, l, tokens_BT) -> np.ndarray:
+  """What the down projection of layer l reads, by hand."""
+  x_BTD = model_lib.run_layers(model, model_lib.embed(model, tokens_BT), inputs=True)[2][l]
+  block = jax.tree.map(lambda a: a[l], model.layers)
+  rope = model_lib.rope_tables(model.spec, 16)
+  mid_BTD = x_BTD + block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope)))
+  h = np.asarray(mid_BTD, np.float64)
+  h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5) * np.asarray(block.mlp_norm[...])
+  gate = h @ np.asarray(block.w_gate[...])
+  return ((gate / (1 + np.exp(-gate))) * (h @ np.asarray(block.w_up[...]))).reshape(-1, 24)
+
+
+def w_down(model, l) -> np.ndarray:
+  return np.asarray(model.layers.w_down[...][l], np.float64)
+
+
+def plain_absorb(model, l, end) -> np.ndarray:
+  f, r, t = [], [], []
+  for tokens_BT in BATCHES:
+    x = streams(model, tokens_BT)
+    f.append(features(model, l, tokens_BT))
+    r.append(x[end] - x[l + 1])
+    t.append(x[end])
+  f, r, t = (np.concatenate(a) for a in (f, r, t))
+  weighted = f / (t * t).sum(1, keepdims=True)
+  gram = weighted.T @ f
+  return w_down(model, l) + np.linalg.solve(gram + absorb.RIDGE * gram.trace() / 24 * np.eye(24), weighted.T @ r)
+
+
+def plain_replace(model, l, end) -> np.ndarray:
+  a, wanted = [], []
+  for tokens_BT in BATCHES:
+    x = streams(model, tokens_BT)
+    out = features(model, l, tokens_BT) @ w_down(model, l)
+    a.append(out)
+    wanted.append(x[end] - (x[l + 1] - out))
+  return w_down(model, l) @ np.linalg.lstsq(np.concatenate(a), np.concatenate(wanted), rcond=None)[0]
+
+
+@pytest.mark.parametrize('refit, plain', [(absorb.absorb, plain_absorb), (absorb.replace_linear, plain_replace)])
+@pytest.mark.parametrize('removed, l', [([2, 3], 1), ([5], 4), ([3, 1, 2], 0)])
+def test_one_run_is_the_formula_and_changes_nothing_else(refit, plain, removed, l):
+  model = tiny()
+  pruned = refit(model, removed, BATCHES, Mode())
+  expected = prune.prune(model, removed)
+  kept = prune.kept_layers(L, removed)
+  np.testing.assert_allclose(w_down(pruned, kept.index(l)), plain(model, l, max(removed) + 1), atol=3e-4)
+  for i in range(len(kept)):
+    assert (w_down(pruned, i) == w_down(expected, i)).all() == (i != kept.index(l))
+  expected.layers.w_down.set_value(pruned.layers.w_down.get_value())
+  jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+  jax.tree.map(np.testing.assert_array_equal, model, tiny())  # what was given stands
+
+
+def test_a_second_run_is_fitted_on_the_stream_that_the_first_leaves():
+  """Runs after layers 0 and 3. The second's target is the dense stream, what it lacks that of the pruned one."""
+  model, seen = tiny(), []
+  pruned = absorb.absorb(model, [1, 4], BATCHES, Mode(), lambda *a: seen.append(a))
+  assert [a[:2] for a in seen] == [(0, 2), (3, 5)]
+  first = absorb.absorb(model, [1], BATCHES, Mode())  # its layers: 0, 2, 3, 4, 5
+  f, r, t = [], [], []
+  for tokens_BT in BATCHES:
+    target = streams(model, tokens_BT)[5]
+    f.append(features(first, 2, tokens_BT))
+    r.append(target - streams(first, tokens_BT)[3])
+    t.append(target)
+  f, r, t = (np.concatenate(a) for a in (f, r, t))
+  weighted = f / (t * t).sum(1, keepdims=True)
+  gram = weighted.T @ f
+  delta = np.linalg.solve(gram + absorb.RIDGE * gram.trace() / 24 * np.eye(24), weighted.T @ r)
+  np.testing.assert_allclose(w_down(pruned, 2), w_down(first, 2) + delta, atol=3e-4)
+  # What it reports is what it did: the relative squared error, before and after.
+  weight = 1 / (t * t).sum(1, keepdims=True)
+  np.testing.assert_allclose(seen[1][2], (weight * r**2).sum() / len(t), rtol=1e-3)
+  np.testing.assert_allclose(seen[1][3], (weight * (r - f @ delta) ** 2).sum() / len(t), rtol=1e-3)
+  assert seen[1][3] < seen[1][2]
+
+
+def test_a_layer_that_is_linear_in_the_features_is_absorbed_whole():
+  """Layer 2 without attention, reading by an identity norm what layer 1 wrote, is not linear; one that does nothing is."""
+  model = tiny()
+  for name in ('wo', 'w_down'):
+    weight = getattr(model.layers, name)
+    weight.set_value(weight.get_value().at[2].set(0))
+  for refit in (absorb.absorb, absorb.replace_linear):
+    errors = []
+    pruned = refit(model, [2], BATCHES, Mode(), lambda *a: errors.append(a[2:]))
+    assert errors[0][0] < 1e-10
+    np.testing.assert_allclose(w_down(pruned, 1), w_down(model, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize('refit', [absorb.absorb, absorb.replace_linear])
+def test_the_stream_comes_nearer_to_the_dense_one(refit):
+  model, removed = tiny(), [2, 3]
+  distance = lambda m: sum(float(jnp.sum((streams(m, b)[-1] - streams(model, b)[-1]) ** 2)) for b in BATCHES)
+  assert distance(refit(model, removed, BATCHES, Mode())) < 0.8 * distance(prune.prune(model, removed))
+
+
+def test_a_run_at_the_bottom_has_no_layer_before_it():
+  model, seen = tiny(), []
+  pruned = absorb.absorb(model, [0, 1], BATCHES, Mode(), lambda *a: seen.append(a))
+  assert seen == []
+  jax.tree.map(np.testing.assert_array_equal, pruned, prune.prune(model, [0, 1]))
+
+
+def test_bfloat16():
+  low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tiny())
+  pruned = absorb.absorb(low, [2], BATCHES, Mode(dtype='bfloat16'))
+  assert pruned.layers.w_down.get_value().dtype == jnp.bfloat16
+  exact = absorb.absorb(tiny(), [2], BATCHES, Mode())
+  assert np.abs(w_down(pruned, 1) - w_down(exact, 1)).mean() < 0.1 * np.abs(w_down(exact, 1)).mean()
