@@ -30,7 +30,8 @@ setup(
     # The texts of the demo are checked by sha256 after this version has taken the markup off.
     'demo': ['mwparserfromhell==0.7.2'],
     # Where torch is built for CUDA by default, take the CPU build from the index of your choice first.
-    'test': ['chex>=0.1.92', 'pytest>=8', 'ruff>=0.8', 'torch==2.13.0'],  # one torch, so that golden figures agree
+    # One torch, so that golden figures agree.
+    'test': ['accelerate>=1.0', 'chex>=0.1.92', 'lm_eval>=0.4.9,<0.5', 'pytest>=8', 'ruff>=0.8', 'torch==2.13.0'],
     'eval': ['lm_eval>=0.4.9,<0.5'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
