@@ -139,7 +139,7 @@ def test_what_the_cases_below_damage_is_good(settings, model, sharded):
     (dict(ratio='0.1,x'), ['--ratio=0.1,x', 'numbers with commas']),
     (dict(ratio='0.1,nan'), ['--ratio=0.1,nan', 'below 1']),
     (dict(method='elder,slep'), ['--method=elder,slep', "'slep' is no method", 'sleb']),
-    (dict(method='elder,laco', num_remove=3, protect_last=0), ['--num_remove=3', '--method=laco']),
+    (dict(method='laco', num_remove=5), ['--num_remove=5', '--method=laco']),
     (dict(method='taylor', num_remove=1), ['--num_remove=1', '--method=taylor', '0 of the 6']),
     (dict(method='shortgpt', num_remove=6), ['6 layers', 'of 6', 'leave one']),
     (dict(anneal=1.5), ['--anneal=1.5']),
