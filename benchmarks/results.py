@@ -1,10 +1,11 @@
-"""The results table, docs/results.md: every option of the method on one model, a row at a time.
+"""The results table, docs/results.md: ways of choosing layers × recipes on one model, a row at a time.
 
   python -m benchmarks.results --model=MODEL --wikitext=FOLDER --news=FILE --workdir=runs/results --out=docs/results.md
 
 FOLDER holds WikiText-2's valid.txt and test.txt. Training sees the first 80% of valid.txt, hyper-parameters are judged on
-its rest (the column "validation"), test.txt and FILE give the figures. A row that is done is not done again: the command
-can be killed and started again. --only=PREFIX does some rows, --table writes the document from the rows that are there.
+its rest (the column "validation"), test.txt and FILE give the figures. Each method's choice of layers and each row is kept
+and not done again: the command can be killed and started again. --only=PREFIX does some rows, --table writes the document
+from the rows that are there. With --tasks_dir (see benchmarks/tasks.py) some rows are also evaluated on zero-shot tasks.
 """
 
 import dataclasses
@@ -17,10 +18,14 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
+import numpy as np
 
 from elder_jax import metrics
 from elder_jax import pipeline
+from elder_jax import prune
 from elder_jax import report as report_lib
+from elder_jax.config import METHODS
+from elder_jax.config import TRAINED
 from elder_jax.config import Config
 
 _MODEL = flags.DEFINE_string('model', None, 'Model, as for elder_jax.main.', required=True)
@@ -28,72 +33,70 @@ _WIKITEXT = flags.DEFINE_string('wikitext', None, "Folder with WikiText-2's vali
 _NEWS = flags.DEFINE_string('news', None, 'Text of the second corpus, not trained on.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Where rows are kept.')
 _OUT = flags.DEFINE_string('out', 'docs/results.md', 'The document; its part between the two marks is replaced.')
-_ONLY = flags.DEFINE_string('only', '', 'Rows to do, by the beginning of their names; empty: all.')
+_ONLY = flags.DEFINE_list('only', [''], 'Rows to do, by the beginnings of their names; empty: all.')
 _TABLE = flags.DEFINE_boolean('table', False, 'Only write the document.')
+_TASKS_DIR = flags.DEFINE_string('tasks_dir', '', 'Folder of local task files; empty: no zero-shot tasks.')
+_TASKS = flags.DEFINE_string('tasks', 'piqa,social_iqa', 'Zero-shot tasks.')
+_TASK_LIMIT = flags.DEFINE_integer('task_limit', 0, 'Questions per task; 0: all.')
 
 BEGIN, END = '<!-- results: begin -->\n', '<!-- results: end -->\n'
-BLOCK = (
-  '12,13,14,15,16,17,18'  # LLM-Streamline's choice here: rows on stage 2 use it, so that choice and training are apart
-)
 BUDGET = dict(
-    seq_len=256, num_sequences=64, batch_size=4, train_steps=16, num_remove=7, eval_seq_len=512, eval_tokens=6144
+    seq_len=256, num_sequences=64, batch_size=4, train_steps=16, score_steps=4, eval_seq_len=512, eval_tokens=6144
 )  # fmt: skip
 # What a row has where its name does not say otherwise; written out, so that the rows do not follow the defaults about.
-START = dict(gate='residual', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
-
-# λ2 by norm and scale, so that the penalty starts at about 0.6 per layer: ten times what the paper's 1e-3 gives for l2
-# per token, where the penalty is too weak to be told from none.
-LAMBDA2 = {
-    ('l2', 'token'): 1e-2, ('l2', 'relative'): 3.0, ('l2', 'none'): 3e-4,
-    ('l1', 'token'): 5e-4, ('l1', 'relative'): 3.0, ('l1', 'none'): 5e-7,
-}  # fmt: skip
+START = dict(
+    gate='residual', selection='one_shot', gate_lr=0.005, gate_steps=28, lambda2=1e-3, order='sequential', lr=3e-4
+)  # fmt: skip
+# The paper's own setting (ELDeR, arXiv 2505.18232), its number of steps apart.
+PAPER = dict(gate='output', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
+LEARNING_RATES = (1e-4, 3e-4, 6e-4)
+# The best of them on validation text, by recipe: see the rows search/….
+BEST_LR = dict(prune_then_train=6e-4, absorb_then_train=3e-4, replace_linear_then_train=3e-4, regularize=3e-4)
+CHOICE = 'cosine_block'  # of the rows in which recipes are compared
 
 
 def rows() -> dict[str, dict]:
-  """Row name -> settings that differ from BUDGET. The order is that of running."""
-  rows = {'dense': dict(remove_layers='', recipe='none')}
-  fixed = dict(remove_layers=BLOCK)
-  rows['stage2/direct removal'] = dict(fixed, recipe='none')
-  for lr in (1e-4, 3e-4):
-    rows[f'stage2/prune_then_train lr {lr:g}'] = dict(fixed, recipe='prune_then_train', lr=lr)
-  for penalty, scale in (('l2', 'token'), ('l2', 'relative'), ('l2', 'none')):
-    rows[f'stage2/{penalty} {scale} {LAMBDA2[penalty, scale]:g} lr 0.0001'] = dict(
-      fixed, penalty=penalty, penalty_scale=scale, lambda2=LAMBDA2[penalty, scale], lr=1e-4
-    )
-  for (penalty, scale), lambda2 in LAMBDA2.items():
-    rows[f'stage2/{penalty} {scale} {lambda2:g} lr 0.0003'] = dict(
-      fixed, penalty=penalty, penalty_scale=scale, lambda2=lambda2, lr=3e-4
-    )
-  rows['stage2/l2 token 0.01 lr 0.0003 sequential'] = dict(fixed, lambda2=1e-2, lr=3e-4, order='sequential')
-  rows['stage2/l2 token 0.001 lr 0.0003'] = dict(fixed, lambda2=1e-3, lr=3e-4)
-  rows['stage2/l2 token 0.001 lr 0.0003 sequential'] = dict(fixed, lambda2=1e-3, lr=3e-4, order='sequential')
-  for gate, lrs in (('residual', (0.002, 0.005, 0.02, 0.1)), ('output', (0.005, 0.02, 0.1))):
-    for lr in lrs:
-      stage1 = dict(recipe='none', gate=gate, gate_lr=lr, dtype='bfloat16')
-      rows[f'stage1/{gate} one_shot lr {lr:g}'] = dict(stage1, selection='one_shot', gate_steps=28)
-      rows[f'stage1/{gate} iterative lr {lr:g}'] = dict(stage1, gate_steps=4)
-  rows |= final_rows()
-  rows['stage2/l2 token 0.1 lr 0.0003'] = dict(fixed, lambda2=0.1, lr=3e-4)
-  rows['stage2/l2 token 0.01 lr 0.0003 all trained'] = dict(fixed, lambda2=1e-2, lr=3e-4, trainable='all')
-  rows['stage2/l2 token 0.1 lr 0.0003 ramp 2'] = dict(fixed, lambda2=0.1, lr=3e-4, lambda2_power=2.0)
-  rows['stage2/l2 token 0.001 lr 0.0003 sequential, all trained'] = dict(
-    fixed, lambda2=1e-3, lr=3e-4, order='sequential', trainable='all'
-  )
-  return rows
-
-
-def final_rows() -> dict[str, dict]:
-  """The whole method as chosen from the rows above by validation text, and prune-then-train, on the layers of seed 0."""
-  rows, first = {}, 'final/regularize, seed 0'
+  """Row name -> settings that differ from BUDGET and START. The order is that of running."""
+  rows = {'dense': dict(method=CHOICE, num_remove=0, recipe='none')}
+  seven = dict(method=CHOICE, num_remove=7)
+  rivals = ('prune_then_train', 'absorb_then_train', 'replace_linear_then_train', 'regularize')
+  for recipe in rivals:
+    for lr in LEARNING_RATES:
+      rows[f'search/{recipe}, lr {lr:g}'] = dict(seven, recipe=recipe, lr=lr)
+  final = lambda name, seed, **more: rows.update({f'final/{name}, seed {seed}': dict(seven, seed=seed, **more)})
   for seed in (0, 1, 2):
-    chosen = dict(FINAL, seed=seed, lr=3e-4)
-    rows[f'final/regularize, seed {seed}'] = chosen if seed == 0 else dict(chosen, same_layers=first)
-    rows[f'final/prune_then_train, seed {seed}'] = dict(chosen, recipe='prune_then_train', same_layers=first)
-  rows['final/direct removal'] = dict(recipe='none', same_layers=first)
+    for recipe in rivals[:2]:
+      final(recipe, seed, recipe=recipe, lr=BEST_LR[recipe])
+    final('prune_then_train, lr 0.0003', seed, recipe='prune_then_train', lr=3e-4)
+  for seed in (0, 1, 2):
+    for recipe in rivals[:2]:
+      final(f'{recipe}, distilled', seed, recipe=recipe, lr=3e-4, distill=0.5)
+  for seed in (0, 1, 2):
+    # The multiply-adds that absorbing takes, given to the rival as more training on the same text.
+    final('prune_then_train, half as many steps more', seed, recipe='prune_then_train', lr=3e-4, train_steps=24)
+    final(rivals[2], seed, recipe=rivals[2], lr=BEST_LR[rivals[2]])
+    final(rivals[3], seed, recipe=rivals[3], lr=BEST_LR[rivals[3]])
+  for n in (7, 4, 10):
+    for method in METHODS:
+      rows[f'untrained/{n} layers/{method}'] = dict(method=method, num_remove=n, recipe='none')
+    for recipe in ('absorb', 'replace_linear'):
+      for method in (CHOICE, 'elder', 'sleb'):
+        rows[f'untrained/{n} layers/{method}, {recipe}'] = dict(method=method, num_remove=n, recipe=recipe)
+  for method in ('elder', 'sleb', 'taylor'):
+    for recipe in rivals[:2]:
+      rows[f'other choices/{method}, {recipe}'] = dict(method=method, num_remove=7, recipe=recipe, lr=BEST_LR[recipe])
+  for n in (4, 10):
+    for recipe in rivals:
+      rows[f'other depths/{n} layers, {recipe}'] = dict(method=CHOICE, num_remove=n, recipe=recipe, lr=BEST_LR[recipe])
+  annealed = dict(seven, recipe='regularize', lambda2=0.0, order='joint')
+  rows['ideas/regularize, gates annealed over 60% of the steps'] = dict(annealed, anneal=0.6)
+  rows['ideas/regularize, gates annealed over 30% of the steps'] = dict(annealed, anneal=0.3)
+  rows["paper/regularize, the paper's settings"] = dict(num_remove=7, recipe='regularize', method='elder', **PAPER)
   return rows
 
 
-FINAL = dict(selection='one_shot', gate_steps=28, gate_lr=0.005, lambda2=1e-3, order='sequential')
+def has_tasks(name: str) -> bool:
+  return name == 'dense' or name.startswith('untrained/7') or (name.startswith('final/') and name.endswith('seed 0'))
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
@@ -106,57 +109,122 @@ def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
   return str(paths[0]), str(paths[1])
 
 
-def do(name: str, settings: dict, work: pathlib.Path, done: dict[str, dict]) -> dict:
-  settings = dict(settings)
-  if like := settings.pop('same_layers', None):
-    settings['remove_layers'] = ','.join(str(l) for l in done[like]['removed'])
+def file_name(name: str) -> str:
+  return name.replace('/', '-').replace(' ', '_') + '.json'
+
+
+def choose(job, model, work: pathlib.Path) -> dict:
+  """The layers of a row, by its method on the batches of seed 0; kept for the other rows and depths."""
+  config, n = job.config, job.num_removes[0]
+  if not n:
+    return {'chosen': []}
+  anew = config.method in pipeline.CHOOSE_ANEW
+  most = n if anew else 10  # the deepest of the rows
+  special = '-paper' if config.gate == 'output' else ''
+  path = work / 'choices' / f'{config.method}{special}{f"-{n}" if anew else ""}.json'
+  if not path.exists():
+    path.parent.mkdir(exist_ok=True)
+    start = time.monotonic()
+    choice = pipeline.choose_layers(
+      dataclasses.replace(job, config=dataclasses.replace(config, seed=0)), model, config.method, most
+    )
+    report_lib.write_json(path, choice | {'seconds': time.monotonic() - start})
+  return pipeline.first(json.loads(path.read_text()), n)
+
+
+def teraflops(job, model, removed: list[int]) -> float:
+  """Multiplications and additions of a recipe with weight matrices, in 1e12; choosing and attention scores apart."""
+  config, L, spec = job.config, model.num_layers, model.spec
+  blocks = model.layers
+  per_layer = sum(getattr(blocks, w).get_value().size / L for w in ('wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down'))
+  head, kept = spec.vocab_size * spec.d_model, L - len(removed)
+  tokens, total = config.batch_size * config.seq_len, 0.0
+  kind = config.recipe.removesuffix('_then_train')
+  if kind in ('absorb', 'replace_linear'):
+    left = prune.kept_layers(L, removed)
+    for place, (l, end) in enumerate(zip(left, [*left[1:], L])):
+      if end > l + 1:  # the dense stream up to the end of the run, the pruned one up to l, and the two sums
+        a = spec.d_ff if kind == 'absorb' else spec.d_model
+        total += 2 * ((end + place + 1) * per_layer + a * (a + spec.d_model)) * tokens * config.steps()
+  if config.recipe in TRAINED:
+    depths = [kept] * config.steps()
+    if config.recipe == 'regularize':
+      off = [0] * config.steps()
+      if config.order == 'sequential':
+        off = [step * len(removed) // config.steps() for step in range(config.steps())]
+      depths = [L - n for n in off]
+    total += sum(6 * (depth * per_layer + head) for depth in depths) * tokens
+    if config.distill:
+      total += 2 * (L * per_layer + 2 * head) * tokens * config.steps()
+  return total / 1e12
+
+
+def do(name: str, settings: dict, work: pathlib.Path) -> dict:
   train, validation = split(pathlib.Path(_WIKITEXT.value), work)
   texts = {'validation': validation, 'WikiText-2 test': f'{_WIKITEXT.value}/test.txt', 'news': _NEWS.value}
   settings = {
-      'model': _MODEL.value, 'workdir': str(work / 'rows' / name.replace('/', '-').replace(' ', '_')),
+      'model': _MODEL.value, 'workdir': str(work / 'rows' / file_name(name).removesuffix('.json')),
       'train_data': train, 'eval_data': tuple(f'{k}={v}' for k, v in texts.items()), 'compare': [],
       'checkpoint_every': 0, **BUDGET, **START, **settings,
   }  # fmt: skip
+  if _TASKS_DIR.value and has_tasks(name):
+    settings |= dict(tasks=_TASKS.value, tasks_dir=_TASKS_DIR.value, task_limit=_TASK_LIMIT.value, eval_batch_size=8)
   config = Config(**settings)
   job = pipeline.prepare(config)
   model = pipeline.load(job)
+  choice = choose(job, model, work)
   start = time.monotonic()
-  choice = pipeline.choose_layers(job, model)
-  chosen_in = time.monotonic() - start
-  pruned = pipeline.apply_recipe(job, model, choice['chosen'], config.recipe)
+  pruned = pipeline.apply_recipe(job, model, choice, config.recipe)
   return {
     'settings': {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k, None)},
-    'ppl': pipeline.perplexities(job, pruned, name),
+    **pipeline.measure(job, pruned, name),
     'removed': sorted(choice['chosen']),
-    'gates': choice['gates'],
-    'seconds': {'stage1': chosen_in, 'all': time.monotonic() - start},
+    'teraflops': teraflops(job, model, choice['chosen']),
+    'seconds': time.monotonic() - start,
     'device': report_lib.device(),
     'versions': report_lib.versions(),
   }
 
 
+def ranges(layers: list[int]) -> str:
+  """[3, 4, 5, 9] -> 3–5, 9."""
+  runs = np.split(layers, np.flatnonzero(np.diff(layers) != 1) + 1) if layers else []
+  return ', '.join(str(run[0]) if len(run) == 1 else f'{run[0]}–{run[-1]}' for run in runs)
+
+
+def cells(members: list[dict], corpora: list[str], tasks: list[str]) -> list[str]:
+  """Perplexities, accuracies in percent, training TFLOP; of several seeds the mean ± the standard deviation."""
+  figures = []
+  for corpus in corpora:
+    values = [row['ppl'][corpus] for row in members]
+    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+    mean = statistics.mean(values)
+    figures.append((f'{mean:.2f}' if mean < 1e4 else f'{mean:.1e}') + spread)
+  for task in tasks:
+    of = [row['tasks'][task] for row in members if task in row.get('tasks', {})]
+    figures.append(f'{100 * of[0]["acc"]:.1f} ± {100 * of[0]["acc_stderr"]:.1f}' if of else '')
+  return [*figures, f'{members[0]["teraflops"]:.0f}']
+
+
 def table(done: dict[str, dict]) -> str:
   corpora = list(done['dense']['ppl'])
-  lines = ['| row | removed | ' + ' | '.join(corpora) + ' |', '|---|---|' + '---:|' * len(corpora)]
+  tasks = list(dict.fromkeys(task for row in done.values() for task in row.get('tasks', {})))
+  groups: dict[str, dict[str, list[dict]]] = {}
   for name, row in done.items():
-    removed = ', '.join(str(l) for l in row['removed'])
-    lines.append(f'| {name} | {removed} | ' + ' | '.join(f'{row["ppl"][c]:.2f}' for c in corpora) + ' |')
-  groups: dict[str, list[dict]] = {}
-  for name, row in done.items():
-    if ', seed ' in name:
-      groups.setdefault(name.split(', seed ')[0], []).append(row)
-  for name, members in groups.items():
-    cells = []
-    for corpus in corpora:
-      values = [row['ppl'][corpus] for row in members]
-      spread = statistics.stdev(values) if len(values) > 1 else float('nan')
-      cells.append(f'{statistics.mean(values):.2f} ± {spread:.2f}')
-    lines.append(f'| **{name}, {len(members)} seeds, mean ± s.d.** | | ' + ' | '.join(cells) + ' |')
+    section, _, rest = name.rpartition('/') if '/' in name else ('final', '', name)
+    groups.setdefault(section, {}).setdefault(rest.split(', seed ')[0], []).append(row)
+  lines = []
+  for section in sorted(groups, key=lambda s: (s != 'final', s)):
+    head = [section, 'seeds', 'removed', *corpora, *(f'{t}, %' for t in tasks), 'TFLOP']
+    lines += ['| ' + ' | '.join(head) + ' |', '|---|---:|---|' + '---:|' * (len(head) - 3)]
+    for name, members in groups[section].items():
+      row = [name, str(len(members)), ranges(members[0]['removed']), *cells(members, corpora, tasks)]
+      lines.append('| ' + ' | '.join(row) + ' |')
+    lines.append('')
   versions = done['dense']['versions']
   about = ', '.join(f'{k} {v}' for k, v in versions.items() if k in ('python', 'jax', 'flax', 'optax'))
-  lines.append(
-    f'\nDevice: {done["dense"]["device"]}; {about}. Budget: {", ".join(f"{k}={v}" for k, v in BUDGET.items())}.'
-  )
+  budget = ', '.join(f'{k}={v}' for k, v in BUDGET.items())
+  lines.append(f'Device: {done["dense"]["device"]}; {about}. Budget: {budget}. Learning rates: {BEST_LR}.')
   return '\n'.join(lines) + '\n'
 
 
@@ -167,18 +235,18 @@ def main(argv):
   work.mkdir(parents=True, exist_ok=True)
   done = {}
   for name, settings in rows().items():
-    path = work / (name.replace('/', '-').replace(' ', '_') + '.json')
-    if not path.exists() and not _TABLE.value and name.startswith(_ONLY.value):
+    path = work / file_name(name)
+    if not path.exists() and not _TABLE.value and name.startswith(tuple(_ONLY.value)):
       metrics.say(f'row {name}')
-      report_lib.write_json(path, do(name, settings, work, done))
+      report_lib.write_json(path, do(name, settings, work))
       jax.clear_caches()
     if path.exists():
       done[name] = json.loads(path.read_text())
       metrics.say(f'{name}: {done[name]["ppl"]}')
   out = pathlib.Path(_OUT.value)
-  text = out.read_text() if out.exists() else BEGIN + END
+  text = out.read_text(encoding='utf-8') if out.exists() else BEGIN + END
   head, tail = text.split(BEGIN)[0], text.split(END)[1]
-  out.write_text(head + BEGIN + table(done) + END + tail)
+  out.write_text(head + BEGIN + table(done) + END + tail, encoding='utf-8')
 
 
 if __name__ == '__main__':

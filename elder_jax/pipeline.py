@@ -34,7 +34,7 @@ from elder_jax.job import prepare
 from elder_jax.model import Decoder
 
 # What these choose for n layers is not the beginning of what they choose for more.
-_CHOOSE_ANEW = ('uidl', 'cosine_block', 'last', 'laco')
+CHOOSE_ANEW = ('uidl', 'cosine_block', 'last', 'laco')
 
 
 def run(config: Config) -> dict:
@@ -53,9 +53,9 @@ def run(config: Config) -> dict:
   # The first method, number of layers and --recipe are what is exported: its model is the last to be made.
   choices = {}
   for method in config.methods() if config.remove_layers is None else ['given']:
-    for n in job.num_removes if method in _CHOOSE_ANEW else [max(job.num_removes)]:
+    for n in job.num_removes if method in CHOOSE_ANEW else [max(job.num_removes)]:
       name = ('gates' if method in ('elder', 'given') else f'choose-{method}') + (
-        f'-{n}' if method in _CHOOSE_ANEW else ''
+        f'-{n}' if method in CHOOSE_ANEW else ''
       )
       choices[method, n] = stage(name, name, lambda: choose_layers(job, model, method, n))
   rows, pruned, choice = [], None, None
@@ -67,7 +67,7 @@ def run(config: Config) -> dict:
     for recipe in config.recipes()
   ]
   for method, n, recipe in sorted(rivals, key=lambda rival: rival == exported):
-    choice = first(choices[method, n if method in _CHOOSE_ANEW else max(job.num_removes)], n)
+    choice = first(choices[method, n if method in CHOOSE_ANEW else max(job.num_removes)], n)
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
     checkpoints = Checkpoints(work / 'checkpoints' / name, config.checkpoint_every, config.steps())
