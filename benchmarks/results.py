@@ -96,7 +96,8 @@ def rows() -> dict[str, dict]:
 
 
 def has_tasks(name: str) -> bool:
-  return name == 'dense' or name.startswith('untrained/7') or (name.startswith('final/') and name.endswith('seed 0'))
+  untrained = tuple(f'untrained/7 layers/{CHOICE}{recipe}' for recipe in ('', ', absorb', ', replace_linear'))
+  return name in ('dense', *untrained) or (name.startswith('final/') and name.endswith('seed 0'))
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:

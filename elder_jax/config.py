@@ -40,13 +40,13 @@ class Config:
     None, 'Layers to remove by 0-based number, e.g. 3,5; skips stage 1. Empty (--remove_layers=): none, a round trip.'
   )
   method: str = _flag(
-    'elder',
+    'cosine_block',
     f'How layers are chosen, of {", ".join(METHODS)}. elder: learned gates; laco merges layers instead of removing '
-    'them. Several, as in elder,sleb: one table of all; the first is exported.',
+    'them. Several, as in cosine_block,sleb: one table of all; the first is exported.',
   )
   score_steps: int = _flag(8, 'Batches of the training text that methods other than elder score the layers on.')
   recipe: str = _flag(
-    'regularize',
+    'absorb_then_train',
     'What happens to the chosen layers: regularize, then remove (ELDeR); prune_then_train, removed first and then '
     'the same steps of LM training; absorb, removed while the layers before them are refitted, in closed form, to do '
     "their work; replace_linear, ReplaceMe's rule for the same; either with _then_train, followed by the same steps of "

@@ -51,23 +51,12 @@ def run(config: Config) -> dict:
   dense = stage('dense', 'dense', lambda: measure(job, model, 'dense'))
 
   # The first method, number of layers and --recipe are what is exported: its model is the last to be made.
-  choices = {}
-  for method in config.methods() if config.remove_layers is None else ['given']:
-    for n in job.num_removes if method in CHOOSE_ANEW else [max(job.num_removes)]:
-      name = ('gates' if method in ('elder', 'given') else f'choose-{method}') + (
-        f'-{n}' if method in CHOOSE_ANEW else ''
-      )
-      choices[method, n] = stage(name, name, lambda: choose_layers(job, model, method, n))
+  choices = _choose_all(job, model, stage)
+  rivals = [(method, n, recipe) for method, n in choices for recipe in config.recipes()]
+  exported = *next(iter(choices)), config.recipe
   rows, pruned, choice = [], None, None
-  exported = next(iter(choices))[0], job.num_removes[0], config.recipe
-  rivals = [
-    (method, n, recipe)
-    for method in dict.fromkeys(method for method, _ in choices)
-    for n in job.num_removes
-    for recipe in config.recipes()
-  ]
   for method, n, recipe in sorted(rivals, key=lambda rival: rival == exported):
-    choice = first(choices[method, n if method in CHOOSE_ANEW else max(job.num_removes)], n)
+    choice = choices[method, n]
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
     checkpoints = Checkpoints(work / 'checkpoints' / name, config.checkpoint_every, config.steps())
@@ -92,7 +81,7 @@ def run(config: Config) -> dict:
     'method': exported[0],
     'recipe': config.recipe,
     'gates': choice.get('gates', []),
-    'choices': [{'method': method, **choice} for (method, _), choice in choices.items()],
+    'choices': [{'method': method, 'num_remove': n, **choice} for (method, n), choice in choices.items()],
     'ppl': {c: {'dense': dense['ppl'][c], 'pruned': rows[-1]['ppl'][c]} for c in job.windows},
     'tasks': {'dense': dense['tasks'], 'pruned': rows[-1]['tasks']},
     'rows': rows,
@@ -134,6 +123,17 @@ def perplexities(job: Run, model: Decoder, name: str) -> dict[str, float]:
     result[corpus] = evaluate.perplexity(model, windows, job.mode, job.config.eval_batch_size, put, progress)
     metrics.say(f'perplexity of {name} on {corpus}: {result[corpus]:.3f}')
   return result
+
+
+def _choose_all(job: Run, model: Decoder, stage: Callable) -> dict[tuple[str, int], dict]:
+  """{(method, number of layers): choice}. A method whose order holds for any number is asked once, for the most."""
+  choices = {}
+  for method in job.config.methods() if job.config.remove_layers is None else ['given']:
+    for n in job.num_removes:
+      most = n if method in CHOOSE_ANEW else max(job.num_removes)
+      name = 'gates' if method in ('elder', 'given') else f'choose-{method}-{most}'
+      choices[method, n] = first(stage(name, name, lambda: choose_layers(job, model, method, most)), n)
+  return choices
 
 
 def choose_layers(job: Run, model: Decoder, method: str, num_remove: int) -> dict:

@@ -129,7 +129,7 @@ def markdown(report: dict) -> str:
   for choice in report['choices']:
     if choice.get('merges'):
       merged = '; '.join(f'{base} ← {", ".join(map(str, members))}' for base, *members in choice['merges'])
-      lines += [f'Layers merged by {choice["method"]}: {merged}.', '']
+      lines += [f'Layers merged by {choice["method"]}, {choice["num_remove"]} fewer: {merged}.', '']
   if report['gates']:
     final = report['gates'][-1]
     lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']

@@ -75,7 +75,8 @@ def text(tmp_path_factory) -> pathlib.Path:
 def settings(tiny, text, tmp_path) -> dict:
   """Settings of a whole run that takes seconds."""
   return dict(
-      model=str(tiny), workdir=str(tmp_path / 'work'), train_data=str(text), eval_data=(f'text={text}',),
+      model=str(tiny), method='elder', recipe='regularize', workdir=str(tmp_path / 'work'),
+      train_data=str(text), eval_data=(f'text={text}',),
       seq_len=32, num_sequences=8, batch_size=4, eval_seq_len=32, eval_tokens=256, num_remove=2,
       selection='iterative', gate_steps=2, order='joint', protect_first=1, protect_last=1, train_steps=3, lr=1e-3,
       verify='jax',

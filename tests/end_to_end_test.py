@@ -151,7 +151,7 @@ def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_
     settings, remove_layers=','.join(map(str, rows['laco', 'none']['removed'])), workdir=str(tmp_path / 'given')
   )
   assert removed['rows'][0]['ppl'] != rows['laco', 'none']['ppl']
-  assert 'Layers merged by laco: ' in (pathlib.Path(settings['workdir']) / 'report.md').read_text()
+  assert 'Layers merged by laco, 2 fewer: ' in (pathlib.Path(settings['workdir']) / 'report.md').read_text()
 
 
 def test_a_sweep_takes_the_beginning_of_one_order_or_chooses_anew(settings, tmp_path):

@@ -30,7 +30,7 @@ def make(recipe='regularize', **changes) -> dict:
           row('none', 123456.0, 10000.0), row('prune_then_train', 21.0, 10001.0), row('regularize', 20.5, 9999.994)
       ],
       'tasks': {'dense': {}, 'pruned': {}},
-      'choices': [{'method': 'elder', 'chosen': [2, 3]}],
+      'choices': [{'method': 'elder', 'num_remove': 2, 'chosen': [2, 3]}],
       'corpora': {
           c: {'source': f'{c}.txt', 'sha256': c[0] * 64, 'windows': 8, 'window': 32, 'bos': 'tokenizer', 'protocol': 'P/1'}
           for c in ('wiki', 'news')
@@ -61,7 +61,10 @@ def sweep() -> dict:
     row('none', 29.0, 32.0, 'laco', [2, 3], acc(0.4)),
     row('none', 31.0, 30.0, 'sleb', [2, 3], acc(0.55)),
   ]
-  choices = [{'method': 'sleb', 'chosen': [3, 2]}, {'method': 'laco', 'chosen': [2, 3], 'merges': [[1, 2, 3]]}]
+  choices = [
+    {'method': 'sleb', 'num_remove': 2, 'chosen': [3, 2]},
+    {'method': 'laco', 'num_remove': 2, 'chosen': [2, 3], 'merges': [[1, 2, 3]]},
+  ]
   return make('none', rows=rows, choices=choices, gates=[], tasks={'dense': acc(0.7), 'pruned': rows[-1]['tasks']})
 
 
@@ -76,7 +79,7 @@ def test_table_of_several_methods_and_depths_with_tasks():
     '| direct removal | laco | 4 | 29.00 | 32.00 | 40.0 ± 1.1 |',
   ]
   text = report_lib.markdown(sweep())
-  assert 'Layers merged by laco: 1 ← 2, 3.' in text and '![perplexity over layers](sweep.svg)' in text
+  assert 'Layers merged by laco, 2 fewer: 1 ← 2, 3.' in text and '![perplexity over layers](sweep.svg)' in text
   # Only models of the same depth are rivals.
   (line,) = report_lib.verdict(sweep())
   assert line.startswith('On wiki, "direct removal, layers chosen by laco"') and '29.00 against 31.00' in line
