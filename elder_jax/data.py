@@ -19,7 +19,7 @@ def load_tokenizer(name: str):
   import transformers  # here: it takes seconds, and reading headers shall not wait for it
 
   try:
-    return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(str(user_path(name)), trust_remote_code=False)
   except Exception as e:  # it raises many kinds for a bad folder  # noqa: BLE001
     raise InputError(f'the tokenizer of {name} cannot be loaded ({reason(e)}); give one with --tokenizer.') from e
 

@@ -59,6 +59,11 @@ def prepare(config: Config) -> Run:
   _claim(work, config)
   source = checkpoint_hf.open_source(config.model, work / 'source')
   num_removes = _num_removes(config, source.num_layers)
+  if 'regularize' in config.recipes() and config.order == 'sequential' and 0 < config.steps() < max(num_removes):
+    raise InputError(
+      f'--order=sequential: {config.steps()} steps are not enough for {max(num_removes)} layers, one after another; give '
+      'more (--train_steps, --num_sequences) or use --order=joint.'
+    )
   mesh = sharding.make_mesh(config.mesh)
   abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
   sharding.for_model(abstract, mesh, config.mesh)

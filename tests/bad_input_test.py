@@ -142,6 +142,7 @@ def test_what_the_cases_below_damage_is_good(settings, model, sharded):
     (dict(method='laco', num_remove=5), ['--num_remove=5', '--method=laco']),
     (dict(method='taylor', num_remove=1), ['--num_remove=1', '--method=taylor', '0 of the 6']),
     (dict(method='shortgpt', num_remove=6), ['6 layers', 'of 6', 'leave one']),
+    (dict(order='sequential', train_steps=1), ['--order=sequential', '1 steps', '2 layers', '--order=joint']),
     (dict(anneal=1.5), ['--anneal=1.5']),
     (dict(distill=-0.5), ['--distill=-0.5']),
     (dict(score_steps=0), ['--score_steps=0']),

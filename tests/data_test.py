@@ -126,3 +126,8 @@ def test_no_seed_keeps_the_order():
   rows_NT = np.arange(36).reshape(12, 3)
   for i in range(6):
     np.testing.assert_array_equal(data.batch(rows_NT, 4, i, None), rows_NT[4 * (i % 3) : 4 * (i % 3) + 4])
+
+
+def test_a_tokenizer_in_the_home_folder(tiny, monkeypatch):
+  monkeypatch.setenv('HOME', str(tiny.parent))
+  assert data.load_tokenizer(f'~/{tiny.name}')('ab')['input_ids'] == data.load_tokenizer(str(tiny))('ab')['input_ids']
