@@ -12,16 +12,10 @@ from elder_jax.model import Decoder
 from elder_jax.model import Mode
 from elder_jax.model import Spec
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
 L = 6
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (3, 4, 16), np.int32))
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiler():
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
 
 
 def tiny() -> Decoder:

@@ -1,9 +1,14 @@
 """Tiny random models and texts that all tests share. Golden tests need torch and fail without it."""
 
 import pathlib
+import shutil
 
 import jax
 import pytest
+
+from elder_jax import checkpoint_hf
+from elder_jax import data
+from elder_jax import pipeline
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -81,3 +86,40 @@ def settings(tiny, text, tmp_path) -> dict:
       selection='iterative', gate_steps=2, order='joint', protect_first=1, protect_last=1, train_steps=3, lr=1e-3,
       verify='jax',
   )  # fmt: skip
+
+
+@pytest.fixture
+def model(tiny, tmp_path, settings) -> pathlib.Path:
+  """A copy of the tiny model to damage; `settings` point to it."""
+  folder = tmp_path / 'model'
+  shutil.copytree(tiny, folder)
+  settings['model'] = str(folder)
+  return folder
+
+
+@pytest.fixture
+def no_long_work(monkeypatch):
+  """Weights are never read here, and no table of a billion rows is made, whatever a config.json says."""
+  rows = checkpoint_hf._rows
+
+  def few_rows(family, spec, num_layers):
+    assert num_layers < 1000, 'the layers of config.json were believed'
+    return rows(family, spec, num_layers)
+
+  monkeypatch.setattr(pipeline, 'load', lambda job: pytest.fail('the bad input was not seen, the model was loaded'))
+  monkeypatch.setattr(checkpoint_hf, '_rows', few_rows)
+
+
+@pytest.fixture
+def no_text(monkeypatch):
+  """Texts are not read either: what is wrong with flags and checkpoint is told before that."""
+  monkeypatch.setattr(data, 'load_tokenizer', lambda name: pytest.fail('the bad input was not seen, text was read'))
+
+
+@pytest.fixture(scope='module')
+def quick_compiler():
+  """Half of the time of tests on tiny models is XLA's, for programs that run in no time."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)

@@ -22,18 +22,11 @@ from elder_jax.model import Spec
 from elder_jax.regularize import TrainSettings
 from elder_jax.regularize import penalty_terms
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
 L = 4
 BATCHES_SBT = np.random.default_rng(0).integers(0, 40, (8, 4, 9), np.int32)
 MAKE_STEP, STEPS = train.make_step, {}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiler():
-  """Half the time of these tests is XLA's, for programs that run in no time."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
 
 
 @functools.cache

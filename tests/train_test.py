@@ -15,6 +15,8 @@ from elder_jax.model import Decoder
 from elder_jax.model import Mode
 from elder_jax.model import Spec
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
 SPEC = Spec(
     vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=False,
     rope_freq_H=(1.0, 0.1),
@@ -23,15 +25,6 @@ L = 3
 BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (8, 4, 9), np.int32)
 NORMS = {'.final_norm.value', '.layers.attn_norm.value', '.layers.mlp_norm.value'}
 TRACES = []
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiler():
-  """Half the time of these tests is XLA's, for programs that run in no time."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
 
 
 def named(tree) -> dict:

@@ -1,0 +1,101 @@
+"""The command line: flags, flag files, exit status 2 with one sentence and no traceback."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from absl import flags
+import pytest
+
+from elder_jax import cli
+from elder_jax import config as config_lib
+from elder_jax.config import Config
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def flag_values(monkeypatch) -> flags.FlagValues:
+  """Flags of their own for a test, so that none leaks into the next."""
+  values = flags.FlagValues()
+  config_lib.define_flags(values)
+  monkeypatch.setattr(cli.flags, 'FLAGS', values)
+  return values
+
+
+@pytest.mark.parametrize(
+  ('args', 'part'),
+  [
+    (['--gate=foo'], '--gate=foo'),
+    (['--recipe=cook'], '--recipe=cook'),
+    (['--seq_len=many'], '--seq_len=many'),
+    (['--lambda1=much'], '--lambda1=much'),
+    (['--shuffle=perhaps'], '--shuffle=perhaps'),
+    (['--no_such_flag=1'], "'no_such_flag'"),
+    (['--lambda=1'], "'lambda'"),
+    (['--seq_len'], 'seq_len'),
+    (['model/folder'], "'model/folder'"),
+    (['--seq_len=4', '-'], "'-'"),
+    (['--flagfile=no/such.flags'], 'no/such.flags'),
+    (['--flagfile={tmp}'], '{tmp}'),
+    (['--flagfile={tmp}/binary.flags'], '--flagfile'),
+    (['--flagfile={tmp}/prose.flags'], "'seq_len"),
+  ],
+  ids=lambda v: '',
+)
+def test_command_line(flag_values, capsys, tmp_path, args, part):
+  (tmp_path / 'binary.flags').write_bytes(b'\x80\x81\xff')
+  (tmp_path / 'prose.flags').write_text('seq_len=3\n')
+  with pytest.raises(SystemExit) as caught:
+    cli.parse(['main', *(arg.format(tmp=tmp_path) for arg in args)])
+  err = capsys.readouterr().err
+  assert caught.value.code == 2 and part.format(tmp=tmp_path) in err
+  assert re.fullmatch(r'elder_jax: [^\n]+ \(see --helpfull\)\n', err), err
+
+
+def test_flags_after_the_flagfile_win(flag_values, tmp_path):
+  (tmp_path / 'a.flags').write_text('# A comment.\n--seq_len=7\n--lambda1=0.5\n--eval_data=a=a.txt\n--compare=none\n')
+  flag_values(['main', '--seed=3', f'--flagfile={tmp_path}/a.flags', '--seq_len=9', '--compare='])
+  config = config_lib.from_flags(flag_values)
+  assert (config.seq_len, config.lambda1, config.seed, config.compare) == (9, 0.5, 3, [])
+  assert config.corpora() == {'a': 'a.txt'} and config.recipes() == ['absorb_then_train']
+  assert config.remove_layers is None and config.num_remove is None and config.batch_size == 4
+
+
+def test_an_empty_eval_data_drops_those_before_it(flag_values):
+  flag_values(['main', '--eval_data=a=a.txt', '--eval_data=', '--eval_data=b=b.txt', '--eval_data=c=c.txt'])
+  assert config_lib.from_flags(flag_values).corpora() == {'b': 'b.txt', 'c': 'c.txt'}
+
+
+def command(*args, cwd=REPO) -> subprocess.CompletedProcess:
+  env = {**os.environ, 'PYTHONPATH': str(REPO), 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
+  return subprocess.run(
+    [sys.executable, '-m', 'elder_jax.main', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+  )
+
+
+@pytest.mark.parametrize(
+  ('args', 'part'),
+  [
+    (['--no_such_flag=1'], "'no_such_flag'"),
+    (['--model={tmp}/absent', '--workdir={tmp}/work'], '--model={tmp}/absent: there is no such folder'),
+    (['--model=no-such-owner/no-such-model', '--workdir={tmp}/work'], '--model=no-such-owner/no-such-model'),
+    (['--flagfile={tmp}/absent.flags'], '{tmp}/absent.flags'),
+    (['--workdir={tmp}/work', 'model/folder'], "'model/folder'"),
+  ],
+  ids=['flag', 'folder', 'hub', 'flagfile', 'positional'],
+)
+def test_exit_status_2_without_a_traceback(tmp_path, args, part):
+  result = command(*(arg.format(tmp=tmp_path) for arg in args))
+  assert result.returncode == 2 and 'Traceback' not in result.stderr + result.stdout
+  last = result.stderr.splitlines()[-1]
+  assert last.startswith('elder_jax: ') and part.format(tmp=tmp_path) in last
+
+
+def test_help_names_every_flag():
+  result = command('--helpfull')
+  assert 'Traceback' not in result.stderr + result.stdout
+  for field in config_lib.dataclasses.fields(Config):
+    assert re.search(rf'--(\[no\])?{field.name}\b', result.stdout), field.name

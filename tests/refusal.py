@@ -1,0 +1,34 @@
+"""What the tests of bad input share: a run must refuse, in one sentence."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from elder_jax import pipeline
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+
+
+def refused(settings, *parts, **more) -> str:
+  """Runs; the refusal must be one sentence that holds all `parts`, and must leave the work folder free."""
+  settings = {**settings, **more}
+  record = pathlib.Path(settings['workdir']) / 'config.json'
+  before = record.read_bytes() if record.is_file() else None
+  with pytest.raises(InputError) as caught:
+    pipeline.run(Config(**settings))
+  one_sentence(str(caught.value), *parts)
+  assert (record.read_bytes() if record.is_file() else None) == before
+  return str(caught.value)
+
+
+def one_sentence(message: str, *parts):
+  assert re.fullmatch(r'[^\r\n]+\.', message), message
+  assert len(message) < 700, message
+  for part in parts:
+    assert str(part) in message, message
+
+
+def edit_json(path: pathlib.Path, **changes):
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
