@@ -96,8 +96,10 @@ def rows() -> dict[str, dict]:
 
 
 def has_tasks(name: str) -> bool:
-  untrained = tuple(f'untrained/7 layers/{CHOICE}{recipe}' for recipe in ('', ', absorb', ', replace_linear'))
-  return name in ('dense', *untrained) or (name.startswith('final/') and name.endswith('seed 0'))
+  untrained = (f'untrained/7 layers/{CHOICE}{recipe}' for recipe in ('', ', absorb', ', replace_linear'))
+  recipes = ('prune_then_train', 'absorb_then_train')
+  trained = (f'final/{recipe}{more}, seed 0' for recipe in recipes for more in ('', ', distilled'))
+  return name in ('dense', *untrained, *trained)
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
