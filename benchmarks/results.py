@@ -144,11 +144,15 @@ def teraflops(job, model, removed: list[int]) -> float:
   tokens, total = config.batch_size * config.seq_len, 0.0
   kind = config.recipe.removesuffix('_then_train')
   if kind in ('absorb', 'replace_linear'):
-    left = prune.kept_layers(L, removed)
+    left, shared = prune.kept_layers(L, removed), True
     for place, (l, end) in enumerate(zip(left, [*left[1:], L])):
-      if end > l + 1:  # the dense stream up to the end of the run, the pruned one up to l, and the two sums
+      if (
+        end > l + 1
+      ):  # the dense stream up to the end of the run, layer l once more, the pruned stream, and the two sums
         a = spec.d_ff if kind == 'absorb' else spec.d_model
-        total += 2 * ((end + place + 1) * per_layer + a * (a + spec.d_model)) * tokens * config.steps()
+        layers = end + 1 + (0 if shared else place)
+        total += 2 * (layers * per_layer + a * (a + spec.d_model)) * tokens * config.steps()
+        shared = False
   if config.recipe in TRAINED:
     depths = [kept] * config.steps()
     if config.recipe == 'regularize':

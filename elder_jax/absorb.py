@@ -63,16 +63,17 @@ def replace_linear(model: Decoder, removed: Sequence[int], batches: Batches, mod
 
 def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, solve, change, log: Callable | None):
   kept = prune.kept_layers(model.num_layers, removed)
-  current = jax.tree.map(lambda a: a, model)
+  current, changed = jax.tree.map(lambda a: a, model), False
   for l, end in zip(kept, [*kept[1:], model.num_layers]):
     if end == l + 1:
       continue
     sums = 0.0, 0.0, 0.0, 0.0
     below_L = np.isin(np.arange(model.num_layers), [k for k in kept if k < l])
     for tokens_BT in batches:
-      one = _sums(model, current, tokens_BT, below_L, l, end, mode, kind)
+      one = _sums(model, current, tokens_BT, below_L, l, end, mode, kind, changed)
       sums = tuple(total + np.asarray(jax.device_get(a), np.float64) for total, a in zip(sums, one))
     gram, cross, before, size = sums
+    changed = True
     delta = solve(gram, cross)
     after = before - 2 * np.sum(delta * cross) + np.sum(delta * (gram @ delta))
     if log:
@@ -83,16 +84,19 @@ def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, sol
   return prune.prune(current, removed)
 
 
-@functools.partial(jax.jit, static_argnames=('mode', 'kind'))
-def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, kind: str):
+@functools.partial(jax.jit, static_argnames=('mode', 'kind', 'changed'))
+def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, kind: str, changed: bool):
   """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²) in float32: a the features of layer l or, as kind says, its output."""
   layer_L, gate_L = jnp.arange(dense.num_layers), jnp.ones(dense.num_layers, jnp.float32)
   rope = model_lib.rope_tables(dense.spec, tokens_BT.shape[1])
-  run = lambda model, alive_L: model_lib.run_layers(
-    model, model_lib.embed(model, tokens_BT, mode), alive_L, mode, gate_L
-  )[0]
-  target_BTD = run(dense, layer_L < end).astype(jnp.float32)
-  x_BTD = run(current, below_L)
+  run = lambda model, x_BTD, alive_L: model_lib.run_layers(model, x_BTD, alive_L, mode, gate_L)[0]
+  embedded_BTD = model_lib.embed(dense, tokens_BT, mode)
+  x_BTD = run(current, embedded_BTD, below_L)
+  if changed:
+    target_BTD = run(dense, embedded_BTD, layer_L < end)
+  else:  # below l both are one
+    target_BTD = run(dense, x_BTD, (l <= layer_L) & (layer_L < end))
+  target_BTD = target_BTD.astype(jnp.float32)
   block = jax.tree.map(lambda a: a[l], current.layers)
   mid_BTD = x_BTD + block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope)))
   f_BTF = block.mlp_features(mid_BTD)
