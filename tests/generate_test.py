@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from elder_jax import checkpoint_hf
+from elder_jax import cli
 from elder_jax import data
 from elder_jax import generate as gen
-from elder_jax import main as cli
 from elder_jax import model as model_lib
 from elder_jax import pipeline
 from elder_jax import prune
