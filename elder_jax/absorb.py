@@ -14,8 +14,10 @@ import numpy as np
 
 from elder_jax import model as model_lib
 from elder_jax import prune
+from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
+from elder_jax.model import Spec
 
 # Ridge of `absorb`, times the mean diagonal of its Gram matrix. Chosen on validation text: docs/decisions.md.
 RIDGE = 0.1
@@ -45,6 +47,15 @@ def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode,
     return np.linalg.solve(gram_FF + ridge * np.eye(len(gram_FF)), cross_FD)
 
   return _refit(model, removed, batches, mode, 'features', solve, lambda w_FD, delta_FD: w_FD + delta_FD, log)
+
+
+def check(spec: Spec, recipe: str):
+  """Raises InputError where the stream is not linear in the down projection, so that there is no closed form."""
+  if spec.block in ('sandwich', 'post'):
+    raise InputError(
+      f'--recipe={recipe}: layers of this family norm what their MLP gives, so that nothing can be absorbed in closed '
+      'form; use --recipe=prune_then_train or regularize, or none.'
+    )
 
 
 def replace_linear(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None) -> Decoder:
@@ -88,7 +99,9 @@ def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, sol
 def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, kind: str, changed: bool):
   """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²) in float32: a the features of layer l or, as kind says, its output."""
   layer_L, gate_L = jnp.arange(dense.num_layers), jnp.ones(dense.num_layers, jnp.float32)
-  rope = model_lib.rope_tables(dense.spec, tokens_BT.shape[1])
+  tables = model_lib.rope_tables(dense.spec, tokens_BT.shape[1])
+  kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in model_lib.kinds(dense.spec).items()}
+  rope, window = model_lib.rope_and_window(dense.spec, tables, kind_l)
   run = lambda model, x_BTD, alive_L: model_lib.run_layers(model, x_BTD, alive_L, mode, gate_L)[0]
   embedded_BTD = model_lib.embed(dense, tokens_BT, mode)
   x_BTD = run(current, embedded_BTD, below_L)
@@ -98,13 +111,15 @@ def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mo
     target_BTD = run(dense, x_BTD, (l <= layer_L) & (layer_L < end))
   target_BTD = target_BTD.astype(jnp.float32)
   block = jax.tree.map(lambda a: a[l], current.layers)
-  mid_BTD = x_BTD + block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope)))
-  f_BTF = block.mlp_features(mid_BTD)
-  out_BTD = block.mlp_update(f_BTF)
+  attn_BTD = block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope), window, *dense.spec.scores()), x_BTD)
+  mid_BTD = x_BTD + attn_BTD
+  f_BTF = block.mlp_features(x_BTD, attn_BTD)
+  out_BTD = block.mlp_update(f_BTF, mid_BTD)
   lacking_BTD = target_BTD - mid_BTD.astype(jnp.float32) - out_BTD.astype(jnp.float32)
 
   rows = lambda a: a.reshape(-1, a.shape[-1]).astype(jnp.float32)
-  a_SA, r_SD, t_SD = rows(f_BTF if kind == 'features' else out_BTD), rows(lacking_BTD), rows(target_BTD)
+  product_BTD = out_BTD if block.b_down is None else out_BTD - block.b_down[...].astype(out_BTD.dtype)[None, None]
+  a_SA, r_SD, t_SD = rows(f_BTF if kind == 'features' else product_BTD), rows(lacking_BTD), rows(target_BTD)
   w_S1 = 1 / jnp.maximum(jnp.sum(t_SD**2, -1, keepdims=True), 1e-12)
   weighted_SA = a_SA * w_S1 if kind == 'features' else a_SA
   if kind != 'features':

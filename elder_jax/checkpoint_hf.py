@@ -176,41 +176,84 @@ def _opened(path: pathlib.Path):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Part:
+  """A slice of one of our parameters, and the axes that it has in a Hugging Face tensor."""
+
+  path: str  # in Decoder
+  shape: tuple[int, ...]  # as Hugging Face has it
+  folded: tuple[int, ...]  # the shape with every letter an axis of its own; '*' is one of size 1
+  order: tuple[int, ...]  # of the letters in ours
+
+
+@dataclasses.dataclass(frozen=True)
 class _Row:
-  """One Hugging Face tensor and the slice of ours that it is."""
+  """One Hugging Face tensor and the slices of ours that it is: one, or several that are fused."""
 
   name: str
-  path: str  # in Decoder
-  layer: int | None  # index on the leading axis
-  shape: tuple[int, ...]  # of the Hugging Face tensor
-  folded: tuple[int, ...]  # its shape with every letter an axis of its own
-  order: tuple[int, ...]  # of these axes in ours
+  layer: int | None  # index on our leading axis
+  parts: tuple[_Part, ...]
+  dim: int | None  # of the tensor, in which the parts are fused: '+', one after the other, or '*', in turns
+  star: int | None  # '*': the axis of the folded shape along which they take turns
 
-  def to_ours(self, tensor):
-    return tensor.reshape(self.folded).transpose(self.order)
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(
+      sum(part.shape[j] for part in self.parts) if j == self.dim else n for j, n in enumerate(self.parts[0].shape)
+    )
 
-  def to_hf(self, tensor):
-    return tensor.transpose(np.argsort(self.order)).reshape(self.shape)
+  def to_ours(self, tensor) -> list:
+    """Our slices, in the order of `parts`."""
+    if self.dim is None:
+      pieces = [tensor]
+    elif self.star is None:
+      pieces = np.split(tensor, np.cumsum([part.shape[self.dim] for part in self.parts])[:-1], self.dim)
+    else:
+      folded = self.parts[0].folded
+      pieces = np.split(
+        tensor.reshape(*folded[: self.star], len(self.parts), *folded[self.star + 1 :]), len(self.parts), self.star
+      )
+    return [
+      np.reshape(piece, [n for i, n in enumerate(part.folded) if i != self.star]).transpose(part.order)
+      for part, piece in zip(self.parts, pieces)
+    ]
+
+  def to_hf(self, ours: list):
+    pieces = [a.transpose(np.argsort(part.order)) for part, a in zip(self.parts, ours)]
+    shapes = [part.shape if self.star is None else part.folded for part in self.parts]
+    pieces = [piece.reshape(shape) for piece, shape in zip(pieces, shapes)]
+    if self.dim is None:
+      return pieces[0]
+    return np.concatenate(pieces, self.dim if self.star is None else self.star).reshape(self.shape)
+
+
+def _row(name: str, layer: int | None, entry, sizes: dict[str, int]) -> _Row:
+  """A row of a family's table. A rule is 'HF->ours', as families/llama.py says; fused parts have '+' or '*' in it."""
+  parts, size = [], sizes | {'*': 1}
+  for path, rule in (entry,) if isinstance(entry[0], str) else entry:
+    theirs, ours = rule.replace('+', '').split('->')
+    dims, letters = theirs.split(','), theirs.replace(',', '').replace('*', '')
+    shape, folded = (math.prod(size[a] for a in dim) for dim in dims), (size[a] for a in theirs.replace(',', ''))
+    parts.append(_Part(path, tuple(shape), tuple(folded), tuple(letters.index(a) for a in ours)))
+  dim = next((j for j, text in enumerate(rule.split(',')) if {'+', '*'} & set(text)), None)
+  return _Row(name, layer, tuple(parts), dim, theirs.replace(',', '').index('*') if '*' in theirs else None)
+
+
+@functools.lru_cache(maxsize=8)
+def abstract(spec: Spec, num_layers: int) -> Decoder:
+  """The Decoder of this spec without its arrays; not to be written to."""
+  return jax.eval_shape(lambda: Decoder(spec, num_layers, jax.random.key(0)))
 
 
 def _rows(family, spec: Spec, num_layers: int) -> list[_Row]:
-  """All tensors of the checkpoint, in file order; layers expanded, a tied head left out."""
-  sizes = spec.sizes(num_layers)
-  rows = []
+  """All tensors of the checkpoint, in file order; layers expanded, what the Decoder of this spec lacks left out."""
+  sizes, model, rows = spec.sizes(num_layers), abstract(spec, num_layers), []
   for name, entry in family.WEIGHTS.items():
-    if entry is None or (entry[0] == 'head' and spec.tied):
+    if entry is None or get(model, entry[0] if isinstance(entry[0], str) else entry[0][0]) is None:
       continue
-    path, rule = entry
-    theirs, ours = rule.split('->')
-    letters = theirs.replace(',', '')
-    shape = tuple(math.prod(sizes[a] for a in dim) for dim in theirs.split(','))
-    order = tuple(letters.index(a) for a in ours)
-    folded = tuple(sizes[a] for a in letters)
-    for l in range(num_layers) if '{l}' in name else [None]:
-      rows.append(_Row(name.format(l=l), path, l, shape, folded, order))
-  return sorted(
-    rows, key=lambda r: -1 if r.layer is None and r.path == 'embed' else num_layers if r.layer is None else r.layer
-  )
+    rows += [_row(name.format(l=l), l, entry, sizes) for l in (range(num_layers) if '{l}' in name else [None])]
+  embeds = ('embed', 'positions')
+  place = lambda row: row.layer if row.layer is not None else -1 if row.parts[0].path in embeds else num_layers
+  return sorted(rows, key=place)
 
 
 def _ignored(family, spec: Spec) -> re.Pattern:
@@ -245,34 +288,53 @@ def _check_names_and_shapes(source: Source):
 
 
 def get(model: Decoder, path: str):
-  """The nnx.Param at a dotted path."""
-  return functools.reduce(getattr, path.split('.'), model)
+  """The nnx.Param at a dotted path; None where the Decoder has none."""
+  for name in path.split('.'):
+    model = getattr(model, name, None)
+  return model
 
 
 def load(source: Source, dtype: str, shardings=None) -> Decoder:
-  """Reads the weights, one stacked array at a time, into arrays of `dtype` (gates: float32 ones).
+  """Reads the weights tensor by tensor into arrays of `dtype` (gates: float32 ones), each straight to its place.
+
+  Beside the arrays themselves the host holds a few copies of one tensor.
 
   Args:
     shardings: a Decoder of shardings (sharding.for_model), or None for the default device.
   """
   model = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
-  rows: dict[str, list[_Row]] = {}
+  where = lambda path: None if shardings is None else get(shardings, path).get_value()
+  stacks = {}
   for row in _rows(source.family, source.spec, source.num_layers):
-    rows.setdefault(row.path, []).append(row)
-  place = lambda path, array: jax.device_put(array, None if shardings is None else get(shardings, path).get_value())
-  for path, group in rows.items():
-    param = get(model, path)
-    array = np.empty(param.get_value().shape, jnp.dtype(dtype))
-    for row in group:
-      array[... if row.layer is None else row.layer] = row.to_ours(_read(source, row))
-    param.set_value(place(path, array))
-  model.gate_L.set_value(place('gate_L', np.ones(source.num_layers, np.float32)))
+    for part, piece in zip(row.parts, row.to_ours(_read(source, row))):
+      piece, place = np.ascontiguousarray(piece, jnp.dtype(dtype)), where(part.path)
+      if row.layer is None:
+        stacks[part.path] = jax.device_put(piece, place)
+        continue
+      if part.path not in stacks:
+        stacks[part.path] = _zeros((source.num_layers, *piece.shape), dtype, place)
+      stacks[part.path] = _put(stacks[part.path], piece, np.int32(row.layer), place)
+  for path, array in stacks.items():
+    get(model, path).set_value(array)
+  model.gate_L.set_value(jax.device_put(np.ones(source.num_layers, np.float32), where('gate_L')))
   return model
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape, dtype, place):
+  zeros = jnp.zeros(shape, dtype)
+  return zeros if place is None else jax.lax.with_sharding_constraint(zeros, place)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(stack, piece, layer, place):
+  stack = jax.lax.dynamic_update_index_in_dim(stack, piece, layer, 0)
+  return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
 
 
 def _read(source: Source, row: _Row) -> np.ndarray:
   tensor = source.read(row.name)
-  if not np.isfinite(tensor.astype(np.float32)).all():
+  if not np.isfinite(tensor).all():
     raise InputError(
       f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; fetch the checkpoint again.'
     )
@@ -285,13 +347,13 @@ def save(model: Decoder, source: Source, kept: list[int], folder: pathlib.Path, 
   config.json is the source's with the depth changed, tokenizer and the like are copied byte for byte.
   """
   assert model.num_layers == len(kept)
-  config = pruned_config(source.config, kept, dtype)
+  config = pruned_config(source.family, source.config, kept, dtype)
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
   for pattern in COPIED:
     for path in sorted(source.files.glob(pattern)):
       shutil.copyfile(path, folder / path.name)
 
-  rows = _rows(source.family, source.spec, len(kept))
+  rows = _rows(source.family, model.spec, len(kept))
   size = lambda row: math.prod(row.shape) * jnp.dtype(dtype).itemsize
   shards: list[list[_Row]] = [[]]
   for row in rows:
@@ -304,9 +366,9 @@ def save(model: Decoder, source: Source, kept: list[int], folder: pathlib.Path, 
   for name, shard in zip(names, shards):
     tensors = {}
     for row in shard:
-      array = get(model, row.path)[...]
-      array = np.asarray(array if row.layer is None else array[row.layer])
-      tensors[row.name] = np.ascontiguousarray(row.to_hf(array).astype(jnp.dtype(dtype)))
+      arrays = [get(model, part.path)[...] for part in row.parts]
+      ours = [np.asarray(a if row.layer is None else a[row.layer]) for a in arrays]
+      tensors[row.name] = np.ascontiguousarray(row.to_hf(ours).astype(jnp.dtype(dtype)))
     safetensors.numpy.save_file(tensors, folder / name, metadata={'format': 'pt'})
   if len(shards) > 1:
     index = {
@@ -316,14 +378,19 @@ def save(model: Decoder, source: Source, kept: list[int], folder: pathlib.Path, 
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
 
 
-def pruned_config(config: dict, kept: list[int], dtype: str) -> dict:
+def pruned_config(family, config: dict, kept: list[int], dtype: str) -> dict:
   """The source's config.json with only what the removal of layers and the type of the weights change."""
-  depth = config['num_hidden_layers']
-  config = dict(config)
-  for key, value in config.items():
-    if isinstance(value, list) and len(value) == depth and key.endswith(('layer_types', '_layers')):
-      config[key] = [value[l] for l in kept]
-  config['num_hidden_layers'] = len(kept)
+  key_of_depth = getattr(family, 'DEPTH', 'num_hidden_layers')
+  depth, changes = config[key_of_depth], {}
+  if len(kept) < depth:
+    changes = {
+      key: [value[l] for l in kept]
+      for key, value in config.items()
+      if isinstance(value, list) and len(value) == depth and key.endswith(('layer_types', '_layers'))
+    }
+    changes |= family.pruned(config, kept) if hasattr(family, 'pruned') else {}
+    changes[key_of_depth] = len(kept)
   # transformers 5 writes `dtype`, 4 `torch_dtype`; both are read by both.
-  config['dtype' if 'dtype' in config else 'torch_dtype'] = dtype
-  return config
+  changes['dtype' if 'dtype' in config else 'torch_dtype'] = dtype
+  # None: a rule by which the list was made, which does not hold any more.
+  return {key: value for key, value in (config | changes).items() if not (key in changes and value is None)}

@@ -79,15 +79,18 @@ def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mo
   T = tokens_BT.shape[1]
   if capacity < T:
     raise ValueError(f'prompts of {T} tokens do not fit into a cache of {capacity}')
-  rope = model_lib.rope_tables(model.spec, T)
+  tables = model_lib.rope_tables(model.spec, T)
   spare = ((0, 0), (0, capacity - T), (0, 0), (0, 0))
 
-  def layer(x_BTD, block):
+  def layer(x_BTD, scanned):
+    block, kind = scanned
+    rope, window = model_lib.rope_and_window(model.spec, tables, kind)
     q_BTNH, k_BTKH, v_BTKH = block.qkv(x_BTD, rope)
-    x_BTD = _add(block, x_BTD, model_lib.attention(q_BTNH, k_BTKH, v_BTKH))
+    x_BTD = _add(block, x_BTD, model_lib.attention(q_BTNH, k_BTKH, v_BTKH, window, *model.spec.scores()))
     return x_BTD, Cache(jnp.pad(k_BTKH, spare), jnp.pad(v_BTKH, spare))
 
-  x_BTD, cache = jax.lax.scan(layer, model_lib.embed(model, tokens_BT, mode), model.layers)
+  layers = model.layers, model_lib.kinds(model.spec)
+  x_BTD, cache = jax.lax.scan(layer, model_lib.embed(model, tokens_BT, mode), layers)
   last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
   return model_lib.logits(model, model_lib.final(model, last_B1D))[:, 0], cache
 
@@ -99,38 +102,35 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
     (float32 logits_BV of the next token, the Cache with this one). Under jit the cache is updated in place where it is
     carried by a loop or donated.
   """
-  rope = rope_at(model.spec, position_B)
+  tables = model_lib.rope_at(model.spec, position_B)
   rows_B, slots_S = jnp.arange(position_B.shape[0]), jnp.arange(cache.k_LBSKH.shape[2])
-  seen_B11S = (slots_S[None] <= position_B[:, None])[:, None, None]
+  back_B11S = (position_B[:, None] - slots_S[None])[:, None, None]
 
   def layer(carry, scanned):
     x_1BD, cache = carry
-    block, l = scanned
+    block, l, kind = scanned
+    rope, window = model_lib.rope_and_window(model.spec, tables, kind)
+    seen_B11S = back_B11S >= 0 if window is None else (back_B11S >= 0) & (back_B11S < window)
     q_1BNH, *new = block.qkv(x_1BD, rope)
     cache = Cache(*(a_LBSKH.at[l, rows_B, position_B].set(a_1BKH[0]) for a_LBSKH, a_1BKH in zip(cache, new)))
     # Not model.attention: there is one query, and each row sees a number of keys of its own.
-    attended_B1NH = jax.nn.dot_product_attention(
-      q_1BNH.swapaxes(0, 1), cache.k_LBSKH[l], cache.v_LBSKH[l], mask=seen_B11S, implementation='xla'
+    attended_B1NH = model_lib.masked_attention(
+      q_1BNH.swapaxes(0, 1), cache.k_LBSKH[l], cache.v_LBSKH[l], seen_B11S, *model.spec.scores()
     )
     return (_add(block, x_1BD, attended_B1NH.swapaxes(0, 1)), cache), None
 
   # Attention apart, a block works token by token. So the batch lies on the axis of tokens, where the rotary tables have
   # a row for each: one row of B tokens instead of B rows of one.
-  x_1BD = model_lib.embed(model, token_B[None], mode)
-  (x_1BD, cache), _ = jax.lax.scan(layer, (x_1BD, cache), (model.layers, jnp.arange(model.num_layers)))
+  x_1BD = model_lib.embed(model, token_B[None], mode, position_B)
+  layers = model.layers, jnp.arange(model.num_layers), model_lib.kinds(model.spec)
+  (x_1BD, cache), _ = jax.lax.scan(layer, (x_1BD, cache), layers)
   return model_lib.logits(model, model_lib.final(model, x_1BD))[0], cache
 
 
 def _add(block, x_BTD, attended_BTNH):
   """The stream after a layer, from what its attention gave."""
-  x_BTD = x_BTD + block.attn_update(attended_BTNH)
-  return x_BTD + block.mlp_update(block.mlp_features(x_BTD))
-
-
-def rope_at(spec: model_lib.Spec, position_T):
-  """model.rope_tables' rows of any positions."""
-  angle_TH = position_T.astype(jnp.float32)[:, None] * jnp.array(spec.rope_freq_H, jnp.float32)[None]
-  return jnp.cos(angle_TH), jnp.sin(angle_TH)
+  attn_BTD, mlp_BTD = block.updates(x_BTD, attended_BTNH)
+  return (x_BTD + attn_BTD) + mlp_BTD
 
 
 def truncate(logits_BV, top_k: int, top_p: float):

@@ -24,10 +24,10 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   except Exception as e:  # the parser has no error of its own for a broken file  # noqa: BLE001
     raise InputError(f'{path}: is truncated or not a GGUF file ({reason(e)}); fetch it again.') from e
   architecture = fields.get('general.architecture')
-  family = next((f for f in families.FAMILIES.values() if architecture == f.GGUF_ARCHITECTURE), None)
+  known = {f.GGUF_ARCHITECTURE: f for f in families.FAMILIES.values() if hasattr(f, 'GGUF_ARCHITECTURE')}
+  family = known.get(architecture) if isinstance(architecture, str) else None
   if family is None:
-    known = ', '.join(f.GGUF_ARCHITECTURE for f in families.FAMILIES.values())
-    raise InputError(f'{path}: GGUF architecture {architecture!r} is not supported, these are: {known}.')
+    raise InputError(f'{path}: GGUF architecture {architecture!r} is not supported, these are: {", ".join(known)}.')
 
   tensors = {t.name: t for t in reader.tensors}
   missing = object()

@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 
+from elder_jax import absorb
 from elder_jax import checkpoint_hf
 from elder_jax import data
 from elder_jax import evaluate
@@ -59,6 +60,10 @@ def prepare(config: Config) -> Run:
   _claim(work, config)
   source = checkpoint_hf.open_source(config.model, work / 'source')
   num_removes = _num_removes(config, source.num_layers)
+  for recipe in config.recipes():
+    if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
+      absorb.check(source.spec, recipe)
+  _check_lengths(config, source)
   if 'regularize' in config.recipes() and config.order == 'sequential' and 0 < config.steps() < max(num_removes):
     raise InputError(
       f'--order=sequential: {config.steps()} steps are not enough for {max(num_removes)} layers, one after another; give '
@@ -160,6 +165,14 @@ def _num_removes(config: Config, num_layers: int) -> list[int]:
           f'--protect_last={config.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
         )
   return counts
+
+
+def _check_lengths(config: Config, source: checkpoint_hf.Source):
+  """Learned positions end somewhere."""
+  if most := source.spec.num_positions:
+    for flag in ('seq_len', 'eval_seq_len'):
+      if (length := getattr(config, flag)) > most:
+        raise InputError(f'--{flag}={length}: this model has learned {most} positions; give at most that many.')
 
 
 def _check_tokens(rows_NT: np.ndarray, source: checkpoint_hf.Source, flag: str):

@@ -33,10 +33,6 @@ def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None):
     teacher: (a Decoder, its hidden states as x_BTD), or None.
   """
   B, T = tokens_BT.shape
-  head = lambda model: (model.embed if model.head is None else model.head)[...]
-  logits = lambda head_VD, x_BcD: jnp.einsum(
-    'BcD,VD->BcV', x_BcD, head_VD.astype(x_BcD.dtype), preferred_element_type=jnp.float32
-  )
   counted_BT = jnp.broadcast_to(jnp.arange(T)[None] < T - 1, (B, T)).astype(jnp.float32)
   if weight_BT is not None:
     counted_BT = counted_BT * weight_BT
@@ -51,13 +47,13 @@ def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None):
   @jax.checkpoint
   def add_chunk(totals, xs):
     x_BcD, target_Bc, counted_Bc, y_BcD = xs
-    logit_BcV = logits(head(model), x_BcD)
+    logit_BcV = model_lib.logits(model, x_BcD)
     log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
     nll_Bc = log_z_Bc - jnp.take_along_axis(logit_BcV, target_Bc[..., None], -1)[..., 0]
     kl_Bc = jnp.zeros_like(nll_Bc)
     if teacher:
       # Σ_v p log(p / q), with log p = t − log Z_t and log q = s − log Z_s.
-      teacher_BcV = logits(head(teacher[0]), y_BcD)
+      teacher_BcV = model_lib.logits(teacher[0], y_BcD)
       p_BcV = jax.nn.softmax(teacher_BcV, -1)
       kl_Bc = jnp.sum(p_BcV * (teacher_BcV - logit_BcV), -1) - jax.nn.logsumexp(teacher_BcV, -1) + log_z_Bc
     nll, kl = totals

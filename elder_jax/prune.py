@@ -16,7 +16,8 @@ def prune(model: Decoder, removed: list[int]) -> Decoder:
 
   Its logits are, bit for bit, those of `model` with the gates at 1 and these layers skipped.
   """
-  kept_K = np.array(kept_layers(model.num_layers, removed), np.int32)
+  kept = kept_layers(model.num_layers, removed)
+  kept_K = np.array(kept, np.int32)
 
   def cut(param: nnx.Param):
     if not param.get_metadata()['axes'].startswith('L'):
@@ -24,6 +25,7 @@ def prune(model: Decoder, removed: list[int]) -> Decoder:
     return param.replace(param.get_value()[kept_K])
 
   model = jax.tree.map(cut, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  model.spec = model.layers.spec = model.spec.with_layers(kept)
   return with_gates(model, 1.0)
 
 

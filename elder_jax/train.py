@@ -6,6 +6,7 @@ standing where the other part has its leaves, and the optimiser is optax.masked 
 
 from collections.abc import Callable
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +65,9 @@ def schedule(lr: float, steps: int, warmup_ratio: float):
 
 
 def optimizer(mask, rate, weight_decay: float, clip: float):
-  """AdamW with clipping for the leaves of the mask, nothing for the others; norms' scales do not decay."""
-  is_matrix = lambda path, _: 'norm' not in jax.tree_util.keystr(path)  # by name: a stacked norm too has two axes
+  """AdamW with clipping for the leaves of the mask, nothing for the others; norms and biases do not decay."""
+  # By name: stacked, they have two axes, too.
+  is_matrix = lambda path, _: not re.search(r'norm|bias|\.b[a-z_]+\.value', jax.tree_util.keystr(path))
   decays = lambda tree: jax.tree_util.tree_map_with_path(is_matrix, tree)
   adamw = optax.adamw(rate, weight_decay=weight_decay, mask=decays)
   return optax.masked(optax.chain(optax.clip_by_global_norm(clip), adamw), mask)

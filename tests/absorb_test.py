@@ -21,7 +21,7 @@ BATCHES = list(np.random.default_rng(0).integers(0, 40, (3, 4, 16), np.int32))
 def tiny() -> Decoder:
   spec = Spec(
       vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-      rope_freq_H=(1.0, 0.1),
+      rope_freq_RH=((1.0, 0.1),),
   )  # fmt: skip
   return Decoder(spec, L, jax.random.key(0))
 
@@ -37,10 +37,10 @@ def features(model, l, tokens_BT) -> np.ndarray:
   """What the down projection of layer l reads, by hand."""
   x_BTD = model_lib.run_layers(model, model_lib.embed(model, tokens_BT), inputs=True)[2][l]
   block = jax.tree.map(lambda a: a[l], model.layers)
-  rope = model_lib.rope_tables(model.spec, 16)
-  mid_BTD = x_BTD + block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope)))
+  rope, _ = model_lib.rope_and_window(model.spec, model_lib.rope_tables(model.spec, 16), {})
+  mid_BTD = x_BTD + block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope)), x_BTD)
   h = np.asarray(mid_BTD, np.float64)
-  h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5) * np.asarray(block.mlp_norm[...])
+  h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5) * np.asarray(block.mlp_norm.scale[...])
   gate = h @ np.asarray(block.w_gate[...])
   return ((gate / (1 + np.exp(-gate))) * (h @ np.asarray(block.w_up[...]))).reshape(-1, 24)
 

@@ -19,6 +19,7 @@ from elder_jax import pipeline
 from elder_jax import prune
 from elder_jax import verify
 from elder_jax.config import Config
+from elder_jax.families import llama
 
 BIG = int(5e9)
 COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'LICENSE', 'generation_config.json')
@@ -181,12 +182,12 @@ def test_pruned_config_slices_what_is_given_per_layer():
       'eos_token_id': [1, 2, 3, 4], 'some_layers': [7], 'torch_dtype': 'bfloat16', 'hidden_size': 32,
   }  # fmt: skip
   before = json.loads(json.dumps(config))
-  assert checkpoint_hf.pruned_config(config, [0, 3], 'float32') == {
+  assert checkpoint_hf.pruned_config(llama, config, [0, 3], 'float32') == {
       **before, 'num_hidden_layers': 2, 'layer_types': ['a', 'd'], 'no_rope_layers': [1, 0], 'torch_dtype': 'float32',
   }  # fmt: skip
   assert config == before
   del config['torch_dtype']
-  got = checkpoint_hf.pruned_config({**config, 'dtype': 'bfloat16'}, [1], 'float32')
+  got = checkpoint_hf.pruned_config(llama, {**config, 'dtype': 'bfloat16'}, [1], 'float32')
   assert got['dtype'] == 'float32' and 'torch_dtype' not in got
 
 
@@ -233,7 +234,7 @@ def test_config_of_transformers_4_and_5(rope, tiny, tmp_path):
     source = open_folder(folder)
     specs.append((source.spec, source.num_layers))
     # What is written is in the style of what was read.
-    assert checkpoint_hf.pruned_config(config, [0, 1, 2, 3, 4, 5], 'float32') == config
+    assert checkpoint_hf.pruned_config(llama, config, [0, 1, 2, 3, 4, 5], 'float32') == config
   assert specs[0] == specs[1] and specs[0] != (open_folder(tiny).spec, 6)
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 SPEC = Spec(
     vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_H=(1.0, 0.1),
+    rope_freq_RH=((1.0, 0.1),),
 )  # fmt: skip
 L = 10
 BATCHES = list(np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 3, 9), np.int32))
@@ -26,7 +26,7 @@ BATCHES = list(np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 3, 9), 
 def model() -> Decoder:
   """Random; each weight of a layer its own, the norms' scales too."""
   model = Decoder(SPEC, L, jax.random.key(0))
-  for i, norm in enumerate((model.layers.attn_norm, model.layers.mlp_norm)):
+  for i, norm in enumerate((model.layers.attn_norm.scale, model.layers.mlp_norm.scale)):
     norm.set_value(jax.random.uniform(jax.random.key(i), norm.get_value().shape, minval=0.5, maxval=1.5))
   return model
 

@@ -21,7 +21,7 @@ from elder_jax.model import Spec
 
 SPEC = Spec(
     vocab_size=37, d_model=16, num_heads=4, num_kv_heads=2, head_dim=6, d_ff=20, norm_eps=1e-5, tied=False,
-    rope_freq_H=(1.0, 0.3, 0.05),
+    rope_freq_RH=((1.0, 0.3, 0.05),),
 )  # fmt: skip
 LAYERS = 5
 B, T = 2, 11
@@ -35,7 +35,7 @@ def decoder(tied: bool = False) -> Decoder:
   @jax.jit
   def make():
     model = Decoder(dataclasses.replace(SPEC, tied=tied), LAYERS, jax.random.key(1))
-    for i, norm in enumerate((model.layers.attn_norm, model.layers.mlp_norm, model.final_norm)):
+    for i, norm in enumerate((model.layers.attn_norm.scale, model.layers.mlp_norm.scale, model.final_norm.scale)):
       norm.set_value(jax.random.uniform(jax.random.key(10 + i), norm.get_value().shape, minval=0.5, maxval=1.5))
     return model
 
@@ -74,7 +74,7 @@ def layer_jit(block, x_BTD, rope):
 def by_hand(model: Decoder, tokens_BT, alive_L, mode: Mode):
   """forward as a Python loop, with the norms of the updates taken in numpy."""
   x_BTD = model.embed[...][tokens_BT]
-  rope = model_lib.rope_tables(model.spec, tokens_BT.shape[1])
+  rope, _ = model_lib.rope_and_window(model.spec, model_lib.rope_tables(model.spec, tokens_BT.shape[1]), {})
   delta_L = []
   for l in range(model.num_layers):
     if not alive_L[l]:
@@ -85,7 +85,7 @@ def by_hand(model: Decoder, tokens_BT, alive_L, mode: Mode):
     gate = model.gate_L[...][l]
     delta_L.append(plain_norm(np.asarray(f_BTD - x_BTD), np.asarray(x_BTD), mode.penalty, mode.penalty_scale))
     x_BTD = gate * f_BTD if mode.gate == 'output' else x_BTD + gate * (f_BTD - x_BTD)
-  return model_lib.rms_norm(x_BTD, model.final_norm[...], model.spec.norm_eps), np.array(delta_L)
+  return model_lib.rms_norm(x_BTD, model.final_norm.scale[...], model.spec.norm_eps), np.array(delta_L)
 
 
 def plain_norm(d_BTD, x_BTD, penalty, scale):
@@ -139,7 +139,7 @@ def test_logits_equal_those_of_torch(config, tmp_path):
   if 'rope_parameters' in config:
     H = source.spec.head_dim
     default_H = tuple(float(10000.0 ** (-i / H)) for i in range(0, H, 2))
-    other = forward_jit(_with_spec(model, rope_freq_H=default_H), tokens_BT)[2]
+    other = forward_jit(_with_spec(model, rope_freq_RH=(default_H,)), tokens_BT)[2]
     assert np.max(np.abs(other - expected_BTV)) > 1e-2
 
 
@@ -161,14 +161,14 @@ def test_gate_zero_is_the_removed_layer():
   assert np.max(np.abs(gated - forward_jit(model, tokens_BT)[2])) > 1e-2
 
 
-def _ungated(block, x_BTD, gate, rope, mode):
+def _ungated(block, x_BTD, gate, rope, mode, window):
   """The layer of the paper's dense network; no gate anywhere."""
-  del gate, mode
-  h_BTD = model_lib.rms_norm(x_BTD, block.attn_norm[...], SPEC.norm_eps)
+  del gate, mode, window
+  h_BTD = model_lib.rms_norm(x_BTD, block.attn_norm.scale[...], SPEC.norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (jnp.einsum('BTD,DNH->BTNH', h_BTD, w[...]) for w in (block.wq, block.wk, block.wv))
   a_BTNH = model_lib.attention(model_lib.apply_rope(q_BTNH, rope), model_lib.apply_rope(k_BTKH, rope), v_BTKH)
   y_BTD = x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, block.wo[...])
-  h_BTD = model_lib.rms_norm(y_BTD, block.mlp_norm[...], SPEC.norm_eps)
+  h_BTD = model_lib.rms_norm(y_BTD, block.mlp_norm.scale[...], SPEC.norm_eps)
   gate_BTF, up_BTF = (jnp.einsum('BTD,DF->BTF', h_BTD, w[...]) for w in (block.w_gate, block.w_up))
   y_BTD = y_BTD + jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, block.w_down[...])
   return y_BTD, y_BTD - x_BTD

@@ -33,7 +33,7 @@ MAKE_STEP, STEPS = train.make_step, {}
 def random_model(tied: bool) -> Decoder:
   spec = Spec(
       vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=tied,
-      rope_freq_H=(1.0, 0.1),
+      rope_freq_RH=((1.0, 0.1),),
   )  # fmt: skip
   return Decoder(spec, L, jax.random.key(0))
 

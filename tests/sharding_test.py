@@ -21,7 +21,7 @@ from elder_jax.model import Spec
 
 SPEC = Spec(
     vocab_size=48, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_H=(1.0, 0.1),
+    rope_freq_RH=((1.0, 0.1),),
 )  # fmt: skip
 L = 2
 MESHES = ['1,1,1', '8,1,1', '2,2,2', '1,4,2']

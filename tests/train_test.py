@@ -19,11 +19,11 @@ pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 SPEC = Spec(
     vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=False,
-    rope_freq_H=(1.0, 0.1),
+    rope_freq_RH=((1.0, 0.1),),
 )  # fmt: skip
 L = 3
 BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (8, 4, 9), np.int32)
-NORMS = {'.final_norm.value', '.layers.attn_norm.value', '.layers.mlp_norm.value'}
+NORMS = {'.final_norm.scale.value', '.layers.attn_norm.scale.value', '.layers.mlp_norm.scale.value'}
 TRACES = []
 
 
@@ -122,7 +122,7 @@ def test_masters_of_a_bfloat16_model_are_float32():
   assert frozen.embed.get_value().dtype == jnp.bfloat16 and frozen.gate_L.get_value().dtype == jnp.float32
   assert metrics['loss'].dtype == jnp.float32 and metrics['delta_L'].dtype == jnp.float32
   # Steps that bfloat16 cannot hold: a weight of 1 would swallow one of 0.01·0.01.
-  norm = np.asarray(state.trained.layers.attn_norm.get_value())
+  norm = np.asarray(state.trained.layers.attn_norm.scale.get_value())
   assert (norm != norm.astype(jnp.bfloat16).astype(np.float32)).any()
   _, gates, _ = begin('gates', model, 'bfloat16')
   assert gates.trained.gate_L.get_value().dtype == jnp.float32

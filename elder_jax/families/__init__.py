@@ -1,9 +1,35 @@
 """The model families that can be read and written: `model_type` in config.json -> module.
 
-A family module has `spec_from_config`, `WEIGHTS`, and for GGUF `GGUF_ARCHITECTURE`, `GGUF_NAMES`,
-`config_from_gguf` and `from_gguf`. Only family modules know Hugging Face's and llama.cpp's names.
+A family module has `spec_from_config` and `WEIGHTS` (llama.py says how to read it); where a removal of layers changes
+keys of config.json beside the depth and lists with an entry per layer, `pruned`; where the depth's key is not
+num_hidden_layers, `DEPTH`; and for GGUF `GGUF_ARCHITECTURE`, `GGUF_NAMES`, `config_from_gguf` and `from_gguf`. Only family
+modules know Hugging Face's and llama.cpp's names. docs/families.md says how to add one.
 """
 
+from elder_jax.families import gemma2
+from elder_jax.families import gemma3
+from elder_jax.families import gpt2
+from elder_jax.families import gpt_neox
 from elder_jax.families import llama
+from elder_jax.families import mistral
+from elder_jax.families import opt
+from elder_jax.families import phi
+from elder_jax.families import phi3
+from elder_jax.families import qwen2
+from elder_jax.families import qwen3
+from elder_jax.families import smollm3
 
-FAMILIES = {'llama': llama}
+FAMILIES = {
+  'llama': llama,
+  'mistral': mistral,
+  'qwen2': qwen2,
+  'qwen3': qwen3,
+  'gemma2': gemma2,
+  'gemma3_text': gemma3,
+  'phi': phi,
+  'phi3': phi3,
+  'opt': opt,
+  'gpt2': gpt2,
+  'gpt_neox': gpt_neox,
+  'smollm3': smollm3,
+}

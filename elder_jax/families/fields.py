@@ -1,0 +1,194 @@
+"""config.json, read strictly: what is not understood is refused by name, never ignored."""
+
+import math
+import sys
+
+import numpy as np
+
+from elder_jax.errors import InputError
+
+# Keys that change nothing in the computation of logits, whatever the family.
+NEUTRAL = frozenset(
+  '_name_or_path architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range '
+  'bos_token_id eos_token_id pad_token_id attention_dropout max_position_embeddings is_llama_config prefix '
+  'transformers.js_config _attn_implementation_autoset name_or_path max_sequence_length max_length task_specific_params '
+  'output_attentions output_hidden_states return_dict id2label label2id problem_type chunk_size_feed_forward '
+  'is_encoder_decoder unsloth_fixed unsloth_version cache_implementation'.split()
+)
+_MISSING = object()
+_LAYER_KINDS = ('full_attention', 'sliding_attention')
+
+
+class Fields:
+  """The fields of one config.json. A family asks for each that it knows; `done` refuses what nobody asked for."""
+
+  def __init__(self, config: dict, neutral: str = ''):
+    """neutral: further keys that change nothing, with spaces between them."""
+    self.config, self._asked = config, NEUTRAL | set(neutral.split())
+    self.only('quantization_config', None)
+
+  def _get(self, key: str, default):
+    self._asked |= {key}
+    value = self.config.get(key)
+    return default if value is None else value
+
+  def size(self, key: str, default=None) -> int:
+    value = self._get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise InputError(f'config.json: {key}={value!r} must be a whole number above 0; mend the file.')
+    return value
+
+  def whole(self, key: str, default=None) -> int:
+    """As `size`, but 0 is allowed."""
+    value = self._get(key, default)
+    return 0 if type(value) is int and value == 0 else self.size(key, default)
+
+  def any(self, key: str):
+    """A value that the family looks at by itself, or that changes nothing."""
+    return self._get(key, None)
+
+  def number(self, key: str, default=None, optional: bool = False) -> float | None:
+    value = self._get(key, default)
+    return None if optional and value is None else _above_0(key, value)
+
+  def flag(self, key: str, default: bool = False) -> bool:
+    value = self._get(key, default)
+    if not isinstance(value, bool):
+      raise InputError(f'config.json: {key}={value!r} must be true or false; mend the file.')
+    return value
+
+  def choice(self, key: str, known: dict, default: str):
+    """What `known` has for the value of a key."""
+    value = self._get(key, default)
+    if not isinstance(value, str) or value not in known:
+      raise InputError(
+        f'config.json: {key}={value!r} is not supported (only {", ".join(map(repr, known))}); use a checkpoint without it.'
+      )
+    return known[value]
+
+  def only(self, key: str, *values):
+    """A key that may only have the values under which it changes nothing, or be absent."""
+    self._asked |= {key}
+    value = self.config.get(key, _MISSING)
+    # By type too: 1 is not True.
+    if value is not _MISSING and not any(value == v and type(value) is type(v) for v in values):
+      raise InputError(
+        f'config.json: {key}={value!r} is not supported (only {values[0]!r} is); use a checkpoint without it.'
+      )
+
+  def window(self, key: str, used: bool = True) -> int:
+    """Tokens in a sliding window; 0: there is none."""
+    return self.size(key) if self._get(key, None) is not None and used else 0
+
+  @staticmethod
+  def per_layer(num_layers: int, value: int) -> tuple[int, ...]:
+    return (value,) * min(num_layers, MOST_LAYERS) if value else ()
+
+  def layer_kinds(self, default) -> list[str]:
+    """layer_types, one for each layer; default(l) where it is not given."""
+    L = self.size('num_hidden_layers')
+    kinds = self._get('layer_types', None)
+    if kinds is None:
+      return [default(l) for l in range(min(L, MOST_LAYERS))]
+    if not isinstance(kinds, list) or len(kinds) != L or any(k not in _LAYER_KINDS for k in kinds):
+      raise InputError(
+        f'config.json: layer_types must name one of {" and ".join(_LAYER_KINDS)} for each of the {L} layers; mend the file.'
+      )
+    return kinds
+
+  def heads(self, heads='num_attention_heads', kv_heads='num_key_value_heads', width='hidden_size') -> dict:
+    """The sizes of attention, as Spec calls them."""
+    d_model, N = self.size(width), self.size(heads)
+    H = self.size('head_dim', max(1, d_model // N))
+    K = self.size(kv_heads, N) if kv_heads else N
+    if H > 2**16:  # before a table of that size is made
+      raise InputError(f'config.json: head_dim={H} is larger than any model has; mend the file.')
+    if N % K:
+      raise InputError(f'config.json: {heads}={N} is not a multiple of {kv_heads}={K}; mend the file.')
+    if 'head_dim' not in self.config and d_model != N * H:
+      raise InputError(f'config.json: {width}={d_model} is not a multiple of {heads}={N}; mend the file.')
+    return dict(d_model=d_model, num_heads=N, num_kv_heads=K, head_dim=H)
+
+  def rope(self, head_dim: int, theta: float = 10000.0, part: float = 1.0, keys=('rope_theta', None), kinds=None):
+    """Radians per position of each rotated pair: rope_theta and rope_scaling, or transformers 5's rope_parameters.
+
+    Args:
+      theta, part: the family's defaults of the base and of the part of a head that is rotated.
+      keys: names of both in config.json outside of rope_parameters; None: it has no such key.
+      kinds: the kind of layer whose entry of rope_parameters counts, where the family has one for each.
+    """
+    tables = {}
+    for key in ('rope_scaling', 'rope_parameters'):
+      table = self._get(key, {})
+      if not isinstance(table, dict):
+        raise InputError(f'config.json: {key}={table!r} must be an object or null; mend the file.')
+      if kinds and table.keys() & set(_LAYER_KINDS):
+        if unknown := sorted(set(table) - set(_LAYER_KINDS)):
+          raise InputError(f'config.json: {key} has the unknown kind of layer {unknown[0]!r}; mend the file.')
+        table = table.get(kinds) or {}
+        if not isinstance(table, dict):
+          raise InputError(f'config.json: {key}={table!r} must be an object or null; mend the file.')
+      elif kinds == 'sliding_attention':
+        table = {}  # one table for the whole model means the layers without a window
+      tables |= table
+    outside = [self._get(key, None) if key else None for key in keys]
+    theta = _above_0(keys[0], tables.pop('rope_theta', None) or outside[0] or theta)
+    part = _above_0(keys[1] or 'partial_rotary_factor', tables.pop('partial_rotary_factor', None) or outside[1] or part)
+    rotated = int(head_dim * part)
+    if part > 1 or rotated % 2:
+      raise InputError(
+        f'config.json: head_dim={head_dim} is odd, rotary position embedding needs an even one; mend the file.'
+        if rotated == head_dim
+        else f'config.json: {rotated} of head_dim={head_dim} cannot be rotated (an even part is needed); mend the file.'
+      )
+    return rope_frequencies(rotated, theta, tables)
+
+  def done(self, family: str, depth: str = 'num_hidden_layers') -> int:
+    """The number of layers. Raises InputError for a key that nobody asked for."""
+    num_layers = self.size(depth)
+    if (key := next((k for k in self.config if k not in self._asked), None)) is not None:
+      raise InputError(
+        f'config.json: the key {key!r} is not known for model_type {family}; remove it if it does not change the '
+        'computation.'
+      )
+    return num_layers
+
+
+MOST_LAYERS = 10_000  # of which tables are made before config.json is held against the tensors
+
+
+def _above_0(key, value) -> float:
+  if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+    raise InputError(f'config.json: {key}={value!r} must be a number above 0; mend the file.')
+  return float(value)
+
+
+@np.errstate(divide='ignore', over='ignore', invalid='ignore')  # the result is looked at
+def rope_frequencies(rotated: int, theta: float, scaling: dict) -> tuple[float, ...]:
+  """The table of `rotated` / 2 frequencies; scaling: rope_type and what goes with it."""
+  rope = dict(scaling)
+  kind = rope.pop('rope_type', rope.pop('type', 'default'))
+  rope.pop('type', None)
+  # Rounded to float32 where transformers rounds (torch's power goes through double), so that far positions agree.
+  exponent_R = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+  freq_R = np.float32(1) / (theta ** exponent_R.astype(np.float64)).astype(np.float32)
+  known = {'default': (), 'linear': ('factor',)}
+  known['llama3'] = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+  if kind not in list(known):  # a list: it may be what cannot be hashed
+    raise InputError(f'config.json: rope type {kind!r} is not supported (default, linear and llama3 are).')
+  if unknown := sorted(set(rope) - set(known[kind])):
+    raise InputError(f'config.json: rope scaling key {unknown[0]!r} is not known for rope type {kind!r}; remove it.')
+  p = {key: _above_0(key, rope.get(key)) for key in known[kind]}
+  if kind == 'linear':
+    freq_R = freq_R / np.float32(p['factor'])
+  elif kind == 'llama3':
+    # Llama 3.1: wavelengths past the training context are stretched, short ones kept, those between interpolated.
+    wavelength_R = 2 * math.pi / freq_R
+    low, high, context = p['low_freq_factor'], p['high_freq_factor'], p['original_max_position_embeddings']
+    if high <= low:
+      raise InputError(f'config.json: rope high_freq_factor={high} must be above low_freq_factor={low}; mend the file.')
+    smooth_R = np.clip((context / wavelength_R - low) / (high - low), 0.0, 1.0)
+    freq_R = (1 - smooth_R) * freq_R / p['factor'] + smooth_R * freq_R
+  if not np.isfinite(freq_R).all():
+    raise InputError('config.json: rope_theta and rope scaling give frequencies that are not finite; mend the file.')
+  return tuple(float(f) for f in freq_R.astype(np.float32))

@@ -1,0 +1,17 @@
+"""Mistral: Llama with a sliding window on every layer."""
+
+from elder_jax.families import llama
+from elder_jax.families.fields import Fields
+from elder_jax.model import Spec
+
+WEIGHTS = llama.WEIGHTS
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields(config)
+  fields.only('hidden_act', 'silu')
+  size, L = llama.sizes(fields), fields.size('num_hidden_layers')
+  window = fields.window('sliding_window')
+  spec = Spec(**size, rope_freq_RH=(fields.rope(size['head_dim']),), window_L=fields.per_layer(L, window))
+  return spec, fields.done('mistral')

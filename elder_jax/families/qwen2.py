@@ -1,0 +1,30 @@
+"""Qwen2 and 2.5, dense: Llama with biases on queries, keys and values; Qwen3 with norms on queries and keys instead."""
+
+from elder_jax.families import llama
+from elder_jax.families.fields import Fields
+from elder_jax.model import Spec
+
+WEIGHTS = llama.WEIGHTS
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  return read(config, 'qwen2', lambda fields: dict(qkv_bias=True))
+
+
+def read(config: dict, family: str, features) -> tuple[Spec, int]:
+  fields = Fields(config)
+  fields.only('hidden_act', 'silu')
+  size = llama.sizes(fields)
+  window = fields.window('sliding_window', fields.flag('use_sliding_window'))
+  first = fields.whole('max_window_layers', 28)
+  kinds = fields.layer_kinds(lambda l: 'sliding_attention' if window and l >= first else 'full_attention')
+  window_L = tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
+  spec = Spec(**size, rope_freq_RH=(fields.rope(size['head_dim']),), window_L=window_L, **features(fields))
+  return spec, fields.done(family)
+
+
+def pruned(config: dict, kept: list[int]) -> dict:
+  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  first = config.get('max_window_layers', 28)
+  return {'max_window_layers': sum(l < first for l in kept)}

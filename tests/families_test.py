@@ -1,0 +1,187 @@
+"""Every family against transformers: logits, the round trip byte for byte, removal, generation, what is refused."""
+
+import json
+import pathlib
+
+from conftest import write_tokenizer
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from elder_jax import checkpoint_hf
+from elder_jax import generate
+from elder_jax import model as model_lib
+from elder_jax import prune
+
+V, T = 131, 40
+SMALL = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+    pad_token_id=None,
+)  # fmt: skip
+LARGE = SMALL | dict(hidden_size=40, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=1, head_dim=12)
+FULL = {k: v for k, v in SMALL.items() if k != 'num_key_value_heads'}
+GPT2 = dict(
+    vocab_size=V, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.2, bos_token_id=0, eos_token_id=1
+)  # fmt: skip
+OPT = dict(
+    vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=5, num_attention_heads=4, max_position_embeddings=64,
+    word_embed_proj_dim=32, init_std=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=None, dropout=0.0,
+)  # fmt: skip
+LLAMA3 = {
+    'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 16,
+}  # fmt: skip
+LINEAR = {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0}
+KINDS = ['sliding_attention', 'full_attention', 'sliding_attention', 'sliding_attention', 'full_attention']
+GEMMA = dict(hidden_activation='gelu_pytorch_tanh', query_pre_attn_scalar=20, sliding_window=7)
+CASES = {
+  'llama': SMALL | dict(rope_parameters=LLAMA3, tie_word_embeddings=True),
+  'llama, biases': LARGE | dict(attention_bias=True, mlp_bias=True),
+  'mistral': SMALL | dict(sliding_window=7),
+  'mistral, no window': LARGE | dict(sliding_window=None),
+  'qwen2': SMALL | dict(use_sliding_window=True, sliding_window=7, max_window_layers=3),
+  'qwen2, no window': LARGE | dict(tie_word_embeddings=True),
+  'qwen3': SMALL | dict(head_dim=12, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+  'qwen3, biases': LARGE | dict(attention_bias=True, tie_word_embeddings=True),
+  'gemma2': SMALL | GEMMA | dict(head_dim=12, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
+  'gemma2, layer types': LARGE | GEMMA | dict(num_hidden_layers=5, layer_types=KINDS, attn_logit_softcapping=None),
+  'gemma3_text': SMALL | GEMMA | dict(head_dim=12, sliding_window_pattern=3),
+  'gemma3_text, scaled': LARGE | GEMMA | dict(
+      num_hidden_layers=5, layer_types=KINDS,
+      rope_parameters={'full_attention': LINEAR, 'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0}},
+  ),
+  'phi': FULL | dict(partial_rotary_factor=0.5),
+  'phi, grouped': SMALL | dict(hidden_size=48, partial_rotary_factor=0.67, hidden_act='gelu'),
+  'phi3': SMALL | dict(sliding_window=7),
+  'phi3, partial': SMALL | dict(
+      hidden_size=48, num_hidden_layers=6, tie_word_embeddings=True,
+      rope_parameters={'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.67},
+  ),
+  'opt': OPT,
+  'opt, post-norm': OPT | dict(do_layer_norm_before=False, num_hidden_layers=6, hidden_size=40, word_embed_proj_dim=40),
+  'opt, no biases': OPT | dict(enable_bias=False, tie_word_embeddings=False),
+  'gpt2': GPT2,
+  'gpt2, wide': GPT2 | dict(n_inner=50, n_layer=6, activation_function='relu', tie_word_embeddings=False),
+  'gpt_neox': FULL | dict(rotary_pct=0.5),
+  'gpt_neox, in turn': FULL | dict(
+      hidden_size=40, num_attention_heads=2, num_hidden_layers=6, use_parallel_residual=False, attention_bias=False,
+      rotary_emb_base=100,
+  ),
+  'smollm3': SMALL | dict(no_rope_layers=[1, 0, 1, 1, 0], use_sliding_window=True, sliding_window=7, num_hidden_layers=5),
+  'smollm3, interval': LARGE | dict(no_rope_layer_interval=3, tie_word_embeddings=False, attention_bias=True),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module', params=CASES)
+def folder(request, tmp_path_factory) -> pathlib.Path:
+  """A random model of the family as transformers saves it; read only."""
+  path = tmp_path_factory.mktemp('model')
+  kind = request.param.split(',')[0]
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **CASES[request.param]))
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      if 'norm' in name or 'ln_' in name or p.ndim == 1:  # else all are alike and could be swapped unseen
+        low = -0.5 if kind.startswith('gemma') or name.endswith('bias') else 0.5
+        p.uniform_(low, low + 1)
+  model.save_pretrained(path)
+  write_tokenizer(path)
+  return path
+
+
+def torch_logits(folder: pathlib.Path, tokens_BT) -> np.ndarray:
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager').eval()
+  with torch.no_grad():
+    return model(torch.tensor(tokens_BT)).logits.numpy()
+
+
+@jax.jit
+def logits(model, tokens_BT):
+  return model_lib.logits(model, model_lib.forward(model, tokens_BT)[0])
+
+
+def opened(folder: pathlib.Path):
+  source = checkpoint_hf.open_source(str(folder), folder)
+  return source, checkpoint_hf.load(source, 'float32')
+
+
+def tokens(batch: int = 2, length: int = T) -> np.ndarray:
+  return np.random.default_rng(0).integers(2, V, (batch, length), np.int32)
+
+
+def close(got, expected):
+  """1e-5 per unit of the logits' size, which is about 1."""
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_logits_equal_those_of_transformers(folder):
+  close(logits(opened(folder)[1], tokens()), torch_logits(folder, tokens().astype(np.int64)))
+
+
+def tensors_of(folder: pathlib.Path) -> dict:
+  return safetensors.numpy.load_file(folder / 'model.safetensors')
+
+
+def test_the_round_trip_changes_no_byte(folder, tmp_path):
+  source, model = opened(folder)
+  checkpoint_hf.save(model, source, list(range(source.num_layers)), tmp_path, 'float32', int(5e9))
+  before, after = tensors_of(folder), tensors_of(tmp_path)
+  assert before.keys() == after.keys()
+  assert all(before[n].tobytes() == after[n].tobytes() and before[n].shape == after[n].shape for n in before)
+  config = json.loads((folder / 'config.json').read_text())
+  assert json.loads((tmp_path / 'config.json').read_text()) == config
+
+
+def test_two_layers_less(folder, tmp_path):
+  source, model = opened(folder)
+  kept = [l for l in range(source.num_layers) if l not in (1, 2)]
+  pruned = prune.prune(model, [1, 2])
+  checkpoint_hf.save(pruned, source, kept, tmp_path, 'float32', int(5e9))
+  expected = np.asarray(logits(pruned, tokens()))
+  close(torch_logits(tmp_path, tokens().astype(np.int64)), expected)
+  again, read = opened(tmp_path)
+  assert read.spec == pruned.spec and again.num_layers == len(kept)
+  np.testing.assert_array_equal(logits(read, tokens()), expected)
+  # Skipping them is the same as their being gone.
+  alive_L = np.isin(np.arange(source.num_layers), kept)
+  skipped_BTD, _ = jax.jit(model_lib.forward)(model, tokens(), alive_L)
+  close(jax.jit(model_lib.logits)(model, skipped_BTD), expected)
+
+
+def test_generation_with_a_cache_equals_that_without(folder):
+  _, model = opened(folder)
+  prompts = [tokens()[0, :n].tolist() for n in (3, 11)]
+  got = generate.generate(model, prompts, 20)
+  for prompt, new in zip(prompts, got):
+    rows = np.zeros((1, T), np.int32)
+    for token in new:
+      rows[0, : len(prompt)] = prompt
+      assert int(np.argmax(logits(model, rows)[0, len(prompt) - 1])) == token
+      prompt = prompt + [token]
+  reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+  for prompt, new in zip(prompts, got):
+    t = torch.tensor([prompt])
+    how = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert reference.generate(t, attention_mask=torch.ones_like(t), **how)[0, len(prompt) :].tolist() == new
+
+
+@pytest.mark.parametrize('damage', ['key', 'extra', 'missing'])
+def test_what_is_not_understood_is_named(folder, tmp_path, damage):
+  config, weights = json.loads((folder / 'config.json').read_text()), tensors_of(folder)
+  if damage == 'key':
+    config['twisted_attention'], name = True, 'twisted_attention'
+  elif damage == 'extra':
+    name = next(n for n in weights if '.1.' in n) + '_scale'
+    weights[name] = np.ones(3, np.float32)
+  else:
+    name = next(n for n in weights if '.1.' in n)
+    del weights[name]
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  safetensors.numpy.save_file(weights, tmp_path / 'model.safetensors')
+  with pytest.raises(Exception, match=name.replace('.', r'\.')) as error:
+    checkpoint_hf.open_source(str(tmp_path), tmp_path)
+  assert type(error.value).__name__ == 'InputError' and '\n' not in str(error.value)
