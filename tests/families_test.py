@@ -69,7 +69,7 @@ CASES = {
   'gpt_neox': FULL | dict(rotary_pct=0.5),
   'gpt_neox, in turn': FULL | dict(
       hidden_size=40, num_attention_heads=2, num_hidden_layers=6, use_parallel_residual=False, attention_bias=False,
-      rotary_emb_base=100,
+      rotary_emb_base=100, rotary_pct=0.5,
   ),
   'smollm3': SMALL | dict(no_rope_layers=[1, 0, 1, 1, 0], use_sliding_window=True, sliding_window=7, num_hidden_layers=5),
   'smollm3, interval': LARGE | dict(no_rope_layer_interval=3, tie_word_embeddings=False, attention_bias=True),
