@@ -5,13 +5,9 @@ import pathlib
 
 import gguf
 import numpy as np
-import tokenizers
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import processors
 
 from elder_jax import families
+from elder_jax import gguf_tokenizer
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 
@@ -41,7 +37,7 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
     raise InputError(f'the GGUF field {architecture}.{name} is missing; fetch the file again.')
 
   try:
-    config = family.config_from_gguf(field, lambda name: name in tensors)
+    config = family.config_from_gguf(field, tensors)
     _, num_layers = family.spec_from_config(config)
   except InputError as e:
     raise InputError(f'{path}: {e}') from e
@@ -60,9 +56,10 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   for hf_name, gguf_name in family.GGUF_NAMES.items():
     for l in layers if '{l}' in gguf_name else [None]:
       names[gguf_name.format(l=l)] = hf_name.format(l=l)
-  if (extra := next((n for n in tensors if n not in names), None)) is not None:
+  derived = getattr(family, 'GGUF_DERIVED', None)
+  if (extra := next((n for n in tensors if n not in names and n != derived), None)) is not None:
     raise InputError(f'{path}: the GGUF tensor {extra} is not known for {architecture}; use the Hugging Face folder.')
-  by_hf_name = {names[n]: t for n, t in tensors.items()}
+  by_hf_name = {names[n]: t for n, t in tensors.items() if n != derived}
   shapes = {n: tuple(int(s) for s in reversed(t.shape)) for n, t in by_hf_name.items()}  # GGUF: fastest axis first
 
   for tensor in {t.tensor_type: t for t in reader.tensors}.values():  # one of each type, told before any is needed
@@ -89,73 +86,7 @@ def _write_files(scratch: pathlib.Path, config: dict, fields: dict, path: pathli
   dump('config.json', config)
   ids = {k: fields[f'tokenizer.ggml.{k}'] for k in ('bos_token_id', 'eos_token_id') if f'tokenizer.ggml.{k}' in fields}
   dump('generation_config.json', {'_from_model_config': True, **ids})
-  tokenizer, settings = _tokenizer(fields, path)
+  tokenizer, settings = gguf_tokenizer.build(fields, path)
   tokenizer.save(str(scratch / 'tokenizer.json'))
   settings['model_max_length'] = config['max_position_embeddings']
   dump('tokenizer_config.json', settings)
-
-
-# Byte-level BPE dialects: how llama.cpp's name for one cuts the text before merges (its own regular expressions say
-# the same). `smollm`: digits one by one, then GPT-2's pattern; `llama-bpe`: Llama 3's pattern.
-_LLAMA3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS = {
-  'gpt-2': lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-  'smollm': lambda: pre_tokenizers.Sequence(
-    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-  ),
-  'llama-bpe': lambda: pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), 'isolated'),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  ),
-}
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
-
-
-def _tokenizer(fields: dict, path: pathlib.Path):
-  """A tokenizers.Tokenizer from the GGUF's vocabulary and merges, and its tokenizer_config.json."""
-  kind, dialect = fields.get('tokenizer.ggml.model'), fields.get('tokenizer.ggml.pre')
-  if kind != 'gpt2' or dialect not in list(_PRE_TOKENIZERS):  # a list: it may be what cannot be hashed
-    raise InputError(
-      f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (gpt2 with {", ".join(_PRE_TOKENIZERS)} is); '
-      'use the Hugging Face folder of this model.'
-    )
-  try:
-    return _build_tokenizer(fields, dialect)
-  except Exception as e:  # tokenizers raises a bare Exception  # noqa: BLE001
-    raise InputError(f'{path}: the GGUF vocabulary is not usable ({reason(e)}); fetch the file again.') from e
-
-
-def _build_tokenizer(fields: dict, dialect: str):
-  tokens, types, merges = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'token_type', 'merges'))
-  merges = [tuple(merge.split(' ')) for merge in merges]
-  vocabulary = {t: i for i, t in enumerate(tokens)}
-  # Llama 3's dialect takes a word that is in the vocabulary as it is, whether or not merges lead there.
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect == 'llama-bpe'))
-  tokenizer.pre_tokenizer = _PRE_TOKENIZERS[dialect]()
-  tokenizer.decoder = decoders.ByteLevel()
-  added = lambda kind: [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == kind]
-  tokenizer.add_special_tokens(added(_CONTROL))
-  tokenizer.add_tokens(added(_USER_DEFINED))
-
-  settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-  for name, key in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
-    if (token := fields.get(f'tokenizer.ggml.{key}_token_id')) is not None:
-      settings[f'{name}_token'] = tokens[token]
-  # llama.cpp's own default for this kind of vocabulary is to add none, Llama 3's dialect apart.
-  if fields.get('tokenizer.ggml.add_bos_token', dialect == 'llama-bpe'):
-    bos = settings['bos_token']
-    tokenizer.post_processor = processors.Sequence(
-      [
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(
-          single=f'{bos} $A', pair=f'{bos} $A {bos} $B', special_tokens=[(bos, tokens.index(bos))]
-        ),
-      ]
-    )
-  if template := fields.get('tokenizer.chat_template'):
-    settings['chat_template'] = template
-  return tokenizer, settings

@@ -183,7 +183,7 @@ def test_truncated_or_foreign_gguf(settings, no_text, small_gguf, damage):
     (dict(fields={'llama.rope.scaling.type': 'yarn'}), ['small.gguf', 'rope scaling', 'yarn']),
     (dict(tensors={'rope_freqs.weight': (4,)}), ['rope scaling']),
     (dict(fields={'tokenizer.ggml.model': 'bert'}), ['small.gguf', 'tokenizer bert/smollm']),
-    (dict(fields={'tokenizer.ggml.pre': 'qwen2'}), ['small.gguf', 'tokenizer gpt2/qwen2']),
+    (dict(fields={'tokenizer.ggml.pre': 'tekken'}), ['small.gguf', 'tokenizer gpt2/tekken']),
     (dict(drop=['tokenizer.ggml.merges']), ['small.gguf', 'vocabulary']),
     (dict(drop=['tokenizer.ggml.token_type']), ['small.gguf', 'vocabulary']),
     (dict(fields={'tokenizer.ggml.merges': ['a c']}), ['small.gguf', 'vocabulary']),

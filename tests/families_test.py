@@ -94,7 +94,9 @@ def folder(request, tmp_path_factory) -> pathlib.Path:
 
 
 def torch_logits(folder: pathlib.Path, tokens_BT) -> np.ndarray:
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager').eval()
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager'
+  ).eval()
   with torch.no_grad():
     return model(torch.tensor(tokens_BT)).logits.numpy()
 

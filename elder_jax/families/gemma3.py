@@ -1,6 +1,9 @@
 """Gemma 3, text: Gemma 2 with norms on queries and keys, and another rope base where there is a window."""
 
+import numpy as np
+
 from elder_jax.families import gemma2
+from elder_jax.families import llama
 from elder_jax.families.fields import Fields
 from elder_jax.model import Spec
 
@@ -31,3 +34,45 @@ def pruned(config: dict, kept: list[int]) -> dict:
   """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
   kinds = layer_kinds(Fields(config))
   return {'layer_types': [kinds[l] for l in kept], 'sliding_window_pattern': None, '_sliding_window_pattern': None}
+
+
+_BLOCK = 'model.layers.{l}.'
+GGUF_ARCHITECTURE = 'gemma3'
+GGUF_NAMES = llama.GGUF_NAMES | {
+  _BLOCK + 'self_attn.q_norm.weight': 'blk.{l}.attn_q_norm.weight',
+  _BLOCK + 'self_attn.k_norm.weight': 'blk.{l}.attn_k_norm.weight',
+  _BLOCK + 'post_attention_layernorm.weight': 'blk.{l}.post_attention_norm.weight',
+  _BLOCK + 'pre_feedforward_layernorm.weight': 'blk.{l}.ffn_norm.weight',
+  _BLOCK + 'post_feedforward_layernorm.weight': 'blk.{l}.post_ffw_norm.weight',
+}
+
+
+def config_from_gguf(field, tensors: dict) -> dict:
+  """As llama.config_from_gguf. The pattern of windows and the local base are constants of llama.cpp, in no file."""
+  linear = {'none': None, 'linear': {'rope_type': 'linear', 'factor': field('rope.scaling.factor', None)}}
+  kind, L = field('rope.scaling.type', 'none'), field('block_count')
+  H = field('attention.key_length', 256)
+  known = lambda key, *default: 'none' if key == 'rope.scaling.type' and kind in linear else field(key, *default)
+  config = llama.gguf_config(known, tensors)
+  del config['hidden_act']
+  return config | {
+    'architectures': ['Gemma3ForCausalLM'],
+    'model_type': 'gemma3_text',
+    'head_dim': H,
+    'hidden_activation': 'gelu_pytorch_tanh',
+    # Only the 27B, of 62 layers, scales its scores by another width than that of the heads.
+    'query_pre_attn_scalar': llama.gguf_head_dim(field) if L == 62 else H,
+    'sliding_window': field('attention.sliding_window'),
+    'sliding_window_pattern': 6,
+    'rope_local_base_freq': 10000.0,
+    'rope_scaling': linear.get(kind),
+    'attention_bias': False,
+    'attn_logit_softcapping': None,
+    'final_logit_softcapping': None,
+  }
+
+
+def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
+  """As Hugging Face has it: llama.cpp stores what a norm multiplies by, 1 + w."""
+  del config
+  return weight - 1 if name.endswith('norm.weight') else weight

@@ -4,6 +4,7 @@ import numpy as np
 
 from elder_jax.errors import InputError
 from elder_jax.families.fields import Fields
+from elder_jax.families.fields import rope_frequencies
 from elder_jax.model import Spec
 
 # Hugging Face name -> (path in model.Decoder, axes there 'HF->ours'), both ways; the stacked layers' L is left out.
@@ -76,32 +77,62 @@ GGUF_NAMES = {
   'model.norm.weight': 'output_norm.weight',
   'lm_head.weight': 'output.weight',
 }
+GGUF_DERIVED = 'rope_freqs.weight'  # what config_from_gguf turns into rope scaling
 
 
-def config_from_gguf(field, has_tensor) -> dict:
-  """The config.json that the checkpoint would have had. field(key, default): metadata; has_tensor(gguf name) -> bool."""
-  if (scaling := field('rope.scaling.type', 'none')) != 'none' or has_tensor('rope_freqs.weight'):
-    raise InputError(f'GGUF rope scaling ({scaling}) is not supported; use the Hugging Face folder of this model.')
-  d_model, heads = field('embedding_length'), field('attention.head_count')
-  return {
+def config_from_gguf(field, tensors: dict) -> dict:
+  """The config.json that the checkpoint would have had.
+
+  field(key[, default]): metadata of this architecture; tensors: GGUF name -> gguf.ReaderTensor.
+  """
+  config = gguf_config(field, tensors) | {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',
+    'head_dim': field('attention.key_length', gguf_head_dim(field)),
+    'attention_bias': False,
+    'mlp_bias': False,
+  }
+  if GGUF_DERIVED in tensors:
+    config['rope_scaling'] = _llama3_scaling(config, tensors[GGUF_DERIVED].data)
+  return config
+
+
+def gguf_config(field, tensors: dict) -> dict:
+  """What llama.cpp keeps alike for all relatives of Llama."""
+  if (scaling := field('rope.scaling.type', 'none')) != 'none':
+    raise InputError(f'GGUF rope scaling ({scaling}) is not supported; use the Hugging Face folder of this model.')
+  heads = field('attention.head_count')
+  return {
     'vocab_size': field('vocab_size'),
-    'hidden_size': d_model,
+    'hidden_size': field('embedding_length'),
     'intermediate_size': field('feed_forward_length'),
     'num_hidden_layers': field('block_count'),
     'num_attention_heads': heads,
     'num_key_value_heads': field('attention.head_count_kv', heads),
-    'head_dim': field('attention.key_length', d_model // heads if heads else None),
     'hidden_act': 'silu',
     'max_position_embeddings': field('context_length'),
     # float32 in the file; to the shortest decimal that is the same float32.
     'rms_norm_eps': float(str(np.float32(field('attention.layer_norm_rms_epsilon')))),
     'rope_theta': float(field('rope.freq_base', 10000.0)),
-    'attention_bias': False,
-    'mlp_bias': False,
-    'tie_word_embeddings': not has_tensor('output.weight'),
+    'tie_word_embeddings': 'output.weight' not in tensors,
   }
+
+
+def gguf_head_dim(field) -> int | None:
+  heads = field('attention.head_count')
+  return field('embedding_length') // heads if heads else None
+
+
+def _llama3_scaling(config: dict, divisor_R: np.ndarray) -> dict:
+  """Llama 3.1's rope scaling, of which the file has only what each frequency is divided by; its settings are published."""
+  scaling = {
+    'rope_type': 'llama3', 'factor': float(divisor_R.max()), 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+  }  # fmt: skip
+  plain_R, scaled_R = (np.array(rope_frequencies(config['head_dim'], config['rope_theta'], s)) for s in ({}, scaling))
+  if divisor_R.shape != plain_R.shape or not np.allclose(plain_R / scaled_R, divisor_R, rtol=1e-5):
+    raise InputError(f"{GGUF_DERIVED} is not Llama 3.1's; use the Hugging Face folder of this model.")
+  return scaling
 
 
 def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Qwen2 and 2.5, dense: Llama with biases on queries, keys and values; Qwen3 with norms on queries and keys instead."""
 
+import numpy as np
+
 from elder_jax.families import llama
 from elder_jax.families.fields import Fields
 from elder_jax.model import Spec
@@ -28,3 +30,21 @@ def pruned(config: dict, kept: list[int]) -> dict:
   """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
   first = config.get('max_window_layers', 28)
   return {'max_window_layers': sum(l < first for l in kept)}
+
+
+GGUF_ARCHITECTURE = 'qwen2'
+GGUF_NAMES = llama.GGUF_NAMES | {
+  f'model.layers.{{l}}.self_attn.{p}_proj.bias': f'blk.{{l}}.attn_{p}.bias' for p in 'qkv'
+}  # fmt: skip
+
+
+def config_from_gguf(field, tensors: dict) -> dict:
+  """As llama.config_from_gguf."""
+  own = {'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2', 'use_sliding_window': False}
+  return llama.gguf_config(field, tensors) | own
+
+
+def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
+  """As Hugging Face has it."""
+  del name, config
+  return weight

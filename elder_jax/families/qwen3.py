@@ -18,3 +18,21 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
     return dict(qk_norm=True, qkv_bias=bias, out_bias=bias)
 
   return qwen2.read({'head_dim': 128} | config, 'qwen3', features)
+
+
+GGUF_ARCHITECTURE = 'qwen3'
+GGUF_NAMES = llama.GGUF_NAMES | {
+  f'model.layers.{{l}}.self_attn.{p}_norm.weight': f'blk.{{l}}.attn_{p}_norm.weight' for p in 'qk'
+}  # fmt: skip
+from_gguf = qwen2.from_gguf
+
+
+def config_from_gguf(field, tensors: dict) -> dict:
+  """As llama.config_from_gguf."""
+  return llama.gguf_config(field, tensors) | {
+    'architectures': ['Qwen3ForCausalLM'],
+    'model_type': 'qwen3',
+    'head_dim': field('attention.key_length', 128),
+    'attention_bias': False,
+    'use_sliding_window': False,
+  }

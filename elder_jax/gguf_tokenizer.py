@@ -1,0 +1,110 @@
+"""The tokenizer of a GGUF file as Hugging Face's tokenizer.json and tokenizer_config.json.
+
+llama.cpp keeps a vocabulary, and the merges or the scores, and names the rest: how text is cut before.
+"""
+
+import pathlib
+
+import tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
+from tokenizers import processors
+
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
+
+# Byte-level BPE dialects, tokenizer.ggml.pre: llama.cpp's own regular expressions say the same. `smollm`: digits one by
+# one, then GPT-2's pattern; `llama-bpe`, `qwen2`: Llama 3's pattern, digits in threes or one by one.
+_PATTERN = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_byte_level = lambda **how: pre_tokenizers.ByteLevel(add_prefix_space=False, **how)
+_cut_by = lambda digits: [
+  pre_tokenizers.Split(tokenizers.Regex(_PATTERN.replace('DIGITS', digits)), 'isolated'), _byte_level(use_regex=False)
+]  # fmt: skip
+_PRE_TOKENIZERS = {
+  'gpt-2': lambda: [_byte_level()],
+  'smollm': lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level()],
+  'llama-bpe': lambda: _cut_by(r'\p{N}{1,3}'),
+  'qwen2': lambda: _cut_by(r'\p{N}'),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
+
+
+def build(fields: dict, path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict]:
+  """(tokenizer, what tokenizer_config.json says) from a GGUF's metadata; `path` is for errors."""
+  kind, dialect = fields.get('tokenizer.ggml.model'), fields.get('tokenizer.ggml.pre', 'default')
+  # Lists: it may be what cannot be hashed.
+  if not (kind == 'llama' and dialect == 'default') and not (kind == 'gpt2' and dialect in list(_PRE_TOKENIZERS)):
+    raise InputError(
+      f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (gpt2 with {", ".join(_PRE_TOKENIZERS)} is, and '
+      'llama with default); use the Hugging Face folder of this model.'
+    )
+  try:
+    return _build(fields, kind, dialect)
+  except Exception as e:  # tokenizers raises a bare Exception  # noqa: BLE001
+    raise InputError(f'{path}: the GGUF vocabulary is not usable ({reason(e)}); fetch the file again.') from e
+
+
+def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer, dict]:
+  tokens, types = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'token_type'))
+  tokenizer = _sentencepiece(fields) if kind == 'llama' else _byte_level_bpe(fields, dialect)
+  added = lambda kind: [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == kind]
+  tokenizer.add_special_tokens(added(_CONTROL))
+  tokenizer.add_tokens(added(_USER_DEFINED))
+
+  settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+  for name, key in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
+    if (token := fields.get(f'tokenizer.ggml.{key}_token_id')) is not None:
+      settings[f'{name}_token'] = tokens[token]
+  # llama.cpp's own defaults: a begin token with sentencepiece's vocabularies and in Llama 3's dialect.
+  if fields.get('tokenizer.ggml.add_bos_token', kind == 'llama' or dialect == 'llama-bpe'):
+    bos = settings['bos_token']
+    steps = [] if kind == 'llama' else [processors.ByteLevel(trim_offsets=False)]
+    begin = processors.TemplateProcessing(
+      single=f'{bos} $A', pair=f'{bos} $A {bos} $B', special_tokens=[(bos, tokens.index(bos))]
+    )
+    tokenizer.post_processor = processors.Sequence([*steps, begin])
+  if template := fields.get('tokenizer.chat_template'):
+    settings['chat_template'] = template
+  return tokenizer, settings
+
+
+def _byte_level_bpe(fields: dict, dialect: str) -> tokenizers.Tokenizer:
+  vocabulary = {t: i for i, t in enumerate(fields['tokenizer.ggml.tokens'])}
+  merges = [tuple(merge.split(' ')) for merge in fields['tokenizer.ggml.merges']]
+  # Llama 3's dialect takes a word that is in the vocabulary as it is, whether or not merges lead there.
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect == 'llama-bpe'))
+  if dialect == 'qwen2':
+    tokenizer.normalizer = normalizers.NFC()
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[dialect]())
+  tokenizer.decoder = decoders.ByteLevel()
+  return tokenizer
+
+
+def _sentencepiece(fields: dict) -> tokenizers.Tokenizer:
+  """Sentencepiece's BPE: of all neighbours the two are joined whose join has the best score; bytes for what is left."""
+  tokens, scores, types = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'scores', 'token_type'))
+  vocabulary = {t: i for i, t in enumerate(tokens)}
+  whole = {t for t, kind in zip(tokens, types) if kind in (_CONTROL, _USER_DEFINED)}  # nothing is joined to these
+  merges = []
+  for i, token in enumerate(tokens):
+    if token not in whole:
+      halves = [(token[:at], token[at:]) for at in range(1, len(token))]
+      merges += [(-scores[i], i, *pair) for pair in halves if all(h in vocabulary and h not in whole for h in pair)]
+  # The order of those of one token: the tokenizer takes the first that it can have, all make the same token.
+  merges.sort(key=lambda merge: merge[:2])
+  unknown = tokens[fields.get('tokenizer.ggml.unknown_token_id', 0)]
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(vocabulary, [merge[2:] for merge in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+  )
+  space = '\u2581'
+  prefix = fields.get('tokenizer.ggml.add_space_prefix', True)
+  normalizer, strip = ([normalizers.Prepend(space)], [decoders.Strip(' ', 1, 0)]) if prefix else ([], [])
+  tokenizer.normalizer = normalizers.Sequence([*normalizer, normalizers.Replace(' ', space)])
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.Replace(space, ' '), decoders.ByteFallback(), decoders.Fuse(), *strip]
+  )
+  return tokenizer
