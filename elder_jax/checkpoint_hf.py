@@ -5,8 +5,10 @@ reads tensor by tensor; `save` writes a Hugging Face folder. Nothing here unpick
 """
 
 from collections.abc import Callable
+import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -28,7 +30,7 @@ from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Spec
 
-DTYPES = {'F32', 'F16', 'BF16'}
+SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 # What is taken over from the source as it stands, byte for byte.
 COPIED = (
     'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'spiece.model',
@@ -47,7 +49,14 @@ class Source:
   spec: Spec
   num_layers: int
   shapes: dict[str, tuple[int, ...]]  # by Hugging Face name
+  dtypes: dict[str, str]  # the same, of SAFETENSORS_DTYPES
   read: Callable[[str], np.ndarray]
+
+  @property
+  def dtype(self) -> str:
+    """That of all tensors; float32 where they differ."""
+    kinds = set(self.dtypes.values())
+    return kinds.pop() if len(kinds) == 1 else 'float32'
 
   @property
   def family(self):
@@ -63,18 +72,18 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
       raise InputError(f'--model={model}: there is no such file; check the path.')
     config, shapes, read = gguf_source.open_gguf(path, scratch)
-    files = scratch
+    files, dtypes = scratch, dict.fromkeys(shapes, 'float32')
   else:
     files = _folder(model, path)
     config = read_json(files / 'config.json')
-    shapes, read = _safetensors(files)
+    shapes, dtypes, read = _safetensors(files)
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
       f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
   spec, num_layers = families.FAMILIES[model_type].spec_from_config(config)
-  source = Source(model, files, config, spec, num_layers, shapes, read)
+  source = Source(model, files, config, spec, num_layers, shapes, dtypes, read)
   _check_names_and_shapes(source)
   return source
 
@@ -114,7 +123,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def _safetensors(folder: pathlib.Path):
-  """Headers of all shards: ({name: shape}, read)."""
+  """Headers of all shards: ({name: shape}, {name: dtype}, read)."""
   single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
   where = None
   if single.is_file():
@@ -141,19 +150,20 @@ def _safetensors(folder: pathlib.Path):
       )
     raise InputError(f'{folder}: has no model.safetensors and no model.safetensors.index.json; fetch the weights.')
 
-  shapes, home = {}, {}
+  shapes, dtypes, home = {}, {}, {}
   for path in paths:
     with _opened(path) as file:
       for name in file.keys():  # noqa: SIM118 (not a dict)
         if name in home:
           raise InputError(f'{path}: the tensor {name} is also in {home[name].name}; fetch the checkpoint again.')
         tensor = file.get_slice(name)
-        if tensor.get_dtype() not in DTYPES:
+        if tensor.get_dtype() not in SAFETENSORS_DTYPES:
           raise InputError(
             f'{path}: the tensor {name} is of type {tensor.get_dtype()}, only F32, F16 and BF16 are supported; '
             'use an unquantised checkpoint.'
           )
         shapes[name], home[name] = tuple(tensor.get_shape()), path
+        dtypes[name] = SAFETENSORS_DTYPES[tensor.get_dtype()]
   for name, file in (where or {}).items():
     if name not in home or home[name].name != file:
       raise InputError(f'{index}: says that {name} is in {file}, but it is not; fetch the checkpoint again.')
@@ -162,7 +172,7 @@ def _safetensors(folder: pathlib.Path):
     with _opened(home[name]) as file:
       return file.get_tensor(name)
 
-  return shapes, read
+  return shapes, dtypes, read
 
 
 def _opened(path: pathlib.Path):
@@ -189,11 +199,15 @@ class _Part:
 class _Row:
   """One Hugging Face tensor and the slices of ours that it is: one, or several that are fused."""
 
-  name: str
+  template: str  # the name, with {l} for the layer
   layer: int | None  # index on our leading axis
   parts: tuple[_Part, ...]
   dim: int | None  # of the tensor, in which the parts are fused: '+', one after the other, or '*', in turns
   star: int | None  # '*': the axis of the folded shape along which they take turns
+
+  @property
+  def name(self) -> str:
+    return self.template.format(l=self.layer)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -226,7 +240,7 @@ class _Row:
     return np.concatenate(pieces, self.dim if self.star is None else self.star).reshape(self.shape)
 
 
-def _row(name: str, layer: int | None, entry, sizes: dict[str, int]) -> _Row:
+def _row(template: str, layer: int | None, entry, sizes: dict[str, int]) -> _Row:
   """A row of a family's table. A rule is 'HF->ours', as families/llama.py says; fused parts have '+' or '*' in it."""
   parts, size = [], sizes | {'*': 1}
   for path, rule in (entry,) if isinstance(entry[0], str) else entry:
@@ -235,7 +249,7 @@ def _row(name: str, layer: int | None, entry, sizes: dict[str, int]) -> _Row:
     shape, folded = (math.prod(size[a] for a in dim) for dim in dims), (size[a] for a in theirs.replace(',', ''))
     parts.append(_Part(path, tuple(shape), tuple(folded), tuple(letters.index(a) for a in ours)))
   dim = next((j for j, text in enumerate(rule.split(',')) if {'+', '*'} & set(text)), None)
-  return _Row(name, layer, tuple(parts), dim, theirs.replace(',', '').index('*') if '*' in theirs else None)
+  return _Row(template, layer, tuple(parts), dim, theirs.replace(',', '').index('*') if '*' in theirs else None)
 
 
 @functools.lru_cache(maxsize=8)
@@ -250,7 +264,7 @@ def _rows(family, spec: Spec, num_layers: int) -> list[_Row]:
   for name, entry in family.WEIGHTS.items():
     if entry is None or get(model, entry[0] if isinstance(entry[0], str) else entry[0][0]) is None:
       continue
-    rows += [_row(name.format(l=l), l, entry, sizes) for l in (range(num_layers) if '{l}' in name else [None])]
+    rows += [_row(name, l, entry, sizes) for l in (range(num_layers) if '{l}' in name else [None])]
   embeds = ('embed', 'positions')
   place = lambda row: row.layer if row.layer is not None else -1 if row.parts[0].path in embeds else num_layers
   return sorted(rows, key=place)
@@ -334,27 +348,70 @@ def _put(stack, piece, layer, place):
 
 def _read(source: Source, row: _Row) -> np.ndarray:
   tensor = source.read(row.name)
-  if not np.isfinite(tensor).all():
+  if not _finite(tensor):
     raise InputError(
       f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; fetch the checkpoint again.'
     )
   return tensor
 
 
-def save(model: Decoder, source: Source, kept: list[int], folder: pathlib.Path, dtype: str, shard_bytes: int):
-  """Writes `model` (source's layers `kept`) as a Hugging Face folder; `folder` must exist and is the caller's to rename.
+def _finite(tensor: np.ndarray) -> bool:
+  if tensor.dtype.itemsize == 4:
+    return bool(np.isfinite(tensor).all())
+  # The exponent is all ones; as whole numbers, a multiple of the speed of numpy's half types.
+  exponent = 0x7C00 if tensor.dtype == np.float16 else 0x7F80
+  return not ((np.ascontiguousarray(tensor).view(np.uint16) & exponent) == exponent).any()
 
-  config.json is the source's with the depth changed, tokenizer and the like are copied byte for byte.
+
+# Row of a family's table -> the tensor as Hugging Face has it.
+TensorOf = Callable[[_Row], np.ndarray]
+
+
+def from_model(model: Decoder) -> TensorOf:
+  def tensor(row: _Row) -> np.ndarray:
+    arrays = [get(model, part.path)[...] for part in row.parts]
+    return row.to_hf([np.asarray(a if row.layer is None else a[row.layer]) for a in arrays])
+
+  return tensor
+
+
+def from_source(source: Source, kept: list[int]) -> TensorOf:
+  """The source's own tensors, so that a model of which layers just go is never in memory."""
+  own = _source_rows(source, kept)
+  return lambda row: _read(source, own(row))
+
+
+def _source_rows(source: Source, kept: list[int]) -> Callable[[_Row], _Row]:
+  """From a row of the model that has the layers `kept` to the same tensor's in the source."""
+  rows = {(row.template, row.layer): row for row in _rows(source.family, source.spec, source.num_layers)}
+  return lambda row: rows[row.template, None if row.layer is None else kept[row.layer]]
+
+
+def save(
+  tensor_of: TensorOf, source: Source, kept: list[int], folder: pathlib.Path, dtype: str, shard_bytes: int
+) -> dict:
+  """Writes source's layers `kept` as a Hugging Face folder; `folder` must exist and is the caller's to rename.
+
+  config.json is the source's with the depth changed, tokenizer and the like are copied byte for byte. The host holds one
+  tensor at a time.
+
+  Args:
+    tensor_of: from_model or from_source.
+    dtype: of the tensors written; empty: each has its source's own.
+
+  Returns:
+    {file name: sha256} of the files with tensors.
   """
-  assert model.num_layers == len(kept)
   config = pruned_config(source.family, source.config, kept, dtype)
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
   for pattern in COPIED:
     for path in sorted(source.files.glob(pattern)):
       shutil.copyfile(path, folder / path.name)
 
-  rows = _rows(source.family, model.spec, len(kept))
-  size = lambda row: math.prod(row.shape) * jnp.dtype(dtype).itemsize
+  rows = _rows(source.family, source.spec.with_layers(kept), len(kept))
+  own = _source_rows(source, kept)
+  dtypes = {row.name: dtype or source.dtypes[own(row).name] for row in rows}
+  size = lambda row: math.prod(row.shape) * jnp.dtype(dtypes[row.name]).itemsize
   shards: list[list[_Row]] = [[]]
   for row in rows:
     if shards[-1] and sum(map(size, shards[-1])) + size(row) > shard_bytes:
@@ -363,19 +420,42 @@ def save(model: Decoder, source: Source, kept: list[int], folder: pathlib.Path, 
   names = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
   if len(shards) == 1:
     names = ['model.safetensors']
-  for name, shard in zip(names, shards):
-    tensors = {}
-    for row in shard:
-      arrays = [get(model, part.path)[...] for part in row.parts]
-      ours = [np.asarray(a if row.layer is None else a[row.layer]) for a in arrays]
-      tensors[row.name] = np.ascontiguousarray(row.to_hf(ours).astype(jnp.dtype(dtype)))
-    safetensors.numpy.save_file(tensors, folder / name, metadata={'format': 'pt'})
+  hashes = {name: _write_shard(folder / name, shard, tensor_of, dtypes) for name, shard in zip(names, shards)}
   if len(shards) > 1:
     index = {
       'metadata': {'total_size': sum(map(size, rows))},
       'weight_map': {row.name: name for name, shard in zip(names, shards) for row in shard},
     }
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
+  return hashes
+
+
+def _write_shard(path: pathlib.Path, rows: list[_Row], tensor_of: TensorOf, dtypes: dict[str, str]) -> str:
+  """A safetensors file, tensor after tensor; returns its sha256. (The safetensors package wants all of them at once.)"""
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for row in rows:
+    dtype = dtypes[row.name]
+    begin, end = end, end + math.prod(row.shape) * jnp.dtype(dtype).itemsize
+    kind = next(theirs for theirs, ours in SAFETENSORS_DTYPES.items() if ours == dtype)
+    header[row.name] = {'dtype': kind, 'shape': list(row.shape), 'data_offsets': [begin, end]}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  digest = hashlib.sha256()
+  # Hashing goes on in a thread while the next tensor is read.
+  with path.open('wb') as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
+    pending = thread.submit(digest.update, len(text).to_bytes(8, 'little') + text)
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for row in rows:
+      tensor = np.ascontiguousarray(tensor_of(row), jnp.dtype(dtypes[row.name]))
+      assert tensor.shape == row.shape, row.name
+      octets = tensor.reshape(-1).view(np.uint8)
+      file.write(octets)
+      pending.result()
+      pending = thread.submit(digest.update, octets)
+    pending.result()
+    file.flush()
+    os.fsync(file.fileno())
+  return digest.hexdigest()
 
 
 def pruned_config(family, config: dict, kept: list[int], dtype: str) -> dict:
@@ -390,7 +470,7 @@ def pruned_config(family, config: dict, kept: list[int], dtype: str) -> dict:
     }
     changes |= family.pruned(config, kept) if hasattr(family, 'pruned') else {}
     changes[key_of_depth] = len(kept)
-  # transformers 5 writes `dtype`, 4 `torch_dtype`; both are read by both.
-  changes['dtype' if 'dtype' in config else 'torch_dtype'] = dtype
+  if dtype:  # transformers 5 writes `dtype`, 4 `torch_dtype`; both are read by both
+    changes['dtype' if 'dtype' in config else 'torch_dtype'] = dtype
   # None: a rule by which the list was made, which does not hold any more.
   return {key: value for key, value in (config | changes).items() if not (key in changes and value is None)}

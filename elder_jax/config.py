@@ -144,7 +144,9 @@ class Config:
   mesh: str = _flag('-1,1,1', 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.')
   checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
   # Output.
-  export_dtype: str = _flag('', 'Type of the exported weights; unset: that of --dtype.', ('', 'float32', 'bfloat16'))
+  export_dtype: str = _flag(
+    '', "Type of the exported weights; unset: the model's own.", ('', 'float32', 'bfloat16', 'float16')
+  )
   shard_gb: float = _flag(5.0, 'Largest size of an exported file, in GB (1e9 bytes).')
   verify: str = _flag(
       'auto', 'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are '
@@ -249,9 +251,6 @@ class Config:
 
   def steps(self) -> int:
     return self.num_sequences // self.batch_size if self.train_steps is None else self.train_steps
-
-  def resolved_export_dtype(self) -> str:
-    return self.export_dtype or self.dtype
 
   def path(self) -> pathlib.Path:
     return user_path(self.workdir)

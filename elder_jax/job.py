@@ -46,6 +46,11 @@ class Run:
   log: metrics.Metrics
 
   @property
+  def copies(self) -> bool:
+    """Layers are just taken out and nothing is measured: the model need not be in memory."""
+    return self.config.recipes() == ['none'] and self.rows_NT is None and not self.windows and self.tasks is None
+
+  @property
   def seed(self) -> int | None:
     return self.config.seed if self.config.shuffle else None
 

@@ -17,6 +17,7 @@ from elder_jax import evaluate
 from elder_jax import gates
 from elder_jax import generate
 from elder_jax import importance
+from elder_jax import manifest
 from elder_jax import merging
 from elder_jax import metrics
 from elder_jax import prune
@@ -46,8 +47,10 @@ def run(config: Config) -> dict:
     metrics.say(f'{work} holds a finished run')
     return json.loads((work / 'report.json').read_text())
 
-  metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
-  model, seconds['load'] = _timed(lambda: load(job))
+  model = None
+  if not job.copies:
+    metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
+    model, seconds['load'] = _timed(lambda: load(job))
   dense = stage('dense', 'dense', lambda: measure(job, model, 'dense'))
 
   # The first method, number of layers and --recipe are what is exported: its model is the last to be made.
@@ -60,7 +63,8 @@ def run(config: Config) -> dict:
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
     checkpoints = Checkpoints(work / 'checkpoints' / name, config.checkpoint_every, config.steps())
-    if (method, n, recipe) == exported or not (work / 'stages' / f'{name}.json').exists():
+    measured = (work / 'stages' / f'{name}.json').exists()
+    if not job.copies and ((method, n, recipe) == exported or not measured):
       pruned, taken = _timed(lambda: apply_recipe(job, model, choice, recipe, checkpoints, name))
       seconds.setdefault(f'train_{name}', taken)
     figures = stage(name, f'evaluate_{name}', lambda: measure(job, pruned, name))
@@ -86,7 +90,7 @@ def run(config: Config) -> dict:
     'tasks': {'dense': dense['tasks'], 'pruned': rows[-1]['tasks']},
     'rows': rows,
     'corpora': {c: w.about for c, w in job.windows.items()},
-    'params': {'dense': prune.num_params(model), 'pruned': prune.num_params(pruned)},
+    'params': {'dense': _num_params(job, range(job.source.num_layers)), 'pruned': _num_params(job, kept)},
     'steps': config.steps() if trained else 0,
     'tokens_per_step': config.batch_size * config.seq_len,
     'versions': report_lib.versions(),
@@ -255,37 +259,41 @@ def _say_refit(layer: int, end: int, before: float, after: float):
   )
 
 
-def export(job: Run, pruned: Decoder, kept: list[int], report: dict) -> dict:
-  """Writes the pruned model to workdir/export, checks it, and only then gives it that name. Returns verify's figures."""
-  config, work = job.config, job.config.path()
+def _num_params(job: Run, kept) -> int:
+  return prune.num_params(checkpoint_hf.abstract(job.source.spec.with_layers(list(kept)), len(kept)))
+
+
+def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> dict:
+  """Writes the pruned model to workdir/export, checks it, and only then gives it that name. Returns verify's figures.
+
+  Args:
+    pruned: unset, the source's tensors are copied.
+  """
+  config, source, work = job.config, job.source, job.config.path()
   temporary, final = work / 'export.partial', work / 'export'
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir()
-  dtype = config.resolved_export_dtype()
   metrics.say(f'writing and checking {final}')
-  checkpoint_hf.save(pruned, job.source, kept, temporary, dtype, int(config.shard_gb * 1e9))
-  (temporary / 'README.md').write_text(model_card(job, report), encoding='utf-8')
+  # A copy keeps each tensor's type, where they differ.
+  dtype = config.export_dtype or ('' if job.copies else source.dtype)
+  tensor_of = checkpoint_hf.from_source(source, kept) if job.copies else checkpoint_hf.from_model(pruned)
+  hashes = checkpoint_hf.save(tensor_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
+  (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
   if job.windows:
     tokens_BT = next(iter(job.windows.values())).tokens_NT[:1, :128]
   elif job.rows_NT is not None:
     tokens_BT = job.rows_NT[:1, :128]
   else:  # no text was given: any tokens will do
-    tokens_BT = np.random.default_rng(0).integers(0, job.source.spec.vocab_size, (1, 128), np.int32)
-  torch = config.verify == 'torch' or (config.verify == 'auto' and verify.has_torch())
-  figures = verify.check(temporary, pruned, dtype, tokens_BT, torch)
+    tokens_BT = np.random.default_rng(0).integers(0, source.spec.vocab_size, (1, 32), np.int32)
+  torch = verify.use_torch(config.verify, report['params']['pruned'])
+  if job.copies:
+    figures = verify.check_copy(temporary, source.spec.with_layers(kept), len(kept), tokens_BT, torch)
+  else:
+    figures = verify.check(temporary, pruned, dtype, tokens_BT, torch)
+  manifest.write(temporary, hashes)
   shutil.rmtree(final, ignore_errors=True)
   os.replace(temporary, final)
   return figures
-
-
-def model_card(job: Run, report: dict) -> str:
-  name = pathlib.PurePath(report['model']).name
-  text = (
-    f'# {name}, {len(report["kept"])} of {report["num_layers"]} layers\n\n'
-    f'Made from {report["model"]} by elder_jax, recipe `{report["recipe"]}`.\n'
-    f'Removed layers (0-based, numbers of the original): {report["removed"]}. Kept: {report["kept"]}.\n'
-  )
-  return text + (f'\n{report_lib.table(report)}\n' if report['rows'] and report['ppl'] else '')
 
 
 def _stage(work: pathlib.Path, seconds: dict, name: str, key: str, compute: Callable[[], dict]) -> dict:

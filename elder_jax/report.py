@@ -139,3 +139,39 @@ def markdown(report: dict) -> str:
     'Versions: ' + ', '.join(f'{k} {v}' for k, v in report['versions'].items()) + '.',
   ]
   return '\n'.join(lines) + '\n'
+
+
+def model_card(report: dict, config: dict) -> str:
+  """README.md of the exported folder: what was removed, from what, how, with which figures."""
+  name = pathlib.PurePath(report['model']).name
+  hub_id = not pathlib.Path(report['model']).exists() and report['model'].count('/') == 1
+  lines = ['---', 'library_name: transformers', 'tags: [pruned, elder_jax]']
+  lines += [f'base_model: {report["model"]}', '---', ''] if hub_id else ['---', '']
+  params = report['params']
+  chosen = 'given' if config['remove_layers'] is not None else f'chosen by {report["method"]}'
+  lines += [
+    f'# {name}, {len(report["kept"])} of {report["num_layers"]} layers',
+    '',
+    f'Made from {report["model"] if hub_id else name} by elder_jax {report["versions"]["elder_jax"]}.',
+    f'Removed layers (0-based, numbers of the original): {report["removed"]}. Kept: {report["kept"]}.',
+    f'Parameters: {params["dense"] / 1e6:.1f} M → {params["pruned"] / 1e6:.1f} M.',
+    '',
+    f'The layers were {chosen}; recipe: `{report["recipe"]}` ({NAMES[report["recipe"]]}).',
+  ]
+  if report['steps']:
+    tokens = report['steps'] * report['tokens_per_step']
+    lines.append(f'Trained for {report["steps"]} steps, {tokens:,} tokens, learning rate {config["lr"]:g}.')
+  lines += [
+    '',
+    'An ordinary checkpoint of its architecture with fewer layers: transformers, vLLM and convert_hf_to_gguf.py of '
+    'llama.cpp read it as it is. `python -m elder_jax.verify FOLDER` or `sha256sum -c SHA256SUMS` tells whether the files '
+    'are those that were written (this page included).',
+  ]
+  if report['ppl'] or report['tasks']['dense']:
+    lines += ['', table(report), '']
+    lines += [
+      f'- {corpus}: sha256 of the text {about["sha256"][:16]}…, windows of {about["window"]} tokens, BOS: {about["bos"]}, '
+      f'{about["protocol"]}.'
+      for corpus, about in report['corpora'].items()
+    ]
+  return '\n'.join(lines) + '\n'

@@ -1,13 +1,24 @@
-"""Does an exported folder hold the pruned model? Read back in JAX and, where it is installed, in PyTorch."""
+"""Does an exported folder hold the pruned model? Read back in JAX and, where it is installed, in PyTorch.
+
+  python -m elder_jax.verify FOLDER
+
+says whether the files of an exported folder are those that were written, and whether they make a model.
+"""
 
 import importlib.util
+import os
 import pathlib
+import sys
 
 import jax
 import numpy as np
 
 from elder_jax import checkpoint_hf
+from elder_jax import cli
+from elder_jax import manifest
+from elder_jax import metrics
 from elder_jax import model as model_lib
+from elder_jax.errors import InputError
 
 # Largest difference of a logit, both sides in float32, per unit of the logits' standard deviation: PyTorch is as far from
 # its own float64 (1e-5 at 30 layers); a wrong weight is seen at 1e-2 and more.
@@ -20,6 +31,30 @@ class ExportMismatch(RuntimeError):
 
 def has_torch() -> bool:
   return importlib.util.find_spec('torch') is not None
+
+
+def use_torch(wish: str, num_params: int) -> bool:
+  """Whether the export is loaded in PyTorch, by --verify; auto leaves out a model that would fill the memory."""
+  if wish != 'auto' or not has_torch():
+    return wish == 'torch'
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if 4 * num_params <= memory / 2:
+    return True
+  metrics.say(
+    f'the check in PyTorch is left out: in float32 the model takes {4 * num_params / 1e9:.0f} GB of {memory / 1e9:.0f}; '
+    '--verify=torch does it all the same'
+  )
+  return False
+
+
+def check_copy(
+  folder: pathlib.Path, expected: model_lib.Spec, num_layers: int, tokens_BT: np.ndarray, torch: bool
+) -> dict:
+  """As `check`, for layers that were copied from file to file: every name and shape, and config.json as it is read."""
+  source = checkpoint_hf.open_source(str(folder), folder)
+  if source.spec != expected or source.num_layers != num_layers:
+    raise ExportMismatch(f'{folder}: config.json says {source.spec}, the pruned model is {expected}')
+  return {'tensors': len(source.shapes)} | (_check_torch(folder, None, tokens_BT, 0.0) if torch else {})
 
 
 def check(folder: pathlib.Path, model: model_lib.Decoder, dtype: str, tokens_BT: np.ndarray, torch: bool) -> dict:
@@ -55,16 +90,21 @@ def _logits(model, tokens_BT):
   return model_lib.logits(model, x_BTD)
 
 
-def _check_torch(folder: pathlib.Path, expected_BTV: np.ndarray, tokens_BT: np.ndarray, tolerance: float) -> dict:
+def _check_torch(
+  folder: pathlib.Path, expected_BTV: np.ndarray | None, tokens_BT: np.ndarray, tolerance: float
+) -> dict:
+  """expected_BTV: unset, only what is generated with and without a cache is compared."""
   import torch  # not a requirement of the package
   import transformers
 
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   tokens = torch.tensor(np.asarray(tokens_BT, np.int64))
   with torch.no_grad():
-    difference = float(np.max(np.abs(model(tokens).logits.numpy() - expected_BTV)))
-    if not difference <= tolerance:
-      raise ExportMismatch(f'{folder}: logits in PyTorch differ by {difference:.2g} from the pruned model')
+    figures = {}
+    if expected_BTV is not None:
+      figures['torch'] = float(np.max(np.abs(model(tokens).logits.numpy() - expected_BTV)))
+      if not figures['torch'] <= tolerance:
+        raise ExportMismatch(f'{folder}: logits in PyTorch differ by {figures["torch"]:.2g} from the pruned model')
     prompt = tokens[:1, : min(16, tokens.shape[1])]
     generate = lambda cache: model.generate(
       prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False, use_cache=cache
@@ -72,4 +112,20 @@ def _check_torch(folder: pathlib.Path, expected_BTV: np.ndarray, tokens_BT: np.n
     cached, uncached = generate(True), generate(False)
   if cached != uncached:
     raise ExportMismatch(f'{folder}: PyTorch generates {cached} with a cache and {uncached} without')
-  return {'torch': difference, 'generated': cached}
+  return figures | {'generated': cached}
+
+
+def main(argv: list[str]):
+  if len(argv) != 2:
+    cli.fail(2, 'give one folder: python -m elder_jax.verify FOLDER')
+  folder = pathlib.Path(argv[1])
+  try:
+    files = manifest.check(folder)
+    source = checkpoint_hf.open_source(str(folder), folder)
+  except InputError as e:
+    cli.fail(1, str(e))
+  print(f'{folder}: {files} files as written, {source.config["model_type"]}, {source.num_layers} layers')
+
+
+if __name__ == '__main__':
+  main(sys.argv)

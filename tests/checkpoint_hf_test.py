@@ -55,7 +55,14 @@ def save(folder: pathlib.Path, out: pathlib.Path, removed=(), dtype='float32', s
   source = open_folder(folder)
   model = prune.prune(checkpoint_hf.load(source, dtype), list(removed))
   out.mkdir()
-  checkpoint_hf.save(model, source, prune.kept_layers(source.num_layers, list(removed)), out, dtype, shard_bytes)
+  checkpoint_hf.save(
+    checkpoint_hf.from_model(model),
+    source,
+    prune.kept_layers(source.num_layers, list(removed)),
+    out,
+    dtype,
+    shard_bytes,
+  )
   return model
 
 
@@ -140,7 +147,7 @@ def test_save_in_another_type(mild, tmp_path):
   source = open_folder(mild)
   model = checkpoint_hf.load(source, 'float32')
   (tmp_path / 'out').mkdir()
-  checkpoint_hf.save(model, source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
+  checkpoint_hf.save(checkpoint_hf.from_model(model), source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
   got, before = tensors_of(tmp_path / 'out'), tensors_of(mild)
   same_bytes(got, {n: t.astype('bfloat16') for n, t in before.items()})
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
@@ -257,7 +264,7 @@ def test_verify_passes_a_rounded_export(mild, tmp_path):
   source = open_folder(mild)
   model = checkpoint_hf.load(source, 'float32')
   (tmp_path / 'out').mkdir()
-  checkpoint_hf.save(model, source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
+  checkpoint_hf.save(checkpoint_hf.from_model(model), source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
   figures = verify.check(tmp_path / 'out', model, 'bfloat16', some_tokens(), torch=True)
   assert figures['jax'] == 0 and figures['torch'] <= 1e-5
 

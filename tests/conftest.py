@@ -62,6 +62,13 @@ def compilation_cache(tmp_path_factory):
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Programs of one module are of no use to the next, and thousands of them take more mappings than a process may have."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory) -> pathlib.Path:
   """A tiny Llama's folder; read only."""

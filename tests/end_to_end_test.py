@@ -115,7 +115,8 @@ def test_a_finished_run_is_not_done_again(settings, monkeypatch):
     dict(lambda2_power=2.0),
     dict(trainable='all'),
     dict(dtype='bfloat16'),
-    dict(dtype='bfloat16', export_dtype='float32'),
+    dict(dtype='bfloat16', export_dtype='bfloat16'),
+    dict(export_dtype='float16'),
     dict(grad_accum=2, remat='full'),
     dict(eval_bos='window'),
     dict(recipe='prune_then_train', compare=[]),
@@ -133,7 +134,7 @@ def test_a_finished_run_is_not_done_again(settings, monkeypatch):
 def test_every_option_runs_to_an_export_that_verifies(settings, options):
   report = run(settings, **options)
   assert len(report['kept']) == 4 and report['verify']['jax'] <= 1e-4
-  dtype = options.get('export_dtype') or options.get('dtype', 'float32')
+  dtype = options.get('export_dtype', 'float32')  # that of the model, whatever is computed in
   assert {str(t.dtype) for t in exported(settings['workdir']).values()} == {dtype}
 
 

@@ -130,7 +130,9 @@ def tensors_of(folder: pathlib.Path) -> dict:
 
 def test_the_round_trip_changes_no_byte(folder, tmp_path):
   source, model = opened(folder)
-  checkpoint_hf.save(model, source, list(range(source.num_layers)), tmp_path, 'float32', int(5e9))
+  checkpoint_hf.save(
+    checkpoint_hf.from_model(model), source, list(range(source.num_layers)), tmp_path, 'float32', int(5e9)
+  )
   before, after = tensors_of(folder), tensors_of(tmp_path)
   assert before.keys() == after.keys()
   assert all(before[n].tobytes() == after[n].tobytes() and before[n].shape == after[n].shape for n in before)
@@ -142,7 +144,7 @@ def test_two_layers_less(folder, tmp_path):
   source, model = opened(folder)
   kept = [l for l in range(source.num_layers) if l not in (1, 2)]
   pruned = prune.prune(model, [1, 2])
-  checkpoint_hf.save(pruned, source, kept, tmp_path, 'float32', int(5e9))
+  checkpoint_hf.save(checkpoint_hf.from_model(pruned), source, kept, tmp_path, 'float32', int(5e9))
   expected = np.asarray(logits(pruned, tokens()))
   close(torch_logits(tmp_path, tokens().astype(np.int64)), expected)
   again, read = opened(tmp_path)

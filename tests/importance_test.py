@@ -185,7 +185,7 @@ def test_scores_of_smollm2_equal_the_published_formulas(tmp_path):
   model = checkpoint_hf.load(source, 'float32')
   folder = tmp_path / 'whole'
   folder.mkdir()
-  checkpoint_hf.save(model, source, list(range(30)), folder, 'float32', int(5e9))
+  checkpoint_hf.save(checkpoint_hf.from_model(model), source, list(range(30)), folder, 'float32', int(5e9))
   tokens = data.load_tokenizer(str(folder))(NEWS.read_text())['input_ids'][: 8 * 256]
   tokens_BT = np.array(tokens, np.int32).reshape(8, 256)
   batches = [tokens_BT[:4], tokens_BT[4:]]
