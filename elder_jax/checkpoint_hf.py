@@ -5,6 +5,8 @@ reads tensor by tensor; `save` writes a Hugging Face folder. Nothing here unpick
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 import concurrent.futures
 import dataclasses
 import functools
@@ -30,6 +32,7 @@ from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Spec
 
+PIECE = 2**22  # bytes of a tensor that is copied in pieces
 SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 # What is taken over from the source as it stands, byte for byte.
 COPIED = (
@@ -51,6 +54,7 @@ class Source:
   shapes: dict[str, tuple[int, ...]]  # by Hugging Face name
   dtypes: dict[str, str]  # the same, of SAFETENSORS_DTYPES
   read: Callable[[str], np.ndarray]
+  pieces: Callable[[str], Iterator[np.ndarray]]  # flat; one holds until the next but one
 
   @property
   def dtype(self) -> str:
@@ -73,17 +77,18 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
       raise InputError(f'--model={model}: there is no such file; check the path.')
     config, shapes, read = gguf_source.open_gguf(path, scratch)
     files, dtypes = scratch, dict.fromkeys(shapes, 'float32')
+    pieces = lambda name: iter([read(name)])
   else:
     files = _folder(model, path)
     config = read_json(files / 'config.json')
-    shapes, dtypes, read = _safetensors(files)
+    shapes, dtypes, read, pieces = _safetensors(files)
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
       f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
   spec, num_layers = families.FAMILIES[model_type].spec_from_config(config)
-  source = Source(model, files, config, spec, num_layers, shapes, dtypes, read)
+  source = Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces)
   _check_names_and_shapes(source)
   return source
 
@@ -123,7 +128,7 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def _safetensors(folder: pathlib.Path):
-  """Headers of all shards: ({name: shape}, {name: dtype}, read)."""
+  """Headers of all shards: ({name: shape}, {name: dtype}, read, pieces)."""
   single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
   where = None
   if single.is_file():
@@ -170,16 +175,39 @@ def _safetensors(folder: pathlib.Path):
 
   begins = {path: _data_begins(path) for path in paths}
 
-  def read(name: str) -> np.ndarray:
-    # Not by the package, whose mapped pages come one by one and take twice the time.
+  def opened_at(name: str):
     begin, offsets = begins[home[name]]
-    count = math.prod(shapes[name])
-    tensor = np.fromfile(home[name], jnp.dtype(dtypes[name]), count, offset=begin + offsets[name])
-    if tensor.size != count:
-      raise InputError(f'{home[name]}: has become shorter while it was read; fetch it again.')
-    return tensor.reshape(shapes[name])
+    file = home[name].open('rb', buffering=0)
+    file.seek(begin + offsets[name])
+    return file
 
-  return shapes, dtypes, read
+  # Neither by the package, whose mapped pages come one by one and take twice the time.
+  def read(name: str) -> np.ndarray:
+    tensor = np.empty(shapes[name], jnp.dtype(dtypes[name]))
+    with opened_at(name) as file:
+      _read_all(file, tensor.reshape(-1).view(np.uint8))
+    return tensor
+
+  def pieces(name: str) -> Iterator[np.ndarray]:
+    dtype = jnp.dtype(dtypes[name])
+    left, buffers = math.prod(shapes[name]), [np.empty(PIECE // dtype.itemsize, dtype) for _ in range(2)]
+    with opened_at(name) as file:
+      while left:
+        buffers.reverse()
+        piece = buffers[0][:left]
+        _read_all(file, piece.view(np.uint8))
+        left -= piece.size
+        yield piece
+
+  return shapes, dtypes, read, pieces
+
+
+def _read_all(file, octets: np.ndarray):
+  rest = memoryview(octets)
+  while len(rest):
+    if not (count := file.readinto(rest)):
+      raise InputError(f'{file.name}: has become shorter while it was read; fetch it again.')
+    rest = rest[count:]
 
 
 def _opened(path: pathlib.Path):
@@ -363,11 +391,15 @@ def _put(stack, piece, layer, place):
 
 def _read(source: Source, row: _Row) -> np.ndarray:
   tensor = source.read(row.name)
+  _check_finite(tensor, source, row)
+  return tensor
+
+
+def _check_finite(tensor: np.ndarray, source: Source, row: _Row):
   if not _finite(tensor):
     raise InputError(
       f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; fetch the checkpoint again.'
     )
-  return tensor
 
 
 def _finite(tensor: np.ndarray) -> bool:
@@ -380,22 +412,28 @@ def _finite(tensor: np.ndarray) -> bool:
   return all(np.bitwise_and(bits[i : i + size], exponent).max() < exponent for i in range(0, len(bits), size))
 
 
-# Row of a family's table -> the tensor as Hugging Face has it.
-TensorOf = Callable[[_Row], np.ndarray]
+# Row of a family's table -> the tensor as Hugging Face has it, in pieces.
+PiecesOf = Callable[[_Row], Iterable[np.ndarray]]
 
 
-def from_model(model: Decoder) -> TensorOf:
-  def tensor(row: _Row) -> np.ndarray:
+def from_model(model: Decoder) -> PiecesOf:
+  def pieces(row: _Row):
     arrays = [get(model, part.path)[...] for part in row.parts]
-    return row.to_hf([np.asarray(a if row.layer is None else a[row.layer]) for a in arrays])
+    yield row.to_hf([np.asarray(a if row.layer is None else a[row.layer]) for a in arrays])
 
-  return tensor
+  return pieces
 
 
-def from_source(source: Source, kept: list[int]) -> TensorOf:
+def from_source(source: Source, kept: list[int]) -> PiecesOf:
   """The source's own tensors, so that a model of which layers just go is never in memory."""
   own = _source_rows(source, kept)
-  return lambda row: _read(source, own(row))
+
+  def pieces(row: _Row):
+    for piece in source.pieces(own(row).name):
+      _check_finite(piece, source, own(row))
+      yield piece
+
+  return pieces
 
 
 def _source_rows(source: Source, kept: list[int]) -> Callable[[_Row], _Row]:
@@ -405,7 +443,7 @@ def _source_rows(source: Source, kept: list[int]) -> Callable[[_Row], _Row]:
 
 
 def save(
-  tensor_of: TensorOf, source: Source, kept: list[int], folder: pathlib.Path, dtype: str, shard_bytes: int
+  pieces_of: PiecesOf, source: Source, kept: list[int], folder: pathlib.Path, dtype: str, shard_bytes: int
 ) -> dict:
   """Writes source's layers `kept` as a Hugging Face folder; `folder` must exist and is the caller's to rename.
 
@@ -413,7 +451,7 @@ def save(
   tensor at a time.
 
   Args:
-    tensor_of: from_model or from_source.
+    pieces_of: from_model or from_source.
     dtype: of the tensors written; empty: each has its source's own.
 
   Returns:
@@ -437,7 +475,7 @@ def save(
   names = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
   if len(shards) == 1:
     names = ['model.safetensors']
-  hashes = {name: _write_shard(folder / name, shard, tensor_of, dtypes) for name, shard in zip(names, shards)}
+  hashes = {name: _write_shard(folder / name, shard, pieces_of, dtypes) for name, shard in zip(names, shards)}
   if len(shards) > 1:
     index = {
       'metadata': {'total_size': sum(map(size, rows))},
@@ -447,7 +485,7 @@ def save(
   return hashes
 
 
-def _write_shard(path: pathlib.Path, rows: list[_Row], tensor_of: TensorOf, dtypes: dict[str, str]) -> str:
+def _write_shard(path: pathlib.Path, rows: list[_Row], pieces_of: PiecesOf, dtypes: dict[str, str]) -> str:
   """A safetensors file, tensor after tensor; returns its sha256. (The safetensors package wants all of them at once.)"""
   header, end = {'__metadata__': {'format': 'pt'}}, 0
   for row in rows:
@@ -457,31 +495,20 @@ def _write_shard(path: pathlib.Path, rows: list[_Row], tensor_of: TensorOf, dtyp
     header[row.name] = {'dtype': kind, 'shape': list(row.shape), 'data_offsets': [begin, end]}
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  digest = hashlib.sha256()
-
-  def load(row: _Row) -> np.ndarray:
-    tensor = np.ascontiguousarray(tensor_of(row), jnp.dtype(dtypes[row.name]))
-    assert tensor.shape == row.shape, row.name
-    return tensor.reshape(-1).view(np.uint8)
-
-  def finish(octets):
-    digest.update(octets)
-    os.fdatasync(file.fileno())  # bit by bit: at the end, all would wait for the disk
-
-  # While one tensor is written, the next is read, and the one before is hashed and goes to the disk.
-  with path.open('wb', buffering=0) as file, concurrent.futures.ThreadPoolExecutor(2) as threads:
-    octets = len(text).to_bytes(8, 'little') + text
-    hashed = threads.submit(finish, octets)
+  digest, octets = hashlib.sha256(), len(text).to_bytes(8, 'little') + text
+  # One piece is hashed while it is written and the next is read.
+  with path.open('wb', buffering=0) as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
+    hashed = thread.submit(digest.update, octets)
     _write_all(file, octets)
-    following = threads.submit(load, rows[0])
-    for after in [*rows[1:], None]:
-      octets = following.result()
-      if after is not None:
-        following = threads.submit(load, after)
-      _write_all(file, octets)
-      hashed.result()
-      hashed = threads.submit(finish, octets)
+    for row in rows:
+      for piece in pieces_of(row):
+        octets = np.ascontiguousarray(piece, jnp.dtype(dtypes[row.name])).reshape(-1).view(np.uint8)
+        hashed.result()
+        hashed = thread.submit(digest.update, octets)
+        _write_all(file, octets)
+      assert file.tell() == 8 + len(text) + header[row.name]['data_offsets'][1], row.name
     hashed.result()
+    os.fsync(file.fileno())
   return digest.hexdigest()
 
 

@@ -276,8 +276,8 @@ def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> d
   metrics.say(f'writing and checking {final}')
   # A copy keeps each tensor's type, where they differ.
   dtype = config.export_dtype or ('' if job.copies else source.dtype)
-  tensor_of = checkpoint_hf.from_source(source, kept) if job.copies else checkpoint_hf.from_model(pruned)
-  hashes = checkpoint_hf.save(tensor_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
+  pieces_of = checkpoint_hf.from_source(source, kept) if job.copies else checkpoint_hf.from_model(pruned)
+  hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
   (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
   if job.windows:
     tokens_BT = next(iter(job.windows.values())).tokens_NT[:1, :128]

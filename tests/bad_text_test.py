@@ -181,7 +181,7 @@ def test_truncated_or_foreign_gguf(settings, no_text, small_gguf, damage):
     (dict(fields={'llama.embedding_length': 'wide'}), ['small.gguf']),
     (dict(fields={'llama.attention.layer_norm_rms_epsilon': 'small'}), ['small.gguf']),
     (dict(fields={'llama.rope.scaling.type': 'yarn'}), ['small.gguf', 'rope scaling', 'yarn']),
-    (dict(tensors={'rope_freqs.weight': (4,)}), ['rope scaling']),
+    (dict(tensors={'rope_freqs.weight': (3,)}), ['rope_freqs.weight']),
     (dict(fields={'tokenizer.ggml.model': 'bert'}), ['small.gguf', 'tokenizer bert/smollm']),
     (dict(fields={'tokenizer.ggml.pre': 'tekken'}), ['small.gguf', 'tokenizer gpt2/tekken']),
     (dict(drop=['tokenizer.ggml.merges']), ['small.gguf', 'vocabulary']),
