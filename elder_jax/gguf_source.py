@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 
 from elder_jax import families
+from elder_jax import gguf_header
 from elder_jax import gguf_tokenizer
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
@@ -15,6 +16,7 @@ from elder_jax.errors import reason
 def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   """Writes config.json, tokenizer and generation_config.json into `scratch`; returns (config, {name: shape}, read)."""
   try:
+    gguf_header.check(path)
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
   except Exception as e:  # the parser has no error of its own for a broken file  # noqa: BLE001

@@ -1,0 +1,170 @@
+"""Layers taken out without the model's ever being in memory; the list of hashes and the command that reads it."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+
+from conftest import write_tiny_llama
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from elder_jax import checkpoint_hf
+from elder_jax import pipeline
+from elder_jax import verify
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+
+
+@pytest.fixture
+def copying(tmp_path) -> dict:
+  folder = write_tiny_llama(tmp_path / 'in', 'bfloat16', '20KB')
+  return dict(
+    model=str(folder), workdir=str(tmp_path / 'work'), recipe='none', compare=(), remove_layers='1,4', verify='torch'
+  )
+
+
+def tensors_of(folder) -> dict[str, np.ndarray]:
+  tensors = {}
+  for path in pathlib.Path(folder).glob('*.safetensors'):
+    tensors |= safetensors.numpy.load_file(path)
+  return tensors
+
+
+def renumbered(tensors: dict, kept: list[int]) -> dict:
+  there = {}
+  for name, tensor in tensors.items():
+    parts = name.split('.')
+    if parts[1] == 'layers':
+      if int(parts[2]) not in kept:
+        continue
+      parts[2] = str(kept.index(int(parts[2])))
+    there['.'.join(parts)] = tensor
+  return there
+
+
+def same(a: dict, b: dict):
+  assert a.keys() == b.keys()
+  for name in a:
+    assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_a_copy_is_the_kept_layers_byte_for_byte(copying, monkeypatch):
+  monkeypatch.setattr(pipeline, 'load', lambda job: pytest.fail('the model was loaded'))
+  monkeypatch.setattr(checkpoint_hf, 'PIECE', 1000)  # so that tensors come in many pieces
+  report = pipeline.run(Config(**copying, shard_gb=3e-5))
+  export = pathlib.Path(copying['workdir']) / 'export'
+  assert report['kept'] == [0, 2, 3, 5] and len(list(export.glob('*.safetensors'))) > 1
+  expected = renumbered(tensors_of(copying['model']), [0, 2, 3, 5])
+  same(tensors_of(export), expected)
+  assert report['verify']['tensors'] == len(expected) and len(report['verify']['generated']) == 32
+  before, after = (json.loads((pathlib.Path(f) / 'config.json').read_text()) for f in (copying['model'], export))
+  assert after == before | {'num_hidden_layers': 4}
+  assert report['params']['dense'] == sum(t.size for t in tensors_of(copying['model']).values())
+  assert report['params']['pruned'] == sum(t.size for t in expected.values())
+
+
+def test_a_copy_is_what_the_model_in_memory_gives(copying, text, tmp_path):
+  pipeline.run(Config(**copying))
+  measured = dict(eval_data=(f'text={text}',), eval_seq_len=32, eval_tokens=64, workdir=str(tmp_path / 'measured'))
+  pipeline.run(Config(**copying | measured))
+  same(*(tensors_of(f'{work}/export') for work in (copying['workdir'], measured['workdir'])))
+
+
+def test_no_layer_removed_is_a_round_trip(copying):
+  pipeline.run(Config(**copying | dict(remove_layers='')))
+  same(tensors_of(f'{copying["workdir"]}/export'), tensors_of(copying['model']))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_a_copy_in_another_type(dtype, copying):
+  pipeline.run(Config(**copying, export_dtype=dtype))
+  expected = renumbered(tensors_of(copying['model']), [0, 2, 3, 5])
+  same(tensors_of(f'{copying["workdir"]}/export'), {n: t.astype(dtype) for n, t in expected.items()})
+  assert json.loads(pathlib.Path(copying['workdir'], 'export', 'config.json').read_text())['dtype'] == dtype
+
+
+def test_tensors_of_several_types_keep_theirs(copying, tmp_path):
+  folder = write_tiny_llama(tmp_path / 'mixed', 'bfloat16')
+  tensors = {n: t.astype('float32') if 'norm' in n else t for n, t in tensors_of(folder).items()}
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  pipeline.run(Config(**copying | dict(model=str(folder))))
+  same(tensors_of(f'{copying["workdir"]}/export'), renumbered(tensors, [0, 2, 3, 5]))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32', 'float16'])
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_is_named(value, dtype, copying, tmp_path):
+  folder, name = write_tiny_llama(tmp_path / 'bad', dtype), 'model.layers.2.mlp.up_proj.weight'
+  tensors = tensors_of(folder)
+  tensors[name] = tensors[name].copy()
+  tensors[name][3, 5] = value
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  with pytest.raises(InputError, match=name.replace('.', r'\.')):
+    pipeline.run(Config(**copying | dict(model=str(folder))))
+  assert not pathlib.Path(copying['workdir'], 'export').exists()
+
+
+def test_a_file_that_shrinks_under_our_eyes(copying):
+  source = checkpoint_hf.open_source(copying['model'], pathlib.Path(copying['workdir']))
+  path = next(pathlib.Path(copying['model']).glob('*.safetensors'))
+  name = next(iter(safetensors.numpy.load_file(path)))
+  os.truncate(path, 500)
+  for read in (source.read, lambda name: list(source.pieces(name))):
+    with pytest.raises(InputError, match='shorter'):
+      read(name)
+
+
+# ---- SHA256SUMS ----
+
+
+@pytest.fixture
+def export(copying) -> pathlib.Path:
+  pipeline.run(Config(**copying, shard_gb=3e-5))
+  return pathlib.Path(copying['workdir']) / 'export'
+
+
+def test_every_file_is_listed_with_its_hash(export):
+  lines = dict(line.split('  ')[::-1] for line in (export / 'SHA256SUMS').read_text().splitlines())
+  files = {p.name: p for p in export.iterdir() if p.name != 'SHA256SUMS'}
+  assert lines == {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
+  assert subprocess.run(['sha256sum', '-c', '--quiet', 'SHA256SUMS'], cwd=export, check=False).returncode == 0
+
+
+def test_the_command_passes_what_was_written(export, capsys):
+  verify.main(['verify', str(export)])
+  assert 'files as written, llama, 4 layers' in capsys.readouterr().out
+
+
+def _flip(path: pathlib.Path):
+  octets = bytearray(path.read_bytes())
+  octets[-1] ^= 1
+  path.write_bytes(octets)
+
+
+@pytest.mark.parametrize(
+  ('damage', 'parts'),
+  [
+    (lambda f: _flip(sorted(f.glob('*.safetensors'))[1]), ['model-00002-of-', 'not what was written']),
+    (lambda f: _flip(f / 'tokenizer.json'), ['tokenizer.json', 'not what was written']),
+    (lambda f: (f / 'config.json').unlink(), ['config.json', 'missing']),
+    (lambda f: (f / 'SHA256SUMS').unlink(), ['SHA256SUMS', 'exported by elder_jax']),
+    (lambda f: (f / 'SHA256SUMS').write_bytes(b'\xff\xfe'), ['SHA256SUMS', 'exported by elder_jax']),
+    (lambda f: (f / 'SHA256SUMS').write_text(f'{"0" * 64}  ../secret\n'), ['SHA256SUMS', 'no hash and file name']),
+    (lambda f: [(f / 'SHA256SUMS').write_text(''), (f / 'config.json').unlink()], ['config.json']),
+  ],
+)
+def test_the_command_names_what_is_wrong(damage, parts, export, capsys):
+  damage(export)
+  with pytest.raises(SystemExit) as end:
+    verify.main(['verify', str(export)])
+  said = capsys.readouterr().err.strip()
+  assert end.value.code == 1 and '\n' not in said and all(part in said for part in parts)
+
+
+def test_pytorch_is_left_out_where_the_model_would_fill_the_memory(monkeypatch, capsys):
+  monkeypatch.setattr(verify.os, 'sysconf', lambda name: {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 10**6}[name])
+  assert verify.use_torch('auto', 10**8) and not verify.use_torch('auto', 10**9) and verify.use_torch('torch', 10**9)
+  assert 'left out' in capsys.readouterr().err and not verify.use_torch('jax', 1)
