@@ -32,7 +32,13 @@ setup(
     # Where torch is built for CUDA by default, take the CPU build from the index of your choice first.
     # One torch, so that golden figures agree.
     'test': [
-      'accelerate>=1.0', 'chex>=0.1.92', 'hypothesis>=6.100', 'lm_eval>=0.4.9,<0.5', 'pytest>=8', 'ruff>=0.8', 'torch==2.13.0'
+      'accelerate>=1.0',
+      'chex>=0.1.92',
+      'hypothesis>=6.100',
+      'lm_eval>=0.4.9,<0.5',
+      'pytest>=8',
+      'ruff>=0.8',
+      'torch==2.13.0',
     ],  # fmt: skip
     'eval': ['lm_eval>=0.4.9,<0.5'],
     'tpu': ['jax[tpu]'],

@@ -68,7 +68,6 @@ def prepare(config: Config) -> Run:
   for recipe in config.recipes():
     if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
       absorb.check(source.spec, recipe)
-  _check_lengths(config, source)
   if 'regularize' in config.recipes() and config.order == 'sequential' and 0 < config.steps() < max(num_removes):
     raise InputError(
       f'--order=sequential: {config.steps()} steps are not enough for {max(num_removes)} layers, one after another; give '
@@ -93,11 +92,13 @@ def prepare(config: Config) -> Run:
   if reads or config.corpora() or config.task_names():
     tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
     if reads:
+      _check_length(config, source, 'seq_len')
       corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer)
       seed = config.seed if config.shuffle else None
       rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed)
       _check_tokens(rows_NT, source, '--train_data')
     for name, text in config.corpora().items():
+      _check_length(config, source, 'eval_seq_len')
       flag = f'--eval_data={name}'
       special = config.eval_bos == 'tokenizer'
       corpus = data.tokenise(flag, text, config.text_column, tokenizer, special)
@@ -172,12 +173,12 @@ def _num_removes(config: Config, num_layers: int) -> list[int]:
   return counts
 
 
-def _check_lengths(config: Config, source: checkpoint_hf.Source):
+def _check_length(config: Config, source: checkpoint_hf.Source, flag: str):
   """Learned positions end somewhere."""
-  if most := source.spec.num_positions:
-    for flag in ('seq_len', 'eval_seq_len'):
-      if (length := getattr(config, flag)) > most:
-        raise InputError(f'--{flag}={length}: this model has learned {most} positions; give at most that many.')
+  if 0 < source.spec.num_positions < (length := getattr(config, flag)):
+    raise InputError(
+      f'--{flag}={length}: this model has learned {source.spec.num_positions} positions; give at most that many.'
+    )
 
 
 def _check_tokens(rows_NT: np.ndarray, source: checkpoint_hf.Source, flag: str):

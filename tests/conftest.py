@@ -130,3 +130,17 @@ def quick_compiler():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', before)
+
+
+def without_additions(config: dict, before: dict) -> dict:
+  """An exported config.json without what is there for version 4 of transformers, which `before` has in rope_parameters."""
+  added = {
+    'rope_theta',
+    'rope_scaling',
+    'rope_local_base_freq',
+    'partial_rotary_factor',
+    'rotary_emb_base',
+    'rotary_pct',
+  }
+  assert config.keys() - before.keys() <= added and ('rope_parameters' in before or config.keys() == before.keys())
+  return {key: value for key, value in config.items() if key in before}

@@ -26,6 +26,7 @@ WEIGHTS = {
   'gpt_neox.final_layer_norm.bias': ('final_norm.bias', 'D->D'),
   'embed_out.weight': ('head', 'V,D->VD'),
 }
+ROPE_KEYS = ('rotary_emb_base', 'rotary_pct')  # outside of rope_parameters
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
@@ -35,7 +36,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   spec = Spec(
     **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('intermediate_size'),
     norm_eps=fields.number('layer_norm_eps', 1e-5), tied=fields.flag('tie_word_embeddings'),
-    rope_freq_RH=(fields.rope(heads['head_dim'], part=0.25, keys=('rotary_emb_base', 'rotary_pct')),),
+    rope_freq_RH=(fields.rope(heads['head_dim'], part=0.25, keys=ROPE_KEYS),),
     norm='layer', block='parallel' if fields.flag('use_parallel_residual', True) else 'pre', gated_mlp=False,
     activation=fields.choice('hidden_act', {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'relu': 'relu'}, 'gelu'),
     qkv_bias=bias, out_bias=bias, mlp_bias=True,

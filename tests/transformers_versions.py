@@ -1,0 +1,93 @@
+"""Do exports load under transformers 4.46 and 5? Makes an environment for each, exports every family, compares logits.
+
+  python tests/transformers_versions.py FOLDER [VERSION ...]
+
+FOLDER: where the environments and models go. Needs what the tests need, and a package registry. A family that a version
+does not know yet is said to be so; any other failure is one. Not part of the test run: it installs torch for each version.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+TESTS = pathlib.Path(__file__).parent
+VERSIONS = ('4.46.3', '5.23.0')
+
+LOAD = """
+import json, pathlib, sys
+import numpy as np, torch, transformers
+failed = 0
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+  kind = json.loads((folder / "export" / "config.json").read_text())["model_type"]
+  if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+    print(f"{folder.name}: {kind} is not known to transformers {transformers.__version__}")
+    continue
+  types = json.loads((folder / "export" / "config.json").read_text()).get("layer_types", [])
+  if kind == "gemma2" and not hasattr(transformers.AutoConfig.for_model(kind), "layer_types") and any(
+      t != ("sliding_attention", "full_attention")[l % 2] for l, t in enumerate(types)):
+    print(f"{folder.name}: transformers {transformers.__version__} alternates Gemma 2's windows, whatever config.json says")
+    continue
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    folder / "export", torch_dtype=torch.float32, output_loading_info=True)
+  wrong = [k for k, v in info.items() if len(v) and k != "error_msgs"]
+  with torch.no_grad():
+    got = model.eval()(torch.tensor(np.load(folder / "tokens.npy"))).logits.numpy()
+  expected = np.load(folder / "logits.npy")
+  difference = np.abs(got - expected).max()
+  good = not wrong and difference <= 1e-4 * max(1, np.abs(expected).max())
+  print(f"{folder.name}: {'loads' if good else 'FAILS'}, logits differ by {difference:.1e} {wrong or ''}")
+  if not good:
+    sys.exit(1)
+"""
+
+
+def export_all(models: pathlib.Path):
+  """Every case of families_test, random, less two layers, as elder_jax exports it; the logits beside it by JAX."""
+  sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+  from families_test import CASES
+  from families_test import logits
+  from families_test import tokens
+  from families_test import write_model
+  import numpy as np
+
+  from elder_jax import checkpoint_hf
+  from elder_jax import pipeline
+  from elder_jax.config import Config
+
+  for case in CASES:
+    work = models / case.replace(', ', '-').replace(' ', '_')
+    if (work / 'logits.npy').exists():
+      continue
+    source = write_model(models.parent / 'sources' / work.name, case)
+    run = models.parent / 'runs' / work.name
+    pipeline.run(
+      Config(model=str(source), workdir=str(run), recipe='none', compare=(), remove_layers='1,2', verify='torch')
+    )
+    work.mkdir(parents=True)
+    (run / 'export').rename(work / 'export')
+    opened = checkpoint_hf.open_source(str(work / 'export'), work / 'export')
+    np.save(work / 'tokens.npy', tokens().astype(np.int64))
+    np.save(work / 'logits.npy', np.asarray(logits(checkpoint_hf.load(opened, 'float32'), tokens())))
+
+
+def main():
+  folder, versions = pathlib.Path(sys.argv[1]), sys.argv[2:] or VERSIONS
+  models = folder / 'models'
+  export_all(models)
+  (folder / 'load.py').write_text(LOAD)
+  outcome = {}
+  for version in versions:
+    python = folder / version / 'bin' / 'python'
+    if not python.exists():
+      subprocess.run([sys.executable, '-m', 'venv', str(folder / version)], check=True)
+      install = [str(python), '-m', 'pip', 'install', '-q', f'transformers=={version}', 'torch==2.13.0', 'numpy']
+      subprocess.run(install, check=True)
+    print(f'transformers {version}')
+    outcome[version] = subprocess.run([str(python), str(folder / 'load.py'), str(models)], check=False).returncode
+  print(json.dumps(outcome))
+  sys.exit(max(outcome.values()))
+
+
+if __name__ == '__main__':
+  main()
