@@ -17,28 +17,28 @@ VERSIONS = ('4.46.3', '5.23.0')
 LOAD = """
 import json, pathlib, sys
 import numpy as np, torch, transformers
+# What a version may not know of a family that it has; it takes no notice of config.json, then.
+KEYS = {'gemma2': 'layer_types', 'phi3': 'partial_rotary_factor'}
 failed = 0
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-  kind = json.loads((folder / "export" / "config.json").read_text())["model_type"]
+  config = json.loads((folder / 'export' / 'config.json').read_text())
+  kind, version = config['model_type'], transformers.__version__
   if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
-    print(f"{folder.name}: {kind} is not known to transformers {transformers.__version__}")
+    print(f'{folder.name}: {kind} is not known to transformers {version}')
     continue
-  types = json.loads((folder / "export" / "config.json").read_text()).get("layer_types", [])
-  if kind == "gemma2" and not hasattr(transformers.AutoConfig.for_model(kind), "layer_types") and any(
-      t != ("sliding_attention", "full_attention")[l % 2] for l, t in enumerate(types)):
-    print(f"{folder.name}: transformers {transformers.__version__} alternates Gemma 2's windows, whatever config.json says")
-    continue
+  unknown = KEYS.get(kind) in config and not hasattr(transformers.AutoConfig.for_model(kind), KEYS[kind])
   model, info = transformers.AutoModelForCausalLM.from_pretrained(
-    folder / "export", torch_dtype=torch.float32, output_loading_info=True)
-  wrong = [k for k, v in info.items() if len(v) and k != "error_msgs"]
+    folder / 'export', torch_dtype=torch.float32, output_loading_info=True)
+  wrong = [k for k, v in info.items() if len(v) and k != 'error_msgs']
   with torch.no_grad():
-    got = model.eval()(torch.tensor(np.load(folder / "tokens.npy"))).logits.numpy()
-  expected = np.load(folder / "logits.npy")
+    got = model.eval()(torch.tensor(np.load(folder / 'tokens.npy'))).logits.numpy()
+  expected = np.load(folder / 'logits.npy')
   difference = np.abs(got - expected).max()
   good = not wrong and difference <= 1e-4 * max(1, np.abs(expected).max())
-  print(f"{folder.name}: {'loads' if good else 'FAILS'}, logits differ by {difference:.1e} {wrong or ''}")
-  if not good:
-    sys.exit(1)
+  verdict = 'loads' if good else f'differs, {KEYS[kind]} is not known to {version}' if unknown else 'FAILS'
+  print(f'{folder.name}: {verdict}, logits differ by {difference:.1e}', wrong or '')
+  failed += not good and not unknown
+sys.exit(failed > 0)
 """
 
 
