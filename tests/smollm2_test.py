@@ -77,7 +77,7 @@ def test_an_exported_folder_prunes_as_its_gguf_does(whole, tmp_path):
   assert direct['verify']['torch'] <= 1e-4
   names = {path.name for path in folder.iterdir()}
   assert {'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'model.safetensors'} <= names
-  for name in names - {'README.md', 'config.json', 'model.safetensors'}:
+  for name in names - {'README.md', 'SHA256SUMS', 'config.json', 'model.safetensors'}:
     assert (a / name).read_bytes() == (b / name).read_bytes() == (folder / name).read_bytes(), name
   assert (a / 'model.safetensors').read_bytes() == (b / 'model.safetensors').read_bytes()
 
