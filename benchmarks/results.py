@@ -31,6 +31,7 @@ from elder_jax.config import Config
 _MODEL = flags.DEFINE_string('model', None, 'Model, as for elder_jax.main.', required=True)
 _WIKITEXT = flags.DEFINE_string('wikitext', None, "Folder with WikiText-2's valid.txt and test.txt.", required=True)
 _NEWS = flags.DEFINE_string('news', None, 'Text of the second corpus, not trained on.', required=True)
+_GEMMA = flags.DEFINE_string('gemma', '', 'Gemma 3 270M, for the rows of a second model; empty: no such rows.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Where rows are kept.')
 _OUT = flags.DEFINE_string('out', 'docs/results.md', 'The document; its part between the two marks is replaced.')
 _ONLY = flags.DEFINE_list('only', [''], 'Rows to do, by the beginnings of their names; empty: all.')
@@ -51,7 +52,9 @@ START = dict(
 PAPER = dict(gate='output', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
 LEARNING_RATES = (1e-4, 3e-4, 6e-4)
 # The best of them on validation text, by recipe: see the rows search/….
-BEST_LR = dict(prune_then_train=6e-4, absorb_then_train=3e-4, replace_linear_then_train=3e-4, regularize=3e-4)
+BEST_LR = dict(prune_then_train=6e-4, absorb_then_train=3e-4, replace_linear_then_train=6e-4, regularize=6e-4)
+GEMMA = 'Gemma 3 270M'
+GEMMA_LR = dict(prune_then_train=3e-4, regularize=3e-4)  # to be what search/… says
 CHOICE = 'cosine_block'  # of the rows in which recipes are compared
 
 
@@ -71,6 +74,7 @@ def rows() -> dict[str, dict]:
   for seed in (0, 1, 2):
     for recipe in rivals[:2]:
       final(f'{recipe}, distilled', seed, recipe=recipe, lr=3e-4, distill=0.5)
+    final('prune_then_train, distilled, lr 0.0006', seed, recipe='prune_then_train', lr=6e-4, distill=0.5)
   for seed in (0, 1, 2):
     # The multiply-adds that absorbing takes, given to the rival as more training on the same text.
     final('prune_then_train, half as many steps more', seed, recipe='prune_then_train', lr=3e-4, train_steps=24)
@@ -88,10 +92,32 @@ def rows() -> dict[str, dict]:
   for n in (4, 10):
     for recipe in rivals:
       rows[f'other depths/{n} layers, {recipe}'] = dict(method=CHOICE, num_remove=n, recipe=recipe, lr=BEST_LR[recipe])
+  for recipe in rivals[:2]:  # where long runs of layers are a bad choice
+    how = dict(method='sleb', num_remove=10, recipe=recipe, lr=BEST_LR[recipe])
+    rows[f'other depths/10 layers, chosen by sleb, {recipe}'] = how
   annealed = dict(seven, recipe='regularize', lambda2=0.0, order='joint')
   rows['ideas/regularize, gates annealed over 60% of the steps'] = dict(annealed, anneal=0.6)
   rows['ideas/regularize, gates annealed over 30% of the steps'] = dict(annealed, anneal=0.3)
   rows["paper/regularize, the paper's settings"] = dict(num_remove=7, recipe='regularize', method='elder', **PAPER)
+  return rows | (gemma_rows() if _GEMMA.value else {})
+
+
+def gemma_rows() -> dict[str, dict]:
+  """4 of 18 layers. Its blocks end in a norm, which `absorb` and `replace_linear` cannot fold anything into."""
+  four = dict(model=_GEMMA.value, method=CHOICE, num_remove=4)
+  # The gates annealed, which did better than the penalty above.
+  recipes = dict(prune_then_train={}, regularize=dict(lambda2=0.0, order='joint', anneal=0.3))
+  rows = {f'{GEMMA}/dense': four | dict(num_remove=0, recipe='none')}
+  for method in METHODS:
+    rows[f'{GEMMA}/{method}'] = four | dict(method=method, recipe='none')
+  for recipe, more in recipes.items():
+    for lr in LEARNING_RATES:
+      rows[f'{GEMMA}, search/{recipe}, lr {lr:g}'] = four | dict(recipe=recipe, lr=lr, **more)
+  for seed in (0, 1, 2):
+    for recipe, more in recipes.items():
+      rows[f'{GEMMA}/{recipe}, seed {seed}'] = four | dict(recipe=recipe, lr=GEMMA_LR[recipe], seed=seed, **more)
+      distilled = four | dict(recipe=recipe, lr=GEMMA_LR[recipe], seed=seed, distill=0.5, **more)
+      rows[f'{GEMMA}/{recipe}, distilled, seed {seed}'] = distilled
   return rows
 
 
@@ -122,8 +148,10 @@ def choose(job, model, work: pathlib.Path) -> dict:
   if not n:
     return {'chosen': []}
   anew = config.method in pipeline.CHOOSE_ANEW
-  most = n if anew else 10  # the deepest of the rows
+  gemma = config.model == _GEMMA.value
+  most = n if anew or gemma else 10  # the deepest of the rows
   special = '-paper' if config.gate == 'output' else ''
+  special += '-gemma' if gemma else ''
   path = work / 'choices' / f'{config.method}{special}{f"-{n}" if anew else ""}.json'
   if not path.exists():
     path.parent.mkdir(exist_ok=True)
