@@ -1,0 +1,77 @@
+"""A GGUF file as we read it, against transformers' own reading and PyTorch; and what two layers less write.
+
+  python -m benchmarks.gguf_against_transformers --model=FILE.gguf --text=FILE.txt --workdir=/tmp/gguf [--remove_layers=9,10]
+
+Prints how many tensors are bit-equal, the largest difference of a logit on the first 600 tokens of the text, whether the
+tokens of the text are those of transformers' tokenizer for the file (which knows nothing of SmolLM2's digits), and the
+export's continuation of a sentence. Needs torch and accelerate.
+"""
+
+import pathlib
+
+from absl import app
+from absl import flags
+import jax
+import numpy as np
+
+from elder_jax import checkpoint_hf
+from elder_jax import data
+from elder_jax import generate
+from elder_jax import model as model_lib
+from elder_jax import pipeline
+from elder_jax.config import Config
+
+_MODEL = flags.DEFINE_string('model', None, 'A .gguf file.', required=True)
+_TEXT = flags.DEFINE_string('text', None, 'A text file.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where files go.', required=True)
+_REMOVE = flags.DEFINE_string('remove_layers', '9,10', 'Layers to remove for the export.')
+PROMPT = 'The history of the city of London'
+
+
+def logits(model, tokens_BT) -> np.ndarray:
+  return np.asarray(jax.jit(lambda m, t: model_lib.logits(m, model_lib.forward(m, t)[0]))(model, tokens_BT))
+
+
+def main(argv):
+  del argv
+  import torch
+  import transformers
+
+  path, work = pathlib.Path(_MODEL.value), pathlib.Path(_WORKDIR.value)
+  source = checkpoint_hf.open_source(str(path), work / 'source')
+  how = dict(gguf_file=path.name, dtype=torch.float32)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **how).eval()
+  state = theirs.state_dict()
+  equal = sum(np.array_equal(source.read(name), state[name].numpy()) for name in source.shapes)
+  print(f'{path.name}: {equal} of {len(source.shapes)} tensors bit-equal to those of transformers')
+
+  text = pathlib.Path(_TEXT.value).read_text(encoding='utf-8')
+  ours = data.load_tokenizer(str(source.files))
+  tokens = ours(text).input_ids
+  same = tokens == transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(text).input_ids
+  print(f'{len(tokens)} tokens of {_TEXT.value}: {"the same as" if same else "NOT those of"} transformers')
+  tokens_BT = np.array([tokens[:600]], np.int32)
+  got = logits(checkpoint_hf.load(source, 'float32'), tokens_BT)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
+  nll = -np.take_along_axis(jax.nn.log_softmax(got[:, :-1]), tokens_BT[:, 1:, None], -1).mean()
+  print(
+    f'logits: largest difference {np.abs(got - expected).max():.1e}, standard deviation {got.std():.1f}, PPL {np.exp(nll):.2f}'
+  )
+  del theirs, state
+
+  settings = dict(model=str(path), workdir=str(work / 'run'), recipe='none', compare=(), remove_layers=_REMOVE.value)
+  report = pipeline.run(Config(**settings, verify='torch'))
+  export = work / 'run' / 'export'
+  again = checkpoint_hf.load(checkpoint_hf.open_source(str(export), export), 'float32')
+  reloaded = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+  with torch.no_grad():
+    expected = reloaded(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
+  print(
+    f'without {report["removed"]}, exported: largest difference {np.abs(logits(again, tokens_BT) - expected).max():.1e}'
+  )
+  print(PROMPT + ours.decode(generate.generate(again, [ours(PROMPT).input_ids], 40)[0]))
+
+
+if __name__ == '__main__':
+  app.run(main)
