@@ -1,6 +1,6 @@
 """A GGUF file as we read it, against transformers' own reading and PyTorch; and what two layers less write.
 
-  python -m benchmarks.gguf_against_transformers --model=FILE.gguf --text=FILE.txt --workdir=/tmp/gguf [--remove_layers=9,10]
+  python -m benchmarks.gguf_against_transformers --model=FILE.gguf --text=FILE.txt --workdir=/tmp/gguf [--remove_layers=…]
 
 Prints how many tensors are bit-equal, the largest difference of a logit on the first 600 tokens of the text, whether the
 tokens of the text are those of transformers' tokenizer for the file (which knows nothing of SmolLM2's digits), and the
@@ -55,9 +55,8 @@ def main(argv):
   with torch.no_grad():
     expected = theirs(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
   nll = -np.take_along_axis(jax.nn.log_softmax(got[:, :-1]), tokens_BT[:, 1:, None], -1).mean()
-  print(
-    f'logits: largest difference {np.abs(got - expected).max():.1e}, standard deviation {got.std():.1f}, PPL {np.exp(nll):.2f}'
-  )
+  worst = np.abs(got - expected).max()
+  print(f'logits: largest difference {worst:.1e}, standard deviation {got.std():.1f}, PPL {np.exp(nll):.2f}')
   del theirs, state
 
   settings = dict(model=str(path), workdir=str(work / 'run'), recipe='none', compare=(), remove_layers=_REMOVE.value)

@@ -7,10 +7,8 @@ reads tensor by tensor; `save` writes a Hugging Face folder. Nothing here unpick
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -21,19 +19,16 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from elder_jax import families
 from elder_jax import gguf_source
+from elder_jax import safetensors_files
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Spec
 
-PIECE = 2**22  # bytes of a tensor that is copied in pieces
-SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 # What is taken over from the source as it stands, byte for byte.
 COPIED = (
     'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'spiece.model',
@@ -52,7 +47,7 @@ class Source:
   spec: Spec
   num_layers: int
   shapes: dict[str, tuple[int, ...]]  # by Hugging Face name
-  dtypes: dict[str, str]  # the same, of SAFETENSORS_DTYPES
+  dtypes: dict[str, str]  # the same, of safetensors_files.DTYPES
   read: Callable[[str], np.ndarray]
   pieces: Callable[[str], Iterator[np.ndarray]]  # flat; one holds until the next but one
 
@@ -80,8 +75,8 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     pieces = lambda name: iter([read(name)])
   else:
     files = _folder(model, path)
-    config = read_json(files / 'config.json')
-    shapes, dtypes, read, pieces = _safetensors(files)
+    config = safetensors_files.read_json(files / 'config.json')
+    shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
@@ -115,114 +110,6 @@ def _fetch(hub_id: str) -> pathlib.Path:
     raise InputError(
       f'--model={hub_id}: no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
     ) from e
-
-
-def read_json(path: pathlib.Path) -> dict:
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as e:
-    raise InputError(f'{path}: is not readable as JSON ({reason(e)}); fetch the file again.') from e
-  if not isinstance(value, dict):
-    raise InputError(f'{path}: must hold a JSON object; fetch the file again.')
-  return value
-
-
-def _safetensors(folder: pathlib.Path):
-  """Headers of all shards: ({name: shape}, {name: dtype}, read, pieces)."""
-  single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
-  where = None
-  if single.is_file():
-    paths = [single]
-  elif index.is_file():
-    where = read_json(index).get('weight_map')
-    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
-      raise InputError(f'{index}: has no weight_map of names to files; fetch the file again.')
-    paths = []
-    for file in sorted(set(where.values())):
-      # A plain name: an index from a stranger must not make us read outside the folder.
-      if pathlib.PurePath(file).name != file or '\\' in file or file in ('.', '..'):
-        raise InputError(
-          f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.'
-        )
-      if not (folder / file).is_file():
-        raise InputError(f'{index}: names {file}, which is not in the folder; fetch the missing file.')
-      paths.append(folder / file)
-  else:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
-    if pickles:
-      raise InputError(
-        f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
-      )
-    raise InputError(f'{folder}: has no model.safetensors and no model.safetensors.index.json; fetch the weights.')
-
-  shapes, dtypes, home = {}, {}, {}
-  for path in paths:
-    with _opened(path) as file:
-      for name in file.keys():  # noqa: SIM118 (not a dict)
-        if name in home:
-          raise InputError(f'{path}: the tensor {name} is also in {home[name].name}; fetch the checkpoint again.')
-        tensor = file.get_slice(name)
-        if tensor.get_dtype() not in SAFETENSORS_DTYPES:
-          raise InputError(
-            f'{path}: the tensor {name} is of type {tensor.get_dtype()}, only F32, F16 and BF16 are supported; '
-            'use an unquantised checkpoint.'
-          )
-        shapes[name], home[name] = tuple(tensor.get_shape()), path
-        dtypes[name] = SAFETENSORS_DTYPES[tensor.get_dtype()]
-  for name, file in (where or {}).items():
-    if name not in home or home[name].name != file:
-      raise InputError(f'{index}: says that {name} is in {file}, but it is not; fetch the checkpoint again.')
-
-  begins = {path: _data_begins(path) for path in paths}
-
-  def opened_at(name: str):
-    begin, offsets = begins[home[name]]
-    file = home[name].open('rb', buffering=0)
-    file.seek(begin + offsets[name])
-    return file
-
-  # Neither by the package, whose mapped pages come one by one and take twice the time.
-  def read(name: str) -> np.ndarray:
-    tensor = np.empty(shapes[name], jnp.dtype(dtypes[name]))
-    with opened_at(name) as file:
-      _read_all(file, tensor.reshape(-1).view(np.uint8))
-    return tensor
-
-  def pieces(name: str) -> Iterator[np.ndarray]:
-    dtype = jnp.dtype(dtypes[name])
-    left, buffers = math.prod(shapes[name]), [np.empty(PIECE // dtype.itemsize, dtype) for _ in range(2)]
-    with opened_at(name) as file:
-      while left:
-        buffers.reverse()
-        piece = buffers[0][:left]
-        _read_all(file, piece.view(np.uint8))
-        left -= piece.size
-        yield piece
-
-  return shapes, dtypes, read, pieces
-
-
-def _read_all(file, octets: np.ndarray):
-  rest = memoryview(octets)
-  while len(rest):
-    if not (count := file.readinto(rest)):
-      raise InputError(f'{file.name}: has become shorter while it was read; fetch it again.')
-    rest = rest[count:]
-
-
-def _opened(path: pathlib.Path):
-  try:
-    return safetensors.safe_open(path, framework='np')
-  except (safetensors.SafetensorError, OSError) as e:
-    raise InputError(f'{path}: is truncated or not a safetensors file ({reason(e)}); fetch it again.') from e
-
-
-def _data_begins(path: pathlib.Path) -> tuple[int, dict[str, int]]:
-  """(where the tensors begin in a safetensors file, {name: offset from there}); the package has checked the header."""
-  with path.open('rb') as file:
-    size = int.from_bytes(file.read(8), 'little')
-    header = json.loads(file.read(size))
-  return 8 + size, {name: about['data_offsets'][0] for name, about in header.items() if name != '__metadata__'}
 
 
 # ---- the weight table, both ways ----
@@ -475,7 +362,10 @@ def save(
   names = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
   if len(shards) == 1:
     names = ['model.safetensors']
-  hashes = {name: _write_shard(folder / name, shard, pieces_of, dtypes) for name, shard in zip(names, shards)}
+  hashes = {}
+  for name, shard in zip(names, shards):
+    tensors = [(row.name, row.shape, dtypes[row.name]) for row in shard]
+    hashes[name] = safetensors_files.write(folder / name, tensors, lambda i, shard=shard: pieces_of(shard[i]))
   if len(shards) > 1:
     index = {
       'metadata': {'total_size': sum(map(size, rows))},
@@ -483,40 +373,6 @@ def save(
     }
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
   return hashes
-
-
-def _write_shard(path: pathlib.Path, rows: list[_Row], pieces_of: PiecesOf, dtypes: dict[str, str]) -> str:
-  """A safetensors file, tensor after tensor; returns its sha256. (The safetensors package wants all of them at once.)"""
-  header, end = {'__metadata__': {'format': 'pt'}}, 0
-  for row in rows:
-    dtype = dtypes[row.name]
-    begin, end = end, end + math.prod(row.shape) * jnp.dtype(dtype).itemsize
-    kind = next(theirs for theirs, ours in SAFETENSORS_DTYPES.items() if ours == dtype)
-    header[row.name] = {'dtype': kind, 'shape': list(row.shape), 'data_offsets': [begin, end]}
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  digest, octets = hashlib.sha256(), len(text).to_bytes(8, 'little') + text
-  # One piece is hashed while it is written and the next is read.
-  with path.open('wb', buffering=0) as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
-    hashed = thread.submit(digest.update, octets)
-    _write_all(file, octets)
-    for row in rows:
-      for piece in pieces_of(row):
-        octets = np.ascontiguousarray(piece, jnp.dtype(dtypes[row.name])).reshape(-1).view(np.uint8)
-        hashed.result()
-        hashed = thread.submit(digest.update, octets)
-        _write_all(file, octets)
-      assert file.tell() == 8 + len(text) + header[row.name]['data_offsets'][1], row.name
-    hashed.result()
-    os.fsync(file.fileno())
-  return digest.hexdigest()
-
-
-def _write_all(file, octets):
-  """Unbuffered files may take less than all at once."""
-  rest = memoryview(octets)
-  while len(rest):
-    rest = rest[file.write(rest) :]
 
 
 def _rope_for_transformers_4(family, config: dict) -> dict:

@@ -26,6 +26,7 @@ from elder_jax import checkpoint_hf
 from elder_jax import cli
 from elder_jax import data
 from elder_jax import model as model_lib
+from elder_jax import safetensors_files
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -268,7 +269,7 @@ def eos_ids(source: checkpoint_hf.Source) -> tuple[int, ...]:
   """The ids that end a sequence: those of generation_config.json, as in transformers, else of config.json."""
   path, found = source.files / 'generation_config.json', None
   if path.is_file():
-    found = checkpoint_hf.read_json(path).get('eos_token_id')
+    found = safetensors_files.read_json(path).get('eos_token_id')
   if found is None:
     found = source.config.get('eos_token_id')
   ids = found if isinstance(found, list) else [] if found is None else [found]

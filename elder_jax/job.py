@@ -17,6 +17,7 @@ from elder_jax import importance
 from elder_jax import merging
 from elder_jax import metrics
 from elder_jax import report as report_lib
+from elder_jax import safetensors_files
 from elder_jax import sharding
 from elder_jax import verify
 from elder_jax import zero_shot
@@ -126,7 +127,7 @@ def _claim(work: pathlib.Path, config: Config):
   except OSError as e:
     raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
   try:
-    before = checkpoint_hf.read_json(work / 'config.json')
+    before = safetensors_files.read_json(work / 'config.json')
   except InputError:  # missing, or broken
     before = {}
   if 'workdir' not in before:  # a model has a config.json, too

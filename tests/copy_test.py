@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from elder_jax import checkpoint_hf
 from elder_jax import pipeline
+from elder_jax import safetensors_files
 from elder_jax import verify
 from elder_jax.config import Config
 from elder_jax.errors import InputError
@@ -54,7 +55,7 @@ def same(a: dict, b: dict):
 
 def test_a_copy_is_the_kept_layers_byte_for_byte(copying, monkeypatch):
   monkeypatch.setattr(pipeline, 'load', lambda job: pytest.fail('the model was loaded'))
-  monkeypatch.setattr(checkpoint_hf, 'PIECE', 1000)  # so that tensors come in many pieces
+  monkeypatch.setattr(safetensors_files, 'PIECE', 1000)  # so that tensors come in many pieces
   report = pipeline.run(Config(**copying, shard_gb=3e-5))
   export = pathlib.Path(copying['workdir']) / 'export'
   assert report['kept'] == [0, 2, 3, 5] and len(list(export.glob('*.safetensors'))) > 1

@@ -1,0 +1,169 @@
+"""Safetensors files: headers through the package, which checks them; tensors in pieces, which it cannot.
+
+The package maps files, whose pages come one by one and take twice the time when they are not in memory, and writes a file
+only from all of its tensors at once.
+"""
+
+from collections.abc import Iterator
+import concurrent.futures
+import hashlib
+import json
+import math
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
+
+DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
+PIECE = 2**22  # bytes of a tensor that is copied in pieces
+
+
+def read_json(path: pathlib.Path) -> dict:
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError) as e:
+    raise InputError(f'{path}: is not readable as JSON ({reason(e)}); fetch the file again.') from e
+  if not isinstance(value, dict):
+    raise InputError(f'{path}: must hold a JSON object; fetch the file again.')
+  return value
+
+
+def open_folder(folder: pathlib.Path):
+  """Headers of all shards: ({name: shape}, {name: dtype}, read, pieces)."""
+  single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
+  where = None
+  if single.is_file():
+    paths = [single]
+  elif index.is_file():
+    where = read_json(index).get('weight_map')
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+      raise InputError(f'{index}: has no weight_map of names to files; fetch the file again.')
+    paths = []
+    for file in sorted(set(where.values())):
+      # A plain name: an index from a stranger must not make us read outside the folder.
+      if pathlib.PurePath(file).name != file or '\\' in file or file in ('.', '..'):
+        raise InputError(
+          f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.'
+        )
+      if not (folder / file).is_file():
+        raise InputError(f'{index}: names {file}, which is not in the folder; fetch the missing file.')
+      paths.append(folder / file)
+  else:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
+    if pickles:
+      raise InputError(
+        f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
+      )
+    raise InputError(f'{folder}: has no model.safetensors and no model.safetensors.index.json; fetch the weights.')
+
+  shapes, dtypes, home = {}, {}, {}
+  for path in paths:
+    with _opened(path) as file:
+      for name in file.keys():  # noqa: SIM118 (not a dict)
+        if name in home:
+          raise InputError(f'{path}: the tensor {name} is also in {home[name].name}; fetch the checkpoint again.')
+        tensor = file.get_slice(name)
+        if tensor.get_dtype() not in DTYPES:
+          raise InputError(
+            f'{path}: the tensor {name} is of type {tensor.get_dtype()}, only F32, F16 and BF16 are supported; '
+            'use an unquantised checkpoint.'
+          )
+        shapes[name], home[name] = tuple(tensor.get_shape()), path
+        dtypes[name] = DTYPES[tensor.get_dtype()]
+  for name, file in (where or {}).items():
+    if name not in home or home[name].name != file:
+      raise InputError(f'{index}: says that {name} is in {file}, but it is not; fetch the checkpoint again.')
+
+  begins = {path: _data_begins(path) for path in paths}
+
+  def opened_at(name: str):
+    begin, offsets = begins[home[name]]
+    file = home[name].open('rb', buffering=0)
+    file.seek(begin + offsets[name])
+    return file
+
+  # Neither by the package, whose mapped pages come one by one and take twice the time.
+  def read(name: str) -> np.ndarray:
+    tensor = np.empty(shapes[name], jnp.dtype(dtypes[name]))
+    with opened_at(name) as file:
+      _read_all(file, tensor.reshape(-1).view(np.uint8))
+    return tensor
+
+  def pieces(name: str) -> Iterator[np.ndarray]:
+    dtype = jnp.dtype(dtypes[name])
+    left, buffers = math.prod(shapes[name]), [np.empty(PIECE // dtype.itemsize, dtype) for _ in range(2)]
+    with opened_at(name) as file:
+      while left:
+        buffers.reverse()
+        piece = buffers[0][:left]
+        _read_all(file, piece.view(np.uint8))
+        left -= piece.size
+        yield piece
+
+  return shapes, dtypes, read, pieces
+
+
+def _read_all(file, octets: np.ndarray):
+  rest = memoryview(octets)
+  while len(rest):
+    if not (count := file.readinto(rest)):
+      raise InputError(f'{file.name}: has become shorter while it was read; fetch it again.')
+    rest = rest[count:]
+
+
+def _opened(path: pathlib.Path):
+  try:
+    return safetensors.safe_open(path, framework='np')
+  except (safetensors.SafetensorError, OSError) as e:
+    raise InputError(f'{path}: is truncated or not a safetensors file ({reason(e)}); fetch it again.') from e
+
+
+def _data_begins(path: pathlib.Path) -> tuple[int, dict[str, int]]:
+  """(where the tensors begin in a safetensors file, {name: offset from there}); the package has checked the header."""
+  with path.open('rb') as file:
+    size = int.from_bytes(file.read(8), 'little')
+    header = json.loads(file.read(size))
+  return 8 + size, {name: about['data_offsets'][0] for name, about in header.items() if name != '__metadata__'}
+
+
+def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], pieces_of) -> str:
+  """Writes a safetensors file, tensor after tensor; returns its sha256. (The package wants all of them at once.)
+
+  Args:
+    tensors: (name, shape, dtype) in the order of the file.
+    pieces_of: from an index into `tensors` to its arrays, which come one after the other, whatever their type.
+  """
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for name, shape, dtype in tensors:
+    begin, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+    kind = next(theirs for theirs, ours in DTYPES.items() if ours == dtype)
+    header[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [begin, end]}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  digest, octets = hashlib.sha256(), len(text).to_bytes(8, 'little') + text
+  # One piece is hashed while it is written and the next is read.
+  with path.open('wb', buffering=0) as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
+    hashed = thread.submit(digest.update, octets)
+    _write_all(file, octets)
+    for i, (name, _, dtype) in enumerate(tensors):
+      for piece in pieces_of(i):
+        octets = np.ascontiguousarray(piece, jnp.dtype(dtype)).reshape(-1).view(np.uint8)
+        hashed.result()
+        hashed = thread.submit(digest.update, octets)
+        _write_all(file, octets)
+      assert file.tell() == 8 + len(text) + header[name]['data_offsets'][1], name
+    hashed.result()
+    os.fsync(file.fileno())
+  return digest.hexdigest()
+
+
+def _write_all(file, octets):
+  """Unbuffered files may take less than all at once."""
+  rest = memoryview(octets)
+  while len(rest):
+    rest = rest[file.write(rest) :]
