@@ -79,6 +79,7 @@ def rows() -> dict[str, dict]:
     # The multiply-adds that absorbing takes, given to the rival as more training on the same text.
     final('prune_then_train, half as many steps more', seed, recipe='prune_then_train', lr=3e-4, train_steps=24)
     final(rivals[2], seed, recipe=rivals[2], lr=BEST_LR[rivals[2]])
+    final('replace_linear_then_train, lr 0.0003', seed, recipe=rivals[2], lr=3e-4)
     final(rivals[3], seed, recipe=rivals[3], lr=BEST_LR[rivals[3]])
   for n in (7, 4, 10):
     for method in METHODS:
