@@ -83,9 +83,25 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
       f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
   spec, num_layers = families.FAMILIES[model_type].spec_from_config(config)
-  source = Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces)
+  source = _with_prefix(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
   _check_names_and_shapes(source)
   return source
+
+
+def _with_prefix(source: Source) -> Source:
+  """Old files of some families name the tensors of the model without its head, as transformers, too, accepts."""
+  prefix = getattr(source.family, 'PREFIX', '')
+  if not prefix or any(name.startswith(prefix) for name in source.shapes):
+    return source
+  theirs = {name if name == 'lm_head.weight' else prefix + name: name for name in source.shapes}
+  by_our_names = lambda table: {ours: table[name] for ours, name in theirs.items()}
+  return dataclasses.replace(
+    source,
+    shapes=by_our_names(source.shapes),
+    dtypes=by_our_names(source.dtypes),
+    read=lambda name: source.read(theirs[name]),
+    pieces=lambda name: source.pieces(theirs[name]),
+  )
 
 
 def _folder(model: str, path: pathlib.Path) -> pathlib.Path:

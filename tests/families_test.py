@@ -194,3 +194,21 @@ def test_what_is_not_understood_is_named(folder, tmp_path, damage):
   with pytest.raises(Exception, match=name.replace('.', r'\.')) as error:
     checkpoint_hf.open_source(str(tmp_path), tmp_path)
   assert type(error.value).__name__ == 'InputError' and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('case', 'prefix'), [('gpt2', 'transformer.'), ('opt', 'model.')])
+def test_old_names_without_the_prefix(case, prefix, tmp_path):
+  folder = write_model(tmp_path / 'in', case)
+  before = tensors_of(folder)
+  old = {name.removeprefix(prefix): tensor for name, tensor in before.items()}
+  assert old.keys().isdisjoint(before)
+  if case == 'gpt2':  # the causal mask, which old files hold
+    old['h.0.attn.bias'] = np.ones((1, 1, 8, 8), np.float32)
+  safetensors.numpy.save_file(old, folder / 'model.safetensors', metadata={'format': 'pt'})
+  source, model = opened(folder)
+  close(logits(model, tokens()), torch_logits(folder, tokens().astype(np.int64)))
+  out = tmp_path / 'out'
+  out.mkdir()
+  checkpoint_hf.save(checkpoint_hf.from_source(source, [0, 2]), source, [0, 2], out, '', int(5e9))
+  assert tensors_of(out).keys() <= before.keys()
+  close(torch_logits(out, tokens().astype(np.int64)), logits(prune.prune(model, [1, 3, 4]), tokens()))
