@@ -306,7 +306,7 @@ def _check_finite(tensor: np.ndarray, source: Source, row: _Row):
 
 
 def _finite(tensor: np.ndarray) -> bool:
-  """By the exponent's bits, of which one that is not finite has all; in pieces that stay in the cache. 10 × np.isfinite."""
+  """By the exponent's bits, of which one that is not finite has all; in pieces that stay in the cache."""
   kind, exponent = {
     'float32': (np.uint32, 0x7F800000), 'float16': (np.uint16, 0x7C00), 'bfloat16': (np.uint16, 0x7F80)
   }[str(tensor.dtype)]  # fmt: skip

@@ -1,7 +1,6 @@
 """Safetensors files: headers through the package, which checks them; tensors in pieces, which it cannot.
 
-The package maps files, whose pages come one by one and take twice the time when they are not in memory, and writes a file
-only from all of its tensors at once.
+The package gives whole tensors only, and writes a file only from all of its tensors at once.
 """
 
 from collections.abc import Iterator
@@ -87,7 +86,6 @@ def open_folder(folder: pathlib.Path):
     file.seek(begin + offsets[name])
     return file
 
-  # Neither by the package, whose mapped pages come one by one and take twice the time.
   def read(name: str) -> np.ndarray:
     tensor = np.empty(shapes[name], jnp.dtype(dtypes[name]))
     with opened_at(name) as file:

@@ -14,7 +14,6 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
   def features(fields: Fields) -> dict:
     bias = fields.flag('attention_bias')
-    fields.size('head_dim', 128)
     return dict(qk_norm=True, qkv_bias=bias, out_bias=bias)
 
   return qwen2.read({'head_dim': 128} | config, 'qwen3', features)
