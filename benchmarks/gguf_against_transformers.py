@@ -4,7 +4,7 @@
 
 Prints how many tensors are bit-equal, the largest difference of a logit on the first 600 tokens of the text, whether the
 tokens of the text are those of transformers' tokenizer for the file (which knows nothing of SmolLM2's digits), and the
-export's continuation of a sentence. Needs torch and accelerate.
+export's greedy continuation of two sentences. Needs torch and accelerate.
 """
 
 import pathlib
@@ -24,8 +24,8 @@ from elder_jax.config import Config
 _MODEL = flags.DEFINE_string('model', None, 'A .gguf file.', required=True)
 _TEXT = flags.DEFINE_string('text', None, 'A text file.', required=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where files go.', required=True)
-_REMOVE = flags.DEFINE_string('remove_layers', '9,10', 'Layers to remove for the export.')
-PROMPT = 'The history of the city of London'
+_REMOVE = flags.DEFINE_string('remove_layers', '14,15', 'Layers to remove for the export.')
+PROMPTS = ('The history of the city of London', 'Photosynthesis is the process by which')
 
 
 def logits(model, tokens_BT) -> np.ndarray:
@@ -69,7 +69,8 @@ def main(argv):
   print(
     f'without {report["removed"]}, exported: largest difference {np.abs(logits(again, tokens_BT) - expected).max():.1e}'
   )
-  print(PROMPT + ours.decode(generate.generate(again, [ours(PROMPT).input_ids], 40)[0]))
+  for prompt in PROMPTS:
+    print(prompt + ours.decode(generate.generate(again, [ours(prompt).input_ids], 40)[0]))
 
 
 if __name__ == '__main__':

@@ -3,13 +3,15 @@
   python -m benchmarks.results --model=MODEL --wikitext=FOLDER --news=FILE --workdir=runs/results --out=docs/results.md
 
 FOLDER holds WikiText-2's valid.txt and test.txt. Training sees the first 80% of valid.txt, hyper-parameters are judged on
-its rest (the column "validation"), test.txt and FILE give the figures. Each method's choice of layers and each row is kept
-and not done again: the command can be killed and started again. --only=PREFIX does some rows, --table writes the document
-from the rows that are there. With --tasks_dir (see benchmarks/tasks.py) some rows are also evaluated on zero-shot tasks.
+its rest (the column "validation"), test.txt and FILE give the figures. Rows are kept in docs/results.jsonl and not done
+again: the command can be killed and started again, on another machine too. --only=PREFIX does some rows, --table writes
+the document from the rows that are there. With --tasks_dir (see benchmarks/tasks.py) some rows are also evaluated on
+zero-shot tasks.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -32,7 +34,8 @@ _MODEL = flags.DEFINE_string('model', None, 'Model, as for elder_jax.main.', req
 _WIKITEXT = flags.DEFINE_string('wikitext', None, "Folder with WikiText-2's valid.txt and test.txt.", required=True)
 _NEWS = flags.DEFINE_string('news', None, 'Text of the second corpus, not trained on.', required=True)
 _GEMMA = flags.DEFINE_string('gemma', '', 'Gemma 3 270M, for the rows of a second model; empty: no such rows.')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Where rows are kept.')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Where texts and choices of layers are kept.')
+_ROWS = flags.DEFINE_string('rows', 'docs/results.jsonl', 'Where rows are kept, one a line.')
 _OUT = flags.DEFINE_string('out', 'docs/results.md', 'The document; its part between the two marks is replaced.')
 _ONLY = flags.DEFINE_list('only', [''], 'Rows to do, by the beginnings of their names; empty: all.')
 _TABLE = flags.DEFINE_boolean('table', False, 'Only write the document.')
@@ -224,19 +227,35 @@ def do(name: str, settings: dict, work: pathlib.Path) -> dict:
   }
 
 
+def append(path: pathlib.Path, row: dict):
+  """A line more, whole or not at all."""
+  temporary = path.with_name(f'{path.name}.partial')
+  before = path.read_text(encoding='utf-8') if path.exists() else ''
+  temporary.write_text(f'{before}{json.dumps(row)}\n', encoding='utf-8')
+  os.replace(temporary, path)
+
+
 def ranges(layers: list[int]) -> str:
   """[3, 4, 5, 9] -> 3–5, 9."""
   runs = np.split(layers, np.flatnonzero(np.diff(layers) != 1) + 1) if layers else []
   return ', '.join(str(run[0]) if len(run) == 1 else f'{run[0]}–{run[-1]}' for run in runs)
 
 
+def seeds(members: list[dict]) -> int:
+  return members[0].get('seeds', len(members))
+
+
 def cells(members: list[dict], corpora: list[str], tasks: list[str]) -> list[str]:
-  """Perplexities, accuracies in percent, training TFLOP; of several seeds the mean ± the standard deviation."""
+  """Perplexities, accuracies in percent, training TFLOP; of several seeds the mean ± the standard deviation.
+
+  Rows of before 2026-11-25 were read back from the document: several seeds are one row there, with 'seeds' and 'stdev'.
+  """
   figures = []
   for corpus in corpora:
     values = [row['ppl'][corpus] for row in members]
-    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    mean = statistics.mean(values)
+    mean, stdev = statistics.mean(values), members[0].get('stdev', {}).get(corpus)
+    stdev = statistics.stdev(values) if len(values) > 1 else stdev
+    spread = '' if stdev is None else f' ± {stdev:.2f}'
     figures.append((f'{mean:.2f}' if mean < 1e4 else f'{mean:.1e}') + spread)
   for task in tasks:
     of = [row['tasks'][task] for row in members if task in row.get('tasks', {})]
@@ -256,7 +275,7 @@ def table(done: dict[str, dict]) -> str:
     head = [section, 'seeds', 'removed', *corpora, *(f'{t}, %' for t in tasks), 'TFLOP']
     lines += ['| ' + ' | '.join(head) + ' |', '|---|---:|---|' + '---:|' * (len(head) - 3)]
     for name, members in groups[section].items():
-      row = [name, str(len(members)), ranges(members[0]['removed']), *cells(members, corpora, tasks)]
+      row = [name, str(seeds(members)), ranges(members[0]['removed']), *cells(members, corpora, tasks)]
       lines.append('| ' + ' | '.join(row) + ' |')
     lines.append('')
   versions = done['dense']['versions']
@@ -271,16 +290,19 @@ def main(argv):
   logging.set_verbosity(logging.WARNING)
   work = pathlib.Path(_WORKDIR.value)
   work.mkdir(parents=True, exist_ok=True)
-  done = {}
+  kept = pathlib.Path(_ROWS.value)
+  lines = map(json.loads, kept.read_text(encoding='utf-8').splitlines() if kept.exists() else [])
+  found, done = {row.pop('name'): row for row in lines}, {}
   for name, settings in rows().items():
-    path = work / file_name(name)
-    if not path.exists() and not _TABLE.value and name.startswith(tuple(_ONLY.value)):
+    several = name.split(', seed ')[0]  # the row of all seeds, where only that is kept
+    if not {name, several} & found.keys() and not _TABLE.value and name.startswith(tuple(_ONLY.value)):
       metrics.say(f'row {name}')
-      report_lib.write_json(path, do(name, settings, work))
+      found[name] = do(name, settings, work)
+      append(kept, {'name': name, **found[name]})
       jax.clear_caches()
-    if path.exists():
-      done[name] = json.loads(path.read_text())
-      metrics.say(f'{name}: {done[name]["ppl"]}')
+    if key := next((key for key in (name, several) if key in found), None):
+      done[key] = found[key]
+      metrics.say(f'{key}: {done[key]["ppl"]}')
   out = pathlib.Path(_OUT.value)
   text = out.read_text(encoding='utf-8') if out.exists() else BEGIN + END
   head, tail = text.split(BEGIN)[0], text.split(END)[1]

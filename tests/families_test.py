@@ -20,17 +20,17 @@ from elder_jax import prune
 V, T = 131, 40
 SMALL = dict(
     vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
     pad_token_id=None,
 )  # fmt: skip
 LARGE = SMALL | dict(hidden_size=40, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=1, head_dim=12)
 FULL = {k: v for k, v in SMALL.items() if k != 'num_key_value_heads'}
 GPT2 = dict(
-    vocab_size=V, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.2, bos_token_id=0, eos_token_id=1
+    vocab_size=V, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.1, bos_token_id=0, eos_token_id=1
 )  # fmt: skip
 OPT = dict(
     vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=5, num_attention_heads=4, max_position_embeddings=64,
-    word_embed_proj_dim=32, init_std=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=None, dropout=0.0,
+    word_embed_proj_dim=32, init_std=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None, dropout=0.0,
 )  # fmt: skip
 LLAMA3 = {
     'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
@@ -121,8 +121,7 @@ def tokens(batch: int = 2, length: int = T) -> np.ndarray:
 
 
 def close(got, expected):
-  """1e-5 per unit of the largest logit, which is 2 to 6 here: weaker than 1e-5 absolute, see docs/decisions.md."""
-  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 def test_logits_equal_those_of_transformers(folder):
