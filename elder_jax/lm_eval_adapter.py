@@ -9,13 +9,13 @@ from collections.abc import Callable
 import functools
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from lm_eval import utils as harness
 from lm_eval.api.model import TemplateLM
 import numpy as np
 
 from elder_jax import generate
+from elder_jax import hosts
 from elder_jax import losses
 from elder_jax import model as model_lib
 from elder_jax.errors import InputError
@@ -141,9 +141,7 @@ class JaxLM(TemplateLM):
     for tokens_T, target_T, row in zip(tokens_BT, target_BT, rows):
       tokens_T[: len(row) - 1], target_T[: len(row) - 1] = row[:-1], row[1:]
     scores = token_scores(self.model, self.put(tokens_BT), self.put(target_BT), self.mode)
-    if jax.process_count() > 1:  # each holds some of the rows
-      return multihost_utils.process_allgather(scores, tiled=True)
-    return jax.device_get(scores)
+    return tuple(map(hosts.to_host, scores))  # of several processes each holds some of the rows
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
     """log p of whole texts; those longer than the context in windows that predict each token once."""
