@@ -71,5 +71,6 @@ if [[ $dry_run == yes ]]; then
   echo '# in the job:'
   show srun --kill-on-bad-exit=0 --gpu-bind=none "$python" -m elder_jax.main "$@"
   echo '# after exit status 75:'
-  show scontrol requeue "\$SLURM_JOB_ID"
+  # shellcheck disable=SC2016
+  echo '+ scontrol requeue "$SLURM_JOB_ID"'
 fi
