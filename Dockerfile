@@ -13,6 +13,6 @@ COPY elder_jax elder_jax
 COPY configs configs
 
 RUN useradd --create-home --uid 1000 elder
-USER elder
+USER 1000
 # No shell in between: SIGTERM must reach elder_jax.
 ENTRYPOINT ["python", "-m", "elder_jax.main"]
