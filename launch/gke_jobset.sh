@@ -62,11 +62,11 @@ total=$((${topology//x/*}))
 ((total % chips == 0)) || refuse "--chips-per-host=$chips does not divide the $total chips of --topology=$topology"
 hosts=$((total / chips))
 shared_workdir /mnt/elder "$name" "$@"
-need kubectl 'install it with: gcloud components install kubectl'
 
 for value in "$namespace" "$image" "$accelerator" "$pvc$bucket" "$account" "${elder_flags[@]}"; do
   [[ $value != *[[:cntrl:]]* ]] || refuse "${value@Q} has a line break or another control character"
 done
+need kubectl 'install it with: gcloud components install kubectl'
 
 # A string as JSON writes it, which is YAML, too.
 quote() { # STRING

@@ -71,9 +71,9 @@ deadline='' # in SECONDS: what runs then is killed
 
 # A second one changes nothing but the deadline, and that only to an earlier time.
 terminate() { # SECONDS UNTIL SIGKILL
-  local pid
+  local pid end=$((SECONDS + 1 + $1)) # SECONDS is rounded down
   for pid in "${running[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
-  if [[ -z $deadline ]] || ((SECONDS + $1 < deadline)); then deadline=$((SECONDS + $1)); fi
+  if [[ -z $deadline ]] || ((end < deadline)); then deadline=$end; fi
 }
 
 trap 'terminate "$grace"' TERM INT HUP
