@@ -187,7 +187,8 @@ def local(tmp_path):
     ('forever,sleep 0.3; exit 1,exit 0', 1, 0),  # ends the others
     ('forever,kill -KILL $$,exit 0', 1, 0),
     ('exit 75,forever,exit 0', 75, 0),
-    ('until [[ -e $ARGS/ready-2 ]]; do sleep 0.1; done; exit 75,exit 0,forever', 75, 2),  # 2 does not hear: killed after GRACE
+    # Process 2 does not hear: it is killed after GRACE.
+    ('until [[ -e $ARGS/ready-2 ]]; do sleep 0.1; done; exit 75,exit 0,forever', 75, 2),
     ('exit 0,sleep 1; exit 0,exit 0', 0, 1),  # nothing is ended because of a success
   ],
 )
