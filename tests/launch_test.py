@@ -400,6 +400,8 @@ def test_manifest(options):
   pod = job['template']['spec']
   container = pod['containers'][0]
   hosts, chips = {'4x4x4': (16, 4), '2x4': (1, 8)}[given['topology']]
+  one_slice = {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
+  assert made['metadata']['annotations'] == one_slice
   assert job['completionMode'] == 'Indexed' and (job['parallelism'], job['completions']) == (hosts, hosts)
   assert container['resources']['limits'] == {'google.com/tpu': chips} and job['backoffLimit'] == 0
   assert pod['nodeSelector']['cloud.google.com/gke-tpu-accelerator'] == given['accelerator']
