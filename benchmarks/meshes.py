@@ -3,15 +3,15 @@
   python -m benchmarks.meshes --workdir=FOLDER [--only=NAME,…]
 
 Makes a tiny random Llama (needs torch), runs both stages of the paper's method on it (gates, choice of layers, regularize,
-removal, export) once on one device and then on each layout, by the ordinary command, and prints how far each layout's
-losses, gates and exported weights are from the one device's. Exit status 1 where any of them is beyond what is allowed.
+removal, export) once on one device and then on each layout, by the ordinary command (several processes: by
+launch/local.sh), and prints how far each layout's losses, gates and exported weights are from the one device's. Exit
+status 1 where any of them is beyond what is allowed.
 """
 
 import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -39,6 +39,7 @@ LAYOUTS = {
   '2 processes × 2 devices, data 2 × tp 2': (2, 2, '2,1,2'),
   '4 processes × 2 devices, data 2 × fsdp 2 × tp 2': (4, 2, '2,2,2'),
 }
+ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {'losses': 1e-5, 'gates': 1e-5, 'weights': 1e-6}
 MODEL = dict(
     vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=8,
@@ -46,7 +47,7 @@ MODEL = dict(
 )  # fmt: skip
 SETTINGS = dict(
     method='elder', selection='iterative', gate_steps=3, protect_first=1, protect_last=1, num_remove=2,
-    recipe='regularize', order='joint', train_steps=4, lr=3e-4, compare='none,absorb_then_train', seq_len=32,
+    recipe='regularize', order='joint', train_steps=4, lr=3e-4, compare='absorb_then_train', seq_len=32,
     num_sequences=32, batch_size=8, eval_batch_size=8, eval_seq_len=32, eval_tokens=512, verify='jax',
 )  # fmt: skip
 
@@ -71,26 +72,21 @@ def run(name: str, work: pathlib.Path) -> dict:
   folder = work / name.replace(' ', '_').replace('×', 'x').replace(',', '')
   shutil.rmtree(folder, ignore_errors=True)
   model, text = work / 'model', work / 'model' / 'text.txt'
-  command = [sys.executable, '-m', 'elder_jax.main', *(f'--{k}={v}' for k, v in SETTINGS.items())]
-  command += [f'--model={model}', f'--train_data={text}', f'--eval_data=text={text}', f'--mesh={mesh}']
-  command += [f'--workdir={folder}']
+  texts = dict(train_data=text, eval_data=f'text={text}')
+  settings = SETTINGS | texts | dict(model=model, mesh=mesh, workdir=folder)
+  command = [sys.executable, '-m', 'elder_jax.main'] if processes == 1 else ['launch/local.sh', str(processes)]
+  command += [f'--{k}={v}' for k, v in settings.items()]
   env = os.environ | {
+    'PYTHON': sys.executable,
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # most of the time is the compiler's
+    'LOGS': f'{folder}.logs',
   }
-  if processes > 1:
-    with socket.socket() as free:
-      free.bind(('localhost', 0))
-      command += [f'--coordinator=localhost:{free.getsockname()[1]}', f'--num_processes={processes}']
-  logs = [folder.with_name(f'{folder.name}.{i}.log') for i in range(processes)]
-  started = []
-  for i, log in enumerate(logs):
-    one = [*command, f'--process_id={i}'] if processes > 1 else command
-    with log.open('w') as file:
-      started.append(subprocess.Popen(one, env=env, stdout=file, stderr=subprocess.STDOUT))
-  if any([process.wait() for process in started]):
-    sys.exit(f'meshes: {name} failed; see {", ".join(map(str, logs))}')
+  log = folder.with_name(f'{folder.name}.log')
+  with log.open('w') as file:
+    if subprocess.run(command, env=env, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode:
+      sys.exit(f'meshes: {name} failed; see {log}')
   report = json.loads((folder / 'report.json').read_text())
   steps = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
   return {
