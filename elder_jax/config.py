@@ -65,6 +65,13 @@ class Config:
     'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
   )
   text_column: str = _flag('text', 'Column of jsonl, parquet and hub data that holds the text.')
+  bos: str = _flag(
+    'auto',
+    "Begin-of-sequence token, in all texts: tokenizer, where the tokenizer's own rule puts one, at the start of the text "
+    '(the usual protocol); window, first in every training sequence and evaluation window; none; auto: window for Gemma, '
+    'which is lost without one, tokenizer for other families.',
+    ('auto', 'tokenizer', 'window', 'none'),
+  )
   seq_len: int = _flag(2048, 'Tokens per training sequence.')
   num_sequences: int = _flag(128, 'Training sequences; the text must be long enough for them.')
   batch_size: int = _flag(4, 'Sequences per step; must divide --num_sequences.')
@@ -75,12 +82,6 @@ class Config:
   eval_seq_len: int = _flag(2048, 'Window of the perplexity, in tokens; windows do not overlap, the rest is dropped.')
   eval_tokens: int = _flag(0, 'Tokens of each evaluation text that are used, from its start; 0: all.')
   eval_batch_size: int = _flag(4, 'Windows per evaluation step.')
-  eval_bos: str = _flag(
-    'tokenizer',
-    "Begin-of-sequence token: tokenizer, where the tokenizer's own rule puts one, at the start of the text (the usual "
-    'protocol); window, first in every window; none.',
-    ('tokenizer', 'window', 'none'),
-  )
   # Stage 1: which layers go.
   gate: str = _flag(
     'residual', 'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.', ('residual', 'output')

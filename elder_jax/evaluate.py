@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 
+from elder_jax import data
 from elder_jax import losses
 from elder_jax import model as model_lib
 from elder_jax.data import Corpus
@@ -23,22 +24,20 @@ class Windows:
   about: dict  # for the report: source, sha256, window, tokens, bos
 
 
-def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: str, bos_id: int | None) -> Windows:
-  """Cuts a corpus into windows; bos='window' puts the token bos_id first in each, inside the window's length."""
-  text_len = window
-  if bos == 'window':
-    if bos_id is None:
-      raise InputError('--eval_bos=window: the tokenizer has no begin-of-sequence token; use --eval_bos=tokenizer.')
-    text_len = window - 1
+def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: str, first: int | None) -> Windows:
+  """Cuts a corpus into windows.
+
+  Args:
+    bos: --bos, for the report.
+    first: the token that each window begins with, inside its length; or None.
+  """
   tokens_N = corpus.tokens_N[: max_tokens or None]
-  count = len(tokens_N) // text_len
+  tokens_NT = data.windows(tokens_N, window, first)
+  count = len(tokens_NT)
   if not count:
     raise InputError(
       f'{flag}: has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.'
     )
-  tokens_NT = tokens_N[: count * text_len].reshape(count, text_len)
-  if bos == 'window':
-    tokens_NT = np.concatenate([np.full((count, 1), bos_id, np.int32), tokens_NT], 1)
   about = {
       'source': corpus.source, 'sha256': corpus.sha256, 'window': window, 'windows': count,
       'tokens_predicted': count * (tokens_NT.shape[1] - 1), 'bos': bos, 'protocol': PROTOCOL,

@@ -94,20 +94,19 @@ def prepare(config: Config) -> Run:
     raise InputError('--train_data is missing: give a text to choose layers by and to train on.')
   if reads or config.corpora() or config.task_names():
     tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
+    bos, first = _bos(config, source, tokenizer)
+    special = bos == 'tokenizer'
     if reads:
       _check_length(config, source, 'seq_len')
-      corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer)
+      corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer, special)
       seed = config.seed if config.shuffle else None
-      rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed)
+      rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed, first)
       _check_tokens(rows_NT, source, '--train_data')
     for name, text in config.corpora().items():
       _check_length(config, source, 'eval_seq_len')
       flag = f'--eval_data={name}'
-      special = config.eval_bos == 'tokenizer'
       corpus = data.tokenise(flag, text, config.text_column, tokenizer, special)
-      windows[name] = evaluate.make_windows(
-        corpus, flag, config.eval_seq_len, config.eval_tokens, config.eval_bos, tokenizer.bos_token_id
-      )
+      windows[name] = evaluate.make_windows(corpus, flag, config.eval_seq_len, config.eval_tokens, bos, first)
       _check_tokens(windows[name].tokens_NT, source, flag)
   if config.task_names():
     tasks = zero_shot.load_tasks(config.task_names(), config.tasks_dir)
@@ -174,6 +173,16 @@ def _num_removes(config: Config, num_layers: int) -> list[int]:
           f'--protect_last={config.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
         )
   return counts
+
+
+def _bos(config: Config, source: checkpoint_hf.Source, tokenizer) -> tuple[str, int | None]:
+  """--bos as it is meant for this model, and the token that each window begins with, if any."""
+  bos = config.bos
+  if bos == 'auto':
+    bos = 'window' if getattr(source.family, 'BOS_FIRST', False) else 'tokenizer'
+  if bos == 'window' and tokenizer.bos_token_id is None:
+    raise InputError('--bos=window: the tokenizer has no begin-of-sequence token; use --bos=tokenizer.')
+  return bos, tokenizer.bos_token_id if bos == 'window' else None
 
 
 def _check_length(config: Config, source: checkpoint_hf.Source, flag: str):
