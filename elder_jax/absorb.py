@@ -14,6 +14,7 @@ import numpy as np
 
 from elder_jax import model as model_lib
 from elder_jax import prune
+from elder_jax import sharding
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -126,9 +127,9 @@ def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mo
     w_S1 = jnp.ones_like(w_S1)
   product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
   gram, cross = product(weighted_SA, a_SA), product(weighted_SA, r_SD)
-  return gram, cross, jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * t_SD**2)
+  return sharding.replicate((gram, cross, jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * t_SD**2)))
 
 
 @jax.jit
 def _with_layer(w_LFD, w_FD, l):
-  return w_LFD.at[l].set(w_FD)
+  return sharding.constrain(w_LFD.at[l].set(w_FD), *sharding.spec('LFD'))

@@ -9,6 +9,7 @@ import numpy as np
 
 from elder_jax import losses
 from elder_jax import model as model_lib
+from elder_jax import sharding
 from elder_jax.data import Corpus
 from elder_jax.errors import InputError
 
@@ -49,7 +50,7 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
 @functools.partial(jax.jit, static_argnames='mode')
 def _nll(model, tokens_BT, counted_BT, mode):
   x_BTD, _ = model_lib.forward(model, tokens_BT, mode=mode)
-  return losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT)
+  return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT))
 
 
 def perplexity(

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import time
 
+import jax
 import numpy as np
 
 from elder_jax import absorb
@@ -41,7 +42,12 @@ CHOOSE_ANEW = ('uidl', 'cosine_block', 'last', 'laco')
 def run(config: Config) -> dict:
   """Does the whole job in config.workdir and returns the report. Started again, it goes on where it was."""
   job = prepare(config)
-  work, seconds = config.path(), {}
+  with jax.set_mesh(job.mesh):
+    return _run(job)
+
+
+def _run(job: Run) -> dict:
+  config, work, seconds = job.config, job.config.path(), {}
   stage = functools.partial(_stage, work, seconds)
   if (work / 'report.json').exists():
     metrics.say(f'{work} holds a finished run')
