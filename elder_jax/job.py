@@ -14,6 +14,7 @@ from elder_jax import checkpoint_hf
 from elder_jax import data
 from elder_jax import evaluate
 from elder_jax import importance
+from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
 from elder_jax import report as report_lib
@@ -77,6 +78,7 @@ def prepare(config: Config) -> Run:
   mesh = sharding.make_mesh(config.mesh)
   abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
   sharding.for_model(abstract, mesh, config.mesh)
+  lora.check(abstract, config.lora_rank)
   sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
   if config.eval_data:
     sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')

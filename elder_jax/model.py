@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elder_jax import lora
 from elder_jax import sharding
 
 CPU_QUERY_BLOCK = 128
@@ -156,7 +157,7 @@ class Block(nnx.Module):
   def qkv(self, x_BTD, rope):
     """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer, the first two rotated."""
     h_BTD = x_BTD if self.spec.block == 'post' else self.attn_norm(x_BTD)
-    project = lambda w, b, axes: _plus(jnp.einsum(f'BTD,D{axes}->BT{axes}', h_BTD, _cast(w, h_BTD)), b)
+    project = lambda w, b, axes: _plus(_product(f'BTD,D{axes}->BT{axes}', h_BTD, w), b)
     q_BTNH, k_BTKH = project(self.wq, self.bq, 'NH'), project(self.wk, self.bk, 'KH')
     if self.spec.qk_norm:
       q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
@@ -164,7 +165,7 @@ class Block(nnx.Module):
 
   def attn_update(self, attended_BTNH, x_BTD):
     """What attention adds to the stream x_BTD that this layer read."""
-    out_BTD = _plus(jnp.einsum('BTNH,NHD->BTD', attended_BTNH, _cast(self.wo, attended_BTNH)), self.bo)
+    out_BTD = _plus(_product('BTNH,NHD->BTD', attended_BTNH, self.wo), self.bo)
     if self.spec.block == 'post':
       return self.attn_norm(x_BTD + out_BTD) - x_BTD
     return self.post_attn_norm(out_BTD) if self.spec.block == 'sandwich' else out_BTD
@@ -176,14 +177,14 @@ class Block(nnx.Module):
     if block != 'post':
       h_BTD = (self.attn_norm if self.spec.shared_norm else self.mlp_norm)(h_BTD)
     act = ACTIVATIONS[self.spec.activation]
-    project = lambda w, b: _plus(jnp.einsum('BTD,DF->BTF', h_BTD, _cast(w, h_BTD)), b)
+    project = lambda w, b: _plus(_product('BTD,DF->BTF', h_BTD, w), b)
     if self.spec.gated_mlp:
       return act(project(self.w_gate, self.b_gate)) * project(self.w_up, self.b_up)
     return act(project(self.w_up, self.b_up))
 
   def mlp_update(self, f_BTF, mid_BTD):
     """What the MLP adds to mid_BTD, the stream after attention."""
-    out_BTD = _plus(jnp.einsum('BTF,FD->BTD', f_BTF, _cast(self.w_down, f_BTF)), self.b_down)
+    out_BTD = _plus(_product('BTF,FD->BTD', f_BTF, self.w_down), self.b_down)
     if self.spec.block == 'post':
       return self.mlp_norm(mid_BTD + out_BTD) - mid_BTD
     return self.post_mlp_norm(out_BTD) if self.spec.block == 'sandwich' else out_BTD
@@ -229,6 +230,13 @@ def _whole(param: nnx.Param, dtype=None):
   """A parameter for use: in the type that is computed in, and only then gathered from the devices that share it."""
   value = param[...]
   return sharding.gather(value if dtype is None else value.astype(dtype), param.get_metadata()['axes'])
+
+
+def _product(equation: str, x, weight: nnx.Param | lora.Lora):
+  """jnp.einsum of x and a layer's matrix, in the type of x."""
+  if isinstance(weight, lora.Lora):
+    return lora.product(equation, weight.scale, x, _cast(weight.base, x), _whole(weight.a), _whole(weight.b))
+  return jnp.einsum(equation, x, _cast(weight, x))
 
 
 class Decoder(nnx.Module):

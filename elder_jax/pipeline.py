@@ -241,6 +241,11 @@ def apply_recipe(
     weight_decay=config.weight_decay,
     clip=config.grad_clip,
     grad_accum=config.grad_accum,
+    optimizer=config.optimizer,
+    moment_dtype=config.moment_dtype,
+    lora_rank=config.lora_rank,
+    lora_alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+    seed=config.seed,
   )
   progress = metrics.Progress(f'training, {name}')
   began = []
