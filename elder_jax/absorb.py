@@ -96,6 +96,12 @@ def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, sol
   return prune.prune(current, removed)
 
 
+def program(model: Decoder, tokens_BT, recipe: str, mode: Mode):
+  """(jitted function, its arguments) of the heaviest step of a recipe; arrays may be abstract."""
+  kind, l = 'features' if recipe.startswith('absorb') else 'outputs', np.int32(0)
+  return _sums, (model, model, tokens_BT, np.ones(model.num_layers, bool), l, l + 1, mode, kind, True)
+
+
 @functools.partial(jax.jit, static_argnames=('mode', 'kind', 'changed'))
 def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, kind: str, changed: bool):
   """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²) in float32: a the features of layer l or, as kind says, its output."""

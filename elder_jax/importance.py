@@ -195,6 +195,25 @@ def check(method: str, num_layers: int, num_remove: int):
     )
 
 
+def program(method: str, model: Decoder, tokens_BT, num_remove: int, mode: Mode):
+  """(jitted function, its arguments, forward passes that it takes) of a method's heaviest step; arrays may be abstract.
+
+  None: the method runs no text through the model.
+  """
+  L = model.num_layers
+  if method in ('shortgpt', 'cosine_block'):
+    return _cosine_sums, (model, tokens_BT, 1 if method == 'shortgpt' else num_remove, mode), 1
+  if method == 'uidl':
+    return _angle_sums, (model, tokens_BT, num_remove, mode), 1
+  if method == 'taylor':
+    weights, rest = train.partition(model, _matrices(model))
+    total = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=w.sharding), weights)
+    return _add_gradients, (total, weights, rest, tokens_BT, mode), 3
+  if method in ('ppl', 'sleb'):
+    return _nll_without_each, (model, tokens_BT, np.ones(L, bool), mode), 1 + (L - 1) / 2
+  return None
+
+
 def _lowest(score_L: np.ndarray, candidates: Sequence[int], num_remove: int) -> list[int]:
   return sorted(candidates, key=lambda l: (score_L[l], l))[:num_remove]
 

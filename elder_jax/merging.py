@@ -140,6 +140,12 @@ def _cosine_sum(model: Decoder, merged: Decoder, base, members_L, alive_L, token
   return sharding.replicate(jnp.sum(dot(a_BTD, b_BTD) / jnp.sqrt(dot(a_BTD, a_BTD) * dot(b_BTD, b_BTD))))
 
 
+def program(model: Decoder, tokens_BT, mode: Mode):
+  """(jitted function, its arguments) of `laco`'s heaviest step; arrays may be abstract."""
+  all_L = np.ones(model.num_layers, bool)
+  return _cosine_sum, (model, model, np.int32(0), all_L, all_L, tokens_BT, mode)
+
+
 def _similarity(model, merged, group, left, batches, mode) -> float:
   total, count = 0.0, 0
   members_L, alive_L = _at(group[1:], model.num_layers), _at(left, model.num_layers)
