@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elder_jax import hosts
 from elder_jax import model as model_lib
 from elder_jax import prune
 from elder_jax import sharding
@@ -83,16 +84,17 @@ def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, sol
     below_L = np.isin(np.arange(model.num_layers), [k for k in kept if k < l])
     for tokens_BT in batches:
       one = _sums(model, current, tokens_BT, below_L, l, end, mode, kind, changed)
-      sums = tuple(total + np.asarray(jax.device_get(a), np.float64) for total, a in zip(sums, one))
+      sums = tuple(total + hosts.to_host(a).astype(np.float64) for total, a in zip(sums, one))
     gram, cross, before, size = sums
     changed = True
-    delta = solve(gram, cross)
+    # Solved once: two processors' last bits may differ, and the devices must hold the same.
+    delta = hosts.broadcast(solve(gram, cross) if hosts.leads() else np.zeros_like(cross))
     after = before - 2 * np.sum(delta * cross) + np.sum(delta * (gram @ delta))
     if log:
       log(l, end, float(before / size), float(after / size))
     w_LFD = current.layers.w_down.get_value()
-    w_FD = change(np.asarray(jax.device_get(w_LFD[l]), np.float64), delta)
-    current.layers.w_down.set_value(_with_layer(w_LFD, jnp.asarray(w_FD, w_LFD.dtype), l))
+    w_FD = change(hosts.to_host(w_LFD[l]).astype(np.float64), delta)
+    current.layers.w_down.set_value(_with_layer(w_LFD, w_FD.astype(w_LFD.dtype), l))
   return prune.prune(current, removed)
 
 

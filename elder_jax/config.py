@@ -293,9 +293,40 @@ class Config:
     return user_path(self.workdir)
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """What differs between the processes of a run, and so is not of its config.json."""
+
+  distributed: str = _flag(
+    'auto',
+    'Several processes as one run: auto, where flags or the environment (Cloud TPU, GKE, Slurm, Open MPI) name them; on, '
+    'the same, an error where they do not; off, this process alone.',
+    ('auto', 'on', 'off'),
+  )
+  coordinator: str = _flag('', "Process 0's host:port, where the environment does not tell; the same in all processes.")
+  num_processes: int | None = _flag(None, 'Number of processes; with --coordinator.')
+  process_id: int | None = _flag(None, 'Number of this process, from 0; with --coordinator.')
+
+  def check(self):
+    given = [bool(self.coordinator), self.num_processes is not None, self.process_id is not None]
+    if any(given) and not all(given):
+      raise InputError('--coordinator, --num_processes and --process_id: give all three or none.')
+    if not any(given):
+      return
+    if self.distributed == 'off':
+      raise InputError('--distributed=off and --coordinator exclude each other; leave out one.')
+    host, _, port = self.coordinator.rpartition(':')
+    if not (host and port.isdecimal()):
+      raise InputError(f'--coordinator={self.coordinator}: must be host:port, as in 10.0.0.2:1234.')
+    if not 0 <= self.process_id < self.num_processes:
+      raise InputError(
+        f'--process_id={self.process_id} is not in 0 … {self.num_processes - 1}, the range of --num_processes.'
+      )
+
+
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
-  """Defines one absl flag for each field of Config."""
-  for field in dataclasses.fields(Config):
+  """Defines one absl flag for each field of Config and Launch."""
+  for field in (*dataclasses.fields(Config), *dataclasses.fields(Launch)):
     name, default, help_text = field.name, field.default, field.metadata['help']
     kwargs = {'flag_values': flag_values, 'module_name': 'elder_jax'}
     if field.metadata['choices']:
@@ -309,6 +340,10 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
       define |= {int: flags.DEFINE_integer, int | None: flags.DEFINE_integer, float: flags.DEFINE_float}
       define |= {float | None: flags.DEFINE_float}
       define[field.type](name, default, help_text, **kwargs)
+
+
+def launch_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Launch:
+  return Launch(**{field.name: flag_values[field.name].value for field in dataclasses.fields(Launch)})
 
 
 def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:

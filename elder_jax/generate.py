@@ -25,6 +25,7 @@ import numpy as np
 from elder_jax import checkpoint_hf
 from elder_jax import cli
 from elder_jax import data
+from elder_jax import hosts
 from elder_jax import model as model_lib
 from elder_jax import safetensors_files
 from elder_jax import sharding
@@ -243,7 +244,7 @@ def generate(
       model, put(tokens_BT), put(lengths_B), put(row_B), eos_E, np.int32(max_new_tokens), key,
       capacity=tokens_BT.shape[1] + room, room=room, sampling=sampling, mode=mode,
     )  # fmt: skip
-    for i, new_R in zip(numbers, np.asarray(tokens_BR)):
+    for i, new_R in zip(numbers, hosts.to_host(tokens_BR)):
       result[i] = new_R[new_R != END].tolist()
   return result
 

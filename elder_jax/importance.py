@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elder_jax import hosts
 from elder_jax import losses
 from elder_jax import model as model_lib
 from elder_jax import sharding
@@ -220,7 +221,7 @@ def _lowest(score_L: np.ndarray, candidates: Sequence[int], num_remove: int) -> 
 
 def _to_host(array) -> np.ndarray:
   # Waits for the batch: were the next one started meanwhile, both would be in memory.
-  return np.asarray(jax.device_get(array), np.float64)
+  return hosts.to_host(array).astype(np.float64)
 
 
 def _predicted(tokens_BT) -> int:

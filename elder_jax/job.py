@@ -14,6 +14,7 @@ from elder_jax import checkpoint_hf
 from elder_jax import data
 from elder_jax import evaluate
 from elder_jax import gates
+from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import lora
 from elder_jax import merging
@@ -46,6 +47,7 @@ class Run:
   tokenizer: object  # of transformers, where the run reads text
   tasks: object  # the harness's TaskDict, or None
   mesh: jax.sharding.Mesh
+  shardings: Decoder  # of the parameters, whatever their number of layers
   mode: Mode
   log: metrics.Metrics
 
@@ -66,8 +68,9 @@ def prepare(config: Config) -> Run:
   """Refuses whatever can be refused before long work starts, then claims the work folder."""
   config.check()
   work = config.path()
-  _claim(work, config)
-  source = checkpoint_hf.open_source(config.model, work / 'source')
+  hosts.lead_first(lambda: _claim(work, config) if hosts.leads() else None)
+  hosts.check_shared(work, '--workdir')
+  source = hosts.lead_first(lambda: checkpoint_hf.open_source(config.model, work / 'source'))
   num_removes = count_removed(config, source.num_layers)
   for recipe in config.recipes():
     if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
@@ -78,8 +81,8 @@ def prepare(config: Config) -> Run:
       'more (--train_steps, --num_sequences) or use --order=joint.'
     )
   mesh = sharding.make_mesh(config.mesh)
-  abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
-  sharding.for_model(abstract, mesh, config.mesh)
+  abstract = checkpoint_hf.abstract(source.spec, source.num_layers)
+  shardings = sharding.for_model(abstract, mesh, config.mesh)
   lora.check(abstract, config.lora_rank)
   sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
   if config.eval_data:
@@ -114,10 +117,10 @@ def prepare(config: Config) -> Run:
   if config.task_names():
     tasks = zero_shot.load_tasks(config.task_names(), config.tasks_dir)
 
-  if jax.process_index() == 0:
+  if hosts.leads():
     report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
   log = metrics.Metrics(work / 'metrics.jsonl')
-  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, mode(config), log)
+  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log)
 
 
 def _claim(work: pathlib.Path, config: Config):
@@ -233,5 +236,4 @@ def _check_tokens(rows_NT: np.ndarray, source: checkpoint_hf.Source, flag: str):
 
 
 def load(job: Run) -> Decoder:
-  model = jax.eval_shape(lambda: Decoder(job.source.spec, job.source.num_layers, jax.random.key(0)))
-  return checkpoint_hf.load(job.source, job.config.dtype, sharding.for_model(model, job.mesh, job.config.mesh))
+  return checkpoint_hf.load(job.source, job.config.dtype, job.shardings)

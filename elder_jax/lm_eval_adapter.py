@@ -15,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 import numpy as np
 
 from elder_jax import generate
+from elder_jax import hosts
 from elder_jax import losses
 from elder_jax import model as model_lib
 from elder_jax import sharding
@@ -140,7 +141,8 @@ class JaxLM(TemplateLM):
     target_BT = np.zeros_like(tokens_BT)
     for tokens_T, target_T, row in zip(tokens_BT, target_BT, rows):
       tokens_T[: len(row) - 1], target_T[: len(row) - 1] = row[:-1], row[1:]
-    return jax.device_get(token_scores(self.model, self.put(tokens_BT), self.put(target_BT), self.mode))
+    scores = token_scores(self.model, self.put(tokens_BT), self.put(target_BT), self.mode)
+    return tuple(map(hosts.to_host, scores))
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
     """log p of whole texts; those longer than the context in windows that predict each token once."""

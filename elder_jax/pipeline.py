@@ -17,6 +17,7 @@ from elder_jax import checkpoint_hf
 from elder_jax import evaluate
 from elder_jax import gates
 from elder_jax import generate
+from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import job as job_lib
 from elder_jax import manifest
@@ -50,9 +51,9 @@ def run(config: Config) -> dict:
 def _run(job: Run) -> dict:
   config, work, seconds = job.config, job.config.path(), {}
   stage = functools.partial(_stage, work, seconds)
-  if (work / 'report.json').exists():
+  if hosts.agree((work / 'report.json').exists()):
     metrics.say(f'{work} holds a finished run')
-    return json.loads((work / 'report.json').read_text())
+    return hosts.agree(json.loads((work / 'report.json').read_text()) if hosts.leads() else None)
 
   model = None
   if not job.copies:
@@ -70,7 +71,7 @@ def _run(job: Run) -> dict:
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
     checkpoints = Checkpoints(work / 'checkpoints' / name, config.checkpoint_every, config.steps())
-    measured = (work / 'stages' / f'{name}.json').exists()
+    measured = hosts.agree((work / 'stages' / f'{name}.json').exists())
     if not job.copies and ((method, n, recipe) == exported or not measured):
       pruned, taken = _timed(lambda: apply_recipe(job, model, choice, recipe, checkpoints, name))
       seconds.setdefault(f'train_{name}', taken)
@@ -105,11 +106,13 @@ def _run(job: Run) -> dict:
   }
   report['verify'], seconds['export'] = _timed(lambda: export(job, pruned, kept, report))
   report['seconds'] = {k: round(v, 1) for k, v in seconds.items()}
-  if len(job.num_removes) > 1 and job.windows:
-    report_lib.plot(report, work / 'sweep.svg')
-  (work / 'report.md').write_text(report_lib.markdown(report), encoding='utf-8')
-  report_lib.write_json(work / 'report.json', report)
-  shutil.rmtree(work / 'checkpoints', ignore_errors=True)
+  if hosts.leads():
+    if len(job.num_removes) > 1 and job.windows:
+      report_lib.plot(report, work / 'sweep.svg')
+    (work / 'report.md').write_text(report_lib.markdown(report), encoding='utf-8')
+    report_lib.write_json(work / 'report.json', report)
+    shutil.rmtree(work / 'checkpoints', ignore_errors=True)
+  hosts.wait('report')
   return report
 
 
@@ -256,41 +259,47 @@ def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> d
   """
   config, source, work = job.config, job.source, job.config.path()
   temporary, final = work / 'export.partial', work / 'export'
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir()
   metrics.say(f'writing and checking {final}')
   # A copy keeps each tensor's type, where they differ.
   dtype = config.export_dtype or ('' if job.copies else source.dtype)
   pieces_of = checkpoint_hf.from_source(source, kept) if job.copies else checkpoint_hf.from_model(pruned)
-  hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
-  (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
+  if hosts.leads():
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
+    (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
+  elif not job.copies:
+    checkpoint_hf.take_part(pieces_of, source, kept)
+  hosts.wait('export written')
   if job.windows:
     tokens_BT = next(iter(job.windows.values())).tokens_NT[:1, :128]
   elif job.rows_NT is not None:
     tokens_BT = job.rows_NT[:1, :128]
   else:  # no text was given: any tokens will do
     tokens_BT = np.random.default_rng(0).integers(0, source.spec.vocab_size, (1, 32), np.int32)
-  torch = verify.use_torch(config.verify, report['params']['pruned'])
+  torch = hosts.leads() and verify.use_torch(config.verify, report['params']['pruned'])
   if job.copies:
     figures = verify.check_copy(temporary, source.spec.with_layers(kept), len(kept), tokens_BT, torch)
   else:
-    figures = verify.check(temporary, pruned, dtype, tokens_BT, torch)
-  manifest.write(temporary, hashes)
-  shutil.rmtree(final, ignore_errors=True)
-  os.replace(temporary, final)
+    figures = verify.check(temporary, pruned, dtype, tokens_BT, torch, job.shardings)
+  hosts.wait('export checked')
+  if hosts.leads():
+    manifest.write(temporary, hashes)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
   return figures
 
 
 def _stage(work: pathlib.Path, seconds: dict, name: str, key: str, compute: Callable[[], dict]) -> dict:
   """compute(), or what an earlier run in this work folder had of it."""
   path = work / 'stages' / f'{name}.json'
-  if path.exists():
-    saved = json.loads(path.read_text())
-  else:
+  saved = hosts.agree(json.loads(path.read_text()) if hosts.leads() and path.exists() else None)
+  if not saved:
     result, taken = _timed(compute)
-    saved = {'result': result, 'seconds': taken}
-    path.parent.mkdir(exist_ok=True)
-    report_lib.write_json(path, saved)
+    saved = hosts.agree({'result': result, 'seconds': taken})
+    if hosts.leads():
+      path.parent.mkdir(exist_ok=True)
+      report_lib.write_json(path, saved)
   seconds[key] = saved['seconds']
   return saved['result']
 
