@@ -15,6 +15,7 @@ import numpy as np
 from elder_jax import hosts
 from elder_jax import model as model_lib
 from elder_jax import prune
+from elder_jax import sharding
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -97,6 +98,12 @@ def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, sol
   return prune.prune(current, removed)
 
 
+def program(model: Decoder, tokens_BT, recipe: str, mode: Mode):
+  """(jitted function, its arguments) of the heaviest step of a recipe; arrays may be abstract."""
+  kind, l = 'features' if recipe.startswith('absorb') else 'outputs', np.int32(0)
+  return _sums, (model, model, tokens_BT, np.ones(model.num_layers, bool), l, l + 1, mode, kind, True)
+
+
 @functools.partial(jax.jit, static_argnames=('mode', 'kind', 'changed'))
 def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, kind: str, changed: bool):
   """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²) in float32: a the features of layer l or, as kind says, its output."""
@@ -128,9 +135,9 @@ def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mo
     w_S1 = jnp.ones_like(w_S1)
   product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
   gram, cross = product(weighted_SA, a_SA), product(weighted_SA, r_SD)
-  return gram, cross, jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * t_SD**2)
+  return sharding.replicate((gram, cross, jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * t_SD**2)))
 
 
 @jax.jit
 def _with_layer(w_LFD, w_FD, l):
-  return w_LFD.at[l].set(w_FD)
+  return sharding.constrain(w_LFD.at[l].set(w_FD), *sharding.spec('LFD'))

@@ -77,7 +77,9 @@ class Config:
   batch_size: int = _flag(4, 'Sequences per step; must divide --num_sequences.')
   grad_accum: int = _flag(1, 'Parts that a batch is worked off in, to save memory; must divide --batch_size.')
   shuffle: bool = _flag(True, 'Draw the sequences from the whole text and shuffle them in each pass; else text order.')
-  seed: int = _flag(0, 'Seed of the choice and order of the sequences, the only random thing in a run.')
+  seed: int = _flag(
+    0, "Seed of the choice and order of the sequences and of LoRA's first factors; nothing else in a run is random."
+  )
   # Evaluation.
   eval_seq_len: int = _flag(2048, 'Window of the perplexity, in tokens; windows do not overlap, the rest is dropped.')
   eval_tokens: int = _flag(0, 'Tokens of each evaluation text that are used, from its start; 0: all.')
@@ -123,12 +125,34 @@ class Config:
   train_steps: int | None = _flag(
     None, 'Steps of stage 2, and of the training of other recipes; unset: one pass over the sequences.'
   )
-  lr: float = _flag(3e-4, 'Peak learning rate of stage 2 (AdamW); falls linearly to 0.')
+  lr: float = _flag(
+    3e-4, 'Peak learning rate of stage 2; falls linearly to 0. LoRA wants a higher one, lion one 3 to 10 times lower.'
+  )
   warmup_ratio: float = _flag(0.05, 'Fraction of the steps over which the learning rate rises from 0.')
   weight_decay: float = _flag(0.0, 'Weight decay of matrices in stage 2.')
   grad_clip: float = _flag(1.0, 'Norm that gradients are clipped to.')
   trainable: str = _flag(
     'blocks', "blocks: the layers' weights; all: embedding, final norm and head as well.", ('blocks', 'all')
+  )
+  optimizer: str = _flag(
+    'adamw',
+    'Optimiser of the training; stage 1 always has Adam. Its float32 state per trained weight: adamw 8 bytes; lion 4; '
+    'adafactor (factored, no momentum) next to none for matrices with two axes of 128 or more.',
+    ('adamw', 'adafactor', 'lion'),
+  )
+  moment_dtype: str = _flag(
+    'float32',
+    "Type of the first moment of --optimizer=adamw and of lion's only one, 2 bytes per trained weight less in bfloat16; "
+    'second moments stay float32. Stage 1 stays float32.',
+    ('float32', 'bfloat16'),
+  )
+  lora_rank: int = _flag(
+    0,
+    "Rank of LoRA in all training but stage 1: only a low-rank change of each of the layers' matrices is trained, the "
+    'matrices themselves, norms, biases and embeddings are frozen; merged before pruning and export. 0: no LoRA.',
+  )
+  lora_alpha: float | None = _flag(
+    None, "LoRA's change is alpha / rank times the product of its factors; unset: twice --lora_rank."
   )
   # Zero-shot tasks.
   tasks: str = _flag('', 'Tasks of lm-evaluation-harness, as in piqa,arc_easy, to evaluate all models of the run on.')
@@ -173,7 +197,7 @@ class Config:
         raise InputError(f'--{name}={getattr(self, name)} is too small; give at least {least}.')
     for name in (
         'lambda1', 'lambda2', 'lambda2_power', 'gate_lr', 'lr', 'weight_decay', 'protect_first', 'protect_last',
-        'eval_tokens', 'seed', 'task_limit', 'checkpoint_every', 'train_steps', 'num_remove',
+        'eval_tokens', 'seed', 'task_limit', 'checkpoint_every', 'train_steps', 'num_remove', 'lora_rank',
     ):  # fmt: skip
       value = getattr(self, name)
       if value is not None and not 0 <= value < math.inf:
@@ -193,6 +217,19 @@ class Config:
     if self.batch_size % self.grad_accum:
       raise InputError(
         f'--grad_accum={self.grad_accum} does not divide --batch_size={self.batch_size}; change one of them.'
+      )
+    if self.optimizer == 'adafactor' and self.moment_dtype != 'float32':
+      raise InputError(
+        f'--moment_dtype={self.moment_dtype}: --optimizer=adafactor has no first moment; leave the type away, or use '
+        'adamw or lion.'
+      )
+    if self.lora_rank and self.trainable == 'all':
+      raise InputError(
+        f"--lora_rank={self.lora_rank}: LoRA trains nothing but a change of the layers' matrices; use --trainable=blocks."
+      )
+    if self.lora_alpha is not None and not (self.lora_rank and 0 < self.lora_alpha < math.inf):
+      raise InputError(
+        f'--lora_alpha={self.lora_alpha}: must be above 0 and finite, and needs --lora_rank; give both, or neither.'
       )
     if unknown := next((r for r in self.compare if r not in RECIPES), None):
       raise InputError(f'--compare: {unknown!r} is no recipe, these are: {", ".join(RECIPES)}.')
@@ -302,6 +339,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
     else:
       define = {bool: flags.DEFINE_boolean, str: flags.DEFINE_string, str | None: flags.DEFINE_string}
       define |= {int: flags.DEFINE_integer, int | None: flags.DEFINE_integer, float: flags.DEFINE_float}
+      define |= {float | None: flags.DEFINE_float}
       define[field.type](name, default, help_text, **kwargs)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from elder_jax import data
 from elder_jax import losses
 from elder_jax import model as model_lib
+from elder_jax import sharding
 from elder_jax.data import Corpus
 from elder_jax.errors import InputError
 
@@ -46,9 +47,10 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
 
 
 @functools.partial(jax.jit, static_argnames='mode')
-def _nll(model, tokens_BT, counted_BT, mode):
+def nll(model, tokens_BT, counted_BT, mode):
+  """losses.next_token_nll of a batch, whole on every device."""
   x_BTD, _ = model_lib.forward(model, tokens_BT, mode=mode)
-  return losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT)
+  return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT))
 
 
 def perplexity(
@@ -71,7 +73,7 @@ def perplexity(
     counted_BT = np.ones((batch_size, rows_NT.shape[1]), np.float32)
     counted_BT[len(batch_BT) :] = 0  # the last batch is filled up, so that one compilation serves all
     batch_BT = np.concatenate([batch_BT, np.repeat(batch_BT[:1], batch_size - len(batch_BT), 0)])
-    nll, n = _nll(model, put(batch_BT), put(counted_BT), mode)
-    total, count = total + float(nll), count + float(n)
+    batch_nll, n = nll(model, put(batch_BT), put(counted_BT), mode)
+    total, count = total + float(batch_nll), count + float(n)
     progress(min(i + batch_size, len(rows_NT)), len(rows_NT))
   return float(np.exp(total / count))

@@ -13,10 +13,13 @@ from elder_jax import absorb
 from elder_jax import checkpoint_hf
 from elder_jax import data
 from elder_jax import evaluate
+from elder_jax import gates
 from elder_jax import hosts
 from elder_jax import importance
+from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
+from elder_jax import regularize
 from elder_jax import report as report_lib
 from elder_jax import safetensors_files
 from elder_jax import sharding
@@ -68,7 +71,7 @@ def prepare(config: Config) -> Run:
   hosts.lead_first(lambda: _claim(work, config) if hosts.leads() else None)
   hosts.check_shared(work, '--workdir')
   source = hosts.lead_first(lambda: checkpoint_hf.open_source(config.model, work / 'source'))
-  num_removes = _num_removes(config, source.num_layers)
+  num_removes = count_removed(config, source.num_layers)
   for recipe in config.recipes():
     if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
       absorb.check(source.spec, recipe)
@@ -78,7 +81,9 @@ def prepare(config: Config) -> Run:
       'more (--train_steps, --num_sequences) or use --order=joint.'
     )
   mesh = sharding.make_mesh(config.mesh)
-  shardings = sharding.for_model(checkpoint_hf.abstract(source.spec, source.num_layers), mesh, config.mesh)
+  abstract = checkpoint_hf.abstract(source.spec, source.num_layers)
+  shardings = sharding.for_model(abstract, mesh, config.mesh)
+  lora.check(abstract, config.lora_rank)
   sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
   if config.eval_data:
     sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')
@@ -113,9 +118,8 @@ def prepare(config: Config) -> Run:
 
   if hosts.leads():
     report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
-  mode = Mode(config.gate, config.penalty, config.penalty_scale, config.dtype, config.remat)
   log = metrics.Metrics(work / 'metrics.jsonl')
-  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode, log)
+  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log)
 
 
 def _claim(work: pathlib.Path, config: Config):
@@ -145,7 +149,47 @@ def _claim(work: pathlib.Path, config: Config):
       )
 
 
-def _num_removes(config: Config, num_layers: int) -> list[int]:
+def mode(config: Config) -> Mode:
+  return Mode(config.gate, config.penalty, config.penalty_scale, config.dtype, config.remat)
+
+
+def gate_settings(config: Config, num_layers: int, num_remove: int) -> gates.GateSettings:
+  return gates.GateSettings(
+    num_remove=num_remove,
+    iterative=config.selection == 'iterative',
+    steps=config.gate_steps,
+    lr=config.gate_lr,
+    lambda1=config.lambda1,
+    candidates=tuple(range(config.protect_first, num_layers - config.protect_last)),
+    clip=config.grad_clip,
+    grad_accum=config.grad_accum,
+  )
+
+
+def train_settings(config: Config) -> regularize.TrainSettings:
+  return regularize.TrainSettings(
+    steps=config.steps(),
+    lr=config.lr,
+    lambda2=config.lambda2,
+    lambda2_power=config.lambda2_power,
+    sequential=config.order == 'sequential',
+    anneal=config.anneal,
+    distill=config.distill,
+    trainable=config.trainable,
+    warmup_ratio=config.warmup_ratio,
+    weight_decay=config.weight_decay,
+    clip=config.grad_clip,
+    grad_accum=config.grad_accum,
+    optimizer=config.optimizer,
+    moment_dtype=config.moment_dtype,
+    lora_rank=config.lora_rank,
+    lora_alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+    seed=config.seed,
+  )
+
+
+def count_removed(config: Config, num_layers: int) -> list[int]:
+  """How many layers go, of the exported model first; several where --ratio has several. Raises InputError."""
   given = config.layers_given()
   if given is not None:
     if wrong := next((l for l in given if not 0 <= l < num_layers), None):

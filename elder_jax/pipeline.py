@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import time
 
+import jax
 import numpy as np
 
 from elder_jax import absorb
@@ -18,6 +19,7 @@ from elder_jax import gates
 from elder_jax import generate
 from elder_jax import hosts
 from elder_jax import importance
+from elder_jax import job as job_lib
 from elder_jax import manifest
 from elder_jax import merging
 from elder_jax import metrics
@@ -42,7 +44,12 @@ CHOOSE_ANEW = ('uidl', 'cosine_block', 'last', 'laco')
 def run(config: Config) -> dict:
   """Does the whole job in config.workdir and returns the report. Started again, it goes on where it was."""
   job = prepare(config)
-  work, seconds = config.path(), {}
+  with jax.set_mesh(job.mesh):
+    return _run(job)
+
+
+def _run(job: Run) -> dict:
+  config, work, seconds = job.config, job.config.path(), {}
   stage = functools.partial(_stage, work, seconds)
   if hosts.agree((work / 'report.json').exists()):
     metrics.say(f'{work} holds a finished run')
@@ -171,16 +178,7 @@ def first(choice: dict, num_remove: int) -> dict:
 
 def _learn_gates(job: Run, model: Decoder, num_remove: int) -> dict:
   config = job.config
-  settings = gates.GateSettings(
-    num_remove=num_remove,
-    iterative=config.selection == 'iterative',
-    steps=config.gate_steps,
-    lr=config.gate_lr,
-    lambda1=config.lambda1,
-    candidates=tuple(range(config.protect_first, model.num_layers - config.protect_last)),
-    clip=config.grad_clip,
-    grad_accum=config.grad_accum,
-  )
+  settings = job_lib.gate_settings(config, model.num_layers, num_remove)
   total = settings.steps * (settings.num_remove if settings.iterative else 1)
   progress = metrics.Progress('stage 1, gates')
   job.log.begin('gates', 0)
@@ -225,20 +223,7 @@ def apply_recipe(
   if not trained:
     return start
 
-  settings = regularize.TrainSettings(
-    steps=config.steps(),
-    lr=config.lr,
-    lambda2=config.lambda2,
-    lambda2_power=config.lambda2_power,
-    sequential=config.order == 'sequential',
-    anneal=config.anneal,
-    distill=config.distill,
-    trainable=config.trainable,
-    warmup_ratio=config.warmup_ratio,
-    weight_decay=config.weight_decay,
-    clip=config.grad_clip,
-    grad_accum=config.grad_accum,
-  )
+  settings = job_lib.train_settings(config)
   progress = metrics.Progress(f'training, {name}')
   began = []
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from elder_jax import losses
+from elder_jax import sharding
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
 
@@ -32,11 +33,16 @@ class NonFiniteLoss(RuntimeError):
 
 
 def mask(model: Decoder, what: str) -> Decoder:
-  """True at the leaves that train. what: gates; blocks, the layers' weights; all, everything but the gates."""
+  """True at the leaves that train. what: gates; blocks, the layers' weights; all, all but the gates; lora, its factors."""
 
   def trains(path, _):
-    top = path[0].name
-    return {'gates': top == 'gate_L', 'blocks': top == 'layers', 'all': top != 'gate_L'}[what]
+    top, name = path[0].name, path[-2].name
+    return {
+      'gates': top == 'gate_L',
+      'blocks': top == 'layers',
+      'all': top != 'gate_L',
+      'lora': top == 'layers' and name in ('a', 'b'),
+    }[what]
 
   return jax.tree_util.tree_map_with_path(trains, model)
 
@@ -64,13 +70,30 @@ def schedule(lr: float, steps: int, warmup_ratio: float):
   return rate
 
 
-def optimizer(mask, rate, weight_decay: float, clip: float):
-  """AdamW with clipping for the leaves of the mask, nothing for the others; norms and biases do not decay."""
+def optimizer(mask, rate, weight_decay: float, clip: float, kind: str = 'adamw', moment_dtype: str = 'float32'):
+  """An optimiser with clipping for the leaves of the mask, nothing for the others; norms and biases do not decay.
+
+  The same `rate` means a step of about the same size to adamw and adafactor: the latter is Shazeer and Stern's
+  (arXiv 1804.04235) without its own rate schedule, scaling by the size of the weights and momentum.
+
+  Args:
+    kind: adamw, adafactor or lion.
+    moment_dtype: of the first moments, which adafactor has not; second moments are float32.
+  """
   # By name: stacked, they have two axes, too.
   is_matrix = lambda path, _: not re.search(r'norm|bias|\.b[a-z_]+\.value', jax.tree_util.keystr(path))
   decays = lambda tree: jax.tree_util.tree_map_with_path(is_matrix, tree)
-  adamw = optax.adamw(rate, weight_decay=weight_decay, mask=decays)
-  return optax.masked(optax.chain(optax.clip_by_global_norm(clip), adamw), mask)
+  if kind == 'adafactor':
+    tx = optax.chain(
+      optax.scale_by_factored_rms(),
+      optax.clip_by_block_rms(1.0),
+      optax.add_decayed_weights(weight_decay, mask=decays),
+      optax.scale_by_learning_rate(rate),
+    )
+  else:
+    make = {'adamw': optax.adamw, 'lion': optax.lion}[kind]
+    tx = make(rate, weight_decay=weight_decay, mask=decays, mu_dtype=moment_dtype)
+  return optax.masked(optax.chain(optax.clip_by_global_norm(clip), tx), mask)
 
 
 def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
@@ -78,7 +101,7 @@ def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
   trained, frozen = partition(model, mask)
   trained = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), trained)
   state = TrainState(jnp.int32(0), trained, tx.init(trained))
-  home = jax.tree.leaves(trained)[0].sharding
+  home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)  # abstract, it lies nowhere
   if isinstance(home, NamedSharding):
     # Counters too: elsewhere they make the second step compile anew, and a restored state does not run at all.
     everywhere = NamedSharding(home.mesh, PartitionSpec())
@@ -98,21 +121,22 @@ def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
 
   def step(state: TrainState, fixed, batch_BT, terms):
     B, T = batch_BT.shape
-    # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
-    parts_AbT = batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1)
-
-    def accumulate(total, tokens_bT):
+    def of_part(tokens_bT):
       (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, tokens_bT, terms)
-      return jax.tree.map(lambda t, x: t + x / grad_accum, total, ({'loss': loss, **parts}, grads)), None
+      return sharding.replicate({'loss': loss, **parts}), sharding.constrain_state(grads)
 
-    shapes = jax.eval_shape(
-      lambda t: jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, t, terms), parts_AbT[0]
-    )
-    (loss, parts), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (metrics, grads), _ = jax.lax.scan(accumulate, ({'loss': loss, **parts}, grads), parts_AbT)
+    if grad_accum == 1:  # no second buffer for the sum
+      metrics, grads = of_part(batch_BT)
+    else:
+      # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
+      parts_AbT = sharding.constrain_batch(batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1), 1)
+      zeros, grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_part, parts_AbT[0]))
+      add = lambda total, tokens_bT: (jax.tree.map(lambda t, x: t + x / grad_accum, total, of_part(tokens_bT)), None)
+      (metrics, grads), _ = jax.lax.scan(add, (zeros, sharding.constrain_state(grads)), parts_AbT)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-    metrics |= {'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)}
-    return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+    metrics |= sharding.replicate({'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)})
+    state = TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state)
+    return sharding.constrain_state(state), metrics
 
   return jax.jit(step, donate_argnums=0)
 
