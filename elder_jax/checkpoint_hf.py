@@ -80,15 +80,20 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     files = _folder(model, path)
     config = safetensors_files.read_json(files / 'config.json')
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
+  spec, num_layers = architecture(model, config)
+  source = _with_prefix(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
+  _check_names_and_shapes(source)
+  return source
+
+
+def architecture(model: str, config: dict) -> tuple[Spec, int]:
+  """(Spec, number of layers) of a config.json; model: what to call it in an error."""
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
       f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
-  spec, num_layers = families.FAMILIES[model_type].spec_from_config(config)
-  source = _with_prefix(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
-  _check_names_and_shapes(source)
-  return source
+  return families.FAMILIES[model_type].spec_from_config(config)
 
 
 def _with_prefix(source: Source) -> Source:

@@ -167,6 +167,12 @@ class Config:
       ('none', 'dots', 'full'),
   )  # fmt: skip
   mesh: str = _flag('-1,1,1', 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.')
+  plan: bool = _flag(
+    False,
+    'Only tell what the run would take of each device and how long its steps would take at least, by asking the compiler; '
+    'a config.json is enough of a model. Exit status 3 where it does not fit.',
+  )
+  topology: str = _flag('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
   checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
   # Output.
   export_dtype: str = _flag(
@@ -180,7 +186,9 @@ class Config:
 
   def check(self):
     """Raises InputError for settings that no run can have. What depends on the model is checked in the pipeline."""
-    if not self.workdir:
+    if self.topology and not self.plan:
+      raise InputError(f'--topology={self.topology}: is only compiled for; add --plan.')
+    if not self.workdir and not self.plan:
       raise InputError('--workdir is missing: give a folder for the results.')
     for name in (
       'seq_len',

@@ -30,9 +30,10 @@ from elder_jax.config import Config
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
+from elder_jax.model import Spec
 
 # What a run may change when it is started again in its work folder.
-_FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh')
+_FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh', 'plan', 'topology')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,7 @@ def prepare(config: Config) -> Run:
       'more (--train_steps, --num_sequences) or use --order=joint.'
     )
   mesh = sharding.make_mesh(config.mesh)
-  abstract = checkpoint_hf.abstract(source.spec, source.num_layers)
-  shardings = sharding.for_model(abstract, mesh, config.mesh)
-  lora.check(abstract, config.lora_rank)
-  sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
-  if config.eval_data:
-    sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')
+  shardings = check_sizes(config, source.spec, source.num_layers, mesh)
   if config.verify == 'torch' and not verify.has_torch():
     raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
 
@@ -147,6 +143,17 @@ def _claim(work: pathlib.Path, config: Config):
       raise InputError(
         f'--workdir={config.workdir}: holds a run with --{key}={before.get(key)}, not {now[key]}; choose another folder.'
       )
+
+
+def check_sizes(config: Config, spec: Spec, num_layers: int, mesh: jax.sharding.Mesh) -> Decoder:
+  """The model of shardings (sharding.for_model). Raises InputError for what the devices do not divide."""
+  abstract = checkpoint_hf.abstract(spec, num_layers)
+  shardings = sharding.for_model(abstract, mesh, config.mesh)
+  lora.check(abstract, config.lora_rank)
+  sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
+  if config.eval_data:
+    sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')
+  return shardings
 
 
 def mode(config: Config) -> Mode:

@@ -1,5 +1,6 @@
 """`python -m elder_jax.main --flagfile=configs/….flags`: flags → Config → pipeline."""
 
+import sys
 import traceback
 
 from absl import app
@@ -10,6 +11,7 @@ from elder_jax import cli
 from elder_jax import config as config_lib
 from elder_jax import hosts
 from elder_jax import pipeline
+from elder_jax import plan
 from elder_jax import report as report_lib
 from elder_jax import verify
 from elder_jax.errors import InputError
@@ -21,7 +23,10 @@ def main(argv: list[str]):
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell their inner life at INFO
   try:
     hosts.start(config_lib.launch_from_flags())
-    report = pipeline.run(config_lib.from_flags())
+    config = config_lib.from_flags()
+    if config.plan:
+      sys.exit(plan.main(config))
+    report = pipeline.run(config)
   except InputError as e:
     hosts.leave(2, str(e))
   except (NonFiniteLoss, verify.ExportMismatch) as e:

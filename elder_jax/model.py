@@ -325,6 +325,10 @@ def run_layers(model: Decoder, x_BTD, alive_L=None, mode: Mode = Mode(), gate_L=
       y_BTD, d_BTD = block(x_BTD, gate, rope, mode, window)
       return y_BTD, delta_norm(d_BTD, x_BTD, mode.penalty, mode.penalty_scale)
 
+    if mode.remat == 'full':
+      # Inside the branch as well: else the backward pass computes the layer again in one branch and takes what it needs,
+      # the scores of attention among it, through memory into another.
+      run = jax.checkpoint(run)
     y_BTD, delta = jax.lax.cond(alive, run, lambda x_BTD: (x_BTD, jnp.float32(0)), x_BTD)
     return sharding.constrain_batch(y_BTD), (delta, x_BTD) if inputs else delta
 

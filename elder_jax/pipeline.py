@@ -23,6 +23,7 @@ from elder_jax import job as job_lib
 from elder_jax import manifest
 from elder_jax import merging
 from elder_jax import metrics
+from elder_jax import plan
 from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import report as report_lib
@@ -57,6 +58,7 @@ def _run(job: Run) -> dict:
 
   model = None
   if not job.copies:
+    metrics.say(plan.of_run(job))
     metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
     model, seconds['load'] = _timed(lambda: load(job))
   dense = stage('dense', 'dense', lambda: measure(job, model, 'dense'))
