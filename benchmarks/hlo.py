@@ -73,8 +73,8 @@ def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
     for i in computations[name]:
       if i.op == 'while':
         condition = computations[_called(i, 'condition')[0]]
-        trips = [int(c.rest.partition(')')[0]) for c in condition if c.op == 'constant' and c.shape.startswith(('s32[]', 'u32[]'))]
-        visit(_called(i, 'body')[0], n * max(trips), inside)
+        limits = [c for c in condition if c.op == 'constant' and c.shape.startswith(('s32[]', 'u32[]'))]
+        visit(_called(i, 'body')[0], n * max(int(c.rest.partition(')')[0]) for c in limits), inside)
       elif i.op == 'conditional':  # a layer runs or is skipped: the longer branch, as all run
         branches = _called(i, 'branch_computations')
         visit(max(branches, key=lambda b: sum(_cycles(j) for j in computations[b])), n, inside)

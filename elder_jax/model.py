@@ -20,7 +20,7 @@ import numpy as np
 from elder_jax import lora
 from elder_jax import sharding
 
-CPU_QUERY_BLOCK = 128
+QUERY_BLOCK = {'cpu': 128, 'tpu': 512}  # queries that attend together where there is no fused kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,16 +449,16 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
   """
   backend, T = sharding.platform(), q_BTNH.shape[1]
   plain = cap is None and (window is None or isinstance(window, int))
-  if backend != 'cpu' and plain:
-    fused = backend == 'gpu' and q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and q_BTNH.shape[-1] <= 128
+  if backend == 'gpu' and plain:
+    fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and q_BTNH.shape[-1] <= 128
     implementation = 'cudnn' if fused else 'xla'
     local = None if window is None or window >= T else (window - 1, 0)
     return jax.nn.dot_product_attention(
       q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=scale, local_window_size=local,
       implementation=implementation,
     )  # fmt: skip
-  # A CPU has no fused kernel: blocks of queries that do not read the keys after them take half the time of the square.
-  size = CPU_QUERY_BLOCK if backend == 'cpu' else T
+  # Without a fused kernel: blocks of queries that do not read the keys after them take half the time of the square.
+  size = QUERY_BLOCK.get(backend, T)
   blocks = []
   for start in range(0, T, size):
     end = min(T, start + size)

@@ -514,7 +514,7 @@ def test_loss_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize('length, kv_heads', [(5, 2), (8, 2), (16, 4), (21, 1)])
 def test_blocks_of_queries_equal_the_whole_square(length, kv_heads, monkeypatch):
-  monkeypatch.setattr(model_lib, 'CPU_QUERY_BLOCK', 8)
+  monkeypatch.setitem(model_lib.QUERY_BLOCK, 'cpu', 8)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
   random = np.random.default_rng(0)
   q, k, v = (jnp.array(random.normal(size=(B, length, n, 6)), jnp.float32) for n in (4, kv_heads, kv_heads))

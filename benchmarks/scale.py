@@ -1,0 +1,214 @@
+"""Pod jobs, proved by the TPU compiler on a machine without a TPU: memory, collectives and time of steps of both stages.
+
+  python -m benchmarks.scale [--row=NAME] [--again]
+
+Compiles the steps that a run would take (elder_jax/plan.py) for TPU slices and writes what the compiler says to
+docs/scale.jsonl, a line per row, and the tables into docs/scale.md. A row that is there is not compiled again unless
+--again asks for it. Needs pip install 'elder_jax[tpu]', minutes and a few GB of memory per row.
+"""
+
+import collections
+import datetime
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import tempfile
+import time
+
+from absl import app
+from absl import flags
+import jax
+
+from benchmarks import hlo
+from elder_jax import checkpoint_hf
+from elder_jax import job
+from elder_jax import plan
+from elder_jax import sharding
+from elder_jax.config import Config
+
+_ROWS = flags.DEFINE_multi_string('row', [], 'Row to compile, by name; repeatable; none: all that are missing.')
+_AGAIN = flags.DEFINE_boolean('again', False, 'Compile rows that are there already, too.')
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+BEGIN, END = '<!-- benchmarks/scale.py begins -->\n', '<!-- benchmarks/scale.py ends -->\n'
+
+LLAMA = dict(
+    model_type='llama', rms_norm_eps=1e-5, hidden_act='silu', tie_word_embeddings=False, max_position_embeddings=4096,
+)  # fmt: skip
+MODELS = {
+    'LLaMA-2-7B': LLAMA | dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32,
+    ),
+    'LLaMA-3-8B': LLAMA | dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, rope_theta=500000.0,
+    ),
+    'LLaMA-2-70B': LLAMA | dict(
+        vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}  # fmt: skip
+# What all rows have: both stages of the paper's method, in bfloat16, trained weights in float32.
+SETTINGS = dict(method='elder', recipe='regularize', compare=(), seq_len=2048, dtype='bfloat16', remat='full')
+SLICES = {
+    'LLaMA-2-7B, v5e-16': dict(topology='v5e:4x4', mesh='1,16,1', batch_size=16),
+    'LLaMA-2-7B, v4-16': dict(topology='v4:2x2x2', mesh='1,8,1', batch_size=16, grad_accum=2),
+    'LLaMA-3-8B, v6e-16': dict(topology='v6e:4x4', mesh='1,16,1', batch_size=16),
+    'LLaMA-2-70B, v5p-128': dict(topology='v5p:4x4x4', mesh='1,64,1', batch_size=64),
+    'LLaMA-2-70B, v5e-256': dict(topology='v5e:16x16', mesh='1,32,8', batch_size=32),
+}  # fmt: skip
+# A TPU core's cycles per second, as its published peak is that of its matrix units at full occupancy: v4 and v5p two
+# cores of four 128 × 128 units, v5e one; v6e as v5p.
+CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
+# Bytes per second that a chip can receive over all its links: 4 or 6 of 45 GB/s (v5e, v4) or 90 GB/s (v6e, v5p) each way.
+LINKS = {'TPU v4': 6 * 45e9, 'TPU v5 lite': 4 * 45e9, 'TPU v5': 6 * 90e9, 'TPU v6 lite': 4 * 90e9}
+
+
+def rows() -> dict[str, tuple[str, dict, int]]:
+  """Name -> (stage, settings, layers). Two more are the 70B with a tenth of its layers, for the time to compile."""
+  found = {}
+  for name, settings in SLICES.items():
+    layers = MODELS[name.partition(',')[0]]['num_hidden_layers']
+    found |= {f'{name}, {stage}': (stage, settings, layers) for stage in ('stage 1', 'stage 2')}
+  for name in ('LLaMA-2-70B, v5p-128',):
+    found[f'{name}, stage 2, 8 layers'] = ('stage 2', SLICES[name], 8)
+  return found
+
+
+def compile_row(name: str) -> dict:
+  stage, settings, layers = rows()[name]
+  with tempfile.TemporaryDirectory() as folder:
+    config = MODELS[name.partition(',')[0]] | {'num_hidden_layers': layers}
+    (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config))
+    config = Config(model=folder, plan=True, num_sequences=settings['batch_size'], **SETTINGS, **settings)
+    config.check()
+    spec, num_layers = checkpoint_hf.architecture(folder, json.loads((pathlib.Path(folder) / 'config.json').read_text()))
+  mesh = sharding.make_mesh(config.mesh, plan.topology(config.topology))
+  job.check_sizes(config, spec, num_layers, mesh)
+  with jax.set_mesh(mesh):
+    programs = plan.programs(config, spec, num_layers, [min(8, num_layers - 7)], mesh)
+    program = next(p for p in programs if p.name.startswith({'stage 1': 'stage 1', 'stage 2': 'training'}[stage]))
+    wall, cpu = time.monotonic(), time.process_time()
+    measured = plan.measure(program, mesh)
+    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+  kind = mesh.devices.flat[0].device_kind
+  row = {
+    'name': name, 'flags': ' '.join(f'--{k}={v}' for k, v in (SETTINGS | settings).items() if v != ()),
+    'chips': mesh.size, 'tokens': config.batch_size * config.seq_len,
+    'parameters': program.params, 'optimiser': program.opt_state, 'gradients': program.gradients,
+    'beside': program.beside, 'peak': measured.peak, 'limit': measured.limit,
+    'model_flops': program.model_flops, 'flops': measured.flops, 'least_s': measured.least_seconds,
+    'compile_s': wall, 'compile_cpu_s': cpu,
+  }  # fmt: skip
+  if measured.compiled:
+    text = measured.compiled.as_text()
+    row |= {'cycles': hlo.cycles(text), 'compute_s': hlo.cycles(text) / CLOCK[kind]}
+    row |= of_collectives(hlo.collectives(text), program, num_layers, kind)
+  row['versions'] = {p: importlib.metadata.version(p) for p in ('jax', 'jaxlib', 'libtpu', 'flax')}
+  row['python'], row['date'] = platform.python_version(), datetime.date.today().isoformat()
+  return row
+
+
+def of_collectives(found: list[hlo.Collective], program: plan.Program, num_layers: int, kind: str) -> dict:
+  """Counts by kind, bytes received, the largest all-gathers, and whether one gives a whole stack."""
+  counts = collections.defaultdict(lambda: [0, 0, 0.0])
+  for c in found:
+    count = counts[c.kind]
+    count[0], count[1], count[2] = count[0] + 1, count[1] + c.runs, count[2] + c.runs * c.received
+  # A stack that was gathered over fsdp has all of its elements, or those that tp leaves to a device.
+  state, (frozen, _), *_ = program.args
+  stacks = [a for a in jax.tree.leaves((state.trained.layers, frozen.layers)) if a.ndim > 2]
+  tp = stacks[0].sharding.mesh.shape['tp']
+  sizes = {math.prod(a.shape) // n for a in stacks for n in (1, tp)}
+  gathers = sorted((c for c in found if c.kind == 'all-gather'), key=lambda c: -c.elements)
+  in_layers = [c for c in gathers if c.runs % num_layers == 0]
+  received = sum(c.runs * c.received for c in found)
+  return {
+    'collectives': counts,
+    'received': received,
+    'links_s': received / LINKS[kind],
+    'largest': gathers[0].shape if gathers else '',
+    'largest_in_layers': in_layers[0].shape if in_layers else '',
+    'layer': max(math.prod(a.shape[1:]) for a in stacks),
+    'whole_stacks': [c.shape for c in gathers if c.elements in sizes],
+  }
+
+
+def read() -> dict[str, dict]:
+  path = DOCS / 'scale.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  return {row['name']: row for row in map(json.loads, lines)}
+
+
+def write(results: dict[str, dict]):
+  order = [name for name in rows() if name in results]
+  (DOCS / 'scale.jsonl').write_text(''.join(json.dumps(results[name]) + '\n' for name in order))
+  text = (DOCS / 'scale.md').read_text(encoding='utf-8')
+  head, _, rest = text.partition(BEGIN)
+  (DOCS / 'scale.md').write_text(head + BEGIN + tables(results) + END + rest.partition(END)[2], encoding='utf-8')
+
+
+def table(cells: list[list[str]]) -> list[str]:
+  lines = [cells[0], ['---', *('---:' for _ in cells[0][1:])], *cells[1:]]
+  return ['| ' + ' | '.join(line) + ' |' for line in lines] + ['']
+
+
+def tables(results: dict[str, dict]) -> str:
+  gib = lambda n: f'{n / plan.GIB:.2f}'
+  done = [results[name] for name in rows() if name in results]
+  main = [r for r in done if not r['name'].endswith(' layers')]
+  memory = [['GiB per chip', 'parameters', 'optimiser', 'gradients', 'other models', 'activations …', 'peak', 'of', 'fits']]
+  for r in main:
+    state = [r[k] for k in ('parameters', 'optimiser', 'gradients', 'beside')]
+    rest = max(0, r['peak'] - sum(state))
+    fits = 'yes' if r['peak'] <= r['limit'] else '**no**'
+    memory.append([r['name'], *map(gib, state), gib(rest), gib(r['peak']), gib(r['limit']), fits])
+  steps = [['step', 'tokens', 'model PFLOP', 'least s', 'compute s', 'links s', 'step s', 'MFU, %', 'compiled in s']]
+  moves = [['collectives', *hlo.KINDS, 'GB received', 'largest all-gather', 'largest in a layer', 'whole stacks']]
+  for r in [r for r in main if 'cycles' in r]:
+    low, high = max(r['compute_s'], r['links_s']), r['compute_s'] + r['links_s']
+    mfu = [f'{100 * r["least_s"] / s:.0f}' for s in (high, low)]
+    steps.append([
+      r['name'], f'{r["tokens"]:,}', f'{r["model_flops"] / 1e15:.2f}', f'{r["least_s"]:.2f}', f'{r["compute_s"]:.2f}',
+      f'{r["links_s"]:.2f}', f'{low:.2f} … {high:.2f}', ' … '.join(dict.fromkeys(mfu)), f'{r["compile_s"]:.0f}',
+    ])  # fmt: skip
+    counts = [r['collectives'].get(kind, [0, 0]) for kind in hlo.KINDS]
+    moves.append([
+      r['name'], *(f'{n} ({runs:,})' if n else '0' for n, runs, *_ in counts), f'{r["received"] / 1e9:.1f}',
+      f'`{r["largest"]}`', f'`{r["largest_in_layers"]}`', ', '.join(r['whole_stacks']) or 'none',
+    ])  # fmt: skip
+  lines = table(memory) + table(steps) + table(moves)
+  for r in done:
+    if r['name'].endswith(' layers') and (whole := results.get(r['name'].rpartition(',')[0])):
+      ratio = whole['compile_cpu_s'] / r['compile_cpu_s']
+      lines += [
+        f'{r["name"]} compiled in {r["compile_cpu_s"]:.0f} s of processor time ({r["compile_s"]:.0f} s by the clock), all '
+        f'layers in {whole["compile_cpu_s"]:.0f} s ({whole["compile_s"]:.0f} s): {ratio:.2f} ×.',
+        '',
+      ]
+  lines += ['Flags of each row, with `--plan --model=FOLDER` a command that prints its memory:', '']
+  lines += [f'- {r["name"]}: `{r["flags"]}`' for r in main] + ['']
+  made = sorted({(r['date'], r['python'], *(f'{k} {v}' for k, v in r['versions'].items())) for r in done})
+  lines += ['; '.join(f'{date}, Python {python}, {", ".join(more)}' for date, python, *more in made) + '.']
+  return '\n'.join(lines) + '\n'
+
+
+def main(argv):
+  del argv
+  jax.config.update('jax_platforms', 'cpu')  # the TPUs are only compiled for
+  results = read()
+  for name in _ROWS.value or rows():
+    if name not in results or _AGAIN.value:
+      print(f'compiling {name}', flush=True)
+      results = read()  # another one may have written meanwhile
+      results[name] = compile_row(name)
+      write(results)
+      print({k: v for k, v in results[name].items() if k in ('peak', 'limit', 'compute_s', 'compile_s')}, flush=True)
+  write(results)
+  print(tables(results))
+
+
+if __name__ == '__main__':
+  app.run(main)

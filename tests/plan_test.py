@@ -1,0 +1,206 @@
+"""The plan of a run: its bytes against the arrays of a real one, FLOPs, what does not fit. As a script: the worker."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from elder_jax import job as job_lib
+from elder_jax import plan
+from elder_jax import regularize
+from elder_jax import sharding
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+from elder_jax.model import Spec
+
+SPEC = Spec(
+    vocab_size=320, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=128, norm_eps=1e-5, tied=False,
+    rope_freq_RH=((1.0, 0.1),),
+)  # fmt: skip
+L = 4
+CONFIG = Config(
+    model='m', plan=True, method='elder', recipe='regularize', compare=(), train_steps=2, seq_len=32, eval_seq_len=32,
+    num_sequences=8, batch_size=8, eval_batch_size=8, remat='none', eval_data=('a=b',), protect_first=1, protect_last=1,
+)  # fmt: skip
+
+
+def live_bytes() -> list[int]:
+  """Of all arrays, on each device."""
+  on = dict.fromkeys(jax.devices(), 0)
+  for array in jax.live_arrays():
+    for shard in array.addressable_shards:
+      on[shard.device] += shard.data.nbytes
+  return list(on.values())
+
+
+def worker(mesh_flag: str, changes: dict):
+  """Two steps of training as a run does them; then what the plan says, and what the devices hold."""
+  config = dataclasses.replace(CONFIG, mesh=mesh_flag, **changes)
+  mesh = sharding.make_mesh(mesh_flag)
+  with jax.set_mesh(mesh):
+    planned = next(p for p in plan.programs(config, SPEC, L, [1], mesh) if p.name.startswith('training'))
+    before = live_bytes()
+    abstract = plan.abstract_model(SPEC, L, config.dtype, mesh, mesh_flag)
+    model = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 0.01, a.dtype), a.sharding), abstract)
+    settings = job_lib.train_settings(config)
+    step, state, frozen = regularize.begin(model, settings, job_lib.mode(config))
+    batch = sharding.put_batch(np.zeros((8, 32), np.int32), mesh)
+    for i in range(2):
+      state, metrics = step(state, (frozen, None), batch, regularize.penalty_terms(L, [], settings, i))
+    jax.block_until_ready(metrics)
+    held = max(after - at_first for after, at_first in zip(live_bytes(), before))
+    stage = plan.measure(planned, mesh)
+    m = stage.compiled.memory_analysis()
+  arguments = plan.device_bytes(planned.args)
+  print(json.dumps({
+    'planned': planned.params + planned.opt_state + planned.beside + plan.device_bytes(batch), 'held': held,
+    'arguments': arguments, 'compiler': m.argument_size_in_bytes, 'peak': stage.peak, 'state': stage.state,
+  }))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'mesh, changes', [('1,2,2', {}), ('4,1,1', {'dtype': 'bfloat16', 'trainable': 'all'}), ('2,2,1', {'lora_rank': 4})]
+)
+def test_the_plans_bytes_are_those_that_the_devices_hold(mesh, changes):
+  root = str(pathlib.Path(__file__).parents[1])
+  env = os.environ | {
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+  }  # fmt: skip
+  command = [sys.executable, __file__, mesh, json.dumps(changes)]
+  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  facts = json.loads(done.stdout.splitlines()[-1])
+  print(f'{mesh} {changes}: planned / held {facts["planned"] / facts["held"]:.3f}')
+  assert abs(facts['planned'] / facts['held'] - 1) < 0.15, facts
+  assert abs(facts['arguments'] / facts['compiler'] - 1) < 0.02, facts
+  assert facts['peak'] > facts['held'] > 0, facts
+
+
+@pytest.fixture
+def one_device():
+  mesh = sharding.make_mesh('1,1,1', jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+def programs(mesh, **changes) -> dict[str, plan.Program]:
+  return {p.name: p for p in plan.programs(dataclasses.replace(CONFIG, **changes), SPEC, L, [1], mesh)}
+
+
+@pytest.mark.parametrize('changes', [{}, {'trainable': 'all'}, {'distill': 0.5}])
+def test_formula_and_program_agree_on_flops(changes, one_device):
+  found = programs(one_device, recipe='prune_then_train', **changes)
+  assert list(found) == ['stage 1, gates', 'training, 3 layers', 'evaluation']
+  for p in found.values():
+    traced = plan.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr)
+    head_again = 2 * SPEC.d_model * SPEC.vocab_size * 8 * 32  # a loss's logits are computed again
+    again = 0 if p.name == 'evaluation' else head_again * (2 if 'distill' in changes and 'train' in p.name else 1)
+    assert traced - again == p.model_flops, p.name
+
+
+def test_what_is_computed_again_counts_in_what_is_done(one_device):
+  at = {remat: programs(one_device, remat=remat)['training, 4 layers'] for remat in ('none', 'full')}
+  flops = {remat: plan.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr) for remat, p in at.items()}
+  layers, attention, _ = plan.forward_flops(SPEC, L, 32)
+  assert flops['full'] - flops['none'] == (layers + attention) * 8 * 32  # once, and the head not
+  assert at['full'].model_flops == at['none'].model_flops
+
+
+def test_every_method_and_recipe_has_a_plan(one_device):
+  methods = 'shortgpt,sleb,uidl,cosine_block,laco,elder,random,last'
+  recipes = ('none', 'absorb', 'replace_linear_then_train', 'regularize', 'prune_then_train')
+  found = programs(one_device, method=methods, recipe=recipes[0], compare=recipes)
+  assert list(found) == [
+    *(f'choosing by {m}' for m in ('shortgpt', 'sleb', 'uidl', 'cosine_block', 'laco')), 'stage 1, gates', 'absorb',
+    'replace_linear', 'training, 3 layers', 'training, 4 layers', 'evaluation',
+  ]  # fmt: skip
+  for p in found.values():
+    p.call.trace(*p.args)
+    assert p.params > 0 and p.model_flops > 0
+
+
+def test_bytes_of_each_kind(one_device):
+  p = programs(one_device)['training, 4 layers']
+  model = plan.abstract_model(SPEC, L, 'float32', one_device, '')
+  blocks = sum(math.prod(a.shape) for a in jax.tree.leaves(model.layers))
+  rest = sum(math.prod(a.shape) for a in jax.tree.leaves(model)) - blocks
+  assert (p.params, p.gradients, p.beside) == (4 * (blocks + rest), 4 * blocks, 4 * blocks)
+  assert 8 * blocks <= p.opt_state < 8 * blocks + 100  # two moments and counters
+  assert programs(one_device, grad_accum=2)['training, 4 layers'].gradients == 8 * blocks
+  assert programs(one_device, optimizer='lion')['training, 4 layers'].opt_state < 4 * blocks + 100
+  assert programs(one_device, lora_rank=2)['training, 4 layers'].opt_state < blocks
+  gates = programs(one_device, dtype='bfloat16')['stage 1, gates']
+  assert gates.params == 2 * (blocks + rest - L) + 4 * L and gates.gradients == 4 * L
+
+
+@pytest.fixture
+def bare(tmp_path):
+  """A config.json without weights."""
+  config = dict(
+      model_type='llama', vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+      num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, hidden_act='silu', tie_word_embeddings=False,
+  )  # fmt: skip
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  return dataclasses.replace(CONFIG, model=str(tmp_path), method='random', mesh='1,1,1')
+
+
+def test_a_config_is_enough_and_what_fits_ends_with_0(bare, capsys):
+  assert plan.main(bare) == 0
+  out = capsys.readouterr().out
+  assert 'All stages fit.' in out and 'training, 4 layers' in out and 'evaluation' in out and '?' in out
+
+
+def test_what_does_not_fit_ends_with_3_and_figures(bare, capsys, monkeypatch):
+  monkeypatch.setattr(plan, '_memory', lambda device: 1_000_000)
+  assert plan.main(bare) == plan.DOES_NOT_FIT == 3
+  out = capsys.readouterr().out
+  assert 'training, 4 layers does not fit into 0.00 GiB. Less take:' in out
+  for flag in ('--dtype=bfloat16: 0', '--optimizer=lion: 0', '--lora_rank=16: 0', '--remat=full: ', '--grad_accum=8: '):
+    assert f'\n  {flag}' in out, out
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
+  class Refused:
+    def trace(self, *args):
+      return self
+
+    jaxpr = jax.make_jaxpr(lambda: 1)()
+    lower = compile = lambda self: self
+
+  sentence = 'RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (51.25G) exceeds available HBM (15.75G).'
+
+  def refuse(self):
+    raise jax.errors.JaxRuntimeError(sentence)
+
+  call = Refused()
+  call.jaxpr = type('Closed', (), {'jaxpr': jax.make_jaxpr(lambda x: x)(1.0).jaxpr})
+  Refused.compile = refuse
+  stage = plan.measure(plan.Program('p', call, (np.zeros(1),), 1.0, params=0, beside=7), one_device)
+  assert stage.peak == 51.25 * 2**30 + 7 and not stage.fits
+
+
+@pytest.mark.parametrize(
+  'changes, sentence',
+  [
+    ({'topology': 'v5e:4x4'}, "--topology=v5e:4x4: the TPU compiler is missing; install it with pip install 'elder_jax"),
+    ({'topology': 'v5e:4x4', 'plan': False}, '--topology=v5e:4x4: is only compiled for; add --plan.'),
+    ({'mesh': '3,1,1'}, '--mesh=3,1,1: makes 3 devices, there are 1'),
+  ],
+)
+def test_refusals(bare, changes, sentence, monkeypatch):
+  monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(InputError) as caught:
+    plan.main(dataclasses.replace(bare, **changes))
+  assert str(caught.value).startswith(sentence)
+
+
+if __name__ == '__main__':
+  worker(sys.argv[1], json.loads(sys.argv[2]))

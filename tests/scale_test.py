@@ -1,0 +1,83 @@
+"""benchmarks/hlo.py reads the text of a compiled program."""
+
+from benchmarks import hlo
+
+# A loop of 5 with a branch, in which weights are gathered in three steps that are one collective, and a nested loop of 2.
+TEXT = '''HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%start (p: bf16[1,4,8]) -> (bf16[1,4,8], bf16[1,16,8]) {
+  %p = bf16[1,4,8]{2,1,0} parameter(0)
+  %all-gather.1 = bf16[1,16,8]{2,1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={1}
+  ROOT %c = (bf16[1,4,8], bf16[1,16,8]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p.1: bf16[1,4,8]) -> bf16[1,16,8] {
+  %p.1 = bf16[1,4,8]{2,1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[1,16,8]{2,1,0} all-gather(%p.1), channel_id=7, dimensions={1}
+}
+
+%inner_body (i: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %i = (u32[], f32[8]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%i), index=1
+  %moved = f32[8]{0} collective-permute(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  ROOT %t = (u32[], f32[8]) tuple(%x, %moved), backend_config={"window_config":{"estimated_cycles":"10"}}
+}
+
+%inner_condition (i.1: (u32[], f32[8])) -> pred[] {
+  %i.1 = (u32[], f32[8]) parameter(0)
+  %n = u32[] constant(2)
+  ROOT %lt = pred[] compare(%i.1, %n), direction=LT
+}
+
+%skip (s: f32[8]) -> f32[8] {
+  %s = f32[8]{0} parameter(0)
+  ROOT %s2 = f32[8]{0} copy(%s), backend_config={"window_config":{"estimated_cycles":"3"}}
+}
+
+%run (r: f32[8]) -> f32[8] {
+  %r = bf16[1,4,8]{2,1,0} parameter(0)
+  %async = (bf16[1,4,8], bf16[1,16,8]) fusion(%r), kind=kCustom, calls=%start
+  %w = bf16[1,16,8]{2,1,0} fusion(%async), kind=kCustom, calls=%done, backend_config={"estimated_cycles":"100"}
+  %loop = (u32[], f32[8]) while(%r), condition=%inner_condition, body=%inner_body
+  ROOT %y = f32[8]{0} get-tuple-element(%loop), index=1
+}
+
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]) parameter(0)
+  ROOT %z = f32[8]{0} conditional(%q, %q, %q), branch_computations={%skip, %run}
+}
+
+%condition (q.1: (s32[], f32[8])) -> pred[] {
+  %q.1 = (s32[], f32[8]) parameter(0)
+  %five = s32[]{:T(128)} constant(5), metadata={op_name="a (name)"}
+  ROOT %lt.1 = pred[] compare(%q.1, %five), direction=LT
+}
+
+ENTRY %main (m: f32[8]) -> f32[] {
+  %m = f32[8]{0} parameter(0)
+  %layers = (s32[], f32[8]) while(%m), condition=%condition, body=%body
+  %start.2 = (f32[8]{0}, f32[32]{0}) all-gather-start(%m), channel_id=9, dimensions={0}
+  ROOT %all-reduce = f32[8]{0} all-reduce(%m), channel_id=10, to_apply=%add, backend_config={"estimated_cycles":"1000"}
+}
+'''
+
+
+def test_collectives_count_once_and_run_as_often_as_their_loops():
+  found = {c.kind: c for c in hlo.collectives(TEXT) if c.shape != 'f32[32]'}
+  assert len(hlo.collectives(TEXT)) == 4
+  assert found['all-gather'] == hlo.Collective('all-gather', 'bf16[1,16,8]', 128, 5, 2 * (128 - 32))
+  assert found['collective-permute'] == hlo.Collective('collective-permute', 'f32[8]', 8, 10, 32)
+  assert found['all-reduce'] == hlo.Collective('all-reduce', 'f32[8]', 8, 1, 64)
+  assert [c for c in hlo.collectives(TEXT) if c.shape == 'f32[32]'][0] == hlo.Collective(
+    'all-gather', 'f32[32]', 32, 1, 4 * (32 - 8)
+  )
+
+
+def test_cycles_are_those_of_the_longer_branch_as_often_as_it_runs():
+  assert hlo.cycles(TEXT) == 1000 + 5 * (100 + 2 * 10)
