@@ -22,6 +22,7 @@ import numpy as np
 
 from elder_jax import families
 from elder_jax import gguf_source
+from elder_jax import preemption
 from elder_jax import safetensors_files
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
@@ -266,6 +267,7 @@ def load(source: Source, dtype: str, shardings=None) -> Decoder:
   where = lambda path: None if shardings is None else get(shardings, path).get_value()
   stacks = {}
   for row in _rows(source.family, source.spec, source.num_layers):
+    preemption.check()
     for part, piece in zip(row.parts, row.to_ours(_read(source, row))):
       piece, place = np.ascontiguousarray(piece, jnp.dtype(dtype)), where(part.path)
       if row.layer is None:

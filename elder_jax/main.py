@@ -1,4 +1,8 @@
-"""`python -m elder_jax.main --flagfile=configs/….flags`: flags → Config → pipeline."""
+"""`python -m elder_jax.main --flagfile=configs/….flags`: flags → Config → pipeline.
+
+Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 75 stopped by
+SIGTERM or a notice of preemption, saved. After 75, and after 1 for a full disk, the same command goes on.
+"""
 
 from absl import app
 from absl import logging
@@ -7,24 +11,35 @@ import jax
 from elder_jax import cli
 from elder_jax import config as config_lib
 from elder_jax import pipeline
+from elder_jax import preemption
 from elder_jax import report as report_lib
 from elder_jax import verify
 from elder_jax.errors import InputError
+from elder_jax.errors import disk_is_full
 from elder_jax.train import NonFiniteLoss
 
 
 def main(argv: list[str]):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell their inner life at INFO
+  logging.get_absl_logger().setLevel('CRITICAL')  # Orbax: by tracebacks, what it raises in the main thread as well
+  preemption.listen()
+  config = config_lib.from_flags()
   try:
-    report = pipeline.run(config_lib.from_flags())
+    report = pipeline.run(config)
   except InputError as e:
     cli.fail(2, str(e))
   except (NonFiniteLoss, verify.ExportMismatch) as e:
     cli.fail(1, str(e))
+  except preemption.Preempted as e:
+    cli.fail(preemption.EXIT_STATUS, str(e))
+  except Exception as e:
+    if not disk_is_full(e):
+      raise
+    cli.fail(1, f'--workdir={config.workdir}: the disk is full; free some space, and the same command goes on from there')
   if jax.process_index() == 0:
     print(report_lib.markdown(report))
-    print(f'The model: {config_lib.from_flags().path() / "export"}')
+    print(f'The model: {config.path() / "export"}')
 
 
 def run():
