@@ -25,6 +25,7 @@ import numpy as np
 from elder_jax import families
 from elder_jax import gguf_source
 from elder_jax import hosts
+from elder_jax import preemption
 from elder_jax import safetensors_files
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
@@ -275,6 +276,7 @@ def load(source: Source, dtype: str, shardings=None) -> Decoder:
   where = lambda path: None if shardings is None else get(shardings, path).get_value()
   stacks = {}
   for row in _rows(source.family, source.spec, source.num_layers):
+    preemption.check()
     for part, piece in zip(row.parts, row.to_ours(source.read(row.name))):
       place, check = where(part.path), functools.partial(_check_finite, source=source, row=row)
       if row.layer is None:

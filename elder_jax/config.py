@@ -174,6 +174,8 @@ class Config:
   )
   topology: str = _flag('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
   checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
+  checkpoint_minutes: float = _flag(0.0, 'Minutes after which a checkpoint is written in any case; 0: never by time.')
+  keep_checkpoints: int = _flag(2, 'Checkpoints of a stage that stay; where the newest is damaged the one before is used.')
   # Output.
   export_dtype: str = _flag(
     '', "Type of the exported weights; unset: the model's own.", ('', 'float32', 'bfloat16', 'float16')
@@ -199,13 +201,15 @@ class Config:
       'eval_batch_size',
       'gate_steps',
       'score_steps',
+      'keep_checkpoints',
     ):
       least = 2 if name.endswith('seq_len') else 1
       if getattr(self, name) < least:
         raise InputError(f'--{name}={getattr(self, name)} is too small; give at least {least}.')
     for name in (
         'lambda1', 'lambda2', 'lambda2_power', 'gate_lr', 'lr', 'weight_decay', 'protect_first', 'protect_last',
-        'eval_tokens', 'seed', 'task_limit', 'checkpoint_every', 'train_steps', 'num_remove', 'lora_rank',
+        'eval_tokens', 'seed', 'task_limit', 'checkpoint_every', 'checkpoint_minutes', 'train_steps', 'num_remove',
+        'lora_rank',
     ):  # fmt: skip
       value = getattr(self, name)
       if value is not None and not 0 <= value < math.inf:

@@ -1,5 +1,6 @@
-"""The one exception that a user's own input can cause."""
+"""The one exception that a user's own input can cause, and how a full disk is told from other failures."""
 
+import errno
 import os
 import pathlib
 
@@ -19,3 +20,13 @@ def reason(error: Exception) -> str:
 def user_path(name: str) -> pathlib.Path:
   """A path as the user typed it; unlike Path.expanduser, a ~name that is nobody's home stays as it is."""
   return pathlib.Path(os.path.expanduser(name))
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+  """Whether a write failed for want of space or quota. TensorStore says so in its own error's text only."""
+  full = (errno.ENOSPC, errno.EDQUOT)
+  while error is not None:
+    if getattr(error, 'errno', None) in full or any(os.strerror(number) in str(error) for number in full):
+      return True
+    error = error.__cause__ or error.__context__
+  return False

@@ -46,6 +46,7 @@ def learn(
   mode: Mode,
   batch: Callable[[int], jax.Array],
   log: Callable[[int, int, dict], None],
+  checkpoint=None,
 ) -> tuple[list[int], list[list[float]]]:
   """Chooses layers (ELDeR, arXiv 2505.18232, section 3.2).
 
@@ -54,25 +55,35 @@ def learn(
 
   Args:
     log: called with (round, step, metrics).
+    checkpoint: a checkpoint.Checkpoints to go on from and to write to, or None.
 
   Returns:
     The chosen layers in the order of their choice, and all gates at the end of each round.
   """
   step_fn, state, frozen = begin(model, settings, mode)
   L = model.num_layers
-  alive_L, gate_L = np.ones(L, bool), np.ones(L, np.float32)
-  chosen, history = [], []
   rounds = settings.num_remove if settings.iterative else min(1, settings.num_remove)
+  state = state._replace(history_RL=train.on_all_devices(np.ones((rounds, L), np.float32), state.trained))
+  if checkpoint:
+    state = checkpoint.latest(state)
+  # The one rule of resume: the step tells the round, and what is chosen and alive follows from the gates at the end of
+  # the rounds that are over, which are in the state. So these rounds are gone through again, without a step. A round's
+  # last step is saved before its gates are: after it, the round is still to be ended.
+  over = max(0, int(state.step) - 1) // settings.steps
+  history_RL = np.array(state.history_RL)
+
+  alive_L, chosen = np.ones(L, bool), []
   for r in range(rounds):
-    now = terms(alive_L, settings.lambda1)
-    state = train.fit(
-      step_fn, state, (frozen, None), (r + 1) * settings.steps, batch, lambda _: now, lambda i, m: log(r, i, m)
-    )
-    # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
-    gate_L = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), gate_L)
-    history.append([float(g) for g in gate_L])
+    if r >= over:
+      now, end = terms(alive_L, settings.lambda1), (r + 1) * settings.steps
+      log_round = lambda i, m: log(r, i, m)
+      state = train.fit(step_fn, state, (frozen, None), end, batch, lambda _: now, log_round, checkpoint)
+      # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
+      history_RL[r] = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), history_RL[r - 1])
+      state = state._replace(history_RL=train.on_all_devices(history_RL, state.trained))
+    gate_L = history_RL[r]
     by_gate = sorted((l for l in settings.candidates if alive_L[l]), key=lambda l: (abs(gate_L[l]), l))
     for l in by_gate[: 1 if settings.iterative else settings.num_remove]:
       chosen.append(l)
       alive_L[l] = False
-  return chosen, history
+  return chosen, [[float(g) for g in gate_L] for gate_L in history_RL]

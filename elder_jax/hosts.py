@@ -77,6 +77,13 @@ def broadcast(array: np.ndarray) -> np.ndarray:
   return multihost_utils.broadcast_one_to_all(octets).astype(np.uint8).view(array.dtype)
 
 
+def where(true: bool) -> list[int]:
+  """The numbers of the processes in which it is true, known to all of them."""
+  if jax.process_count() == 1:
+    return [0] if true else []
+  return np.flatnonzero(multihost_utils.process_allgather(np.array(true)).reshape(-1)).tolist()
+
+
 def wait(what: str):
   """Until all processes are here."""
   if jax.process_count() > 1:
@@ -113,10 +120,10 @@ def check_shared(folder: pathlib.Path, flag: str):
   end = time.monotonic() + SHARED_FOLDER_PATIENCE
   while not (seen := token.exists()) and time.monotonic() < end:
     time.sleep(0.5)
-  blind = np.flatnonzero(~multihost_utils.process_allgather(np.array(seen)).astype(bool).reshape(-1))
+  blind = where(not seen)
   if leads():
     token.unlink()
-  if len(blind):
+  if blind:
     raise InputError(
       f'{flag}={folder}: is not shared, process {blind[0]} does not see what process 0 writes there; give a folder on '
       'storage that all hosts mount.'

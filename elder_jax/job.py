@@ -3,7 +3,6 @@
 import dataclasses
 import decimal
 import json
-import os
 import pathlib
 
 import jax
@@ -28,12 +27,16 @@ from elder_jax import zero_shot
 from elder_jax.config import TRAINED
 from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.errors import disk_is_full
+from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
 from elder_jax.model import Spec
 
 # What a run may change when it is started again in its work folder.
-_FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh', 'plan', 'topology')
+_FREE_ON_RESUME = (
+    'workdir', 'checkpoint_every', 'checkpoint_minutes', 'keep_checkpoints', 'verify', 'mesh', 'plan', 'topology'
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,27 +125,50 @@ def _claim(work: pathlib.Path, config: Config):
   """Makes the work folder, or makes sure that it is this run's own."""
   try:
     work.mkdir(parents=True, exist_ok=True)
-    probe = work / f'.writable-{os.getpid()}'
+    probe = work / '.writable'
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)
   except OSError as e:
+    if disk_is_full(e):
+      raise
     raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
   try:
     before = safetensors_files.read_json(work / 'config.json')
   except InputError:  # missing, or broken
     before = {}
   if 'workdir' not in before:  # a model has a config.json, too
-    if foreign := next((p.name for p in sorted(work.iterdir()) if p.name != 'source'), None):
+    ours = ('source', '.writable', 'config.json.partial')  # of a run that was killed before it had claimed the folder
+    if foreign := next((p.name for p in sorted(work.iterdir()) if p.name not in ours), None):
       raise InputError(
         f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
       )
     return
   now = json.loads(json.dumps(dataclasses.asdict(config)))
-  for key in now:
-    if key not in _FREE_ON_RESUME and before.get(key) != now[key]:
-      raise InputError(
-        f'--workdir={config.workdir}: holds a run with --{key}={before.get(key)}, not {now[key]}; choose another folder.'
-      )
+  default = {field.name: field.default for field in dataclasses.fields(Config)}  # of what that run did not know yet
+  differ = [
+    f'--{key}={_shown(before.get(key, default[key]))}, not {_shown(now[key])}'
+    for key in now
+    if key not in _FREE_ON_RESUME and not _same(before.get(key, default[key]), now[key])
+  ]
+  if differ:
+    raise InputError(
+      f'--workdir={config.workdir}: holds a run with {"; ".join(differ)}; give what it had or choose another folder.'
+    )
+
+
+def _same(before, now) -> bool:
+  """Whether a setting is what it was; a path may be written in another way."""
+  if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+    return len(before) == len(now) and all(map(_same, before, now))
+  if before == now or not (isinstance(before, str) and isinstance(now, str)):
+    return before == now
+  (name, _, path), (name_now, _, path_now) = before.rpartition('='), now.rpartition('=')  # of --eval_data
+  path, path_now = user_path(path), user_path(path_now)
+  return name == name_now and path.exists() and path_now.exists() and path.samefile(path_now)
+
+
+def _shown(value) -> str:
+  return ','.join(value) if isinstance(value, list | tuple) else str(value)
 
 
 def check_sizes(config: Config, spec: Spec, num_layers: int, mesh: jax.sharding.Mesh) -> Decoder:

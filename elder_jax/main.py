@@ -1,4 +1,8 @@
-"""`python -m elder_jax.main --flagfile=configs/….flags`: flags → Config → pipeline."""
+"""`python -m elder_jax.main --flagfile=configs/….flags`: flags → Config → pipeline.
+
+Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 75 stopped by
+SIGTERM or a notice of preemption, saved. After 75, and after 1 for a full disk, the same command goes on.
+"""
 
 import sys
 import traceback
@@ -12,18 +16,22 @@ from elder_jax import config as config_lib
 from elder_jax import hosts
 from elder_jax import pipeline
 from elder_jax import plan
+from elder_jax import preemption
 from elder_jax import report as report_lib
 from elder_jax import verify
 from elder_jax.errors import InputError
+from elder_jax.errors import disk_is_full
 from elder_jax.train import NonFiniteLoss
 
 
 def main(argv: list[str]):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell their inner life at INFO
+  logging.get_absl_logger().setLevel('CRITICAL')  # Orbax: by tracebacks, what it raises in the main thread as well
+  config = config_lib.from_flags()
   try:
     hosts.start(config_lib.launch_from_flags())
-    config = config_lib.from_flags()
+    preemption.listen()
     if config.plan:
       sys.exit(plan.main(config))
     report = pipeline.run(config)
@@ -31,13 +39,17 @@ def main(argv: list[str]):
     hosts.leave(2, str(e))
   except (NonFiniteLoss, verify.ExportMismatch) as e:
     hosts.leave(1, str(e))
-  except Exception:
+  except preemption.Preempted as e:
+    hosts.leave(preemption.EXIT_STATUS, str(e))
+  except Exception as e:
+    if disk_is_full(e):
+      hosts.leave(1, f'--workdir={config.workdir}: the disk is full; free some space, and the same command goes on')
     if jax.process_count() == 1:
       raise
     hosts.leave(1, traceback.format_exc())
   if hosts.leads():
     print(report_lib.markdown(report))
-    print(f'The model: {config_lib.from_flags().path() / "export"}')
+    print(f'The model: {config.path() / "export"}')
 
 
 def run():

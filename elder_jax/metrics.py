@@ -1,6 +1,7 @@
 """What a run tells while it works: a JSON line per step, and progress for people. Process 0 alone speaks."""
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -12,6 +13,16 @@ import numpy as np
 def say(text: str):
   if jax.process_index() == 0:
     print(f'elder_jax: {text}', file=sys.stderr, flush=True)
+
+
+def write_whole(path: pathlib.Path, text: str):
+  """Under a temporary name, renamed when it is on the disk: whatever ends the run, the name stands for a whole file."""
+  temporary = path.with_name(f'{path.name}.partial')
+  with temporary.open('w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
 
 
 class Metrics:
@@ -33,7 +44,7 @@ class Metrics:
         continue  # half a line, of a run that was killed while it wrote
       if row['stage'] != stage or row['step'] < step:
         keep.append(line + '\n')
-    self._path.write_text(''.join(keep))
+    write_whole(self._path, ''.join(keep))
 
   def write(self, stage: str, step: int, metrics: dict, **more):
     if jax.process_index():

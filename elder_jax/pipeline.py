@@ -24,6 +24,7 @@ from elder_jax import manifest
 from elder_jax import merging
 from elder_jax import metrics
 from elder_jax import plan
+from elder_jax import preemption
 from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import report as report_lib
@@ -72,7 +73,7 @@ def _run(job: Run) -> dict:
     choice = choices[method, n]
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
-    checkpoints = Checkpoints(work / 'checkpoints' / name, config.checkpoint_every, config.steps())
+    checkpoints = _checkpoints(config, name, config.steps())
     measured = hosts.agree((work / 'stages' / f'{name}.json').exists())
     if not job.copies and ((method, n, recipe) == exported or not measured):
       pruned, taken = _timed(lambda: apply_recipe(job, model, choice, recipe, checkpoints, name))
@@ -111,7 +112,7 @@ def _run(job: Run) -> dict:
   if hosts.leads():
     if len(job.num_removes) > 1 and job.windows:
       report_lib.plot(report, work / 'sweep.svg')
-    (work / 'report.md').write_text(report_lib.markdown(report), encoding='utf-8')
+    metrics.write_whole(work / 'report.md', report_lib.markdown(report))
     report_lib.write_json(work / 'report.json', report)
     shutil.rmtree(work / 'checkpoints', ignore_errors=True)
   hosts.wait('report')
@@ -122,21 +123,43 @@ def measure(job: Run, model: Decoder, name: str) -> dict:
   """{'ppl': {corpus: perplexity}, 'tasks': as zero_shot.run has it}."""
   figures = {'ppl': perplexities(job, model, name), 'tasks': {}}
   if job.tasks:
-    put = lambda a: sharding.put_batch(a, job.mesh)
     context = zero_shot.context_length(job.source.config, job.tokenizer)
     figures['tasks'] = zero_shot.run(
-      model, job.tokenizer, job.tasks, job.mode, job.config.eval_batch_size, context, put,
+      model, job.tokenizer, job.tasks, job.mode, job.config.eval_batch_size, context, _put(job),
       job.config.task_limit or None, generate.eos_ids(job.source), metrics.Progress(f'zero-shot tasks of {name}'),
     )  # fmt: skip
   return figures
 
 
+def _put(job: Run) -> Callable:
+  """A host array onto the devices; before each batch of an evaluation a run that is told to stop does so."""
+
+  def put(array):
+    preemption.check()
+    return sharding.put_batch(array, job.mesh)
+
+  return put
+
+
+class _Batches(list):
+  """Batches; a run that is told to stop while it goes through them does so."""
+
+  def __iter__(self):
+    for batch in super().__iter__():
+      preemption.check()
+      yield batch
+
+
+def _checkpoints(config: Config, stage: str, steps: int) -> Checkpoints:
+  folder = config.path() / 'checkpoints' / stage
+  return Checkpoints(folder, config.checkpoint_every, steps, config.checkpoint_minutes, config.keep_checkpoints)
+
+
 def perplexities(job: Run, model: Decoder, name: str) -> dict[str, float]:
-  put = lambda a: sharding.put_batch(a, job.mesh)
   result = {}
   for corpus, windows in job.windows.items():
     progress = metrics.Progress(f'perplexity of {name} on {corpus}')
-    result[corpus] = evaluate.perplexity(model, windows, job.mode, job.config.eval_batch_size, put, progress)
+    result[corpus] = evaluate.perplexity(model, windows, job.mode, job.config.eval_batch_size, _put(job), progress)
     metrics.say(f'perplexity of {name} on {corpus}: {result[corpus]:.3f}')
   return result
 
@@ -165,7 +188,7 @@ def choose_layers(job: Run, model: Decoder, method: str, num_remove: int) -> dic
   if method == 'elder':
     return _learn_gates(job, model, num_remove)
   metrics.say(f'choosing layers by {method}')
-  batches = [job.batch(i) for i in range(config.score_steps)]
+  batches = _Batches(job.batch(i) for i in range(config.score_steps))
   if method == 'laco':
     collapsed = merging.laco(model, num_remove, batches, job.mode)
     return {'chosen': collapsed.removed, 'merges': [list(group) for group in collapsed.merges]}
@@ -183,13 +206,16 @@ def _learn_gates(job: Run, model: Decoder, num_remove: int) -> dict:
   settings = job_lib.gate_settings(config, model.num_layers, num_remove)
   total = settings.steps * (settings.num_remove if settings.iterative else 1)
   progress = metrics.Progress('stage 1, gates')
-  job.log.begin('gates', 0)
+  began = []
 
   def log(round_, step, values):
+    if not began:
+      began.append(job.log.begin('gates', step))
     job.log.write('gates', step, values, round=round_)
     progress(step + 1, total, f'round {round_ + 1}, loss {values["loss"]:.4f}')
 
-  chosen, history = gates.learn(model, settings, job.mode, job.batch, log)
+  checkpoints = _checkpoints(config, 'gates', total)
+  chosen, history = gates.learn(model, settings, job.mode, job.batch, log, checkpoints)
   return {'chosen': chosen, 'gates': history}
 
 
@@ -215,7 +241,7 @@ def apply_recipe(
   if kind in ('absorb', 'replace_linear'):
     # The batches that training sees, or would see, in its first pass: no more tokens than other recipes have.
     one_pass = config.num_sequences // config.batch_size
-    batches = [job.batch(i) for i in range(min(config.steps() or one_pass, one_pass))]
+    batches = _Batches(job.batch(i) for i in range(min(config.steps() or one_pass, one_pass)))
     refit = {'absorb': absorb.absorb, 'replace_linear': absorb.replace_linear}[kind]
     start = refit(model, removed, batches, job.mode, _say_refit)
   elif recipe == 'regularize' and trained:
@@ -294,6 +320,7 @@ def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> d
 
 def _stage(work: pathlib.Path, seconds: dict, name: str, key: str, compute: Callable[[], dict]) -> dict:
   """compute(), or what an earlier run in this work folder had of it."""
+  preemption.check()
   path = work / 'stages' / f'{name}.json'
   saved = hosts.agree(json.loads(path.read_text()) if hosts.leads() and path.exists() else None)
   if not saved:

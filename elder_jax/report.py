@@ -8,6 +8,8 @@ import platform
 
 import jax
 
+from elder_jax import metrics
+
 SCHEMA = 2
 NAMES = {
   'dense': 'dense',
@@ -38,10 +40,7 @@ def device() -> str:
 
 
 def write_json(path: pathlib.Path, value: dict):
-  """Under a temporary name, renamed when whole."""
-  temporary = path.with_name(f'{path.name}.partial')
-  temporary.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
-  os.replace(temporary, path)
+  metrics.write_whole(path, json.dumps(value, indent=2) + '\n')
 
 
 def table(report: dict) -> str:

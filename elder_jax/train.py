@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from elder_jax import losses
+from elder_jax import preemption
 from elder_jax import sharding
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -26,6 +27,7 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32, steps done
   trained: Decoder  # the trained leaves in float32, None elsewhere
   opt_state: Any
+  history_RL: jax.Array | None = None  # of stage 1: all gates at the end of each round that is over
 
 
 class NonFiniteLoss(RuntimeError):
@@ -101,12 +103,16 @@ def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
   trained, frozen = partition(model, mask)
   trained = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), trained)
   state = TrainState(jnp.int32(0), trained, tx.init(trained))
+  # Counters too: elsewhere they make the second step compile anew, and a restored state does not run at all.
+  return jax.tree.map(lambda a: a if a.ndim else on_all_devices(a, trained), state), frozen
+
+
+def on_all_devices(array, trained) -> jax.Array:
+  """The array, replicated over the mesh that the trained leaves lie on."""
   home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)  # abstract, it lies nowhere
   if isinstance(home, NamedSharding):
-    # Counters too: elsewhere they make the second step compile anew, and a restored state does not run at all.
-    everywhere = NamedSharding(home.mesh, PartitionSpec())
-    state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
-  return state, frozen
+    return jax.device_put(array, NamedSharding(home.mesh, PartitionSpec()))
+  return jnp.asarray(array)
 
 
 def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
@@ -135,7 +141,8 @@ def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
       (metrics, grads), _ = jax.lax.scan(add, (zeros, sharding.constrain_state(grads)), parts_AbT)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
     metrics |= sharding.replicate({'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)})
-    state = TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state)
+    trained = optax.apply_updates(state.trained, updates)
+    state = state._replace(step=state.step + 1, trained=trained, opt_state=opt_state)
     return sharding.constrain_state(state), metrics
 
   return jax.jit(step, donate_argnums=0)
@@ -154,6 +161,7 @@ def fit(
   """Runs step_fn until `steps` are done; batch and terms are pure functions of the step, so that resume is the step.
 
   Metrics are read one step late, so that the device does not wait for the host, but before a checkpoint is written.
+  Whatever ends the loop, a checkpoint that is being written is finished.
 
   Args:
     log: called with (step, metrics).
@@ -161,19 +169,30 @@ def fit(
 
   Raises:
     NonFiniteLoss: at the first step whose loss or gradient is not finite; nothing of it is saved.
+    Preempted: after SIGTERM or a notice of preemption, when the step that ran is over and saved.
   """
-  waiting = None
-  for i in range(int(state.step), steps):
-    state, metrics = step_fn(state, fixed, batch(i), terms(i))
+  waiting, stop = None, False
+  try:
+    for i in range(int(state.step), steps):
+      state, metrics = step_fn(state, fixed, batch(i), terms(i))
+      if waiting:
+        _log(log, *waiting)
+      waiting = i, metrics
+      stop = preemption.reached()
+      if checkpoint and (stop or checkpoint.due(i + 1)):
+        _log(log, *waiting)
+        waiting = None
+        checkpoint.save(state)
+      if stop:
+        break
     if waiting:
       _log(log, *waiting)
-    waiting = i, metrics
-    if checkpoint and checkpoint.due(i + 1):
-      _log(log, *waiting)
-      waiting = None
-      checkpoint.save(state)
-  if waiting:
-    _log(log, *waiting)
+  finally:
+    if checkpoint:
+      checkpoint.wait()
+  if stop:
+    saved = f'of {checkpoint.stage}; saved' if checkpoint else 'of a training that is not saved'
+    raise preemption.Preempted(f'stopped by SIGTERM after step {i + 1} {saved}; start the same command again to go on')
   return state
 
 

@@ -222,6 +222,9 @@ class Recorder:
   def save(self, state):
     self.saved.append(int(state.step))
 
+  def wait(self):
+    pass
+
 
 @pytest.mark.parametrize('due', [(1, 2, 3, 4, 5), (3,), (2, 3), (4,), ()])
 def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(due):

@@ -1,0 +1,291 @@
+"""A tiny run that is ended by force again and again must end as the run that was left alone, bit for bit.
+
+  python -m benchmarks.kills --workdir=/tmp/kills [--how=kill] [--times=50] [--seed=0]
+
+--how, several with commas:
+  kill       SIGKILL
+  term       SIGTERM: exit status 75 and one sentence, unless it comes while Python still imports
+  truncate   SIGKILL, then a random file of the stage's newest checkpoint is cut to a random length
+  disk       the disk, a small tmpfs (root only), is filled: exit status 1, one sentence, nothing half-written; then freed
+  process    SIGKILL of one of two processes of jax.distributed; the other must end as well
+
+A moment is a phase of the run, drawn at random, and a random part of the time that the phase takes. A run that ends
+before its moment is compared and a new one begun. Needs torch, for the tiny model of the tests.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from absl import app
+from absl import flags
+import numpy as np
+
+from elder_jax import manifest
+from elder_jax import preemption
+from tests import conftest
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for model, text and runs; made anew.', required=True)
+_HOW = flags.DEFINE_list('how', ['kill'], 'Ways of ending a run: kill, term, truncate, disk, process.')
+_TIMES = flags.DEFINE_integer('times', 50, 'How often, for each way.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the moments.')
+
+# A phase begins with the first line on stderr that holds its mark; before the first mark Python imports and reads text.
+PHASES = {
+    'start': '', 'loading': ': loading ', 'dense evaluation': ': perplexity of dense', 'stage 1': ': stage 1, gates',
+    'stage 2': ': removing layers', 'evaluation': ': perplexity of regularize', 'export': ': writing and checking',
+}  # fmt: skip
+NAMES = list(PHASES)
+FLAGS = [
+    '--method=elder', '--selection=iterative', '--recipe=regularize', '--compare=', '--order=joint', '--num_remove=2',
+    '--gate_steps=30', '--train_steps=60', '--checkpoint_every=5', '--seq_len=32', '--num_sequences=40',
+    '--batch_size=4', '--eval_seq_len=32', '--eval_tokens=8192', '--protect_first=1', '--protect_last=1', '--lr=1e-3',
+    '--verify=jax',
+]  # fmt: skip
+DISK_MB = 64
+
+
+class Run:
+  """One start of the command, in one or more processes. Process 0's stderr tells the phase."""
+
+  def __init__(self, root: pathlib.Path, workdir: pathlib.Path, processes: int = 1):
+    command = [sys.executable, '-m', 'elder_jax.main', f'--model={root / "model"}', f'--workdir={workdir}', *FLAGS]
+    command += [f'--train_data={root / "text.txt"}', f'--eval_data=text={root / "text.txt"}']
+    env = os.environ | {
+        'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': str(root / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }  # fmt: skip
+    together = [[]]
+    if processes > 1:
+      with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+      all_of = [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
+      together = [[*all_of, f'--process_id={i}'] for i in range(processes)]
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    self.lines, self.began = [], {'start': time.monotonic()}
+    self.processes = [subprocess.Popen([*command, *more], env=env, **pipes) for more in together]
+    self._readers = [threading.Thread(target=self._read, args=(i,), daemon=True) for i in range(processes)]
+    for reader in self._readers:
+      reader.start()
+
+  def _read(self, i: int):
+    for line in self.processes[i].stderr:
+      if i:  # so that a pipe never fills
+        continue
+      self.lines.append(line.rstrip())
+      for name in NAMES[1:]:
+        if PHASES[name] in line:
+          self.began.setdefault(name, time.monotonic())
+
+  def phase(self) -> str:
+    return max(self.began, key=NAMES.index)
+
+  def wait_for(self, phase: str, seconds: float) -> bool:
+    """Until `seconds` after the phase, or a later one, has begun. False: the run ended before."""
+    while NAMES.index(self.phase()) < NAMES.index(phase):
+      if self.ended():
+        return False
+      time.sleep(0.01)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+      if self.ended():
+        return False
+      time.sleep(0.01)
+    return not self.ended()
+
+  def ended(self) -> bool:
+    return any(p.poll() is not None for p in self.processes)
+
+  def wait(self, timeout: float = 600) -> list[int]:
+    """Exit statuses."""
+    end = time.monotonic() + timeout
+    for process in self.processes:
+      try:
+        process.wait(max(0.0, end - time.monotonic()))
+      except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for reader in self._readers:
+      reader.join()
+    return [p.returncode for p in self.processes]
+
+
+def result(workdir: pathlib.Path) -> dict:
+  """All that a run leaves behind, timings apart."""
+  report = json.loads((workdir / 'report.json').read_text())
+  config = json.loads((workdir / 'config.json').read_text())
+  page = [line for line in (workdir / 'report.md').read_text().splitlines() if not line.startswith('Seconds: ')]
+  manifest.check(workdir / 'export')
+  return {
+      'files': sorted(str(p.relative_to(workdir)) for p in workdir.rglob('*')),
+      'report': {k: v for k, v in report.items() if k != 'seconds'}, 'page': page,
+      'config': {k: v for k, v in config.items() if k not in ('workdir', 'coordinator', 'process_id')},
+      'metrics': (workdir / 'metrics.jsonl').read_text(),
+      'export': {p.name: p.read_bytes() for p in (workdir / 'export').iterdir()},
+  }  # fmt: skip
+
+
+def compare(workdir: pathlib.Path, expected: dict):
+  got = result(workdir)
+  if wrong := [part for part in expected if got[part] != expected[part]]:
+    raise SystemExit(f'{workdir}: differs from the run that was left alone in {", ".join(wrong)}')
+
+
+def truncate(workdir: pathlib.Path, rng) -> str:
+  """Cuts a file of the newest checkpoint of the stage that is under way; returns its name."""
+  stage = 'regularize' if (workdir / 'stages' / 'gates.json').exists() else 'gates'
+  steps = [p for p in (workdir / 'checkpoints' / stage).glob('*') if p.name.isdecimal()]
+  if not steps:
+    return ''
+  newest = max(steps, key=lambda p: int(p.name))
+  files = sorted(p for p in newest.rglob('*') if p.is_file() and p.stat().st_size)
+  path = files[rng.integers(len(files))]
+  os.truncate(path, int(rng.integers(path.stat().st_size)))
+  return f'{stage}/{path.relative_to(newest.parent)}'
+
+
+def fill(run: Run, ballast: pathlib.Path):
+  """Leaves no byte free until the run ends, whatever it removes meanwhile."""
+  with ballast.open('ab', buffering=0) as file:
+    while not run.ended():
+      try:
+        file.write(bytes(4096))
+      except OSError:
+        time.sleep(0.002)
+
+
+def nothing_half_written(workdir: pathlib.Path):
+  for path in (*workdir.glob('*.json'), *workdir.glob('stages/*.json')):
+    json.loads(path.read_text())
+  if (workdir / 'export').exists():
+    manifest.check(workdir / 'export')
+
+
+def one_sentence(run: Run, start: str, status: list[int]):
+  """All that is on stderr besides progress is one sentence, the last line."""
+  told = [line for line in run.lines if not line.startswith('elder_jax: ')]
+  if told or start not in run.lines[-1]:
+    raise SystemExit(f'status {status} and on stderr:\n' + '\n'.join(run.lines))
+
+
+class Trial:
+  """One way of ending runs, `times` times."""
+
+  def __init__(self, how: str, root: pathlib.Path, expected: dict, took: dict, rng):
+    self.how, self.root, self.expected, self.took, self.rng = how, root, expected, took, rng
+    self.phases, self.notes, self.slowest, self.finished = collections.Counter(), collections.Counter(), 0.0, 0
+    self.place = root / how
+
+  def all(self, times: int):
+    self.place.mkdir()
+    if self.how == 'disk':
+      subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={DISK_MB}m', 'tmpfs', self.place], check=True)
+    try:
+      while sum(self.phases.values()) < times:
+        self.once(self.place / 'run')
+      while (self.place / 'run').exists():  # until `settle` has compared it
+        self.settle(Run(self.root, self.place / 'run', self.processes()), self.place / 'run')
+    finally:
+      if self.how == 'disk':
+        subprocess.run(['umount', self.place], check=True)
+    phases = ', '.join(f'{name} {self.phases[name]}' for name in NAMES)
+    notes = ''.join(f'; {what} {count}' for what, count in sorted(self.notes.items()))
+    print(
+      f'{self.how}: {sum(self.phases.values())} times ({phases}{notes}); slowest end {self.slowest:.1f} s; '
+      f'{self.finished} runs finished, all equal to the one left alone, bit for bit',
+      flush=True,
+    )
+
+  def processes(self) -> int:
+    return 2 if self.how == 'process' else 1
+
+  def once(self, workdir: pathlib.Path):
+    run = Run(self.root, workdir, self.processes())
+    phases = ['stage 1', 'stage 2'] if self.how == 'truncate' else NAMES
+    phase = phases[self.rng.integers(len(phases))]
+    if run.wait_for(phase, self.rng.random() * self.took[phase]):
+      phase = run.phase()
+      self.phases[phase] += 1
+      start = time.monotonic()
+      self.strike(run, workdir)
+      self.slowest = max(self.slowest, time.monotonic() - start)
+      print(f'{self.how} {sum(self.phases.values())}: in {phase}: {run.lines[-1:]}', flush=True)
+    self.settle(run, workdir)
+
+  def strike(self, run: Run, workdir: pathlib.Path):
+    if self.how == 'disk':
+      ballast = self.place / 'ballast'
+      fill(run, ballast)
+      status = run.wait()
+      if status == [1]:
+        one_sentence(run, 'the disk is full', status)
+      elif status != [0]:
+        raise SystemExit(f'status {status}:\n' + '\n'.join(run.lines))
+      self.notes[f'exit status {status[0]}'] += 1
+      nothing_half_written(workdir)
+      ballast.unlink()
+      return
+    victim = run.processes[self.rng.integers(len(run.processes))]
+    victim.send_signal(signal.SIGTERM if self.how == 'term' else signal.SIGKILL)
+    status = run.wait(200)
+    if self.how == 'term':
+      if status == [preemption.EXIT_STATUS]:
+        one_sentence(run, 'stopped by SIGTERM', status)
+      elif status != [0] and not (status == [-signal.SIGTERM] and run.phase() == 'start'):
+        raise SystemExit(f'status {status}:\n' + '\n'.join(run.lines))
+      self.notes[f'exit status {status[0]}'] += 1
+    if self.how == 'truncate' and not (workdir / 'report.json').exists() and (cut := truncate(workdir, self.rng)):
+      again = Run(self.root, workdir)
+      again.wait_for('evaluation', 0)
+      told = any('cannot be read' in line for line in again.lines)
+      self.notes['cut and told' if told else 'cut and of no account'] += 1
+      print(f'cut {cut}: {[line for line in again.lines if "cannot be read" in line]}', flush=True)
+      self.settle(again, workdir)
+
+  def settle(self, run: Run, workdir: pathlib.Path):
+    status = run.wait()
+    if (workdir / 'report.json').exists() and not any(status):
+      compare(workdir, self.expected)
+      self.finished += 1
+      shutil.rmtree(workdir)
+    elif not any(status):
+      raise SystemExit(f'{workdir}: status 0, but no report')
+    elif self.how == 'kill' and status != [-signal.SIGKILL]:
+      raise SystemExit(f'status {status}:\n' + '\n'.join(run.lines))
+
+
+def main(argv):
+  del argv
+  root = pathlib.Path(_WORKDIR.value).absolute()
+  if 'disk' in _HOW.value and os.geteuid():
+    raise SystemExit('--how=disk: mounting a tmpfs needs root; run as root or leave it out.')
+  shutil.rmtree(root, ignore_errors=True)
+  (root / 'model').mkdir(parents=True)
+  conftest.write_tiny_llama(root / 'model')
+  text = ''.join(f'{i} times {i % 7} is {i * (i % 7)}, and {i} is not {i + 1}.\n' for i in range(400))
+  (root / 'text.txt').write_text(text)
+  expected = {}
+  for name in ('compiled', 'alone'):  # the first one fills the cache of compiled programs
+    run = Run(root, root / name)
+    if run.wait() != [0]:
+      raise SystemExit('\n'.join(run.lines))
+    before, expected = expected, result(root / name)
+  assert before == expected
+  ends = [*list(run.began.values())[1:], time.monotonic()]
+  took = {name: end - began for (name, began), end in zip(run.began.items(), ends)}
+  print('left alone, seconds: ' + ', '.join(f'{name} {s:.1f}' for name, s in took.items()), flush=True)
+  for how in _HOW.value:
+    Trial(how, root, expected, took, np.random.default_rng(_SEED.value)).all(_TIMES.value)
+
+
+if __name__ == '__main__':
+  app.run(main)
