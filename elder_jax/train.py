@@ -102,9 +102,11 @@ def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
   state = TrainState(jnp.int32(0), trained, tx.init(trained))
   home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)  # abstract, it lies nowhere
   if isinstance(home, NamedSharding):
-    # Counters too: elsewhere they make the second step compile anew, and a restored state does not run at all.
+    # What was not made like a weight too, counters and adafactor's rows and columns (a hundredth of the weights):
+    # elsewhere they make the second step compile anew, and a restored state does not run at all.
     everywhere = NamedSharding(home.mesh, PartitionSpec())
-    state = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), state)
+    put = lambda a: a if isinstance(a.sharding, NamedSharding) else jax.device_put(a, everywhere)
+    state = jax.tree.map(put, state)
   return state, frozen
 
 
