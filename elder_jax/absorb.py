@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elder_jax import hosts
 from elder_jax import model as model_lib
 from elder_jax import prune
+from elder_jax import sharding
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -82,17 +84,24 @@ def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, sol
     below_L = np.isin(np.arange(model.num_layers), [k for k in kept if k < l])
     for tokens_BT in batches:
       one = _sums(model, current, tokens_BT, below_L, l, end, mode, kind, changed)
-      sums = tuple(total + np.asarray(jax.device_get(a), np.float64) for total, a in zip(sums, one))
+      sums = tuple(total + hosts.to_host(a).astype(np.float64) for total, a in zip(sums, one))
     gram, cross, before, size = sums
     changed = True
-    delta = solve(gram, cross)
+    # Solved once: two processors' last bits may differ, and the devices must hold the same.
+    delta = hosts.broadcast(solve(gram, cross) if hosts.leads() else np.zeros_like(cross))
     after = before - 2 * np.sum(delta * cross) + np.sum(delta * (gram @ delta))
     if log:
       log(l, end, float(before / size), float(after / size))
     w_LFD = current.layers.w_down.get_value()
-    w_FD = change(np.asarray(jax.device_get(w_LFD[l]), np.float64), delta)
-    current.layers.w_down.set_value(_with_layer(w_LFD, jnp.asarray(w_FD, w_LFD.dtype), l))
+    w_FD = change(hosts.to_host(w_LFD[l]).astype(np.float64), delta)
+    current.layers.w_down.set_value(_with_layer(w_LFD, w_FD.astype(w_LFD.dtype), l))
   return prune.prune(current, removed)
+
+
+def program(model: Decoder, tokens_BT, recipe: str, mode: Mode):
+  """(jitted function, its arguments) of the heaviest step of a recipe; arrays may be abstract."""
+  kind, l = 'features' if recipe.startswith('absorb') else 'outputs', np.int32(0)
+  return _sums, (model, model, tokens_BT, np.ones(model.num_layers, bool), l, l + 1, mode, kind, True)
 
 
 @functools.partial(jax.jit, static_argnames=('mode', 'kind', 'changed'))
@@ -126,9 +135,9 @@ def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mo
     w_S1 = jnp.ones_like(w_S1)
   product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
   gram, cross = product(weighted_SA, a_SA), product(weighted_SA, r_SD)
-  return gram, cross, jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * t_SD**2)
+  return sharding.replicate((gram, cross, jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * t_SD**2)))
 
 
 @jax.jit
 def _with_layer(w_LFD, w_FD, l):
-  return w_LFD.at[l].set(w_FD)
+  return sharding.constrain(w_LFD.at[l].set(w_FD), *sharding.spec('LFD'))

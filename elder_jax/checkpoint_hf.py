@@ -18,10 +18,13 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from elder_jax import families
 from elder_jax import gguf_source
+from elder_jax import hosts
 from elder_jax import safetensors_files
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
@@ -77,15 +80,20 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     files = _folder(model, path)
     config = safetensors_files.read_json(files / 'config.json')
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
+  spec, num_layers = architecture(model, config)
+  source = _with_prefix(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
+  _check_names_and_shapes(source)
+  return source
+
+
+def architecture(model: str, config: dict) -> tuple[Spec, int]:
+  """(Spec, number of layers) of a config.json; model: what to call it in an error."""
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
       f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
-  spec, num_layers = families.FAMILIES[model_type].spec_from_config(config)
-  source = _with_prefix(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
-  _check_names_and_shapes(source)
-  return source
+  return families.FAMILIES[model_type].spec_from_config(config)
 
 
 def _with_prefix(source: Source) -> Source:
@@ -257,7 +265,8 @@ def get(model: Decoder, path: str):
 def load(source: Source, dtype: str, shardings=None) -> Decoder:
   """Reads the weights tensor by tensor into arrays of `dtype` (gates: float32 ones), each straight to its place.
 
-  Beside the arrays themselves the host holds a few copies of one tensor.
+  A device's slice of a tensor is all that is read for it, so that of several hosts each reads its own byte ranges (of
+  GGUF, whole tensors). Beside the arrays themselves the host holds a few copies of one tensor.
 
   Args:
     shardings: a Decoder of shardings (sharding.for_model), or None for the default device.
@@ -266,18 +275,33 @@ def load(source: Source, dtype: str, shardings=None) -> Decoder:
   where = lambda path: None if shardings is None else get(shardings, path).get_value()
   stacks = {}
   for row in _rows(source.family, source.spec, source.num_layers):
-    for part, piece in zip(row.parts, row.to_ours(_read(source, row))):
-      piece, place = np.ascontiguousarray(piece, jnp.dtype(dtype)), where(part.path)
+    for part, piece in zip(row.parts, row.to_ours(source.read(row.name))):
+      place, check = where(part.path), functools.partial(_check_finite, source=source, row=row)
       if row.layer is None:
-        stacks[part.path] = jax.device_put(piece, place)
+        stacks[part.path] = _on_devices(piece, dtype, place, check)
         continue
       if part.path not in stacks:
         stacks[part.path] = _zeros((source.num_layers, *piece.shape), dtype, place)
-      stacks[part.path] = _put(stacks[part.path], piece, np.int32(row.layer), place)
+      slice_place = None if place is None else NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+      array = _on_devices(piece, dtype, slice_place, check)
+      stacks[part.path] = _put(stacks[part.path], array, np.int32(row.layer), place)
   for path, array in stacks.items():
     get(model, path).set_value(array)
-  model.gate_L.set_value(jax.device_put(np.ones(source.num_layers, np.float32), where('gate_L')))
+  ones_L = np.ones(source.num_layers, np.float32)
+  model.gate_L.set_value(_on_devices(ones_L, 'float32', where('gate_L'), lambda _: None))
   return model
+
+
+def _on_devices(tensor: np.ndarray, dtype: str, place, check: Callable) -> jax.Array:
+  """The tensor, which may be a view of a file, on the devices of `place`: each slice is read, checked and copied alone."""
+
+  def part(index):
+    check(tensor[index])
+    return np.array(tensor[index], jnp.dtype(dtype), order='C')  # a copy: an array on a CPU may go on using this memory
+
+  if place is None:
+    return jax.device_put(part(...))
+  return jax.make_array_from_callback(tensor.shape, place, part)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -290,12 +314,6 @@ def _zeros(shape, dtype, place):
 def _put(stack, piece, layer, place):
   stack = jax.lax.dynamic_update_index_in_dim(stack, piece, layer, 0)
   return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
-
-
-def _read(source: Source, row: _Row) -> np.ndarray:
-  tensor = source.read(row.name)
-  _check_finite(tensor, source, row)
-  return tensor
 
 
 def _check_finite(tensor: np.ndarray, source: Source, row: _Row):
@@ -322,7 +340,7 @@ PiecesOf = Callable[[_Row], Iterable[np.ndarray]]
 def from_model(model: Decoder) -> PiecesOf:
   def pieces(row: _Row):
     arrays = [get(model, part.path)[...] for part in row.parts]
-    yield row.to_hf([np.asarray(a if row.layer is None else a[row.layer]) for a in arrays])
+    yield row.to_hf([hosts.to_host(a if row.layer is None else a[row.layer]) for a in arrays])
 
   return pieces
 
@@ -337,6 +355,13 @@ def from_source(source: Source, kept: list[int]) -> PiecesOf:
       yield piece
 
   return pieces
+
+
+def take_part(pieces_of: PiecesOf, source: Source, kept: list[int]):
+  """What a process does while another is in `save`: devices give their parts of each tensor."""
+  for row in _rows(source.family, source.spec.with_layers(kept), len(kept)):
+    for _ in pieces_of(row):
+      pass
 
 
 def _source_rows(source: Source, kept: list[int]) -> Callable[[_Row], _Row]:

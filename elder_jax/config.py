@@ -65,6 +65,13 @@ class Config:
     'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
   )
   text_column: str = _flag('text', 'Column of jsonl, parquet and hub data that holds the text.')
+  bos: str = _flag(
+    'auto',
+    "Begin-of-sequence token, in all texts: tokenizer, where the tokenizer's own rule puts one, at the start of the text "
+    '(the usual protocol); window, first in every training sequence and evaluation window; none; auto: window for Gemma, '
+    'which is lost without one, tokenizer for other families.',
+    ('auto', 'tokenizer', 'window', 'none'),
+  )
   seq_len: int = _flag(2048, 'Tokens per training sequence.')
   num_sequences: int = _flag(128, 'Training sequences; the text must be long enough for them.')
   batch_size: int = _flag(4, 'Sequences per step; must divide --num_sequences.')
@@ -77,12 +84,6 @@ class Config:
   eval_seq_len: int = _flag(2048, 'Window of the perplexity, in tokens; windows do not overlap, the rest is dropped.')
   eval_tokens: int = _flag(0, 'Tokens of each evaluation text that are used, from its start; 0: all.')
   eval_batch_size: int = _flag(4, 'Windows per evaluation step.')
-  eval_bos: str = _flag(
-    'tokenizer',
-    "Begin-of-sequence token: tokenizer, where the tokenizer's own rule puts one, at the start of the text (the usual "
-    'protocol); window, first in every window; none.',
-    ('tokenizer', 'window', 'none'),
-  )
   # Stage 1: which layers go.
   gate: str = _flag(
     'residual', 'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.', ('residual', 'output')
@@ -167,6 +168,12 @@ class Config:
       ('none', 'dots', 'dots_no_batch', 'full'),
   )  # fmt: skip
   mesh: str = _flag('-1,1,1', 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.')
+  plan: bool = _flag(
+    False,
+    'Only tell what the run would take of each device and how long its steps would take at least, by asking the compiler; '
+    'a config.json is enough of a model. Exit status 3 where it does not fit.',
+  )
+  topology: str = _flag('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
   checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
   # Output.
   export_dtype: str = _flag(
@@ -180,7 +187,9 @@ class Config:
 
   def check(self):
     """Raises InputError for settings that no run can have. What depends on the model is checked in the pipeline."""
-    if not self.workdir:
+    if self.topology and not self.plan:
+      raise InputError(f'--topology={self.topology}: is only compiled for; add --plan.')
+    if not self.workdir and not self.plan:
       raise InputError('--workdir is missing: give a folder for the results.')
     for name in (
       'seq_len',
@@ -294,9 +303,40 @@ class Config:
     return user_path(self.workdir)
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """What differs between the processes of a run, and so is not of its config.json."""
+
+  distributed: str = _flag(
+    'auto',
+    'Several processes as one run: auto, where flags or the environment (Cloud TPU, GKE, Slurm, Open MPI) name them; on, '
+    'the same, an error where they do not; off, this process alone.',
+    ('auto', 'on', 'off'),
+  )
+  coordinator: str = _flag('', "Process 0's host:port, where the environment does not tell; the same in all processes.")
+  num_processes: int | None = _flag(None, 'Number of processes; with --coordinator.')
+  process_id: int | None = _flag(None, 'Number of this process, from 0; with --coordinator.')
+
+  def check(self):
+    given = [bool(self.coordinator), self.num_processes is not None, self.process_id is not None]
+    if any(given) and not all(given):
+      raise InputError('--coordinator, --num_processes and --process_id: give all three or none.')
+    if not any(given):
+      return
+    if self.distributed == 'off':
+      raise InputError('--distributed=off and --coordinator exclude each other; leave out one.')
+    host, _, port = self.coordinator.rpartition(':')
+    if not (host and port.isdecimal()):
+      raise InputError(f'--coordinator={self.coordinator}: must be host:port, as in 10.0.0.2:1234.')
+    if not 0 <= self.process_id < self.num_processes:
+      raise InputError(
+        f'--process_id={self.process_id} is not in 0 … {self.num_processes - 1}, the range of --num_processes.'
+      )
+
+
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
-  """Defines one absl flag for each field of Config."""
-  for field in dataclasses.fields(Config):
+  """Defines one absl flag for each field of Config and Launch."""
+  for field in (*dataclasses.fields(Config), *dataclasses.fields(Launch)):
     name, default, help_text = field.name, field.default, field.metadata['help']
     kwargs = {'flag_values': flag_values, 'module_name': 'elder_jax'}
     if field.metadata['choices']:
@@ -310,6 +350,10 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
       define |= {int: flags.DEFINE_integer, int | None: flags.DEFINE_integer, float: flags.DEFINE_float}
       define |= {float | None: flags.DEFINE_float}
       define[field.type](name, default, help_text, **kwargs)
+
+
+def launch_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Launch:
+  return Launch(**{field.name: flag_values[field.name].value for field in dataclasses.fields(Launch)})
 
 
 def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:

@@ -81,15 +81,25 @@ def tokenise(flag: str, source: str, column: str, tokenizer, special_tokens: boo
   return Corpus(source, hashlib.sha256(text.encode()).hexdigest(), np.array(tokens, np.int32))
 
 
-def pack(corpus: Corpus, flag: str, seq_len: int, num_sequences: int, seed: int | None) -> np.ndarray:
-  """num_sequences rows of seq_len tokens: drawn with `seed` from all rows that the text has, or its first (None)."""
-  available = len(corpus.tokens_N) // seq_len
+def windows(tokens_N: np.ndarray, length: int, first: int | None) -> np.ndarray:
+  """[N, length] windows that follow each other, the rest dropped; `first`: the token that each begins with, or None."""
+  text_len = length - (first is not None)
+  count = len(tokens_N) // text_len
+  rows_NT = tokens_N[: count * text_len].reshape(count, text_len)
+  return rows_NT if first is None else np.concatenate([np.full((count, 1), first, np.int32), rows_NT], 1)
+
+
+def pack(
+  corpus: Corpus, flag: str, seq_len: int, num_sequences: int, seed: int | None, first: int | None = None
+) -> np.ndarray:
+  """num_sequences `windows` of seq_len tokens: drawn with `seed` from all that the text has, or its first (None)."""
+  rows_NT = windows(corpus.tokens_N, seq_len, first)
+  available = len(rows_NT)
   if available < num_sequences:
     raise InputError(
       f'{flag}={corpus.source}: has {len(corpus.tokens_N)} tokens, --num_sequences={num_sequences} of '
-      f'--seq_len={seq_len} need {num_sequences * seq_len}; give a longer text or ask for fewer.'
+      f'--seq_len={seq_len} need {num_sequences * (seq_len - (first is not None))}; give a longer text or ask for fewer.'
     )
-  rows_NT = corpus.tokens_N[: available * seq_len].reshape(available, seq_len)
   if seed is None:
     return rows_NT[:num_sequences]
   return rows_NT[np.sort(np.random.default_rng(seed).choice(available, num_sequences, replace=False))]

@@ -7,8 +7,10 @@ import functools
 import jax
 import numpy as np
 
+from elder_jax import data
 from elder_jax import losses
 from elder_jax import model as model_lib
+from elder_jax import sharding
 from elder_jax.data import Corpus
 from elder_jax.errors import InputError
 
@@ -23,22 +25,20 @@ class Windows:
   about: dict  # for the report: source, sha256, window, tokens, bos
 
 
-def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: str, bos_id: int | None) -> Windows:
-  """Cuts a corpus into windows; bos='window' puts the token bos_id first in each, inside the window's length."""
-  text_len = window
-  if bos == 'window':
-    if bos_id is None:
-      raise InputError('--eval_bos=window: the tokenizer has no begin-of-sequence token; use --eval_bos=tokenizer.')
-    text_len = window - 1
+def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: str, first: int | None) -> Windows:
+  """Cuts a corpus into windows.
+
+  Args:
+    bos: --bos, for the report.
+    first: the token that each window begins with, inside its length; or None.
+  """
   tokens_N = corpus.tokens_N[: max_tokens or None]
-  count = len(tokens_N) // text_len
+  tokens_NT = data.windows(tokens_N, window, first)
+  count = len(tokens_NT)
   if not count:
     raise InputError(
       f'{flag}: has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.'
     )
-  tokens_NT = tokens_N[: count * text_len].reshape(count, text_len)
-  if bos == 'window':
-    tokens_NT = np.concatenate([np.full((count, 1), bos_id, np.int32), tokens_NT], 1)
   about = {
       'source': corpus.source, 'sha256': corpus.sha256, 'window': window, 'windows': count,
       'tokens_predicted': count * (tokens_NT.shape[1] - 1), 'bos': bos, 'protocol': PROTOCOL,
@@ -47,9 +47,10 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
 
 
 @functools.partial(jax.jit, static_argnames='mode')
-def _nll(model, tokens_BT, counted_BT, mode):
+def nll(model, tokens_BT, counted_BT, mode):
+  """losses.next_token_nll of a batch, whole on every device."""
   x_BTD, _ = model_lib.forward(model, tokens_BT, mode=mode)
-  return losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT)
+  return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT))
 
 
 def perplexity(
@@ -72,7 +73,7 @@ def perplexity(
     counted_BT = np.ones((batch_size, rows_NT.shape[1]), np.float32)
     counted_BT[len(batch_BT) :] = 0  # the last batch is filled up, so that one compilation serves all
     batch_BT = np.concatenate([batch_BT, np.repeat(batch_BT[:1], batch_size - len(batch_BT), 0)])
-    nll, n = _nll(model, put(batch_BT), put(counted_BT), mode)
-    total, count = total + float(nll), count + float(n)
+    batch_nll, n = nll(model, put(batch_BT), put(counted_BT), mode)
+    total, count = total + float(batch_nll), count + float(n)
     progress(min(i + batch_size, len(rows_NT)), len(rows_NT))
   return float(np.exp(total / count))

@@ -23,6 +23,23 @@ class GateSettings:
   grad_accum: int = 1
 
 
+def begin(model: Decoder, settings: GateSettings, mode: Mode):
+  """(step of train.make_step, its first state, frozen)."""
+  mask = train.mask(model, 'gates')
+  rate = lambda step: settings.lr + 0.0 * step
+  tx = train.optimizer(mask, rate, 0.0, settings.clip)
+  return train.make_step(tx, mode, settings.grad_accum, rate), *train.init(model, mask, tx)
+
+
+def terms(alive_L: np.ndarray, lambda1: float) -> dict[str, np.ndarray]:
+  """The terms of losses.loss while the layers alive_L are learned."""
+  return {
+    'alive_L': alive_L.copy(),
+    'gate_weight_L': np.where(alive_L, np.float32(lambda1), np.float32(0)),
+    'delta_weight_L': np.zeros(len(alive_L), np.float32),
+  }
+
+
 def learn(
   model: Decoder,
   settings: GateSettings,
@@ -41,24 +58,15 @@ def learn(
   Returns:
     The chosen layers in the order of their choice, and all gates at the end of each round.
   """
-  mask = train.mask(model, 'gates')
-  rate = lambda step: settings.lr + 0.0 * step
-  tx = train.optimizer(mask, rate, 0.0, settings.clip)
-  state, frozen = train.init(model, mask, tx)
-  step_fn = train.make_step(tx, mode, settings.grad_accum, rate)
-
+  step_fn, state, frozen = begin(model, settings, mode)
   L = model.num_layers
   alive_L, gate_L = np.ones(L, bool), np.ones(L, np.float32)
   chosen, history = [], []
   rounds = settings.num_remove if settings.iterative else min(1, settings.num_remove)
   for r in range(rounds):
-    terms = {
-      'alive_L': alive_L.copy(),
-      'gate_weight_L': np.where(alive_L, np.float32(settings.lambda1), np.float32(0)),
-      'delta_weight_L': np.zeros(L, np.float32),
-    }
+    now = terms(alive_L, settings.lambda1)
     state = train.fit(
-      step_fn, state, (frozen, None), (r + 1) * settings.steps, batch, lambda _: terms, lambda i, m: log(r, i, m)
+      step_fn, state, (frozen, None), (r + 1) * settings.steps, batch, lambda _: now, lambda i, m: log(r, i, m)
     )
     # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
     gate_L = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), gate_L)

@@ -25,8 +25,10 @@ import numpy as np
 from elder_jax import checkpoint_hf
 from elder_jax import cli
 from elder_jax import data
+from elder_jax import hosts
 from elder_jax import model as model_lib
 from elder_jax import safetensors_files
+from elder_jax import sharding
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -88,7 +90,7 @@ def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mo
     rope, window = model_lib.rope_and_window(model.spec, tables, kind)
     q_BTNH, k_BTKH, v_BTKH = block.qkv(x_BTD, rope)
     x_BTD = _add(block, x_BTD, model_lib.attention(q_BTNH, k_BTKH, v_BTKH, window, *model.spec.scores()))
-    return x_BTD, Cache(jnp.pad(k_BTKH, spare), jnp.pad(v_BTKH, spare))
+    return sharding.constrain_batch(x_BTD), Cache(jnp.pad(k_BTKH, spare), jnp.pad(v_BTKH, spare))
 
   layers = model.layers, model_lib.kinds(model.spec)
   x_BTD, cache = jax.lax.scan(layer, model_lib.embed(model, tokens_BT, mode), layers)
@@ -118,11 +120,11 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
     attended_B1NH = model_lib.masked_attention(
       q_1BNH.swapaxes(0, 1), cache.k_LBSKH[l], cache.v_LBSKH[l], seen_B11S, *model.spec.scores()
     )
-    return (_add(block, x_1BD, attended_B1NH.swapaxes(0, 1)), cache), None
+    return (sharding.constrain_batch(_add(block, x_1BD, attended_B1NH.swapaxes(0, 1)), 1), cache), None
 
   # Attention apart, a block works token by token. So the batch lies on the axis of tokens, where the rotary tables have
   # a row for each: one row of B tokens instead of B rows of one.
-  x_1BD = model_lib.embed(model, token_B[None], mode, position_B)
+  x_1BD = model_lib.embed(model, token_B[None], mode, position_B, batch_axis=1)
   layers = model.layers, jnp.arange(model.num_layers), model_lib.kinds(model.spec)
   (x_1BD, cache), _ = jax.lax.scan(layer, (x_1BD, cache), layers)
   return model_lib.logits(model, model_lib.final(model, x_1BD))[0], cache
@@ -187,7 +189,7 @@ def run(model, tokens_BT, lengths_B, row_B, eos_E, limit, seed, *, capacity, roo
   logits_BV, cache = prefill(model, tokens_BT, lengths_B, capacity, mode)
   first = draw(0, logits_BV, jnp.full((tokens_BT.shape[0], room), END, jnp.int32), row_B < 0)
   state = (jnp.int32(1), cache, *first)
-  return jax.lax.while_loop(lambda s: (s[0] < limit) & ~jnp.all(s[-1]), step, state)[3]
+  return sharding.replicate(jax.lax.while_loop(lambda s: (s[0] < limit) & ~jnp.all(s[-1]), step, state)[3])
 
 
 # ---- on the host ----
@@ -242,7 +244,7 @@ def generate(
       model, put(tokens_BT), put(lengths_B), put(row_B), eos_E, np.int32(max_new_tokens), key,
       capacity=tokens_BT.shape[1] + room, room=room, sampling=sampling, mode=mode,
     )  # fmt: skip
-    for i, new_R in zip(numbers, np.asarray(tokens_BR)):
+    for i, new_R in zip(numbers, hosts.to_host(tokens_BR)):
       result[i] = new_R[new_R != END].tolist()
   return result
 

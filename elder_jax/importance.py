@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elder_jax import hosts
 from elder_jax import losses
 from elder_jax import model as model_lib
+from elder_jax import sharding
 from elder_jax import train
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
@@ -194,13 +196,32 @@ def check(method: str, num_layers: int, num_remove: int):
     )
 
 
+def program(method: str, model: Decoder, tokens_BT, num_remove: int, mode: Mode):
+  """(jitted function, its arguments, forward passes that it takes) of a method's heaviest step; arrays may be abstract.
+
+  None: the method runs no text through the model.
+  """
+  L = model.num_layers
+  if method in ('shortgpt', 'cosine_block'):
+    return _cosine_sums, (model, tokens_BT, 1 if method == 'shortgpt' else num_remove, mode), 1
+  if method == 'uidl':
+    return _angle_sums, (model, tokens_BT, num_remove, mode), 1
+  if method == 'taylor':
+    weights, rest = train.partition(model, _matrices(model))
+    total = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=w.sharding), weights)
+    return _add_gradients, (total, weights, rest, tokens_BT, mode), 3
+  if method in ('ppl', 'sleb'):
+    return _nll_without_each, (model, tokens_BT, np.ones(L, bool), mode), 1 + (L - 1) / 2
+  return None
+
+
 def _lowest(score_L: np.ndarray, candidates: Sequence[int], num_remove: int) -> list[int]:
   return sorted(candidates, key=lambda l: (score_L[l], l))[:num_remove]
 
 
 def _to_host(array) -> np.ndarray:
   # Waits for the batch: were the next one started meanwhile, both would be in memory.
-  return np.asarray(jax.device_get(array), np.float64)
+  return hosts.to_host(array).astype(np.float64)
 
 
 def _predicted(tokens_BT) -> int:
@@ -235,7 +256,7 @@ def _cosine_sums(model: Decoder, tokens_BT, n: int, mode: Mode):
     return jnp.sum(_dot(a_BTD, b_BTD) / jnp.maximum(norms_BT, jnp.finfo(jnp.float32).tiny))
 
   # One start at a time, so that only one float32 pair is in memory.
-  return jax.lax.map(cosine_sum, jnp.arange(x_MBTD.shape[0] - n))
+  return sharding.replicate(jax.lax.map(cosine_sum, jnp.arange(x_MBTD.shape[0] - n)))
 
 
 def _mean_cosines(model: Decoder, batches: Batches, n: int, mode: Mode) -> np.ndarray:
@@ -254,7 +275,7 @@ def _angle_sums(model: Decoder, tokens_BT, n: int, mode: Mode):
   a_SBD, b_SBD = x_MBD[: x_MBD.shape[0] - n], x_MBD[n:]
   # arccos(a·b) of unit vectors, without arccos, which near 0 makes an error of 3e-4 of float32's last bit.
   angle_SB = 2 * jnp.arctan2(jnp.linalg.norm(a_SBD - b_SBD, axis=-1), jnp.linalg.norm(a_SBD + b_SBD, axis=-1))
-  return jnp.sum(angle_SB, -1) / jnp.pi
+  return sharding.replicate(jnp.sum(angle_SB, -1) / jnp.pi)
 
 
 # ---- Losses without a layer ----
@@ -277,7 +298,8 @@ def _nll_without_each(model: Decoder, tokens_BT, alive_L, mode: Mode):
     x_BTD, _ = model_lib.run_layers(model, x_LBTD[l], alive_L & (layer_L > l), mode, gate_L)
     return losses.next_token_nll(model, model_lib.final(model, x_BTD), tokens_BT)[0]
 
-  return jax.lax.map(lambda l: jax.lax.cond(alive_L[l], without, lambda _: jnp.float32(jnp.inf), l), layer_L)
+  nll = lambda l: jax.lax.cond(alive_L[l], without, lambda _: jnp.float32(jnp.inf), l)
+  return sharding.replicate(jax.lax.map(nll, layer_L))
 
 
 def _loss_without_each(model: Decoder, batches: Batches, alive_L: np.ndarray, mode: Mode) -> np.ndarray:
@@ -309,7 +331,8 @@ def _add_gradients(total, weights, rest, tokens_BT, mode: Mode):
     x_BTD, _ = model_lib.forward(model, tokens_BT, mode=mode, gate_L=gate_L)
     return losses.next_token_nll(model, x_BTD, tokens_BT)[0]
 
-  return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, jax.grad(nll)(weights))
+  gradients = sharding.constrain_state(jax.grad(nll)(weights))
+  return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradients)
 
 
 def _sum_over_all_but_layers(a):
@@ -320,10 +343,10 @@ def _sum_over_all_but_layers(a):
 def _products(gradients, weights) -> list:
   """Σ |w · g| per layer, for each matrix."""
   products = jax.tree.map(lambda g, w: jnp.abs(g * w.astype(jnp.float32)), gradients, weights)
-  return [_sum_over_all_but_layers(a) for a in jax.tree.leaves(products)]
+  return sharding.replicate([_sum_over_all_but_layers(a) for a in jax.tree.leaves(products)])
 
 
 @jax.jit
 def _magnitudes(weights) -> list:
   """Σ |w| per layer, for each matrix."""
-  return [_sum_over_all_but_layers(jnp.abs(w.astype(jnp.float32))) for w in jax.tree.leaves(weights)]
+  return sharding.replicate([_sum_over_all_but_layers(jnp.abs(w.astype(jnp.float32))) for w in jax.tree.leaves(weights)])

@@ -13,10 +13,13 @@ from elder_jax import absorb
 from elder_jax import checkpoint_hf
 from elder_jax import data
 from elder_jax import evaluate
+from elder_jax import gates
+from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
+from elder_jax import regularize
 from elder_jax import report as report_lib
 from elder_jax import safetensors_files
 from elder_jax import sharding
@@ -27,9 +30,10 @@ from elder_jax.config import Config
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
+from elder_jax.model import Spec
 
 # What a run may change when it is started again in its work folder.
-_FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh')
+_FREE_ON_RESUME = ('workdir', 'checkpoint_every', 'verify', 'mesh', 'plan', 'topology')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Run:
   tokenizer: object  # of transformers, where the run reads text
   tasks: object  # the harness's TaskDict, or None
   mesh: jax.sharding.Mesh
+  shardings: Decoder  # of the parameters, whatever their number of layers
   mode: Mode
   log: metrics.Metrics
 
@@ -64,9 +69,10 @@ def prepare(config: Config) -> Run:
   """Refuses whatever can be refused before long work starts, then claims the work folder."""
   config.check()
   work = config.path()
-  _claim(work, config)
-  source = checkpoint_hf.open_source(config.model, work / 'source')
-  num_removes = _num_removes(config, source.num_layers)
+  hosts.lead_first(lambda: _claim(work, config) if hosts.leads() else None)
+  hosts.check_shared(work, '--workdir')
+  source = hosts.lead_first(lambda: checkpoint_hf.open_source(config.model, work / 'source'))
+  num_removes = count_removed(config, source.num_layers)
   for recipe in config.recipes():
     if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
       absorb.check(source.spec, recipe)
@@ -76,12 +82,7 @@ def prepare(config: Config) -> Run:
       'more (--train_steps, --num_sequences) or use --order=joint.'
     )
   mesh = sharding.make_mesh(config.mesh)
-  abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
-  sharding.for_model(abstract, mesh, config.mesh)
-  lora.check(abstract, config.lora_rank)
-  sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
-  if config.eval_data:
-    sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')
+  shardings = check_sizes(config, source.spec, source.num_layers, mesh)
   if config.verify == 'torch' and not verify.has_torch():
     raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
 
@@ -94,29 +95,27 @@ def prepare(config: Config) -> Run:
     raise InputError('--train_data is missing: give a text to choose layers by and to train on.')
   if reads or config.corpora() or config.task_names():
     tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
+    bos, first = _bos(config, source, tokenizer)
+    special = bos == 'tokenizer'
     if reads:
       _check_length(config, source, 'seq_len')
-      corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer)
+      corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer, special)
       seed = config.seed if config.shuffle else None
-      rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed)
+      rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed, first)
       _check_tokens(rows_NT, source, '--train_data')
     for name, text in config.corpora().items():
       _check_length(config, source, 'eval_seq_len')
       flag = f'--eval_data={name}'
-      special = config.eval_bos == 'tokenizer'
       corpus = data.tokenise(flag, text, config.text_column, tokenizer, special)
-      windows[name] = evaluate.make_windows(
-        corpus, flag, config.eval_seq_len, config.eval_tokens, config.eval_bos, tokenizer.bos_token_id
-      )
+      windows[name] = evaluate.make_windows(corpus, flag, config.eval_seq_len, config.eval_tokens, bos, first)
       _check_tokens(windows[name].tokens_NT, source, flag)
   if config.task_names():
     tasks = zero_shot.load_tasks(config.task_names(), config.tasks_dir)
 
-  if jax.process_index() == 0:
+  if hosts.leads():
     report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
-  mode = Mode(config.gate, config.penalty, config.penalty_scale, config.dtype, config.remat)
   log = metrics.Metrics(work / 'metrics.jsonl')
-  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, mode, log)
+  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log)
 
 
 def _claim(work: pathlib.Path, config: Config):
@@ -146,7 +145,58 @@ def _claim(work: pathlib.Path, config: Config):
       )
 
 
-def _num_removes(config: Config, num_layers: int) -> list[int]:
+def check_sizes(config: Config, spec: Spec, num_layers: int, mesh: jax.sharding.Mesh) -> Decoder:
+  """The model of shardings (sharding.for_model). Raises InputError for what the devices do not divide."""
+  abstract = checkpoint_hf.abstract(spec, num_layers)
+  shardings = sharding.for_model(abstract, mesh, config.mesh)
+  lora.check(abstract, config.lora_rank)
+  sharding.check_batch(mesh, config.mesh, config.batch_size // config.grad_accum, '--batch_size / --grad_accum')
+  if config.eval_data:
+    sharding.check_batch(mesh, config.mesh, config.eval_batch_size, '--eval_batch_size')
+  return shardings
+
+
+def mode(config: Config) -> Mode:
+  return Mode(config.gate, config.penalty, config.penalty_scale, config.dtype, config.remat)
+
+
+def gate_settings(config: Config, num_layers: int, num_remove: int) -> gates.GateSettings:
+  return gates.GateSettings(
+    num_remove=num_remove,
+    iterative=config.selection == 'iterative',
+    steps=config.gate_steps,
+    lr=config.gate_lr,
+    lambda1=config.lambda1,
+    candidates=tuple(range(config.protect_first, num_layers - config.protect_last)),
+    clip=config.grad_clip,
+    grad_accum=config.grad_accum,
+  )
+
+
+def train_settings(config: Config) -> regularize.TrainSettings:
+  return regularize.TrainSettings(
+    steps=config.steps(),
+    lr=config.lr,
+    lambda2=config.lambda2,
+    lambda2_power=config.lambda2_power,
+    sequential=config.order == 'sequential',
+    anneal=config.anneal,
+    distill=config.distill,
+    trainable=config.trainable,
+    warmup_ratio=config.warmup_ratio,
+    weight_decay=config.weight_decay,
+    clip=config.grad_clip,
+    grad_accum=config.grad_accum,
+    optimizer=config.optimizer,
+    moment_dtype=config.moment_dtype,
+    lora_rank=config.lora_rank,
+    lora_alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+    seed=config.seed,
+  )
+
+
+def count_removed(config: Config, num_layers: int) -> list[int]:
+  """How many layers go, of the exported model first; several where --ratio has several. Raises InputError."""
   given = config.layers_given()
   if given is not None:
     if wrong := next((l for l in given if not 0 <= l < num_layers), None):
@@ -176,6 +226,16 @@ def _num_removes(config: Config, num_layers: int) -> list[int]:
   return counts
 
 
+def _bos(config: Config, source: checkpoint_hf.Source, tokenizer) -> tuple[str, int | None]:
+  """--bos as it is meant for this model, and the token that each window begins with, if any."""
+  bos = config.bos
+  if bos == 'auto':
+    bos = 'window' if getattr(source.family, 'BOS_FIRST', False) else 'tokenizer'
+  if bos == 'window' and tokenizer.bos_token_id is None:
+    raise InputError('--bos=window: the tokenizer has no begin-of-sequence token; use --bos=tokenizer.')
+  return bos, tokenizer.bos_token_id if bos == 'window' else None
+
+
 def _check_length(config: Config, source: checkpoint_hf.Source, flag: str):
   """Learned positions end somewhere."""
   if 0 < source.spec.num_positions < (length := getattr(config, flag)):
@@ -192,5 +252,4 @@ def _check_tokens(rows_NT: np.ndarray, source: checkpoint_hf.Source, flag: str):
 
 
 def load(job: Run) -> Decoder:
-  model = jax.eval_shape(lambda: Decoder(job.source.spec, job.source.num_layers, jax.random.key(0)))
-  return checkpoint_hf.load(job.source, job.config.dtype, sharding.for_model(model, job.mesh, job.config.mesh))
+  return checkpoint_hf.load(job.source, job.config.dtype, job.shardings)

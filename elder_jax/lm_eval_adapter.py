@@ -9,15 +9,16 @@ from collections.abc import Callable
 import functools
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from lm_eval import utils as harness
 from lm_eval.api.model import TemplateLM
 import numpy as np
 
 from elder_jax import generate
+from elder_jax import hosts
 from elder_jax import losses
 from elder_jax import model as model_lib
+from elder_jax import sharding
 from elder_jax.errors import InputError
 
 MAX_GEN_TOKS = 256  # of a generation task that names none, as in the hf backend
@@ -34,19 +35,19 @@ def token_scores(model: model_lib.Decoder, tokens_BT, target_BT, mode: model_lib
   """
   x_BTD, _ = model_lib.forward(model, tokens_BT, mode=mode)
   B, T = tokens_BT.shape
-  chunk = min(T, max(1, losses.CHUNK_TOKENS // B))
+  chunk, head_VD = losses.chunk_length(B, T), model_lib.head(model)
   as_chunks = lambda a: jnp.moveaxis(
     jnp.pad(a, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
   )
 
   def score(xs):
     x_BcD, target_Bc = xs
-    logits_BcV = model_lib.logits(model, x_BcD)
+    logits_BcV = model_lib.logits(model, x_BcD, head_VD)
     chosen_Bc = jnp.take_along_axis(logits_BcV, target_Bc[..., None], -1)[..., 0]
     return chosen_Bc - jax.nn.logsumexp(logits_BcV, -1), jnp.argmax(logits_BcV, -1) == target_Bc
 
   whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :T]
-  return jax.tree.map(whole, jax.lax.map(score, (as_chunks(x_BTD), as_chunks(target_BT))))
+  return sharding.replicate(jax.tree.map(whole, jax.lax.map(score, (as_chunks(x_BTD), as_chunks(target_BT)))))
 
 
 def bucket(length: int) -> int:
@@ -141,9 +142,7 @@ class JaxLM(TemplateLM):
     for tokens_T, target_T, row in zip(tokens_BT, target_BT, rows):
       tokens_T[: len(row) - 1], target_T[: len(row) - 1] = row[:-1], row[1:]
     scores = token_scores(self.model, self.put(tokens_BT), self.put(target_BT), self.mode)
-    if jax.process_count() > 1:  # each holds some of the rows
-      return multihost_utils.process_allgather(scores, tiled=True)
-    return jax.device_get(scores)
+    return tuple(map(hosts.to_host, scores))
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
     """log p of whole texts; those longer than the context in windows that predict each token once."""

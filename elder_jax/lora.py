@@ -73,7 +73,7 @@ def wrap(model, made: dict[str, dict[str, nnx.Param]], scale: float):
 
 def attach(model, rank: int, alpha: float, seed: int):
   """`wrap` with new factors, which lie on the devices by the table of sharding.py, as the model does."""
-  home, places = jax.tree.leaves(model.layers)[0].sharding, None
+  home, places = getattr(jax.tree.leaves(model.layers)[0], 'sharding', None), None  # abstract, it lies nowhere
   make = functools.partial(factors, jax.eval_shape(lambda: model.layers), rank, seed)
   if isinstance(home, NamedSharding):
     places = sharding.for_model(jax.eval_shape(make), home.mesh, '')

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from elder_jax import model as model_lib
+from elder_jax import sharding
 
-CHUNK_TOKENS = 1024  # of a batch, whose float32 logits are alive at a time
+CHUNK_TOKENS = 1024  # of the part of a batch that a device has, whose float32 logits are alive at a time
 
 
 def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
@@ -21,6 +22,11 @@ def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
   """
   nll, _, count = _token_sums(model, x_BTD, tokens_BT, weight_BT)
   return nll, count
+
+
+def chunk_length(B: int, T: int) -> int:
+  """Tokens of each row of a batch whose logits are computed together."""
+  return min(T, max(1, CHUNK_TOKENS * sharding.batch_ways() // B))
 
 
 def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None):
@@ -38,22 +44,25 @@ def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None):
     counted_BT = counted_BT * weight_BT
   target_BT = jnp.roll(tokens_BT, -1, axis=1)
 
-  chunk = min(T, max(1, CHUNK_TOKENS // B))
+  chunk = chunk_length(B, T)
   pad = -T % chunk
   as_chunks = lambda a: jnp.moveaxis(
     jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
   )
 
+  head_VD = model_lib.head(model)
+  teacher_head_VD = model_lib.head(teacher[0]) if teacher else None
+
   @jax.checkpoint
   def add_chunk(totals, xs):
     x_BcD, target_Bc, counted_Bc, y_BcD = xs
-    logit_BcV = model_lib.logits(model, x_BcD)
+    logit_BcV = model_lib.logits(model, x_BcD, head_VD)
     log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
     nll_Bc = log_z_Bc - jnp.take_along_axis(logit_BcV, target_Bc[..., None], -1)[..., 0]
     kl_Bc = jnp.zeros_like(nll_Bc)
     if teacher:
       # Σ_v p log(p / q), with log p = t − log Z_t and log q = s − log Z_s.
-      teacher_BcV = model_lib.logits(teacher[0], y_BcD)
+      teacher_BcV = model_lib.logits(teacher[0], y_BcD, teacher_head_VD)
       p_BcV = jax.nn.softmax(teacher_BcV, -1)
       kl_Bc = jnp.sum(p_BcV * (teacher_BcV - logit_BcV), -1) - jax.nn.logsumexp(teacher_BcV, -1) + log_z_Bc
     nll, kl = totals

@@ -14,6 +14,7 @@ import numpy as np
 
 from elder_jax import model as model_lib
 from elder_jax import prune
+from elder_jax import sharding
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -124,7 +125,7 @@ def _merge(model: Decoder, base, members_L):
     return a.at[base].set((a_32[base] + jnp.sum(differences, 0)).astype(a.dtype))
 
   model = jax.tree.map(lambda a: a, model)  # a new tree, whose layers can be put in place of the old
-  model.layers = jax.tree.map(add_differences, model.layers)
+  model.layers = sharding.constrain_state(jax.tree.map(add_differences, model.layers))
   return model
 
 
@@ -136,7 +137,13 @@ def _cosine_sum(model: Decoder, merged: Decoder, base, members_L, alive_L, token
   b_BTD, _ = model_lib.forward(_merge(merged, base, members_L), tokens_BT, alive_L, mode, gate_L)
   a_BTD, b_BTD = a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32)
   dot = lambda x_BTD, y_BTD: jnp.sum(x_BTD * y_BTD, (1, 2))
-  return jnp.sum(dot(a_BTD, b_BTD) / jnp.sqrt(dot(a_BTD, a_BTD) * dot(b_BTD, b_BTD)))
+  return sharding.replicate(jnp.sum(dot(a_BTD, b_BTD) / jnp.sqrt(dot(a_BTD, a_BTD) * dot(b_BTD, b_BTD))))
+
+
+def program(model: Decoder, tokens_BT, mode: Mode):
+  """(jitted function, its arguments) of `laco`'s heaviest step; arrays may be abstract."""
+  all_L = np.ones(model.num_layers, bool)
+  return _cosine_sum, (model, model, np.int32(0), all_L, all_L, tokens_BT, mode)
 
 
 def _similarity(model, merged, group, left, batches, mode) -> float:

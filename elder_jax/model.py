@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax import lora
+from elder_jax import sharding
 
 CPU_QUERY_BLOCK = 128
 
@@ -118,14 +119,14 @@ class Norm(nnx.Module):
   def __call__(self, x_BTD):
     """Computed in float32; over the last axis of x, whatever is before it."""
     if self.kind == 'rms':
-      return rms_norm(x_BTD, self.scale[...], self.eps)
+      return rms_norm(x_BTD, _whole(self.scale), self.eps)
     x32_BTD = x_BTD.astype(jnp.float32)
     if self.kind == 'rms1':
       x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + self.eps)
-      return (x32_BTD * _wide(1 + self.scale[...].astype(jnp.float32), x_BTD)).astype(x_BTD.dtype)
+      return (x32_BTD * _wide(1 + _whole(self.scale).astype(jnp.float32), x_BTD)).astype(x_BTD.dtype)
     x32_BTD = x32_BTD - jnp.mean(x32_BTD, -1, keepdims=True)
     x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + self.eps)
-    scale_D, bias_D = (_wide(p[...].astype(jnp.float32), x_BTD) for p in (self.scale, self.bias))
+    scale_D, bias_D = (_wide(_whole(p).astype(jnp.float32), x_BTD) for p in (self.scale, self.bias))
     return (x32_BTD * scale_D + bias_D).astype(x_BTD.dtype)
 
 
@@ -214,7 +215,7 @@ ACTIVATIONS = {
 
 def _plus(x, bias: nnx.Param | None):
   """x + bias, the bias on x's last axes."""
-  return x if bias is None else x + _wide(bias[...].astype(x.dtype), x)
+  return x if bias is None else x + _wide(_whole(bias, x.dtype), x)
 
 
 def _wide(a, like):
@@ -222,13 +223,19 @@ def _wide(a, like):
 
 
 def _cast(weight: nnx.Param, like):
-  return weight[...].astype(like.dtype)
+  return _whole(weight, like.dtype)
+
+
+def _whole(param: nnx.Param, dtype=None):
+  """A parameter for use: in the type that is computed in, and only then gathered from the devices that share it."""
+  value = param[...]
+  return sharding.gather(value if dtype is None else value.astype(dtype), param.get_metadata()['axes'])
 
 
 def _product(equation: str, x, weight: nnx.Param | lora.Lora):
   """jnp.einsum of x and a layer's matrix, in the type of x."""
   if isinstance(weight, lora.Lora):
-    return lora.product(equation, weight.scale, x, _cast(weight.base, x), weight.a[...], weight.b[...])
+    return lora.product(equation, weight.scale, x, _cast(weight.base, x), _whole(weight.a), _whole(weight.b))
   return jnp.einsum(equation, x, _cast(weight, x))
 
 
@@ -269,15 +276,24 @@ def forward(model: Decoder, tokens_BT, alive_L=None, mode: Mode = Mode(), gate_L
   return final(model, x_BTD), delta_L
 
 
-def embed(model: Decoder, tokens_BT, mode: Mode = Mode(), position_T=None):
-  """The stream x_BTD that the first layer reads; position_T: the tokens' positions, 0 … T − 1 where it is not given."""
+def embed(model: Decoder, tokens_BT, mode: Mode = Mode(), position_T=None, batch_axis: int = 0):
+  """The stream x_BTD that the first layer reads.
+
+  Args:
+    position_T: the tokens' positions; 0 … T − 1 where it is not given.
+    batch_axis: that of tokens_BT which lies over the devices.
+  """
   spec = model.spec
+  # Devices that share the width look up their part of it for each other's tokens, and exchange that: the table stays.
+  over = lambda axis, *width: (*(axis if i == batch_axis else None for i in range(2)), *width)
+  tokens_BT = sharding.constrain(tokens_BT, *over('data'))
   x_BTD = jnp.take(model.embed[...], tokens_BT, axis=0).astype(mode.dtype)
+  x_BTD = sharding.constrain_batch(sharding.constrain(x_BTD, *over('data', 'fsdp')), batch_axis)
   if spec.embed_scale != 1:
     x_BTD = x_BTD * jnp.asarray(spec.embed_scale, mode.dtype)
   if spec.num_positions:
     position_T = jnp.arange(tokens_BT.shape[1]) if position_T is None else position_T
-    p_TD = jnp.take(model.positions[...], position_T + spec.position_offset, axis=0)
+    p_TD = jnp.take(_whole(model.positions), position_T + spec.position_offset, axis=0)
     x_BTD = x_BTD + p_TD[None].astype(mode.dtype)
   return x_BTD
 
@@ -309,8 +325,12 @@ def run_layers(model: Decoder, x_BTD, alive_L=None, mode: Mode = Mode(), gate_L=
       y_BTD, d_BTD = block(x_BTD, gate, rope, mode, window)
       return y_BTD, delta_norm(d_BTD, x_BTD, mode.penalty, mode.penalty_scale)
 
+    if mode.remat == 'full':
+      # Inside the branch as well: else the backward pass computes the layer again in one branch and takes what it needs,
+      # the scores of attention among it, through memory into another.
+      run = jax.checkpoint(run)
     y_BTD, delta = jax.lax.cond(alive, run, lambda x_BTD: (x_BTD, jnp.float32(0)), x_BTD)
-    return y_BTD, (delta, x_BTD) if inputs else delta
+    return sharding.constrain_batch(y_BTD), (delta, x_BTD) if inputs else delta
 
   if mode.remat == 'full':
     layer = jax.checkpoint(layer)
@@ -318,13 +338,25 @@ def run_layers(model: Decoder, x_BTD, alive_L=None, mode: Mode = Mode(), gate_L=
     layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.checkpoint_dots)
   elif mode.remat == 'dots_no_batch':
     layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-  x_BTD, out = jax.lax.scan(layer, x_BTD, (model.layers, gate_L, alive_L, kinds(model.spec)))
+  elif sharding.batch_ways() > 1:
+    layer = jax.checkpoint(layer, policy=_all_but_weights)
+  x_BTD, out = jax.lax.scan(layer, sharding.constrain_batch(x_BTD), (model.layers, gate_L, alive_L, kinds(model.spec)))
   return (x_BTD, *out) if inputs else (x_BTD, out)
 
 
-def logits(model: Decoder, x_BTD):
+def _all_but_weights(primitive, *_, **params) -> bool:
+  """Remat policy: what a layer computes is kept, weights that it cast and gathered are not, else all are whole at once."""
+  return primitive.name not in ('convert_element_type', 'sharding_constraint', 'custom_vjp_call')  # sharding.gather's
+
+
+def head(model: Decoder):
+  """The output head's weights head_VD, gathered for `logits`: once, where that is called in a loop."""
+  return _whole(model.embed if model.head is None else model.head)
+
+
+def logits(model: Decoder, x_BTD, head_VD=None):
   """float32 logits_BTV of `forward`'s hidden states. For a loss use losses.next_token_nll, which never holds them all."""
-  head_VD = (model.embed if model.head is None else model.head)[...]
+  head_VD = head(model) if head_VD is None else head_VD
   out_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, head_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
   out_BTV = _plus(out_BTV, model.head_bias)
   return softcap(out_BTV, model.spec.final_softcap)
@@ -417,7 +449,7 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
     scale: of the scores; None: H ** -0.5.
     cap: scores s become cap · tanh(s / cap).
   """
-  backend, T = jax.default_backend(), q_BTNH.shape[1]
+  backend, T = sharding.platform(), q_BTNH.shape[1]
   plain = cap is None and (window is None or isinstance(window, int))
   if backend != 'cpu' and plain:
     fused = backend == 'gpu' and q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and q_BTNH.shape[-1] <= 128

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import time
 
+import jax
 import numpy as np
 
 from elder_jax import absorb
@@ -16,10 +17,13 @@ from elder_jax import checkpoint_hf
 from elder_jax import evaluate
 from elder_jax import gates
 from elder_jax import generate
+from elder_jax import hosts
 from elder_jax import importance
+from elder_jax import job as job_lib
 from elder_jax import manifest
 from elder_jax import merging
 from elder_jax import metrics
+from elder_jax import plan
 from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import report as report_lib
@@ -41,14 +45,20 @@ CHOOSE_ANEW = ('uidl', 'cosine_block', 'last', 'laco')
 def run(config: Config) -> dict:
   """Does the whole job in config.workdir and returns the report. Started again, it goes on where it was."""
   job = prepare(config)
-  work, seconds = config.path(), {}
+  with jax.set_mesh(job.mesh):
+    return _run(job)
+
+
+def _run(job: Run) -> dict:
+  config, work, seconds = job.config, job.config.path(), {}
   stage = functools.partial(_stage, work, seconds)
-  if (work / 'report.json').exists():
+  if hosts.agree((work / 'report.json').exists()):
     metrics.say(f'{work} holds a finished run')
-    return json.loads((work / 'report.json').read_text())
+    return hosts.agree(json.loads((work / 'report.json').read_text()) if hosts.leads() else None)
 
   model = None
   if not job.copies:
+    metrics.say(plan.of_run(job))
     metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
     model, seconds['load'] = _timed(lambda: load(job))
   dense = stage('dense', 'dense', lambda: measure(job, model, 'dense'))
@@ -63,7 +73,7 @@ def run(config: Config) -> dict:
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
     checkpoints = Checkpoints(work / 'checkpoints' / name, config.checkpoint_every, config.steps())
-    measured = (work / 'stages' / f'{name}.json').exists()
+    measured = hosts.agree((work / 'stages' / f'{name}.json').exists())
     if not job.copies and ((method, n, recipe) == exported or not measured):
       pruned, taken = _timed(lambda: apply_recipe(job, model, choice, recipe, checkpoints, name))
       seconds.setdefault(f'train_{name}', taken)
@@ -98,11 +108,13 @@ def run(config: Config) -> dict:
   }
   report['verify'], seconds['export'] = _timed(lambda: export(job, pruned, kept, report))
   report['seconds'] = {k: round(v, 1) for k, v in seconds.items()}
-  if len(job.num_removes) > 1 and job.windows:
-    report_lib.plot(report, work / 'sweep.svg')
-  (work / 'report.md').write_text(report_lib.markdown(report), encoding='utf-8')
-  report_lib.write_json(work / 'report.json', report)
-  shutil.rmtree(work / 'checkpoints', ignore_errors=True)
+  if hosts.leads():
+    if len(job.num_removes) > 1 and job.windows:
+      report_lib.plot(report, work / 'sweep.svg')
+    (work / 'report.md').write_text(report_lib.markdown(report), encoding='utf-8')
+    report_lib.write_json(work / 'report.json', report)
+    shutil.rmtree(work / 'checkpoints', ignore_errors=True)
+  hosts.wait('report')
   return report
 
 
@@ -168,16 +180,7 @@ def first(choice: dict, num_remove: int) -> dict:
 
 def _learn_gates(job: Run, model: Decoder, num_remove: int) -> dict:
   config = job.config
-  settings = gates.GateSettings(
-    num_remove=num_remove,
-    iterative=config.selection == 'iterative',
-    steps=config.gate_steps,
-    lr=config.gate_lr,
-    lambda1=config.lambda1,
-    candidates=tuple(range(config.protect_first, model.num_layers - config.protect_last)),
-    clip=config.grad_clip,
-    grad_accum=config.grad_accum,
-  )
+  settings = job_lib.gate_settings(config, model.num_layers, num_remove)
   total = settings.steps * (settings.num_remove if settings.iterative else 1)
   progress = metrics.Progress('stage 1, gates')
   job.log.begin('gates', 0)
@@ -222,25 +225,7 @@ def apply_recipe(
   if not trained:
     return start
 
-  settings = regularize.TrainSettings(
-    steps=config.steps(),
-    lr=config.lr,
-    lambda2=config.lambda2,
-    lambda2_power=config.lambda2_power,
-    sequential=config.order == 'sequential',
-    anneal=config.anneal,
-    distill=config.distill,
-    trainable=config.trainable,
-    warmup_ratio=config.warmup_ratio,
-    weight_decay=config.weight_decay,
-    clip=config.grad_clip,
-    grad_accum=config.grad_accum,
-    optimizer=config.optimizer,
-    moment_dtype=config.moment_dtype,
-    lora_rank=config.lora_rank,
-    lora_alpha=2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-    seed=config.seed,
-  )
+  settings = job_lib.train_settings(config)
   progress = metrics.Progress(f'training, {name}')
   began = []
 
@@ -276,41 +261,47 @@ def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> d
   """
   config, source, work = job.config, job.source, job.config.path()
   temporary, final = work / 'export.partial', work / 'export'
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir()
   metrics.say(f'writing and checking {final}')
   # A copy keeps each tensor's type, where they differ.
   dtype = config.export_dtype or ('' if job.copies else source.dtype)
   pieces_of = checkpoint_hf.from_source(source, kept) if job.copies else checkpoint_hf.from_model(pruned)
-  hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
-  (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
+  if hosts.leads():
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
+    (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
+  elif not job.copies:
+    checkpoint_hf.take_part(pieces_of, source, kept)
+  hosts.wait('export written')
   if job.windows:
     tokens_BT = next(iter(job.windows.values())).tokens_NT[:1, :128]
   elif job.rows_NT is not None:
     tokens_BT = job.rows_NT[:1, :128]
   else:  # no text was given: any tokens will do
     tokens_BT = np.random.default_rng(0).integers(0, source.spec.vocab_size, (1, 32), np.int32)
-  torch = verify.use_torch(config.verify, report['params']['pruned'])
+  torch = hosts.leads() and verify.use_torch(config.verify, report['params']['pruned'])
   if job.copies:
     figures = verify.check_copy(temporary, source.spec.with_layers(kept), len(kept), tokens_BT, torch)
   else:
-    figures = verify.check(temporary, pruned, dtype, tokens_BT, torch)
-  manifest.write(temporary, hashes)
-  shutil.rmtree(final, ignore_errors=True)
-  os.replace(temporary, final)
+    figures = verify.check(temporary, pruned, dtype, tokens_BT, torch, job.shardings)
+  hosts.wait('export checked')
+  if hosts.leads():
+    manifest.write(temporary, hashes)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
   return figures
 
 
 def _stage(work: pathlib.Path, seconds: dict, name: str, key: str, compute: Callable[[], dict]) -> dict:
   """compute(), or what an earlier run in this work folder had of it."""
   path = work / 'stages' / f'{name}.json'
-  if path.exists():
-    saved = json.loads(path.read_text())
-  else:
+  saved = hosts.agree(json.loads(path.read_text()) if hosts.leads() and path.exists() else None)
+  if not saved:
     result, taken = _timed(compute)
-    saved = {'result': result, 'seconds': taken}
-    path.parent.mkdir(exist_ok=True)
-    report_lib.write_json(path, saved)
+    saved = hosts.agree({'result': result, 'seconds': taken})
+    if hosts.leads():
+      path.parent.mkdir(exist_ok=True)
+      report_lib.write_json(path, saved)
   seconds[key] = saved['seconds']
   return saved['result']
 

@@ -1,7 +1,10 @@
 """Removal of layers: a slice of the stacked arrays."""
 
+import functools
+
 from flax import nnx
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 
 from elder_jax.model import Decoder
@@ -22,11 +25,20 @@ def prune(model: Decoder, removed: list[int]) -> Decoder:
   def cut(param: nnx.Param):
     if not param.get_metadata()['axes'].startswith('L'):
       return param
-    return param.replace(param.get_value()[kept_K])
+    stack = param.get_value()
+    if isinstance(stack.sharding, NamedSharding):
+      return param.replace(_take(stack, kept_K, stack.sharding))
+    return param.replace(stack[kept_K])
 
   model = jax.tree.map(cut, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
   model.spec = model.layers.spec = model.spec.with_layers(kept)
   return with_gates(model, 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(stack, kept_K, place):
+  """The layers kept, each device its own part of them."""
+  return jax.lax.with_sharding_constraint(stack[kept_K], place)
 
 
 def with_gates(model: Decoder, value: float) -> Decoder:

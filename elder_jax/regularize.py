@@ -57,6 +57,17 @@ def penalty_terms(num_layers: int, layers: list[int], settings: TrainSettings, s
   return {'alive_L': alive_L, 'gate_L': gate_L, 'gate_weight_L': zeros_L, 'delta_weight_L': weight_L}
 
 
+def begin(model: Decoder, settings: TrainSettings, mode: Mode):
+  """(step of train.make_step, its first state, frozen)."""
+  if settings.lora_rank:
+    model = lora.attach(model, settings.lora_rank, settings.lora_alpha, settings.seed)
+  mask = train.mask(model, 'lora' if settings.lora_rank else settings.trainable)
+  rate = train.schedule(settings.lr, settings.steps, settings.warmup_ratio)
+  tx = train.optimizer(mask, rate, settings.weight_decay, settings.clip, settings.optimizer, settings.moment_dtype)
+  step = train.make_step(tx, mode, settings.grad_accum, rate, settings.distill)
+  return step, *train.init(model, mask, tx)
+
+
 def fit(
   model: Decoder,
   layers: list[int],
@@ -77,15 +88,9 @@ def fit(
   Returns:
     The model with its trained leaves in float32, which with LoRA are the matrices that took up their factors.
   """
-  if settings.lora_rank:
-    model = lora.attach(model, settings.lora_rank, settings.lora_alpha, settings.seed)
-  mask = train.mask(model, 'lora' if settings.lora_rank else settings.trainable)
-  rate = train.schedule(settings.lr, settings.steps, settings.warmup_ratio)
-  tx = train.optimizer(mask, rate, settings.weight_decay, settings.clip, settings.optimizer, settings.moment_dtype)
-  state, frozen = train.init(model, mask, tx)
+  step_fn, state, frozen = begin(model, settings, mode)
   if checkpoint:
     state = checkpoint.latest(state)
-  step_fn = train.make_step(tx, mode, settings.grad_accum, rate, settings.distill)
   fixed = frozen, teacher if settings.distill else None
   terms = lambda step: penalty_terms(model.num_layers, layers, settings, step)
   state = train.fit(step_fn, state, fixed, settings.steps, batch, terms, log, checkpoint)

@@ -87,10 +87,16 @@ def open_folder(folder: pathlib.Path):
     return file
 
   def read(name: str) -> np.ndarray:
-    tensor = np.empty(shapes[name], jnp.dtype(dtypes[name]))
-    with opened_at(name) as file:
-      _read_all(file, tensor.reshape(-1).view(np.uint8))
-    return tensor
+    """A view of the file: what is not looked at is not read."""
+    dtype = jnp.dtype(dtypes[name])
+    if not (count := math.prod(shapes[name])):
+      return np.empty(shapes[name], dtype)
+    begin, offsets = begins[home[name]]
+    try:
+      octets = np.memmap(home[name], np.uint8, 'r', begin + offsets[name], count * dtype.itemsize)
+    except ValueError as e:
+      raise _shorter(home[name]) from e
+    return np.asarray(octets).view(dtype).reshape(shapes[name])
 
   def pieces(name: str) -> Iterator[np.ndarray]:
     dtype = jnp.dtype(dtypes[name])
@@ -110,8 +116,12 @@ def _read_all(file, octets: np.ndarray):
   rest = memoryview(octets)
   while len(rest):
     if not (count := file.readinto(rest)):
-      raise InputError(f'{file.name}: has become shorter while it was read; fetch it again.')
+      raise _shorter(file.name)
     rest = rest[count:]
+
+
+def _shorter(path) -> InputError:
+  return InputError(f'{path}: has become shorter while it was read; fetch it again.')
 
 
 def _opened(path: pathlib.Path):

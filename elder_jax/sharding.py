@@ -1,5 +1,10 @@
-"""The device mesh, and the one table from a parameter's axes to it."""
+"""The device mesh, and the one table from a parameter's axes to it.
 
+A run sets its mesh around everything (`with jax.set_mesh(mesh)`), and what is computed is held to it by the functions
+under "inside the computation": they read the mesh that is set and do nothing where there is none, or one device.
+"""
+
+import functools
 import math
 
 from flax import nnx
@@ -36,30 +41,141 @@ def make_mesh(flag: str, devices=None) -> Mesh:
   return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def spec(axes: str) -> P:
+  """Where a parameter of these axes lies; no mesh axis twice."""
+  axes_of_mesh = [RULES.get(letter) for letter in axes]
+  return P(*(axis if axis not in axes_of_mesh[:i] else None for i, axis in enumerate(axes_of_mesh)))
+
+
 def for_model(model, mesh: Mesh, flag: str):
   """A model of shardings: each parameter's NamedSharding in its place. A size that does not divide is refused."""
 
-  def place(param: nnx.Param):
-    shape, spec = param.get_value().shape, []
-    for letter, size in zip(param.get_metadata()['axes'], shape):
-      axis = RULES.get(letter)
-      if axis and size % mesh.shape[axis]:
-        raise InputError(
-          f'--mesh={flag}: {axis}={mesh.shape[axis]} does not divide a size of {size} of the model (axis {letter}); '
-          f'choose a divisor of {size}.'
-        )
-      spec.append(axis if axis not in spec else None)
-    return param.replace(NamedSharding(mesh, P(*spec)))
+  params = jax.tree.leaves(model, is_leaf=_is_param)
+  cuts = [cut for p in params for cut in zip(p.get_metadata()['axes'], p.get_value().shape, spec(p.get_metadata()['axes']))]
+  for letter, size, axis in cuts:
+    if axis and size % mesh.shape[axis]:
+      common = math.gcd(*(n for _, n, a in cuts if a == axis))
+      raise InputError(
+        f'--mesh={flag}: {axis}={mesh.shape[axis]} does not divide a size of {size} of the model (axis {letter}); the '
+        f'nearest that divide all that {axis} cuts: {_nearest(_divisors(common), mesh.shape[axis])}.'
+      )
+  return jax.tree.map(
+    lambda p: p.replace(NamedSharding(mesh, spec(p.get_metadata()['axes']))), model, is_leaf=_is_param
+  )
 
-  return jax.tree.map(place, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+def for_state(state, mesh: Mesh):
+  """The NamedShardings of a training state: parameters, and what an optimiser keeps for each, as in `for_model`.
+
+  Counters, and moments that are not of their parameter's shape, lie whole on every device.
+  """
+
+  return _map_state(lambda a, spec: NamedSharding(mesh, spec), state, mesh)
+
+
+def _is_param(leaf) -> bool:
+  return isinstance(leaf, nnx.Variable)
+
+
+def _map_state(f, state, mesh):
+  """f(array, its PartitionSpec) over a training state."""
+
+  def of_axes(axes: str, a):
+    whole = len(axes) != len(a.shape) or any(n % mesh.shape.get(axis, 1) for n, axis in zip(a.shape, spec(axes)))
+    return f(a, P() if whole else spec(axes))
+
+  def of_leaf(leaf):  # a parameter of another part of the tree has nothing in it
+    axes = leaf.get_metadata()['axes'] if _is_param(leaf) else ''
+    return jax.tree.map(lambda a: of_axes(axes, a), leaf)
+
+  return jax.tree.map(of_leaf, state, is_leaf=_is_param)
+
+
+def _divisors(size: int) -> list[int]:
+  return [n for n in range(1, size + 1) if size % n == 0]
+
+
+def _nearest(numbers: list[int], wanted: int) -> str:
+  """The last of ascending `numbers` below `wanted` and the first above, as text."""
+  below, above = [n for n in numbers if n < wanted][-1:], [n for n in numbers if n > wanted][:1]
+  return ' and '.join(map(str, below + above))
 
 
 def check_batch(mesh: Mesh, flag: str, size: int, what: str):
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if size % ways:
-    raise InputError(f'--mesh={flag}: data × fsdp = {ways} does not divide {what}={size}; choose a multiple of {ways}.')
+    multiples = [n for n in (size // ways * ways, -(-size // ways) * ways) if n]
+    raise InputError(
+      f'--mesh={flag}: data × fsdp = {ways} does not divide {what}={size}; the nearest that it divides: '
+      f'{_nearest(multiples, size)}.'
+    )
 
 
 def put_batch(batch_BT: np.ndarray, mesh: Mesh):
   """A host batch onto the mesh, each process giving the rows that its devices hold."""
   return jax.make_array_from_callback(batch_BT.shape, NamedSharding(mesh, BATCH), lambda index: batch_BT[index])
+
+
+# ---- inside the computation ----
+
+
+def _mesh():
+  """The mesh that is set, or None: there is none, or one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def platform() -> str:
+  """cpu, gpu or tpu: of the devices that are computed on, which need not be of the host that compiles."""
+  mesh = jax.sharding.get_abstract_mesh()
+  found = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+  return 'gpu' if found in ('cuda', 'rocm') else found
+
+
+def batch_ways() -> int:
+  """Number of parts that a batch lies in."""
+  mesh = _mesh()
+  return mesh.shape['data'] * mesh.shape['fsdp'] if mesh else 1
+
+
+def constrain(a, *spec):
+  """`a` laid out by spec, one entry per axis; an axis that the devices do not divide (one prompt, say) lies whole."""
+  mesh = _mesh()
+  if mesh is None:
+    return a
+  ways = lambda names: math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+  return jax.lax.with_sharding_constraint(a, P(*(e if n % ways(e) == 0 else None for n, e in zip(a.shape, spec))))
+
+
+def constrain_batch(a, axis: int = 0):
+  """`a` with its batch over data and fsdp, all else whole: tokens, and activations at the borders of blocks."""
+  return constrain(a, *(BATCH[0] if i == axis else None for i in range(a.ndim)))
+
+
+def constrain_state(tree):
+  """Parameters, gradients or a training state, laid out as `for_state` says."""
+  return tree if _mesh() is None else _map_state(jax.lax.with_sharding_constraint, tree, _mesh())
+
+
+def replicate(tree):
+  """All of it on every device: what a host reads, of which each process must have the whole."""
+  return tree if _mesh() is None else jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, P()), tree)
+
+
+def gather(w, axes: str):
+  """A parameter, or a layer's slice of one, whole in fsdp and still cut in tp, for use in a product.
+
+  Its gradient is brought back to the parameter's own layout at once, so that devices add up parts, not wholes. Both
+  layouts are pinned, or the compiler might gather the whole stack before it takes the layer's slice.
+  """
+  if _mesh() is None:
+    return w
+  return _gather(w, axes[len(axes) - w.ndim :])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(w, axes):
+  return constrain(constrain(w, *spec(axes)), *(axis if axis == 'tp' else None for axis in spec(axes)))
+
+
+_gather.defvjp(lambda w, axes: (_gather(w, axes), None), lambda axes, _, g: (constrain(g, *spec(axes)),))

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
 from elder_jax import losses
+from elder_jax import sharding
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
 
@@ -102,11 +102,8 @@ def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
   state = TrainState(jnp.int32(0), trained, tx.init(trained))
   home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)  # abstract, it lies nowhere
   if isinstance(home, NamedSharding):
-    # What was not made like a weight too, counters and adafactor's rows and columns (a hundredth of the weights):
-    # elsewhere they make the second step compile anew, and a restored state does not run at all.
-    everywhere = NamedSharding(home.mesh, PartitionSpec())
-    put = lambda a: a if isinstance(a.sharding, NamedSharding) else jax.device_put(a, everywhere)
-    state = jax.tree.map(put, state)
+    # As a step leaves it, counters too: else the second step compiles anew, and a restored state does not run at all.
+    state = jax.device_put(state, sharding.for_state(state, home.mesh))
   return state, frozen
 
 
@@ -122,21 +119,22 @@ def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
 
   def step(state: TrainState, fixed, batch_BT, terms):
     B, T = batch_BT.shape
-    # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
-    parts_AbT = batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1)
-
-    def accumulate(total, tokens_bT):
+    def of_part(tokens_bT):
       (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, tokens_bT, terms)
-      return jax.tree.map(lambda t, x: t + x / grad_accum, total, ({'loss': loss, **parts}, grads)), None
+      return sharding.replicate({'loss': loss, **parts}), sharding.constrain_state(grads)
 
-    shapes = jax.eval_shape(
-      lambda t: jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, t, terms), parts_AbT[0]
-    )
-    (loss, parts), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (metrics, grads), _ = jax.lax.scan(accumulate, ({'loss': loss, **parts}, grads), parts_AbT)
+    if grad_accum == 1:  # no second buffer for the sum
+      metrics, grads = of_part(batch_BT)
+    else:
+      # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
+      parts_AbT = sharding.constrain_batch(batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1), 1)
+      zeros, grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_part, parts_AbT[0]))
+      add = lambda total, tokens_bT: (jax.tree.map(lambda t, x: t + x / grad_accum, total, of_part(tokens_bT)), None)
+      (metrics, grads), _ = jax.lax.scan(add, (zeros, sharding.constrain_state(grads)), parts_AbT)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
-    metrics |= {'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)}
-    return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+    metrics |= sharding.replicate({'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)})
+    state = TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state)
+    return sharding.constrain_state(state), metrics
 
   return jax.jit(step, donate_argnums=0)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from elder_jax import checkpoint_hf
 from elder_jax import cli
+from elder_jax import hosts
 from elder_jax import manifest
 from elder_jax import metrics
 from elder_jax import model as model_lib
@@ -57,11 +58,14 @@ def check_copy(
   return {'tensors': len(source.shapes)} | (_check_torch(folder, None, tokens_BT, 0.0) if torch else {})
 
 
-def check(folder: pathlib.Path, model: model_lib.Decoder, dtype: str, tokens_BT: np.ndarray, torch: bool) -> dict:
+def check(
+  folder: pathlib.Path, model: model_lib.Decoder, dtype: str, tokens_BT: np.ndarray, torch: bool, shardings=None
+) -> dict:
   """Compares the folder's logits, computed in float32, with the model's (its weights rounded to `dtype`).
 
   Args:
     tokens_BT: real text; T at most 512 keeps it quick.
+    shardings: as in checkpoint_hf.load.
     torch: also load it by transformers' AutoModelForCausalLM, and generate with and without a cache.
 
   Returns:
@@ -71,10 +75,10 @@ def check(folder: pathlib.Path, model: model_lib.Decoder, dtype: str, tokens_BT:
     ExportMismatch.
   """
   source = checkpoint_hf.open_source(str(folder), folder)
-  read = checkpoint_hf.load(source, dtype)
+  read = checkpoint_hf.load(source, dtype, shardings)
   with jax.default_matmul_precision('highest'):
-    expected = np.asarray(_logits(jax.tree.map(lambda a: a.astype(dtype), model), tokens_BT))
-    got = np.asarray(_logits(read, tokens_BT))
+    expected = hosts.to_host(_logits(jax.tree.map(lambda a: a.astype(dtype), model), tokens_BT))
+    got = hosts.to_host(_logits(read, tokens_BT))
   result = {'jax': float(np.max(np.abs(got - expected)))}
   tolerance = TOLERANCE * max(1.0, float(expected.std()))
   if not result['jax'] <= tolerance:

@@ -164,18 +164,19 @@ def evaluate_model(settings: Settings) -> dict:
     abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
     metrics.say(f'loading {settings.model}, {source.num_layers} layers, in {settings.dtype} on {report_lib.device()}')
     model = checkpoint_hf.load(source, settings.dtype, sharding.for_model(abstract, mesh, settings.mesh))
-    figures = run(
-      model,
-      tokenizer,
-      loaded,
-      Mode(dtype=settings.dtype),
-      settings.batch_size,
-      context_length(source.config, tokenizer),
-      lambda batch: sharding.put_batch(batch, mesh),
-      settings.limit or None,
-      generate.eos_ids(source),
-      metrics.Progress('requests'),
-    )
+    with jax.set_mesh(mesh):
+      figures = run(
+        model,
+        tokenizer,
+        loaded,
+        Mode(dtype=settings.dtype),
+        settings.batch_size,
+        context_length(source.config, tokenizer),
+        lambda batch: sharding.put_batch(batch, mesh),
+        settings.limit or None,
+        generate.eos_ids(source),
+        metrics.Progress('requests'),
+      )
   versions = report_lib.versions() | {'lm_eval': importlib.metadata.version('lm_eval')}
   result = {'settings': dataclasses.asdict(settings), 'tasks': figures, 'versions': versions}
   if out and jax.process_index() == 0:

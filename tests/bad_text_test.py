@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import gguf
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from refusal import edit_json
 from refusal import refused
 
+from elder_jax import families
+from elder_jax import job
 from elder_jax import pipeline
 from elder_jax.config import Config
 
@@ -92,7 +95,14 @@ def test_tokenizer_missing_broken_or_of_another_model(settings, model, monkeypat
 
 def test_window_bos_without_such_a_token(settings, model):
   edit_json(model / 'tokenizer_config.json', bos_token=None)
-  refused(settings, '--eval_bos=window', eval_bos='window')
+  refused(settings, '--bos=window', bos='window')
+
+
+@pytest.mark.parametrize('kind, first', [('gemma3_text', 7), ('gemma2', 7), ('llama', None), ('qwen3', None)])
+def test_a_family_that_needs_it_has_bos_in_every_window(kind, first):
+  source, tokenizer = types.SimpleNamespace(family=families.FAMILIES[kind]), types.SimpleNamespace(bos_token_id=7)
+  assert job._bos(Config(), source, tokenizer) == ('window' if first else 'tokenizer', first)
+  assert job._bos(Config(bos='none'), source, tokenizer) == ('none', None)
 
 
 # ---- GGUF ----

@@ -1,23 +1,123 @@
-"""The flag files: each is read by the command's own parser and passes the checks that need no model."""
+"""The flag files: each is read by the command's own parser, passes the checks that need no model, and divides its model."""
 
 import pathlib
+import re
 
 from absl import flags
+import jax
+from jax.sharding import AbstractMesh
 import pytest
 
+from elder_jax import checkpoint_hf
 from elder_jax import config as config_lib
+from elder_jax import families
+from elder_jax import sharding
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
+
+LLAMA2 = dict(model_type='llama', vocab_size=32000, rms_norm_eps=1e-5)
+OPT = dict(model_type='opt', vocab_size=50272, max_position_embeddings=2048)
+# What the models' own config.json files say of sizes.
+LLAMA_7B = dict(
+    LLAMA2, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=32,
+)  # fmt: skip
+MODELS = {
+  'meta-llama/Llama-2-7b-hf': LLAMA_7B,
+  'meta-llama/Llama-2-13b-hf': dict(
+      LLAMA2, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
+      num_key_value_heads=40,
+  ),
+  'meta-llama/Llama-2-70b-hf': dict(
+      LLAMA2, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+      num_key_value_heads=8,
+  ),
+  'meta-llama/Meta-Llama-3-8B': dict(
+      LLAMA2, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+      num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0,
+  ),
+  'facebook/opt-2.7b': dict(
+      OPT, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32
+  ),
+  'facebook/opt-13b': dict(
+      OPT, hidden_size=5120, word_embed_proj_dim=5120, ffn_dim=20480, num_hidden_layers=40, num_attention_heads=40
+  ),
+  'microsoft/phi-2': dict(
+      model_type='phi', vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+      num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048, partial_rotary_factor=0.4,
+      layer_norm_eps=1e-5,
+  ),
+  'Qwen/Qwen2-7B': dict(
+      model_type='qwen2', vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+      num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=1e6, max_window_layers=28,
+      use_sliding_window=False,
+  ),
+}  # fmt: skip
+# config: (slice that it is for, its chips). A v4 and a v5p slice is named after its cores, two to a chip.
+SLICES = {
+  'llama7b': ('v5e-16', 16),
+  'llama13b': ('v5e-32', 32),
+  'llama70b': ('v5p-128', 64),
+  'llama3_8b': ('v6e-16', 16),
+  'opt2b7': ('v5e-8', 8),
+  'opt13b': ('v5e-32', 32),
+  'phi2': ('v5e-8', 8),
+  'qwen2_7b': ('v5e-16', 16),
+  'paper_llama7b': ('8 devices', 8),
+}
+
+
+def read(path: pathlib.Path) -> config_lib.Config:
+  values = flags.FlagValues()
+  config_lib.define_flags(values)
+  values(['main', f'--flagfile={path}'])
+  return config_lib.from_flags(values)
 
 
 @pytest.mark.parametrize('path', sorted(FOLDER.glob('*.flags')), ids=lambda path: path.name)
 def test_flag_file(path):
-  values = flags.FlagValues()
-  config_lib.define_flags(values)
-  values(['main', f'--flagfile={path}'])
-  config = config_lib.from_flags(values)
+  config = read(path)
   config.check()
   assert config.train_data and config.corpora() and pathlib.Path(config.workdir).name == path.stem
   is_paper = (config.method, config.recipe, config.gate, config.order) == ('elder', 'regularize', 'output', 'joint')
   assert is_paper == path.name.startswith('paper_')
   assert path.read_text().startswith(f'# python -m elder_jax.main --flagfile=configs/{path.name}')
+  assert path.stem in SLICES or path.stem.removeprefix('paper_').startswith('smollm2_')
+
+
+def mesh_of(config: config_lib.Config, chips: int) -> AbstractMesh:
+  """The mesh without devices; -1 is what remains, as on real ones."""
+  made = sharding.make_mesh(config.mesh, [None] * chips)
+  return AbstractMesh(tuple(made.shape.values()), tuple(made.shape), axis_types=made.axis_types)
+
+
+@pytest.mark.parametrize('name', SLICES)
+def test_mesh_fits_slice_and_model(name):
+  path = FOLDER / f'{name}.flags'
+  config, (slice_, chips) = read(path), SLICES[name]
+  header = path.read_text().partition('\n--')[0]
+  assert slice_ in header and (chips == int(slice_.split()[0].rpartition('-')[2]) or f'{chips} chips' in header)
+  json = MODELS[config.model]
+  spec, num_layers = families.FAMILIES[json['model_type']].spec_from_config(json)
+  assert config.num_remove == num_layers // 4
+  if name != 'paper_llama7b':  # which takes the number of devices that there is
+    assert re.fullmatch(r'\d+,\d+,\d+', config.mesh)
+  mesh = mesh_of(config, chips)  # refuses sizes that do not multiply to the chips
+  sharding.for_model(checkpoint_hf.abstract(spec, num_layers), mesh, config.mesh)
+  for what in (config.batch_size // config.grad_accum, config.eval_batch_size):
+    sharding.check_batch(mesh, config.mesh, what, 'batch')
+  assert not spec.num_heads % mesh.shape['tp'] and not spec.num_kv_heads % mesh.shape['tp']
+  assert not spec.d_model % mesh.shape['fsdp']
+  if spec.num_positions:
+    assert max(config.seq_len, config.eval_seq_len) <= spec.num_positions
+
+
+def test_meshes_that_do_not_fit_are_seen():
+  """That the test above can fail."""
+  spec, num_layers = families.FAMILIES['llama'].spec_from_config(MODELS['meta-llama/Llama-2-70b-hf'])
+  model = checkpoint_hf.abstract(spec, num_layers)
+  mesh = AbstractMesh((1, 4, 16), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  with pytest.raises(sharding.InputError, match='tp=16 does not divide a size of 8'):
+    sharding.for_model(model, mesh, '1,4,16')
+  with pytest.raises(sharding.InputError, match='makes 32 devices'):
+    sharding.make_mesh('1,4,8', [None] * 64)

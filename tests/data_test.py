@@ -105,6 +105,14 @@ def test_pack_takes_the_first_rows_or_draws_from_all():
   assert max(rows_NT.max() for rows_NT in drawn) > 50
 
 
+def test_a_first_token_stands_inside_each_row():
+  rows_NT = data.pack(corpus(107), '--x', 5, 26, None, 999)
+  assert (rows_NT[:, 0] == 999).all() and rows_NT.dtype == np.int32
+  np.testing.assert_array_equal(rows_NT[:, 1:], np.arange(104).reshape(26, 4))
+  with pytest.raises(InputError, match='--seq_len=5 need 108'):
+    data.pack(corpus(107), '--train_data', 5, 27, None, 999)
+
+
 def test_pack_refuses_a_short_text():
   with pytest.raises(InputError, match='--train_data=text.txt.*107 tokens.*--num_sequences=22.*--seq_len=5.*110'):
     data.pack(corpus(107), '--train_data', 5, 22, None)

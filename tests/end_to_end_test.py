@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_done_again(settings, monkeypatch):
     dict(dtype='bfloat16', export_dtype='bfloat16'),
     dict(export_dtype='float16'),
     dict(grad_accum=2, remat='full'),
-    dict(eval_bos='window'),
+    dict(bos='window'),
     dict(recipe='prune_then_train', compare=[]),
     dict(recipe='absorb_then_train', compare=['absorb']),
     dict(recipe='replace_linear', compare=['replace_linear_then_train']),

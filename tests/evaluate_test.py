@@ -117,5 +117,3 @@ def test_max_tokens_are_the_first(max_tokens, count):
 def test_what_cannot_be_cut_is_refused():
   with pytest.raises(InputError, match='--eval_data=x.*8 tokens.*--eval_seq_len=9'):
     evaluate.make_windows(corpus(8), '--eval_data=x', 9, 0, 'tokenizer', None)
-  with pytest.raises(InputError, match='--eval_bos=window'):
-    evaluate.make_windows(corpus(49), '--eval_data=x', 9, 0, 'window', None)

@@ -357,6 +357,7 @@ def worker(out: pathlib.Path):
   for flag in ('1,1,1', '2,2,2'):
     for kind, rank in (('adamw', 2), ('adafactor', 0)):
       mesh = sharding.make_mesh(flag, jax.devices()[: 1 if flag == '1,1,1' else 8])
+      jax.set_mesh(mesh)
       model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, flag))
       model = lora.attach(model, rank, 4.0, 0) if rank else model
       mask, rate = train.mask(model, 'lora' if rank else 'blocks'), train.schedule(1e-2, 2, 0.0)

@@ -11,6 +11,7 @@ WEIGHTS = llama.WEIGHTS | {
 }
 # What config.json leaves out has Gemma's defaults, not Llama's.
 _DEFAULTS = dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256)
+BOS_FIRST = True  # no text that it was trained on lacked the token: without, it predicts next to nothing
 ACTIVATIONS = {'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
 

@@ -7,7 +7,7 @@ from elder_jax.families import llama
 from elder_jax.families.fields import Fields
 from elder_jax.model import Spec
 
-WEIGHTS = gemma2.WEIGHTS
+WEIGHTS, BOS_FIRST = gemma2.WEIGHTS, gemma2.BOS_FIRST
 _DEFAULTS = dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256)
 
 

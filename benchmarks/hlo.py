@@ -1,0 +1,127 @@
+"""What the text of a compiled TPU program says: its collectives, how often each runs, and the compiler's own cycles.
+
+XLA's cost_analysis counts the body of a loop once and takes −1 for each custom call that it does not know. So here the
+text is walked instead: a loop's body counts as often as its condition lets it run, and of the instructions the
+compiler's estimated_cycles, which it schedules by, are added up.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's32': 4, 'u32': 4, 'f32': 4, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8}
+KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
+_HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%([\w.\-]+) = (.+?) ([a-z][a-z\-]*)\((.*)$')
+_ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  name: str
+  shape: str
+  op: str
+  rest: str  # operands and attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  kind: str
+  shape: str  # of the result, without its layout
+  elements: int
+  runs: int  # in one call of the program
+  received: int  # bytes by each device in one run
+
+
+def elements(shape: str) -> int:
+  """Of the largest array in a shape, which may be a tuple's."""
+  return max((math.prod(map(int, filter(None, dims.split(',')))) for _, dims in _ARRAY.findall(shape)), default=0)
+
+
+def _bytes(shape: str) -> int:
+  return sum(
+    BYTES.get(kind, 0) * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in _ARRAY.findall(shape)
+  )
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+  """({computation: its instructions}, the entry's name)."""
+  computations, entry, body = {}, '', []
+  for line in text.splitlines():
+    if head := _HEAD.match(line):
+      body = computations[head[2]] = []
+      entry = head[2] if head[1] else entry
+    elif found := _INSTRUCTION.match(line):
+      body.append(Instruction(*found.groups()))
+  return computations, entry
+
+
+def _called(instruction: Instruction, attribute: str) -> list[str]:
+  found = re.search(rf'\b{attribute}=\{{?((?:%[\w.\-]+(?:, )?)+)', instruction.rest)
+  return re.findall(r'%([\w.\-]+)', found[1]) if found else []
+
+
+def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
+  """({computation: how often one call of the program runs it}, those that are parts of one fused instruction)."""
+  times, fused = collections.Counter(), set()
+
+  def visit(name: str, n: int, inside: bool):
+    times[name] += n
+    if inside:
+      fused.add(name)
+    for i in computations[name]:
+      if i.op == 'while':
+        condition = computations[_called(i, 'condition')[0]]
+        trips = [int(c.rest.partition(')')[0]) for c in condition if c.op == 'constant' and c.shape.startswith(('s32[]', 'u32[]'))]
+        visit(_called(i, 'body')[0], n * max(trips), inside)
+      elif i.op == 'conditional':  # a layer runs or is skipped: the longer branch, as all run
+        branches = _called(i, 'branch_computations')
+        visit(max(branches, key=lambda b: sum(_cycles(j) for j in computations[b])), n, inside)
+      else:
+        for callee in _called(i, 'calls') + (_called(i, 'to_apply') if i.op == 'call' else []):
+          visit(callee, n, inside or i.op != 'call')
+
+  visit(entry, 1, False)
+  return times, fused
+
+
+def collectives(text: str) -> list[Collective]:
+  """One for each channel: an asynchronous one stands in the text as start, parts and end."""
+  computations, entry = parse(text)
+  times, _ = runs(computations, entry)
+  found = {}
+  for name, n in times.items():
+    shapes = {i.name: i.shape for i in computations[name]}
+    for i in computations[name]:
+      kind = i.op.removesuffix('-start')
+      if kind not in KINDS:
+        continue
+      operands = re.findall(r'%([\w.\-]+)', i.rest.partition(')')[0])
+      read, out = sum(_bytes(shapes.get(o, '')) for o in operands), _bytes(i.shape)
+      if i.op.endswith('-start'):  # its result holds the operand, too
+        out = max(out - read, read) if kind == 'all-gather' else read
+      received = {'all-gather': out - read, 'reduce-scatter': read - out, 'all-reduce': 2 * read}.get(kind, read)
+      arrays = [f'{t}[{dims}]' for t, dims in _ARRAY.findall(i.shape)]
+      shape = max(arrays, key=elements)
+      channel = re.search(r'channel_id=(\d+)', i.rest)
+      key = (kind, channel[1] if channel else f'{name}/{i.name}')
+      if key not in found or found[key].runs < n:
+        found[key] = Collective(kind, shape, elements(shape), n, received)
+  return list(found.values())
+
+
+def _cycles(instruction: Instruction) -> int:
+  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+  return int(found[1]) if found else 0
+
+
+def cycles(text: str) -> int:
+  """The compiler's estimate of the cycles that one core computes in a call; collectives beside it are not in it."""
+  computations, entry = parse(text)
+  times, fused = runs(computations, entry)
+  total = 0
+  for name, n in times.items():
+    if name not in fused:
+      total += n * sum(map(_cycles, computations[name]))
+  return total
