@@ -163,8 +163,9 @@ class Config:
     'float32', 'Type of computation and of frozen weights; what is trained is kept in float32.', ('float32', 'bfloat16')
   )
   remat: str = _flag(
-      'dots', 'What the backward pass computes again, to save memory: none, dots (all but matrix products), full.',
-      ('none', 'dots', 'full'),
+      'dots', 'What the backward pass computes again, to save memory: none; dots, all but matrix products; dots_no_batch, '
+      "attention's products as well, which grow with the square of --seq_len; full.",
+      ('none', 'dots', 'dots_no_batch', 'full'),
   )  # fmt: skip
   mesh: str = _flag('-1,1,1', 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.')
   plan: bool = _flag(

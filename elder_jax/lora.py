@@ -95,8 +95,6 @@ def merge(model):
 def _merged(sides: tuple[str, str, str], scale: float, w, a, b):
   """W + scale·A·B in float32, of one matrix, or with the leading L of all."""
   inner, outer, L = sides
-  # Behind a barrier, else the compiler makes a float32 copy of all layers' weights before the loop over them.
-  w = jax.lax.optimization_barrier(w)
   change = jnp.einsum(f'{L}{inner}r,{L}r{outer}->{L}{inner}{outer}', a, b, precision=jax.lax.Precision.HIGHEST)
   return w.astype(jnp.float32) + scale * change
 
@@ -113,6 +111,10 @@ def product(equation: str, scale: float, x, w, a, b):
     equation: as 'BTD,DNH->BTNH'; x begins with BT.
     w: of the type of x.
   """
+  return _by_merged(equation, scale, x, w, a, b)
+
+
+def _by_merged(equation, scale, x, w, a, b):
   _, inner, outer = _parts(equation)
   return jnp.einsum(equation, x, _merged((inner, outer, ''), scale, w, a, b).astype(x.dtype))
 
@@ -125,7 +127,7 @@ def _parts(equation: str) -> tuple[str, str, str]:
 
 
 def _forward(equation, scale, x, w, a, b):
-  return product(equation, scale, x, w, a, b), (x, w, a, b)
+  return _by_merged(equation, scale, x, w, a, b), (x, w, a, b)  # not `product`: policies of remat see into this
 
 
 def _backward(equation, scale, kept, dy):

@@ -88,7 +88,7 @@ class Mode:
   penalty: str = 'l2'  # the norm of d: l2 or l1
   penalty_scale: str = 'token'  # token, relative or none: see delta_norm
   dtype: str = 'float32'  # of activations and of the weights where they are used
-  remat: str = 'none'  # what the backward pass computes again: none, dots or full
+  remat: str = 'none'  # what the backward pass computes again: none, dots, dots_no_batch or full
 
 
 # weight(axes, fan_in) -> parameter. `fan_in` names the axes that are summed over; a number: all are this.
@@ -336,6 +336,8 @@ def run_layers(model: Decoder, x_BTD, alive_L=None, mode: Mode = Mode(), gate_L=
     layer = jax.checkpoint(layer)
   elif mode.remat == 'dots':
     layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.checkpoint_dots)
+  elif mode.remat == 'dots_no_batch':
+    layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
   elif sharding.batch_ways() > 1:
     layer = jax.checkpoint(layer, policy=_all_but_weights)
   x_BTD, out = jax.lax.scan(layer, sharding.constrain_batch(x_BTD), (model.layers, gate_L, alive_L, kinds(model.spec)))

@@ -103,16 +103,22 @@ def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
   trained, frozen = partition(model, mask)
   trained = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), trained)
   state = TrainState(jnp.int32(0), trained, tx.init(trained))
-  # Counters too: elsewhere they make the second step compile anew, and a restored state does not run at all.
-  return jax.tree.map(lambda a: a if a.ndim else on_all_devices(a, trained), state), frozen
+  if mesh := _mesh(trained):
+    # As a step leaves it, counters too: else the second step compiles anew, and a restored state does not run at all.
+    state = jax.device_put(state, sharding.for_state(state, mesh))
+  return state, frozen
+
+
+def _mesh(trained):
+  """What the trained leaves lie on; None of a single device's or of abstract ones, which lie nowhere."""
+  home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)
+  return home.mesh if isinstance(home, NamedSharding) else None
 
 
 def on_all_devices(array, trained) -> jax.Array:
   """The array, replicated over the mesh that the trained leaves lie on."""
-  home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)  # abstract, it lies nowhere
-  if isinstance(home, NamedSharding):
-    return jax.device_put(array, NamedSharding(home.mesh, PartitionSpec()))
-  return jnp.asarray(array)
+  mesh = _mesh(trained)
+  return jax.device_put(array, NamedSharding(mesh, PartitionSpec())) if mesh else jnp.asarray(array)
 
 
 def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
