@@ -229,7 +229,9 @@ def generate(
       raise InputError(f'--{name}={value} is too small; give at least 1.')
   _check_prompts(prompts, model.spec.vocab_size, max_new_tokens, capacity)
   room, eos_E, key = _padded(max_new_tokens), np.array(eos_ids, np.int32), jax.random.key(seed)
-  batch_size, result = min(batch_size, max(1, len(prompts))), [[]] * len(prompts)
+  # No more rows than prompts, but as many as the devices divide.
+  ways = sharding.batch_ways()
+  batch_size, result = min(batch_size, -(-max(1, len(prompts)) // ways) * ways), [[]] * len(prompts)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   for start in range(0, len(prompts), batch_size):
     numbers = order[start : start + batch_size]

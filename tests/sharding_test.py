@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from elder_jax import generate
 from elder_jax import sharding
 from elder_jax import train
 from elder_jax.checkpoint import Checkpoints
@@ -80,6 +81,9 @@ def worker(out: pathlib.Path):
         'gathers': program.count(' all-gather('), 'batch': batch.sharding.shard_shape((16, 9)),
         'resumed': all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(state))),
     }  # fmt: skip
+    if flag in ('1,1,1', '2,2,2'):  # fewer prompts than devices
+      put = lambda a, mesh=mesh: sharding.put_batch(a, mesh)
+      facts[flag]['written'] = generate.generate(model, [[1, 2, 3], [4], [5, 6]], 5, put=put)
     arrays |= {f'{flag}/{k}': np.asarray(a) for k, a in named(state.trained).items()}
   np.savez(out / 'arrays.npz', **arrays)
   (out / 'facts.json').write_text(json.dumps(facts))
@@ -142,6 +146,12 @@ def test_no_device_holds_a_whole_stack(result, flag):
 @pytest.mark.parametrize('flag', MESHES)
 def test_what_the_host_reads_is_whole_everywhere(result, flag):
   assert result[0][flag]['replicated']
+
+
+def test_a_mesh_writes_what_one_device_writes(result):
+  facts, _ = result
+  assert [len(tokens) for tokens in facts['2,2,2']['written']] == [5, 5, 5]
+  assert facts['2,2,2']['written'] == facts['1,1,1']['written']
 
 
 @pytest.mark.parametrize('flag', MESHES)
