@@ -26,8 +26,8 @@ def prune(model: Decoder, removed: list[int]) -> Decoder:
     if not param.get_metadata()['axes'].startswith('L'):
       return param
     stack = param.get_value()
-    if isinstance(stack.sharding, NamedSharding):
-      return param.replace(_take(stack, kept_K, stack.sharding))
+    if isinstance(place := getattr(stack, 'sharding', None), NamedSharding):
+      return param.replace(_take(stack, kept_K, place))
     return param.replace(stack[kept_K])
 
   model = jax.tree.map(cut, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
