@@ -3,9 +3,11 @@
 In a run of several processes all of them call the methods, at the same steps; process 0 alone removes and renames.
 """
 
+import gc
 import pathlib
 import shutil
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +99,7 @@ class Checkpoints:
     self._remove_all_but(steps)
     for i in reversed(range(len(steps))):
       path = self._folder / str(steps[i])
-      try:
-        restored, why = self._load(path, state), ''
-      except UNREADABLE as e:
-        restored, why = None, reason(e)
+      restored, why = self._load(path, state)
       if not hosts.where(restored is None):
         self._newest, self._since = steps[i], time.monotonic()
         return restored
@@ -110,7 +109,18 @@ class Checkpoints:
         path.rename(path.with_name(f'{path.name}.unreadable'))  # to be seen until the next one is whole
     return state
 
-  def _load(self, path: pathlib.Path, state: TrainState) -> TrainState:
+  def _load(self, path: pathlib.Path, state: TrainState) -> tuple[TrainState | None, str]:
+    """(the state, '') or (None, why it cannot be read)."""
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', RuntimeWarning)  # of coroutines that Orbax leaves behind where it fails
+      try:
+        return self._read(path, state), ''
+      except UNREADABLE as e:
+        why = reason(e)
+      gc.collect()
+    return None, why
+
+  def _read(self, path: pathlib.Path, state: TrainState) -> TrainState:
     named = _named(state)
     shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
     sums = jax.ShapeDtypeStruct((len(named),), jnp.uint32, sharding=state.step.sharding)

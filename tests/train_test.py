@@ -343,28 +343,3 @@ def test_saved_and_restored_is_bit_for_bit_the_straight_run(tmp_path):
   resumed = copy(fit(step, restored, frozen, 6))
   assert list(resumed) == list(straight)
   chex.assert_trees_all_equal(resumed, straight)
-
-
-def test_checkpoints_keep_the_last_whole_one(tmp_path):
-  folder = tmp_path / 'a' / 'c'
-  state = train.TrainState(jnp.int32(0), {'w': jnp.arange(3.0)}, {'mu': jnp.zeros(3)})
-  checkpoints = Checkpoints(folder, 2, 7)
-  assert checkpoints.latest(state) is state
-  assert [s for s in range(1, 8) if checkpoints.due(s)] == [2, 4, 6, 7]
-  assert [s for s in range(1, 8) if Checkpoints(folder, 0, 7).due(s)] == [7]
-
-  checkpoints.save(state._replace(step=jnp.int32(2)))
-  (folder / '9.orbax-checkpoint-tmp').mkdir()  # Orbax's name for one that it has not finished
-  (folder / '4.orbax-checkpoint-tmp').mkdir()
-  assert int(checkpoints.latest(state).step) == 2
-  checkpoints.save(state._replace(step=jnp.int32(4), trained={'w': 2 * jnp.arange(3.0)}))
-  assert [p.name for p in folder.iterdir() if p.name.isdecimal()] == ['4']
-  latest = checkpoints.latest(state)
-  assert int(latest.step) == 4
-  np.testing.assert_array_equal(latest.trained['w'], [0, 2, 4])
-  checkpoints.save(state._replace(step=jnp.int32(10)))
-  Checkpoints(tmp_path / 'b', 2, 7).save(state._replace(step=jnp.int32(9)))
-  (tmp_path / 'b' / '9').rename(folder / '9')  # as if it was killed before it removed the older one
-  assert int(checkpoints.latest(state).step) == 10
-  checkpoints.clear()
-  assert not folder.exists() and checkpoints.latest(state) is state
