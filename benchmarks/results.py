@@ -105,7 +105,7 @@ def rows() -> dict[str, dict]:
   rows['ideas/regularize, gates annealed over 60% of the steps'] = dict(annealed, anneal=0.6)
   rows['ideas/regularize, gates annealed over 30% of the steps'] = dict(annealed, anneal=0.3)
   rows["paper/regularize, the paper's settings"] = dict(num_remove=7, recipe='regularize', method='elder', **PAPER)
-  return rows | (gemma_rows() if _GEMMA.value else {})
+  return rows | (gemma_rows() if _GEMMA.value or _TABLE.value else {})
 
 
 def gemma_rows() -> dict[str, dict]:

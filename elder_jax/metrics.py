@@ -12,7 +12,7 @@ import numpy as np
 
 def say(text: str):
   if jax.process_index() == 0:
-    print(f'elder_jax: {text}', file=sys.stderr, flush=True)
+    print('\n'.join(f'elder_jax: {line}' for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
 def write_whole(path: pathlib.Path, text: str):

@@ -42,6 +42,7 @@ def live_bytes() -> list[int]:
 
 def worker(mesh_flag: str, changes: dict):
   """Two steps of training as a run does them; then what the plan says, and what the devices hold."""
+  jax.config.update('jax_disable_most_optimizations', True)  # half the time is XLA's
   config = dataclasses.replace(CONFIG, mesh=mesh_flag, **changes)
   mesh = sharding.make_mesh(mesh_flag)
   with jax.set_mesh(mesh):

@@ -70,6 +70,7 @@ def worker(out: pathlib.Path):
       losses.append(float(metrics['loss']))
       if not i:
         checkpoints.save(state)
+        checkpoints.wait()
         arrays |= {f'{flag}/gradient{k}': np.asarray(a) for k, a in named(state.opt_state).items() if '.mu.' in k}
         program = step.lower(state, (frozen, None), batch, terms).compile().as_text()
     restored = checkpoints.latest(train.init(model, mask, tx)[0])
