@@ -255,7 +255,7 @@ class Trial:
       self.notes[f'exit status {sorted(status)}'] += 1
     if self.how == 'truncate' and (newest := newest_checkpoint(workdir)):
       cut = truncate(newest, self.rng)
-      again = Run(self.root, workdir)
+      again = Run(self.root, workdir, PROCESSES.get(self.how, 1))
       again.wait_for('evaluation', 0)
       told = any('cannot be read' in line for line in again.lines)
       self.notes['cut and told' if told else 'cut and of no account'] += 1

@@ -48,7 +48,8 @@ SETTINGS = gates.GateSettings(3, True, 3, 0.02, 1e-4, (1, 2, 3), clip=1e9)
 
 
 def state_at(step: int, scale: float = 1.0) -> train.TrainState:
-  return train.TrainState(jnp.int32(step), {'w': scale * jnp.arange(3.0)}, {'mu': jnp.ones((2, 3))})
+  w = np.random.default_rng(0).normal(size=(64, 33)).astype(np.float32)  # large enough for a data file of its own
+  return train.TrainState(jnp.int32(step), {'w': jnp.asarray(scale * w)}, {'mu': jnp.ones((2, 3))})
 
 
 def checkpoints_of(folder, *steps) -> Checkpoints:
@@ -130,25 +131,28 @@ def damage_content(file: pathlib.Path):
   file.write_bytes(octets)
 
 
-def data_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def data_files(folder: pathlib.Path, where: str = '*') -> list[pathlib.Path]:
   """The files that hold the arrays."""
-  return [p for p in folder.rglob('d/*') if p.is_file()]
+  files = [p for p in folder.rglob(f'{where}/d/*') if p.is_file()]
+  assert files
+  return files
 
 
+@pytest.mark.parametrize('where', ['state', 'ocdbt.process_0'])
 @pytest.mark.parametrize(
   'damage',
   [lambda file: os.truncate(file, file.stat().st_size // 2), lambda file: os.truncate(file, 0), damage_content, os.unlink],
   ids=['half', 'empty', 'changed', 'gone'],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, damage):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, damage, where):
   checkpoints_of(tmp_path / 'gates', 3, 5)
-  for file in data_files(tmp_path / 'gates' / '5'):
+  for file in data_files(tmp_path / 'gates' / '5', where):
     damage(file)
   restored = Checkpoints(tmp_path / 'gates', 1, 9).latest(state_at(0))
   chex.assert_trees_all_equal(restored, state_at(3, 3))
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1 and f'{tmp_path}/gates/5: this checkpoint cannot be read (' in lines[0]
-  assert lines[0].endswith('going on from step 3')
+  assert lines[0].endswith('going on from step 3') and len(lines[0]) < 500
   again = checkpoints_of(tmp_path / 'gates', 5)
   assert names(tmp_path / 'gates') == ['3', '5']
   chex.assert_trees_all_equal(again.latest(state_at(0)), state_at(5, 5))
