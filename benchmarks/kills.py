@@ -8,12 +8,14 @@
   truncate   SIGKILL, then a random file of the stage's newest checkpoint is cut to a random length
   disk       the disk, a small tmpfs (root only), is filled: exit status 1, one sentence, nothing half-written; then freed
   process    SIGKILL of one of two processes of jax.distributed; the other must end as well
+  term_one   SIGTERM to one of two processes; both end with exit status 75
 
 A moment is a phase that is not over yet, drawn at random, and a random part of the time that the phase takes; one start in
 a few is left alone. A run that ends is compared and a new one begun. Needs torch, for the tiny model of the tests.
 """
 
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -34,7 +36,7 @@ from elder_jax import preemption
 from tests import conftest
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for model, text and runs; made anew.', required=True)
-_HOW = flags.DEFINE_list('how', ['kill'], 'Ways of ending a run: kill, term, truncate, disk, process.')
+_HOW = flags.DEFINE_list('how', ['kill'], 'Ways of ending a run: kill, term, truncate, disk, process, term_one.')
 _TIMES = flags.DEFINE_integer('times', 50, 'How often, for each way.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the moments.')
 
@@ -52,6 +54,7 @@ FLAGS = [
     '--verify=jax',
 ]  # fmt: skip
 DISK_MB = 64
+PROCESSES = {'process': 2, 'term_one': 2}
 
 
 class Run:
@@ -141,17 +144,19 @@ def compare(workdir: pathlib.Path, expected: dict):
     raise SystemExit(f'{workdir}: differs from the run that was left alone in {", ".join(wrong)}')
 
 
-def truncate(workdir: pathlib.Path, rng) -> str:
-  """Cuts a file of the newest checkpoint of the stage that is under way; returns its name."""
+def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path | None:
+  """Of the stage that is under way."""
   stage = 'regularize' if (workdir / 'stages' / 'gates.json').exists() else 'gates'
   steps = [p for p in (workdir / 'checkpoints' / stage).glob('*') if p.name.isdecimal()]
-  if not steps:
-    return ''
-  newest = max(steps, key=lambda p: int(p.name))
+  return max(steps, key=lambda p: int(p.name), default=None)
+
+
+def truncate(newest: pathlib.Path, rng) -> str:
+  """Cuts a file of a checkpoint; returns its name."""
   files = sorted(p for p in newest.rglob('*') if p.is_file() and p.stat().st_size)
   path = files[rng.integers(len(files))]
   os.truncate(path, int(rng.integers(path.stat().st_size)))
-  return f'{stage}/{path.relative_to(newest.parent)}'
+  return str(path.relative_to(newest.parents[1]))
 
 
 def fill(run: Run, ballast: pathlib.Path):
@@ -172,8 +177,8 @@ def nothing_half_written(workdir: pathlib.Path):
 
 
 def one_sentence(run: Run, start: str, status: list[int]):
-  """All that is on stderr besides progress is one sentence, the last line."""
-  told = [line for line in run.lines if not line.startswith('elder_jax: ')]
+  """The last line is a sentence that has `start` in it, and nothing else is complained of."""
+  told = [line for line in run.lines if any(w in line for w in ('Traceback', 'Warning', 'Error', 'Exception'))]
   if told or start not in run.lines[-1]:
     raise SystemExit(f'status {status} and on stderr:\n' + '\n'.join(run.lines))
 
@@ -193,8 +198,8 @@ class Trial:
     try:
       while sum(self.phases.values()) < times:
         self.once(self.place / 'run')
-      while (self.place / 'run').exists():  # until `settle` has compared it
-        self.settle(Run(self.root, self.place / 'run', self.processes()), self.place / 'run')
+      while (workdir := self.place / 'run').exists():  # until `settle` has compared it
+        self.settle(Run(self.root, workdir, PROCESSES.get(self.how, 1)), workdir)
     finally:
       if self.how == 'disk':
         subprocess.run(['umount', self.place], check=True)
@@ -206,11 +211,8 @@ class Trial:
       flush=True,
     )
 
-  def processes(self) -> int:
-    return 2 if self.how == 'process' else 1
-
   def once(self, workdir: pathlib.Path):
-    run = Run(self.root, workdir, self.processes())
+    run = Run(self.root, workdir, PROCESSES.get(self.how, 1))
     over = [name for name, file in FILES.items() if (workdir / 'stages' / file).exists()]
     phases = [name for name in NAMES if name not in over] + ['none']
     if self.how == 'truncate':
@@ -238,17 +240,22 @@ class Trial:
       nothing_half_written(workdir)
       ballast.unlink()
       return
+    while self.how == 'truncate' and not newest_checkpoint(workdir) and not run.ended():
+      time.sleep(0.01)
     victim = run.processes[self.rng.integers(len(run.processes))]
-    victim.send_signal(signal.SIGTERM if self.how == 'term' else signal.SIGKILL)
-    status = run.wait(200)
-    if self.how == 'term':
-      if status == [preemption.EXIT_STATUS]:
+    victim.send_signal(signal.SIGTERM if 'term' in self.how else signal.SIGKILL)
+    status = run.wait(60)
+    if self.how == 'process':
+      self.notes[f'exit status {sorted(status)}'] += 1
+    if 'term' in self.how:
+      if set(status) == {preemption.EXIT_STATUS}:
         one_sentence(run, 'stopped by SIGTERM', status)
-      elif status != [0] and not (status == [-signal.SIGTERM] and run.phase() == 'start'):
+      elif any(status) and not (-signal.SIGTERM in status and run.phase() == 'start'):
         raise SystemExit(f'status {status}:\n' + '\n'.join(run.lines))
-      self.notes[f'exit status {status[0]}'] += 1
-    if self.how == 'truncate' and not (workdir / 'report.json').exists() and (cut := truncate(workdir, self.rng)):
-      again = Run(self.root, workdir)
+      self.notes[f'exit status {sorted(status)}'] += 1
+    if self.how == 'truncate' and (newest := newest_checkpoint(workdir)):
+      cut = truncate(newest, self.rng)
+      again = Run(self.root, workdir, PROCESSES.get(self.how, 1))
       again.wait_for('evaluation', 0)
       told = any('cannot be read' in line for line in again.lines)
       self.notes['cut and told' if told else 'cut and of no account'] += 1
@@ -267,6 +274,22 @@ class Trial:
       raise SystemExit(f'status {status}:\n' + '\n'.join(run.lines))
 
 
+def left_alone(root: pathlib.Path, processes: int) -> tuple[dict, dict[str, float]]:
+  """(`result` of the run that nobody ends, seconds of each phase)."""
+  results = []
+  for name in ('compiled', 'alone'):  # the first one fills the cache of compiled programs
+    workdir = root / f'{name}_{processes}'
+    run = Run(root, workdir, processes)
+    if any(run.wait()):
+      raise SystemExit('\n'.join(run.lines))
+    results.append(result(workdir))
+  assert results[0] == results[1]
+  ends = [*list(run.began.values())[1:], time.monotonic()]
+  took = {name: end - began for (name, began), end in zip(run.began.items(), ends)}
+  print(f'left alone, {processes} process(es): ' + ', '.join(f'{name} {s:.1f} s' for name, s in took.items()), flush=True)
+  return results[1], took
+
+
 def main(argv):
   del argv
   root = pathlib.Path(_WORKDIR.value).absolute()
@@ -277,17 +300,9 @@ def main(argv):
   conftest.write_tiny_llama(root / 'model')
   text = ''.join(f'{i} times {i % 7} is {i * (i % 7)}, and {i} is not {i + 1}.\n' for i in range(400))
   (root / 'text.txt').write_text(text)
-  expected = {}
-  for name in ('compiled', 'alone'):  # the first one fills the cache of compiled programs
-    run = Run(root, root / name)
-    if run.wait() != [0]:
-      raise SystemExit('\n'.join(run.lines))
-    before, expected = expected, result(root / name)
-  assert before == expected
-  ends = [*list(run.began.values())[1:], time.monotonic()]
-  took = {name: end - began for (name, began), end in zip(run.began.items(), ends)}
-  print('left alone, seconds: ' + ', '.join(f'{name} {s:.1f}' for name, s in took.items()), flush=True)
+  alone = functools.cache(functools.partial(left_alone, root))
   for how in _HOW.value:
+    expected, took = alone(PROCESSES.get(how, 1))
     Trial(how, root, expected, took, np.random.default_rng(_SEED.value)).all(_TIMES.value)
 
 

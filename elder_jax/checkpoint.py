@@ -3,9 +3,13 @@
 In a run of several processes all of them call the methods, at the same steps; process 0 alone removes and renames.
 """
 
+import contextlib
 import gc
+import logging
 import pathlib
 import shutil
+import sys
+import textwrap
 import time
 import warnings
 
@@ -19,8 +23,6 @@ from elder_jax import metrics
 from elder_jax.errors import reason
 from elder_jax.train import TrainState
 
-# What Orbax and TensorStore raise for files that are missing, cut short or changed. Not RuntimeError: that is the device's.
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, EOFError, ArithmeticError)
 SUMS = 'sums'
 
 
@@ -33,6 +35,21 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
   """The sum of each leaf's bits as unsigned integers, modulo 2^32: the same on any mesh, another if a byte changes."""
   bits = lambda a: jax.lax.bitcast_convert_type(a, f'uint{8 * a.dtype.itemsize}')
   return jnp.stack([jnp.sum(bits(a), dtype=jnp.uint32) for a in leaves])
+
+
+@contextlib.contextmanager
+def _silence():
+  """Where Orbax cannot read, the tasks that it leaves behind complain for pages of what it has raised already."""
+  level, hook = logging.root.manager.disable, sys.unraisablehook
+  logging.disable(logging.CRITICAL)
+  sys.unraisablehook = lambda _: None
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    logging.disable(level)
+    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -111,12 +128,13 @@ class Checkpoints:
 
   def _load(self, path: pathlib.Path, state: TrainState) -> tuple[TrainState | None, str]:
     """(the state, '') or (None, why it cannot be read)."""
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore', RuntimeWarning)  # of coroutines that Orbax leaves behind where it fails
+    with _silence():
       try:
         return self._read(path, state), ''
-      except UNREADABLE as e:
-        why = reason(e)
+      except jax.errors.JaxRuntimeError:  # the device's own, such as too little memory
+        raise
+      except Exception as e:  # of any kind, a bare one too, by where a file is cut or changed  # noqa: BLE001
+        why = textwrap.shorten(reason(e), 200, placeholder=' …')
       gc.collect()
     return None, why
 

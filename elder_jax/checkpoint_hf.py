@@ -341,6 +341,7 @@ PiecesOf = Callable[[_Row], Iterable[np.ndarray]]
 
 def from_model(model: Decoder) -> PiecesOf:
   def pieces(row: _Row):
+    preemption.check()
     arrays = [get(model, part.path)[...] for part in row.parts]
     yield row.to_hf([hosts.to_host(a if row.layer is None else a[row.layer]) for a in arrays])
 

@@ -115,6 +115,8 @@ def check_shared(folder: pathlib.Path, flag: str):
     return
   token = folder / agree(f'.shared-{os.getpid()}-{time.time_ns()}')
   if leads():
+    for left in folder.glob('.shared-*'):  # by a run that was killed at this place
+      left.unlink()
     token.touch()
   wait('shared folder')
   end = time.monotonic() + SHARED_FOLDER_PATIENCE

@@ -138,7 +138,8 @@ def _claim(work: pathlib.Path, config: Config):
     before = {}
   if 'workdir' not in before:  # a model has a config.json, too
     ours = ('source', '.writable', 'config.json.partial')  # of a run that was killed before it had claimed the folder
-    if foreign := next((p.name for p in sorted(work.iterdir()) if p.name not in ours), None):
+    names = sorted(p.name for p in work.iterdir() if not p.name.startswith('.shared-'))
+    if foreign := next((name for name in names if name not in ours), None):
       raise InputError(
         f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
       )
