@@ -425,7 +425,7 @@ def topology(name: str) -> list:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)
   except Exception as e:  # it raises many kinds for a name that it does not know  # noqa: BLE001
     raise InputError(
-      f'--topology={name}: is not known ({reason(e)}); give a generation and its chips, as in v5e:4x4 or v4:2x2x2.'
+      f'--topology={name}: cannot be had ({reason(e)}); give a generation and its chips, as in v5e:4x4 or v4:2x2x2.'
     ) from e
 
 

@@ -9,6 +9,7 @@ import math
 
 from flax import nnx
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -38,7 +39,11 @@ def make_mesh(flag: str, devices=None) -> Mesh:
     raise InputError(
       f'--mesh={flag}: makes {math.prod(sizes)} devices, there are {len(devices)}; let the sizes multiply to that.'
     )
-  return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  order = np.array(devices).reshape(sizes)
+  if getattr(devices[0], 'platform', '') == 'tpu' and len({getattr(d, 'slice_index', 0) for d in devices}) == 1:
+    # By the wires between them: neighbours on an axis of the mesh are neighbours in the slice.
+    order = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(axes: str) -> P:
