@@ -52,8 +52,9 @@ def test_logits_equal_torch_on_512_tokens(whole):
   with torch.no_grad():
     expected_BTV = torch_model(folder)(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
   assert tokens_BT.shape == (1, 512) and expected_BTV.std() > 1
-  # Logits reach 40, where float32 itself steps by 4e-6 and PyTorch is up to 1e-4 away from its own float64.
-  np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=1e-5, atol=1e-4)
+  # Logits reach 40, where float32 itself steps by 4e-6 and PyTorch is up to 1e-4 away from its own float64. How far the
+  # two are apart depends on the processor: 0.8e-4 to 1.4e-4 have been seen, a wrong weight is seen at 1e-2.
+  np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=1e-5, atol=2e-4)
 
 
 def test_it_writes_english(whole):
@@ -74,7 +75,7 @@ def test_an_exported_folder_prunes_as_its_gguf_does(whole, tmp_path):
   direct, a = export(tmp_path / 'a', GGUF, removed)
   again, b = export(tmp_path / 'b', folder, removed, verify='jax')
   assert direct['ppl']['news'] == again['ppl']['news'] and direct['ppl']['news']['dense'] < 40
-  assert direct['verify']['torch'] <= 1e-4
+  assert direct['verify']['torch'] <= 2e-4
   names = {path.name for path in folder.iterdir()}
   assert {'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'model.safetensors'} <= names
   for name in names - {'README.md', 'SHA256SUMS', 'config.json', 'model.safetensors'}:
