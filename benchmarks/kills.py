@@ -4,7 +4,7 @@
 
 --how, several with commas:
   kill       SIGKILL
-  term       SIGTERM: exit status 75 and one sentence, unless it comes while Python still imports
+  term       SIGTERM: exit status 75 and one sentence, unless Python still imports or is done and ends
   truncate   SIGKILL, then a random file of the stage's newest checkpoint is cut to a random length
   disk       the disk, a small tmpfs (root only), is filled: exit status 1, one sentence, nothing half-written; then freed
   process    SIGKILL of one of two processes of jax.distributed; the other must end as well
@@ -248,9 +248,10 @@ class Trial:
     if self.how == 'process':
       self.notes[f'exit status {sorted(status)}'] += 1
     if 'term' in self.how:
+      python = run.phase() == 'start' or (workdir / 'report.json').exists()  # it imports, or all is done and it ends
       if set(status) == {preemption.EXIT_STATUS}:
         one_sentence(run, 'stopped by SIGTERM', status)
-      elif any(status) and not (-signal.SIGTERM in status and run.phase() == 'start'):
+      elif any(status) and not (-signal.SIGTERM in status and python):
         raise SystemExit(f'status {status}:\n' + '\n'.join(run.lines))
       self.notes[f'exit status {sorted(status)}'] += 1
     if self.how == 'truncate' and (newest := newest_checkpoint(workdir)):
