@@ -87,6 +87,11 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
   return source
 
 
+def read_config(model: str) -> dict:
+  """config.json of a folder or of a hub id, from which nothing else is fetched."""
+  return safetensors_files.read_json(_folder(model, user_path(model), ('config.json',)) / 'config.json')
+
+
 def architecture(model: str, config: dict) -> tuple[Spec, int]:
   """(Spec, number of layers) of a config.json; model: what to call it in an error."""
   model_type = config.get('model_type')
@@ -113,24 +118,25 @@ def _with_prefix(source: Source) -> Source:
   )
 
 
-def _folder(model: str, path: pathlib.Path) -> pathlib.Path:
+def _folder(model: str, path: pathlib.Path, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
+  """The folder of a model; files: what to fetch of a hub id."""
   if os.path.isfile(path):
     raise InputError(f'--model={model}: is a file but not a .gguf; give the checkpoint folder that holds it.')
   if not os.path.isdir(path):
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', model) or model.startswith(('.', '/')):
       raise InputError(f'--model={model}: there is no such folder; check the path, or give a hub id (owner/name).')
-    return _fetch(model)
+    return _fetch(model, files)
   if not (path / 'config.json').is_file():
     what = 'is empty' if not any(path.iterdir()) else 'has no config.json'
     raise InputError(f'--model={model}: the folder {what}; give a folder in Hugging Face format.')
   return path
 
 
-def _fetch(hub_id: str) -> pathlib.Path:
+def _fetch(hub_id: str, files: tuple[str, ...]) -> pathlib.Path:
   import huggingface_hub  # here, since a local run needs no hub
 
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(files)))
   except Exception as e:  # the hub client raises many kinds, all mean the same here  # noqa: BLE001
     raise InputError(
       f'--model={hub_id}: no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'

@@ -32,7 +32,6 @@ from elder_jax import importance
 from elder_jax import job as job_lib
 from elder_jax import merging
 from elder_jax import regularize
-from elder_jax import safetensors_files
 from elder_jax import sharding
 from elder_jax.config import TRAINED
 from elder_jax.config import Config
@@ -430,9 +429,8 @@ def topology(name: str) -> list:
 
 
 def _architecture(config: Config) -> tuple[Spec, int]:
-  path = user_path(config.model)
-  if (path / 'config.json').is_file():
-    return checkpoint_hf.architecture(config.model, safetensors_files.read_json(path / 'config.json'))
+  if config.model and user_path(config.model).suffix != '.gguf':
+    return checkpoint_hf.architecture(config.model, checkpoint_hf.read_config(config.model))
   with tempfile.TemporaryDirectory() as scratch:
     source = checkpoint_hf.open_source(config.model, pathlib.Path(scratch))
   return source.spec, source.num_layers

@@ -159,6 +159,14 @@ def test_a_config_is_enough_and_what_fits_ends_with_0(bare, capsys):
   assert 'All stages fit.' in out and 'training, 4 layers' in out and 'evaluation' in out and '?' in out
 
 
+def test_of_a_hub_id_only_config_json_is_fetched(bare, capsys, monkeypatch):
+  asked = []
+  fetch = lambda hub_id, allow_patterns: asked.append((hub_id, allow_patterns)) or bare.model
+  monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
+  assert plan.main(dataclasses.replace(bare, model='someone/model')) == 0
+  assert asked == [('someone/model', ['config.json'])] and 'All stages fit.' in capsys.readouterr().out
+
+
 def test_what_does_not_fit_ends_with_3_and_figures(bare, capsys, monkeypatch):
   monkeypatch.setattr(plan, '_memory', lambda device: 1_000_000)
   assert plan.main(bare) == plan.DOES_NOT_FIT == 3
