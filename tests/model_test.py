@@ -1,4 +1,4 @@
-"""The network against transformers, its gates and skips against plain loops, its loss against the plain formula."""
+"""The network against transformers, its gates and skips against plain loops."""
 
 import dataclasses
 import functools
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from elder_jax import checkpoint_hf
-from elder_jax import losses
 from elder_jax import model as model_lib
 from elder_jax import prune
 from elder_jax.model import Decoder
@@ -418,95 +417,6 @@ def test_delta_norm_gradient(penalty, scale):
   size = np.linalg.norm(x_BTD, order, axis=-1, keepdims=True) if scale == 'relative' else 1.0
   np.testing.assert_allclose(to_d, direction / size / (1 if scale == 'none' else B * T), rtol=1e-5)
   np.testing.assert_array_equal(to_x, 0)  # the denominator of `relative` is a constant
-
-
-# ---- the loss ----
-
-
-def plain_nll(model, x_BTD, tokens_BT, weight_BT=None):
-  logp_BTV = jax.nn.log_softmax(model_lib.logits(model, x_BTD), -1)
-  nll_BT = -jnp.take_along_axis(logp_BTV[:, :-1], jnp.array(tokens_BT)[:, 1:, None], -1)[..., 0]
-  weight_BT = jnp.ones(tokens_BT.shape) if weight_BT is None else weight_BT
-  return jnp.sum(nll_BT * weight_BT[:, :-1]), jnp.sum(weight_BT[:, :-1])
-
-
-@pytest.mark.parametrize('weighted, tied', [(True, False), (False, True)])
-@pytest.mark.parametrize('length', [2, 4, 11])  # a chunk is 8 tokens of 2 rows, that is 4 of each
-def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeypatch):
-  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
-  model, tokens_BT = decoder(tied=tied), tokens(B, length)
-  x_BTD = jax.random.normal(jax.random.key(5), (B, length, SPEC.d_model))
-  weight_BT = jnp.array(np.random.default_rng(1).integers(0, 2, (B, length)), jnp.float32) if weighted else None
-  if weighted:
-    weight_BT = weight_BT.at[0, 0].set(0.5)
-
-  def value_and_grad(f):
-    return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(model, x_BTD, tokens_BT, weight_BT)
-
-  (total, count), gradients = value_and_grad(losses.next_token_nll)
-  (plain_total, plain_count), plain_gradients = value_and_grad(plain_nll)
-  assert count == plain_count and count > 0
-  np.testing.assert_allclose(total, plain_total, rtol=1e-6)
-  chex.assert_trees_all_close(gradients, plain_gradients, rtol=1e-4, atol=1e-5)
-  used = gradients[0].embed if tied else gradients[0].head
-  assert np.abs(used[...]).max() > 1e-2 and np.abs(gradients[1]).max() > 1e-2
-
-
-def _subjaxprs(value):
-  if isinstance(value, (list, tuple)):
-    for v in value:
-      yield from _subjaxprs(v)
-  elif hasattr(value, 'eqns'):
-    yield value
-  elif hasattr(value, 'jaxpr'):
-    yield from _subjaxprs(value.jaxpr)
-
-
-def _arrays(jaxpr):
-  """The shapes and types of all values of a jaxpr and those within it."""
-  for eqn in jaxpr.eqns:
-    for var in (*eqn.invars, *eqn.outvars):
-      yield var.aval
-    for value in eqn.params.values():
-      for inner in _subjaxprs(value):
-        yield from _arrays(inner)
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_logits_of_a_whole_batch_are_never_there(dtype, monkeypatch):
-  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
-  model, length = decoder(), 100
-  x_BTD = jnp.ones((B, length, SPEC.d_model), dtype)
-
-  def largest(f):
-    loss = lambda m, x: f(m, x, tokens(B, length))[0]
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(model, x_BTD).jaxpr
-    return max(a.size for a in _arrays(jaxpr) if hasattr(a, 'size'))
-
-  V = SPEC.vocab_size
-  weights = max(a.size for a in jax.tree.leaves(model))
-  assert weights < B * length * V  # else the weights themselves would be found
-  assert B * 4 * V <= largest(losses.next_token_nll) < B * length * V
-  assert largest(plain_nll) >= B * (length - 1) * V  # the walk sees what it has to see
-
-
-def test_loss_is_the_sum_of_its_parts():
-  model = with_gates(decoder(), [0.9, -0.4, 0.3, 1.2, 0.7])
-  terms = {
-    'alive_L': alive_without(1),
-    'gate_weight_L': jnp.array([0.1, 0, 0.2, 0, 0.3]),
-    'delta_weight_L': jnp.array([0, 0, 0.5, 0.25, 0]),
-  }
-  mode = Mode(penalty_scale='relative')
-  total, parts = losses.loss(model, tokens(), terms, mode)
-  x_BTD, delta_L = by_hand(model, tokens(), np.asarray(terms['alive_L']), mode)
-  nll, count = plain_nll(model, x_BTD, tokens())
-  assert count == B * (T - 1)
-  np.testing.assert_allclose(parts['lm_loss'], nll / count, rtol=1e-5)
-  np.testing.assert_allclose(parts['gate_l1'], 0.1 * 0.9 + 0.2 * 0.3 + 0.3 * 0.7, rtol=1e-5)
-  np.testing.assert_allclose(parts['penalty'], 0.5 * delta_L[2] + 0.25 * delta_L[3], rtol=1e-5)
-  np.testing.assert_allclose(parts['delta_L'], delta_L, rtol=1e-5)
-  np.testing.assert_allclose(total, parts['lm_loss'] + parts['gate_l1'] + parts['penalty'], rtol=1e-6)
 
 
 # ---- attention ----
