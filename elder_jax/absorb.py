@@ -1,7 +1,8 @@
 """Removal in closed form: the layer before each removed run of layers is refitted to write what the run would write.
 
-Only its MLP's down projection changes, so that the pruned model is of the stock architecture, with no new tensor.
-Needs forward passes and one linear solve for each run of removed layers, no gradients.
+Only what its MLP ends in changes, the down projection and the scale of a norm behind it, so that the pruned model is of
+the stock architecture, with no new tensor. Needs forward passes and linear solves for each run of removed layers, no
+gradients.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from elder_jax.model import Spec
 
 # Ridge of `absorb`, times the mean diagonal of its Gram matrix. Chosen on validation text: docs/decisions.md.
 RIDGE = 0.1
+# How often a down projection is refitted that a norm follows; each time takes a pass through the text.
+NORMED_ROUNDS = 2
 
 Batches = Sequence[jax.Array]
 
@@ -35,7 +38,7 @@ def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode,
   of W is the ridge solution
     ΔW = (Σ w f·fᵀ + λI)⁻¹ Σ w f·rᵀ,  w = 1 / ‖target‖²,  λ = RIDGE · the mean diagonal of Σ w f·fᵀ,
   the sums over all tokens: the error relative to the stream, as the next layer's norm reads it. Runs are worked off
-  upwards, each on the stream that those below it really leave.
+  upwards, each on the stream that those below it really leave. Where a norm follows W: see _refit_normed.
 
   A run that begins at layer 0 has no layer before it and is only removed.
 
@@ -43,21 +46,8 @@ def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode,
     batches: tokens [B, T] on the devices.
     log: called with (layer, the run's end, relative squared error before, after) for each run.
   """
-
-  def solve(gram_FF, cross_FD):
-    ridge = RIDGE * np.trace(gram_FF) / len(gram_FF)
-    return np.linalg.solve(gram_FF + ridge * np.eye(len(gram_FF)), cross_FD)
-
-  return _refit(model, removed, batches, mode, 'features', solve, lambda w_FD, delta_FD: w_FD + delta_FD, log)
-
-
-def check(spec: Spec, recipe: str):
-  """Raises InputError where the stream is not linear in the down projection, so that there is no closed form."""
-  if spec.block in ('sandwich', 'post'):
-    raise InputError(
-      f'--recipe={recipe}: layers of this family norm what their MLP gives, so that nothing can be absorbed in closed '
-      'form; use --recipe=prune_then_train or regularize, or none.'
-    )
+  refit = _refit_normed if model.spec.block == 'sandwich' else functools.partial(_refit, kind='features')
+  return _each_run(model, removed, batches, mode, refit, log)
 
 
 def replace_linear(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None) -> Decoder:
@@ -66,47 +56,128 @@ def replace_linear(model: Decoder, removed: Sequence[int], batches: Batches, mod
   T = argmin Σ ‖a·T − (target − m)‖², with a = f·W the MLP's output; W becomes W·T. As published: every token counts
   alike, no ridge (the solution of least norm where the map is not determined). Arguments as for `absorb`.
   """
-
-  def solve(gram_DD, cross_DD):
-    # a·(T − 1) has to make up what is lacking. By pinv: the outputs of few tokens do not span D.
-    return np.linalg.pinv(gram_DD, rcond=1e-12, hermitian=True) @ cross_DD
-
-  return _refit(model, removed, batches, mode, 'outputs', solve, lambda w_FD, delta_DD: w_FD + w_FD @ delta_DD, log)
+  return _each_run(model, removed, batches, mode, functools.partial(_refit, kind='outputs'), log)
 
 
-def _refit(model: Decoder, removed, batches: Batches, mode: Mode, kind: str, solve, change, log: Callable | None):
+def check(spec: Spec, recipe: str):
+  """Raises InputError where what the layers add to the stream cannot be refitted in closed form."""
+  if spec.block == 'post' or (spec.block == 'sandwich' and recipe.startswith('replace_linear')):
+    others = 'absorb, ' if spec.block == 'sandwich' else ''
+    raise InputError(
+      f'--recipe={recipe}: layers of this family norm what their MLP gives, so that no linear map can be folded into '
+      f'it; use --recipe={others}prune_then_train or regularize, or none.'
+    )
+
+
+def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Callable, log: Callable | None):
+  """Changes the layer before each run of removed layers by refit(run, current, l) -> errors, upwards; then removes them."""
   kept = prune.kept_layers(model.num_layers, removed)
   current, changed = jax.tree.map(lambda a: a, model), False
   for l, end in zip(kept, [*kept[1:], model.num_layers]):
     if end == l + 1:
       continue
-    sums = 0.0, 0.0, 0.0, 0.0
     below_L = np.isin(np.arange(model.num_layers), [k for k in kept if k < l])
-    for tokens_BT in batches:
-      one = _sums(model, current, tokens_BT, below_L, l, end, mode, kind, changed)
-      sums = tuple(total + hosts.to_host(a).astype(np.float64) for total, a in zip(sums, one))
-    gram, cross, before, size = sums
+    totals = functools.partial(_totals, batches, model, current, below_L, l, end, mode=mode, changed=changed)
+    before, after = refit(totals, current, l)
     changed = True
-    # Solved once: two processors' last bits may differ, and the devices must hold the same.
-    delta = hosts.broadcast(solve(gram, cross) if hosts.leads() else np.zeros_like(cross))
-    after = before - 2 * np.sum(delta * cross) + np.sum(delta * (gram @ delta))
     if log:
-      log(l, end, float(before / size), float(after / size))
-    w_LFD = current.layers.w_down.get_value()
-    w_FD = change(hosts.to_host(w_LFD[l]).astype(np.float64), delta)
-    current.layers.w_down.set_value(_with_layer(w_LFD, w_FD.astype(w_LFD.dtype), l))
+      log(l, end, float(before), float(after))
   return prune.prune(current, removed)
+
+
+def _totals(batches: Batches, model, current, below_L, l, end, sums: Callable, *args, mode: Mode, changed: bool) -> list:
+  """sums(…), one of the functions below, added up over the batches in float64."""
+  total = None
+  for tokens_BT in batches:
+    parts = sums(model, current, tokens_BT, below_L, l, end, *args, mode=mode, changed=changed)
+    parts = [hosts.to_host(a).astype(np.float64) for a in parts]
+    total = parts if total is None else [t + a for t, a in zip(total, parts)]
+  return total
+
+
+def _ridge(gram_FF, cross_FD):
+  ridge = RIDGE * np.trace(gram_FF) / len(gram_FF)
+  return np.linalg.solve(gram_FF + ridge * np.eye(len(gram_FF)), cross_FD)
+
+
+def _least_squares(gram_DD, cross_DD):
+  # By pinv: the outputs of few tokens do not span D.
+  return np.linalg.pinv(gram_DD, rcond=1e-12, hermitian=True) @ cross_DD
+
+
+def _solve_once(solve: Callable, gram, cross):
+  """By process 0 for all: two processors' last bits may differ, and the devices must hold the same."""
+  return hosts.broadcast(solve(gram, cross) if hosts.leads() else np.zeros_like(cross))
+
+
+def _refit(totals: Callable, current: Decoder, l: int, kind: str) -> tuple[float, float]:
+  """The down projection of layer l by one linear solve. Returns the relative squared error before and after."""
+  gram, cross, before, size = totals(functools.partial(_linear_sums, kind=kind))
+  w_FD = _layer(current.layers.w_down, l)
+  if kind == 'features':
+    delta = _solve_once(_ridge, gram, cross)
+    w_FD = w_FD + delta
+  else:  # a·(T − 1) has to make up what is lacking
+    delta = _solve_once(_least_squares, gram, cross)
+    w_FD = w_FD + w_FD @ delta
+  _put(current.layers.w_down, w_FD, l)
+  return before / size, (before - 2 * np.sum(delta * cross) + np.sum(delta * (gram @ delta))) / size
+
+
+def _refit_normed(totals: Callable, current: Decoder, l: int) -> tuple[float, float]:
+  """`absorb` of a block whose MLP ends in a norm, s ⊙ n(f·W) with n(u) = u / ρ, ρ = the root of u's mean square.
+
+  With ρ held fixed for each token the update is linear in W, with W held fixed it is linear in s:
+    1. s = κ, the root of the weighted mean square of each channel of r = target − m; W becomes W ∘ (s_before / κ),
+       which changes no direction, so that n sees channels of like size;
+    2. NORMED_ROUNDS times ΔW = the ridge solution, as in `absorb`, of (f / ρ)·ΔW = r / κ − n(f·W);
+    3. s_d = Σ w r_d n_d / Σ w n_d², each channel for itself.
+  A token's norm of the update cannot be had, its direction and each channel's size can.
+  """
+  w_down, scale = current.layers.w_down, current.layers.post_mlp_norm.scale
+  offset = 1.0 if current.layers.post_mlp_norm.kind == 'rms1' else 0.0  # the scale is stored without it
+  r2_D, ry_D, y2_D, size, weight = totals(_channel_sums)
+  kappa_D = np.sqrt(np.maximum(r2_D / weight, 1e-30))
+  _put(w_down, _layer(w_down, l) * ((_layer(scale, l) + offset) / kappa_D), l)
+  _put(scale, np.ones_like(kappa_D) - offset, l)  # so that the block gives n
+  for _ in range(NORMED_ROUNDS):
+    delta = _solve_once(_ridge, *totals(_normed_sums, kappa_D.astype(np.float32)))
+    _put(w_down, _layer(w_down, l) + delta, l)
+  _, rn_D, n2_D, _, _ = totals(_channel_sums)
+  s_D = rn_D / n2_D
+  _put(scale, s_D - offset, l)
+  return np.sum(r2_D - 2 * ry_D + y2_D) / size, np.sum(r2_D - 2 * s_D * rn_D + s_D**2 * n2_D) / size
+
+
+def _layer(weight, l: int) -> np.ndarray:
+  return hosts.to_host(weight.get_value()[l]).astype(np.float64)
+
+
+def _put(weight, value: np.ndarray, l: int):
+  """Sets a layer of a stacked parameter."""
+  stacked = weight.get_value()
+  weight.set_value(_with_layer(stacked, value.astype(stacked.dtype), l, weight.get_metadata()['axes']))
+
+
+@functools.partial(jax.jit, static_argnames='axes')
+def _with_layer(stacked, value, l, axes: str):
+  return sharding.constrain(stacked.at[l].set(value), *sharding.spec(axes))
+
+
+# ---- sums over the tokens of a batch, float32 ----
 
 
 def program(model: Decoder, tokens_BT, recipe: str, mode: Mode):
   """(jitted function, its arguments) of the heaviest step of a recipe; arrays may be abstract."""
-  kind, l = 'features' if recipe.startswith('absorb') else 'outputs', np.int32(0)
-  return _sums, (model, model, tokens_BT, np.ones(model.num_layers, bool), l, l + 1, mode, kind, True)
+  l = np.int32(0)
+  run = model, model, tokens_BT, np.ones(model.num_layers, bool), l, l + 1
+  if model.spec.block == 'sandwich':
+    return _normed_sums, (*run, np.ones(model.spec.d_model, np.float32), mode, True)
+  return _linear_sums, (*run, mode, True, 'features' if recipe.startswith('absorb') else 'outputs')
 
 
-@functools.partial(jax.jit, static_argnames=('mode', 'kind', 'changed'))
-def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, kind: str, changed: bool):
-  """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²) in float32: a the features of layer l or, as kind says, its output."""
+def _parts(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, changed: bool):
+  """(layer l, f_BTF: what its down projection reads, m_BTD: the stream after its attention, target_BTD in float32)."""
   layer_L, gate_L = jnp.arange(dense.num_layers), jnp.ones(dense.num_layers, jnp.float32)
   tables = model_lib.rope_tables(dense.spec, tokens_BT.shape[1])
   kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in model_lib.kinds(dense.spec).items()}
@@ -118,26 +189,56 @@ def _sums(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mo
     target_BTD = run(dense, embedded_BTD, layer_L < end)
   else:  # below l both are one
     target_BTD = run(dense, x_BTD, (l <= layer_L) & (layer_L < end))
-  target_BTD = target_BTD.astype(jnp.float32)
   block = jax.tree.map(lambda a: a[l], current.layers)
   attn_BTD = block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope), window, *dense.spec.scores()), x_BTD)
-  mid_BTD = x_BTD + attn_BTD
-  f_BTF = block.mlp_features(x_BTD, attn_BTD)
-  out_BTD = block.mlp_update(f_BTF, mid_BTD)
-  lacking_BTD = target_BTD - mid_BTD.astype(jnp.float32) - out_BTD.astype(jnp.float32)
+  return block, block.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD, target_BTD.astype(jnp.float32)
 
-  rows = lambda a: a.reshape(-1, a.shape[-1]).astype(jnp.float32)
-  product_BTD = out_BTD if block.b_down is None else out_BTD - block.b_down[...].astype(out_BTD.dtype)[None, None]
-  a_SA, r_SD, t_SD = rows(f_BTF if kind == 'features' else product_BTD), rows(lacking_BTD), rows(target_BTD)
-  w_S1 = 1 / jnp.maximum(jnp.sum(t_SD**2, -1, keepdims=True), 1e-12)
-  weighted_SA = a_SA * w_S1 if kind == 'features' else a_SA
-  if kind != 'features':
-    w_S1 = jnp.ones_like(w_S1)
-  product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
-  gram, cross = product(weighted_SA, a_SA), product(weighted_SA, r_SD)
+
+def _rows(a):
+  return a.reshape(-1, a.shape[-1]).astype(jnp.float32)
+
+
+def _weights(target_SD):
+  return 1 / jnp.maximum(jnp.sum(target_SD**2, -1, keepdims=True), 1e-12)
+
+
+_product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnames=('mode', 'changed', 'kind'))
+def _linear_sums(dense, current, tokens_BT, below_L, l, end, mode: Mode, changed: bool, kind: str):
+  """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²): a the features of layer l or, as kind says, its output (w = 1)."""
+  block, f_BTF, mid_BTD, target_BTD = _parts(dense, current, tokens_BT, below_L, l, end, mode, changed)
+  out_BTD = block.mlp_update(f_BTF, mid_BTD)
+  r_SD = _rows(target_BTD - mid_BTD.astype(jnp.float32) - out_BTD.astype(jnp.float32))
+  t_SD = _rows(target_BTD)
+  if kind == 'features':
+    a_SA, w_S1 = _rows(f_BTF), _weights(t_SD)
+  else:
+    product_BTD = out_BTD if block.b_down is None else out_BTD - block.b_down[...].astype(out_BTD.dtype)[None, None]
+    a_SA, w_S1 = _rows(product_BTD), jnp.ones((t_SD.shape[0], 1))
+  weighted_SA = a_SA * w_S1
+  gram, cross = _product(weighted_SA, a_SA), _product(weighted_SA, r_SD)
   return sharding.replicate((gram, cross, jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * t_SD**2)))
 
 
-@jax.jit
-def _with_layer(w_LFD, w_FD, l):
-  return sharding.constrain(w_LFD.at[l].set(w_FD), *sharding.spec('LFD'))
+@functools.partial(jax.jit, static_argnames=('mode', 'changed'))
+def _normed_sums(dense, current, tokens_BT, below_L, l, end, kappa_D, mode: Mode, changed: bool):
+  """(Σ w a·aᵀ, Σ w a·(r/κ − n)ᵀ) with a = f/ρ; the norm's scale is 1. See _refit_normed."""
+  block, f_BTF, mid_BTD, target_BTD = _parts(dense, current, tokens_BT, below_L, l, end, mode, changed)
+  n_SD, u_SD = _rows(block.mlp_update(f_BTF, mid_BTD)), _rows(block.mlp_output(f_BTF))
+  a_SF = _rows(f_BTF) * jax.lax.rsqrt(jnp.mean(u_SD * u_SD, -1, keepdims=True) + block.post_mlp_norm.eps)
+  wanted_SD = _rows(target_BTD - mid_BTD.astype(jnp.float32)) / kappa_D[None]
+  weighted_SF = a_SF * _weights(_rows(target_BTD))
+  return sharding.replicate((_product(weighted_SF, a_SF), _product(weighted_SF, wanted_SD - n_SD)))
+
+
+@functools.partial(jax.jit, static_argnames=('mode', 'changed'))
+def _channel_sums(dense, current, tokens_BT, below_L, l, end, mode: Mode, changed: bool):
+  """(Σ w r², Σ w r y, Σ w y² of each channel; Σ w ‖target‖², Σ w): y what the MLP adds, r what it should add."""
+  block, f_BTF, mid_BTD, target_BTD = _parts(dense, current, tokens_BT, below_L, l, end, mode, changed)
+  y_SD, r_SD = _rows(block.mlp_update(f_BTF, mid_BTD)), _rows(target_BTD - mid_BTD.astype(jnp.float32))
+  t_SD = _rows(target_BTD)
+  w_S1 = _weights(t_SD)
+  of_D = lambda a_SD, b_SD: jnp.sum(w_S1 * a_SD * b_SD, 0)
+  return sharding.replicate((of_D(r_SD, r_SD), of_D(r_SD, y_SD), of_D(y_SD, y_SD), jnp.sum(w_S1 * t_SD**2), jnp.sum(w_S1)))

@@ -35,14 +35,14 @@ def token_scores(model: model_lib.Decoder, tokens_BT, target_BT, mode: model_lib
   """
   x_BTD, _ = model_lib.forward(model, tokens_BT, mode=mode)
   B, T = tokens_BT.shape
-  chunk, head_VD = losses.chunk_length(B, T), model_lib.head(model)
+  chunk, head = losses.chunk_length(B, T), model_lib.head(model)
   as_chunks = lambda a: jnp.moveaxis(
     jnp.pad(a, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
   )
 
   def score(xs):
     x_BcD, target_Bc = xs
-    logits_BcV = model_lib.logits(model, x_BcD, head_VD)
+    logits_BcV = model_lib.logits(model, x_BcD, head)
     chosen_Bc = jnp.take_along_axis(logits_BcV, target_Bc[..., None], -1)[..., 0]
     return chosen_Bc - jax.nn.logsumexp(logits_BcV, -1), jnp.argmax(logits_BcV, -1) == target_Bc
 

@@ -182,9 +182,13 @@ class Block(nnx.Module):
       return act(project(self.w_gate, self.b_gate)) * project(self.w_up, self.b_up)
     return act(project(self.w_up, self.b_up))
 
+  def mlp_output(self, f_BTF):
+    """What the down projection gives, before a norm that a block may have there."""
+    return _plus(_product('BTF,FD->BTD', f_BTF, self.w_down), self.b_down)
+
   def mlp_update(self, f_BTF, mid_BTD):
     """What the MLP adds to mid_BTD, the stream after attention."""
-    out_BTD = _plus(_product('BTF,FD->BTD', f_BTF, self.w_down), self.b_down)
+    out_BTD = self.mlp_output(f_BTF)
     if self.spec.block == 'post':
       return self.mlp_norm(mid_BTD + out_BTD) - mid_BTD
     return self.post_mlp_norm(out_BTD) if self.spec.block == 'sandwich' else out_BTD
@@ -350,16 +354,21 @@ def _all_but_weights(primitive, *_, **params) -> bool:
 
 
 def head(model: Decoder):
-  """The output head's weights head_VD, gathered for `logits`: once, where that is called in a loop."""
-  return _whole(model.embed if model.head is None else model.head)
+  """The output head (weights_VD, float32 bias_V or None), gathered for `logits`: once, where that is called in a loop."""
+  weights_VD = _whole(model.embed if model.head is None else model.head)
+  return weights_VD, None if model.head_bias is None else _whole(model.head_bias, jnp.float32)
 
 
-def logits(model: Decoder, x_BTD, head_VD=None):
+def logits(model: Decoder, x_BTD, gathered=None):
   """float32 logits_BTV of `forward`'s hidden states. For a loss use losses.next_token_nll, which never holds them all."""
-  head_VD = head(model) if head_VD is None else head_VD
-  out_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, head_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-  out_BTV = _plus(out_BTV, model.head_bias)
-  return softcap(out_BTV, model.spec.final_softcap)
+  return project(head(model) if gathered is None else gathered, x_BTD, model.spec.final_softcap)
+
+
+def project(gathered, x_BTD, cap: float | None):
+  """`logits`, by the head as `head` gives it and the cap of its model's spec."""
+  weights_VD, bias_V = gathered
+  out_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, weights_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+  return softcap(out_BTV if bias_V is None else out_BTV + _wide(bias_V, out_BTV), cap)
 
 
 def softcap(a, cap: float | None):

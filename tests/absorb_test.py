@@ -8,6 +8,7 @@ import pytest
 from elder_jax import absorb
 from elder_jax import model as model_lib
 from elder_jax import prune
+from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
 from elder_jax.model import Spec
@@ -18,12 +19,21 @@ L = 6
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (3, 4, 16), np.int32))
 
 
-def tiny() -> Decoder:
+def tiny(**features) -> Decoder:
   spec = Spec(
       vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-      rope_freq_RH=((1.0, 0.1),),
+      rope_freq_RH=((1.0, 0.1),), **features,
   )  # fmt: skip
   return Decoder(spec, L, jax.random.key(0))
+
+
+def normed() -> Decoder:
+  """Gemma's kind of block; the channels of what its MLP adds are of unlike sizes, one of the other sign."""
+  model = tiny(norm='rms1', block='sandwich')
+  scale_LD = 0.3 * np.random.default_rng(1).normal(size=(L, 16)) + np.geomspace(0.1, 3, 16) - 1
+  scale_LD[:, 3] -= 2
+  model.layers.post_mlp_norm.scale.set_value(jnp.array(scale_LD, jnp.float32))
+  return model
 
 
 def streams(model, tokens_BT) -> np.ndarray:
@@ -40,7 +50,8 @@ def features(model, l, tokens_BT) -> np.ndarray:
   rope, _ = model_lib.rope_and_window(model.spec, model_lib.rope_tables(model.spec, 16), {})
   mid_BTD = x_BTD + block.attn_update(model_lib.attention(*block.qkv(x_BTD, rope)), x_BTD)
   h = np.asarray(mid_BTD, np.float64)
-  h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5) * np.asarray(block.mlp_norm.scale[...])
+  scale_D = np.asarray(block.mlp_norm.scale[...]) + (model.spec.norm == 'rms1')
+  h = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-5) * scale_D
   gate = h @ np.asarray(block.w_gate[...])
   return ((gate / (1 + np.exp(-gate))) * (h @ np.asarray(block.w_up[...]))).reshape(-1, 24)
 
@@ -122,6 +133,67 @@ def test_a_layer_that_is_linear_in_the_features_is_absorbed_whole():
     pruned = refit(model, [2], BATCHES, Mode(), lambda *a: errors.append(a[2:]))
     assert errors[0][0] < 1e-10
     np.testing.assert_allclose(w_down(pruned, 1), w_down(model, 1), atol=1e-4)
+
+
+def normed_parts(model, removed, l, end):
+  """(f, r, 1 / ‖target‖²) of all tokens, with what the MLP of layer l of the dense model adds."""
+  features_SF, wanted_SD, targets_SD, added_SD = [], [], [], []
+  scale_D = 1 + np.asarray(model.layers.post_mlp_norm.scale[...][l], np.float64)
+  for tokens_BT in BATCHES:
+    x_MSD = streams(model, tokens_BT)
+    f_SF = features(model, l, tokens_BT)
+    y_SD = scale_D * unit(f_SF @ w_down(model, l))
+    features_SF.append(f_SF)
+    added_SD.append(y_SD)
+    wanted_SD.append(x_MSD[end] - (x_MSD[l + 1] - y_SD))
+    targets_SD.append(x_MSD[end])
+  f, r, t, y = map(np.concatenate, (features_SF, wanted_SD, targets_SD, added_SD))
+  return f, r, y, 1 / (t * t).sum(1, keepdims=True)
+
+
+def unit(u_SD):
+  return u_SD / np.sqrt((u_SD**2).mean(1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize('removed, l', [([2, 3], 1), ([5], 4)])
+def test_before_a_norm_it_is_the_formula_and_changes_nothing_else(removed, l):
+  model, seen = normed(), []
+  pruned = absorb.absorb(model, removed, BATCHES, Mode(), lambda *a: seen.append(a))
+  f, r, y, w = normed_parts(model, removed, l, max(removed) + 1)
+  scale = 1 + np.asarray(model.layers.post_mlp_norm.scale[...][l], np.float64)
+  kappa = np.sqrt((w * r * r).sum(0) / w.sum())
+  W = w_down(model, l) * (scale / kappa)
+  for _ in range(absorb.NORMED_ROUNDS):
+    u = f @ W
+    g = f / np.sqrt((u * u).mean(1, keepdims=True) + 1e-5)
+    gram = (w * g).T @ g
+    ridge = absorb.RIDGE * gram.trace() / 24 * np.eye(24)
+    W = W + np.linalg.solve(gram + ridge, (w * g).T @ (r / kappa - unit(u)))
+  n = unit(f @ W)
+  s = (w * r * n).sum(0) / (w * n * n).sum(0)
+  place = prune.kept_layers(L, removed).index(l)
+  np.testing.assert_allclose(w_down(pruned, place), W, atol=2e-3 * np.abs(W).max())
+  np.testing.assert_allclose(1 + pruned.layers.post_mlp_norm.scale[...][place], s, atol=2e-3 * np.abs(s).max())
+  tokens = len(f)
+  assert seen[0][:2] == (l, max(removed) + 1)
+  np.testing.assert_allclose(seen[0][2], (w * (y - r) ** 2).sum() / tokens, rtol=1e-3)
+  np.testing.assert_allclose(seen[0][3], (w * (s * n - r) ** 2).sum() / tokens, rtol=1e-2)
+  assert seen[0][3] < 0.8 * seen[0][2]
+
+  expected = prune.prune(model, removed)
+  for weight in (lambda m: m.layers.w_down, lambda m: m.layers.post_mlp_norm.scale):
+    same = weight(expected).get_value()
+    weight(expected).set_value(same.at[place].set(weight(pruned).get_value()[place]))
+  jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+  jax.tree.map(np.testing.assert_array_equal, model, normed())  # what was given stands
+
+
+def test_where_the_stream_is_normed_there_is_nothing_to_fold_into():
+  normed_block, normed_stream = normed().spec, tiny(block='post').spec
+  absorb.check(normed_block, 'absorb_then_train')
+  for spec, recipe in ((normed_block, 'replace_linear'), (normed_stream, 'absorb'), (normed_stream, 'replace_linear')):
+    with pytest.raises(InputError, match=f'--recipe={recipe}: layers of this family norm what their MLP gives'):
+      absorb.check(spec, recipe)
 
 
 @pytest.mark.parametrize('refit', [absorb.absorb, absorb.replace_linear])

@@ -16,6 +16,7 @@ import pytest
 
 from elder_jax import losses
 from elder_jax import model as model_lib
+from elder_jax import plan
 from elder_jax.model import Mode
 
 
@@ -46,6 +47,40 @@ def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeyp
   chex.assert_trees_all_close(gradients, plain_gradients, rtol=1e-4, atol=1e-5)
   used = gradients[0].embed if tied else gradients[0].head
   assert np.abs(used[...]).max() > 1e-2 and np.abs(gradients[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize('distill', [0.0, 0.3])
+def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monkeypatch):
+  """There it is taken in the forward pass, otherwise in the backward pass: by two ways, and by the plain formula."""
+  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
+  model, teacher, tokens_BT = decoder(), decoder(tied=True), tokens()
+  x_BTD, y_BTD = jax.random.normal(jax.random.key(5), (2, B, T, SPEC.d_model))
+
+  def minimised(model, x_BTD):
+    total, _, _, count = losses._token_sums(model, x_BTD, tokens_BT, teacher=(teacher, y_BTD), distill=distill)
+    return 3 * total / count
+
+  def plain(x_BTD):
+    logp_BTV, teacher_BTV = (jax.nn.log_softmax(model_lib.logits(*a)[:, :-1]) for a in ((model, x_BTD), (teacher, y_BTD)))
+    kl_BT = jnp.sum(jnp.exp(teacher_BTV) * (teacher_BTV - logp_BTV), -1)
+    nll, count = plain_nll(model, x_BTD, tokens_BT)
+    return 3 * ((1 - distill) * nll / count + distill * jnp.mean(kl_BT))
+
+  value, to_x = jax.jit(jax.value_and_grad(minimised, argnums=1))(model, x_BTD)
+  value_by_both, (_, to_x_by_both) = jax.jit(jax.value_and_grad(minimised, argnums=(0, 1)))(model, x_BTD)
+  plain_value, plain_to_x = jax.jit(jax.value_and_grad(plain))(x_BTD)
+  np.testing.assert_allclose((value, value_by_both), plain_value, rtol=1e-5)
+  for gradient in (to_x, to_x_by_both):
+    np.testing.assert_allclose(gradient, plain_to_x, rtol=1e-4, atol=1e-7)
+  assert np.abs(plain_to_x).max() > 1e-3
+
+
+@pytest.mark.parametrize('trained, products', [((0, 1), 4), (1, 2)])
+def test_products_with_the_head(trained, products):
+  x_BTD = jnp.ones((B, T, SPEC.d_model))
+  step = jax.grad(lambda m, x: losses.next_token_nll(m, x, tokens())[0], argnums=trained)
+  found = plan.traced_flops(jax.make_jaxpr(step)(decoder(), x_BTD).jaxpr)
+  assert found == products * 2 * B * T * SPEC.vocab_size * SPEC.d_model
 
 
 def _subjaxprs(value):
