@@ -15,7 +15,9 @@ import transformers
 from elder_jax import checkpoint_hf
 from elder_jax import generate
 from elder_jax import model as model_lib
+from elder_jax import pipeline
 from elder_jax import prune
+from elder_jax.config import Config
 
 V, T = 131, 40
 SMALL = dict(
@@ -211,3 +213,16 @@ def test_old_names_without_the_prefix(case, prefix, tmp_path):
   checkpoint_hf.save(checkpoint_hf.from_source(source, [0, 2]), source, [0, 2], out, '', int(5e9))
   assert tensors_of(out).keys() <= before.keys()
   close(torch_logits(out, tokens().astype(np.int64)), logits(prune.prune(model, [1, 3, 4]), tokens()))
+
+
+@pytest.mark.parametrize('kind', ['gemma2', 'gemma3_text'])
+def test_a_run_with_the_default_recipe_on_blocks_with_a_norm_after_the_mlp(kind, settings, tmp_path, monkeypatch):
+  monkeypatch.setitem(CASES, kind, CASES[kind] | {'vocab_size': 258})
+  settings |= dict(model=str(write_model(tmp_path / 'in', kind)), recipe='absorb_then_train', remove_layers='2,3')
+  settings |= dict(num_remove=None, compare=('none', 'absorb'), verify='torch')
+  report = pipeline.run(Config(**settings))
+  removed, absorbed, trained = (row['ppl']['text'] for row in report['rows'])
+  assert len({removed, absorbed, trained}) == 3 and report['verify']['torch'] <= 1e-4
+  before, after = tensors_of(tmp_path / 'in'), tensors_of(tmp_path / 'work' / 'export')
+  scale = 'model.layers.1.post_feedforward_layernorm.weight'
+  assert (before[scale] != after[scale]).all() and before.keys() > after.keys()
