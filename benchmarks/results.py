@@ -58,7 +58,8 @@ LEARNING_RATES = (1e-4, 3e-4, 6e-4)
 # The best of them on validation text, by recipe: see the rows search/….
 BEST_LR = dict(prune_then_train=6e-4, absorb_then_train=3e-4, replace_linear_then_train=6e-4, regularize=6e-4)
 GEMMA = 'Gemma 3 270M'
-# Of Gemma the same: the rows Gemma 3 270M, search/….
+# Of Gemma the same, the rows Gemma 3 270M, search/…; of SmolLM2's rates the lowest was the best there, hence a lower one.
+GEMMA_RATES = (3e-5, 1e-4, 3e-4)
 GEMMA_LR = dict(prune_then_train=3e-4, absorb_then_train=3e-4, regularize=3e-4)
 GEMMA_CHOICE = 'sleb'  # the best on validation text of the rows Gemma 3 270M/…
 CHOICE = 'cosine_block'  # of the rows in which recipes are compared
@@ -124,7 +125,7 @@ def gemma_rows() -> dict[str, dict]:
   for method in (CHOICE, GEMMA_CHOICE):
     rows[f'{GEMMA}/{method}, absorb'] = four | dict(method=method, recipe='absorb')
   four['method'] = GEMMA_CHOICE
-  for lr in LEARNING_RATES:
+  for lr in GEMMA_RATES:
     for recipe, more in recipes.items():
       rows[f'{GEMMA}, search/{recipe}, lr {lr:g}'] = four | dict(recipe=recipe, lr=lr, **more)
   for seed in (0, 1, 2):
@@ -196,7 +197,8 @@ def teraflops(job, model, removed: list[int]) -> float:
         layers = end + 1 + (0 if shared else place)
         solves, passes = 1, 1
         if spec.block == 'sandwich':  # see absorb._refit_normed
-          solves, passes = absorb.NORMED_ROUNDS, 2 + absorb.NORMED_ROUNDS
+          solves = sum(absorb.NORMED_ROUNDS)
+          passes = absorb.NORMED_ROUNDS[0] + solves + 1
         total += 2 * (passes * layers * per_layer + solves * a * (a + spec.d_model)) * tokens * config.steps()
         shared = False
   if config.recipe in TRAINED:

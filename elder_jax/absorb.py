@@ -8,6 +8,8 @@ gradients.
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,8 @@ from elder_jax.model import Spec
 
 # Ridge of `absorb`, times the mean diagonal of its Gram matrix. Chosen on validation text: docs/decisions.md.
 RIDGE = 0.1
-# How often a down projection is refitted that a norm follows; each time takes a pass through the text.
-NORMED_ROUNDS = 2
+# A down projection that a norm follows is refitted in rounds, by these parts of the text: the first has only to come near.
+NORMED_ROUNDS = (0.25, 1.0)
 
 Batches = Sequence[jax.Array]
 
@@ -85,10 +87,12 @@ def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Call
   return prune.prune(current, removed)
 
 
-def _totals(batches: Batches, model, current, below_L, l, end, sums: Callable, *args, mode: Mode, changed: bool) -> list:
-  """sums(…), one of the functions below, added up over the batches in float64."""
+def _totals(
+  batches: Batches, model, current, below_L, l, end, sums: Callable, *args, mode: Mode, changed: bool, part: float = 1.0
+) -> list:
+  """sums(…), one of the functions below, added up over the batches, or the first part of them, in float64."""
   total = None
-  for tokens_BT in batches:
+  for tokens_BT in itertools.islice(batches, math.ceil(part * len(batches))):
     parts = sums(model, current, tokens_BT, below_L, l, end, *args, mode=mode, changed=changed)
     parts = [hosts.to_host(a).astype(np.float64) for a in parts]
     total = parts if total is None else [t + a for t, a in zip(total, parts)]
@@ -130,23 +134,25 @@ def _refit_normed(totals: Callable, current: Decoder, l: int) -> tuple[float, fl
   With ρ held fixed for each token the update is linear in W, with W held fixed it is linear in s:
     1. s = κ, the root of the weighted mean square of each channel of r = target − m; W becomes W ∘ (s_before / κ),
        which changes no direction, so that n sees channels of like size;
-    2. NORMED_ROUNDS times ΔW = the ridge solution, as in `absorb`, of (f / ρ)·ΔW = r / κ − n(f·W);
+    2. in each round ΔW = the ridge solution, as in `absorb`, of (f / ρ)·ΔW = r / κ − n(f·W);
     3. s_d = Σ w r_d n_d / Σ w n_d², each channel for itself.
-  A token's norm of the update cannot be had, its direction and each channel's size can.
+  A token's norm of the update cannot be had, its direction and each channel's size can. Step 1 reads as much text as
+  the first round, step 3 all. The error before is that on the text of step 1.
   """
   w_down, scale = current.layers.w_down, current.layers.post_mlp_norm.scale
   offset = 1.0 if current.layers.post_mlp_norm.kind == 'rms1' else 0.0  # the scale is stored without it
-  r2_D, ry_D, y2_D, size, weight = totals(_channel_sums)
+  r2_D, ry_D, y2_D, size, weight = totals(_channel_sums, part=NORMED_ROUNDS[0])
+  before = np.sum(r2_D - 2 * ry_D + y2_D) / size
   kappa_D = np.sqrt(np.maximum(r2_D / weight, 1e-30))
   _put(w_down, _layer(w_down, l) * ((_layer(scale, l) + offset) / kappa_D), l)
   _put(scale, np.ones_like(kappa_D) - offset, l)  # so that the block gives n
-  for _ in range(NORMED_ROUNDS):
-    delta = _solve_once(_ridge, *totals(_normed_sums, kappa_D.astype(np.float32)))
+  for part in NORMED_ROUNDS:
+    delta = _solve_once(_ridge, *totals(_normed_sums, kappa_D.astype(np.float32), part=part))
     _put(w_down, _layer(w_down, l) + delta, l)
-  _, rn_D, n2_D, _, _ = totals(_channel_sums)
+  r2_D, rn_D, n2_D, size, _ = totals(_channel_sums)
   s_D = rn_D / n2_D
   _put(scale, s_D - offset, l)
-  return np.sum(r2_D - 2 * ry_D + y2_D) / size, np.sum(r2_D - 2 * s_D * rn_D + s_D**2 * n2_D) / size
+  return before, np.sum(r2_D - 2 * s_D * rn_D + s_D**2 * n2_D) / size
 
 
 def _layer(weight, l: int) -> np.ndarray:
