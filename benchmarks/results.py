@@ -60,7 +60,7 @@ BEST_LR = dict(prune_then_train=6e-4, absorb_then_train=3e-4, replace_linear_the
 GEMMA = 'Gemma 3 270M'
 # Of Gemma the same, the rows Gemma 3 270M, search/…; of SmolLM2's rates the lowest was the best there, hence a lower one.
 GEMMA_RATES = (3e-5, 1e-4, 3e-4)
-GEMMA_LR = dict(prune_then_train=3e-4, absorb_then_train=3e-4, regularize=3e-4)
+GEMMA_LR = dict(prune_then_train=1e-4, absorb_then_train=3e-5, regularize=1e-4)
 GEMMA_CHOICE = 'sleb'  # the best on validation text of the rows Gemma 3 270M/…
 CHOICE = 'cosine_block'  # of the rows in which recipes are compared
 
