@@ -72,7 +72,7 @@ def check(spec: Spec, recipe: str):
 
 
 def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Callable, log: Callable | None):
-  """Changes the layer before each run of removed layers by refit(run, current, l) -> errors, upwards; then removes them."""
+  """Changes the layer before each run of removed layers by refit(totals, current, l) -> errors, upwards; then removes them."""
   kept = prune.kept_layers(model.num_layers, removed)
   current, changed = jax.tree.map(lambda a: a, model), False
   for l, end in zip(kept, [*kept[1:], model.num_layers]):
@@ -150,7 +150,7 @@ def _refit_normed(totals: Callable, current: Decoder, l: int) -> tuple[float, fl
     delta = _solve_once(_ridge, *totals(_normed_sums, kappa_D.astype(np.float32), part=part))
     _put(w_down, _layer(w_down, l) + delta, l)
   r2_D, rn_D, n2_D, size, _ = totals(_channel_sums)
-  s_D = rn_D / n2_D
+  s_D = rn_D / np.maximum(n2_D, 1e-30)  # a channel that no layer writes to stays so
   _put(scale, s_D - offset, l)
   return before, np.sum(r2_D - 2 * s_D * rn_D + s_D**2 * n2_D) / size
 

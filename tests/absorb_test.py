@@ -189,6 +189,15 @@ def test_before_a_norm_it_is_the_formula_and_changes_nothing_else(removed, l):
   jax.tree.map(np.testing.assert_array_equal, model, normed())  # what was given stands
 
 
+def test_before_a_norm_a_channel_that_no_layer_writes_to_stays_so():
+  model = normed()
+  for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
+    norm.scale.set_value(norm.scale.get_value().at[:, 5].set(-1))  # the factor is 1 + scale
+  pruned = absorb.absorb(model, [2, 3], BATCHES, Mode())
+  assert (streams(pruned, BATCHES[0])[:, :, 5] == streams(pruned, BATCHES[0])[:1, :, 5]).all()
+  assert np.isfinite(streams(pruned, BATCHES[0])).all()
+
+
 def test_where_the_stream_is_normed_there_is_nothing_to_fold_into():
   normed_block, normed_stream = normed().spec, tiny(block='post').spec
   absorb.check(normed_block, 'absorb_then_train')
