@@ -72,7 +72,7 @@ def check(spec: Spec, recipe: str):
 
 
 def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Callable, log: Callable | None):
-  """Changes the layer before each run of removed layers by refit(totals, current, l) -> errors, upwards; then removes them."""
+  """Changes the layer before each removed run by refit(totals, current, l) -> errors, upwards; then removes them."""
   kept = prune.kept_layers(model.num_layers, removed)
   current, changed = jax.tree.map(lambda a: a, model), False
   for l, end in zip(kept, [*kept[1:], model.num_layers]):
