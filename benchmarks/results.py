@@ -134,6 +134,9 @@ def gemma_rows() -> dict[str, dict]:
       rows[f'{GEMMA}/{recipe}, seed {seed}'] = how
       if recipe != 'regularize':
         rows[f'{GEMMA}/{recipe}, distilled, seed {seed}'] = how | dict(distill=0.5)
+    # The multiply-adds that absorbing takes, given to the rival.
+    more_steps = four | dict(recipe='prune_then_train', lr=GEMMA_LR['prune_then_train'], seed=seed, train_steps=28)
+    rows[f'{GEMMA}/prune_then_train, three quarters as many steps more, seed {seed}'] = more_steps
   return rows
 
 
