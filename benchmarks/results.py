@@ -231,15 +231,18 @@ def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:
 
 
 def changed(config: Config) -> dict:
-  """The settings that are not the defaults, as JSON has them."""
-  settings = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k, None)}
+  """The settings that are not the defaults, as JSON has them; of files only the names, which mean the same elsewhere."""
+  settings = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k, None) and k != 'workdir'}
+  file = lambda path: pathlib.PurePath(path).name
+  corpus = lambda text: '='.join((text.partition('=')[0], file(text.partition('=')[2])))
+  settings |= {k: file(settings[k]) for k in ('model', 'train_data', 'tasks_dir') if k in settings}
+  settings['eval_data'] = [corpus(text) for text in config.eval_data]
   return json.loads(json.dumps(settings))
 
 
 def same(config: Config, found: dict[str, dict]) -> dict | None:
   """A row that was run with the same settings: the search's best is the final row of its seed."""
-  without = lambda settings: {k: v for k, v in settings.items() if k != 'workdir'}
-  return next((row for row in found.values() if without(row.get('settings', {})) == without(changed(config))), None)
+  return next((row for row in found.values() if row.get('settings') == changed(config)), None)
 
 
 def do(config: Config, name: str, work: pathlib.Path) -> dict:

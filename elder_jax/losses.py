@@ -84,6 +84,10 @@ def _sum_chunks(sums, head, x_CBcD, teacher_head, rest):
   they need not be computed again: 2 products with the head instead of 3, and half of the teacher's. (So does Liger's
   FusedLinearCrossEntropy, arXiv 2410.10989, also for a trained head, whose gradient then has to be held, too.)
   """
+  return _scan_chunks(sums, head, x_CBcD, teacher_head, rest)
+
+
+def _scan_chunks(sums, head, x_CBcD, teacher_head, rest):
   add = lambda total, xs: (jax.tree.map(jnp.add, total, sums(head, xs[0], teacher_head, xs[1])), None)
   return jax.lax.scan(add, _NOTHING, (x_CBcD, rest))[0]
 
@@ -95,8 +99,8 @@ def _sum_chunks_forward(sums, head, x_CBcD, teacher_head, rest):
   trained = any(a.perturbed for a in jax.tree.leaves(head))
   head, x_CBcD, teacher_head, rest = jax.tree.map(lambda a: a.value, (head, x_CBcD, teacher_head, rest))
   if trained:
-    again = jax.checkpoint(sums)
-    total, back, parts = jax.vjp(lambda *a: _sum_chunks.fun(again, *a, teacher_head, rest), head, x_CBcD, has_aux=True)
+    again = lambda *trained: _scan_chunks(jax.checkpoint(sums), *trained, teacher_head, rest)
+    total, back, parts = jax.vjp(again, head, x_CBcD, has_aux=True)
     return (total, parts), (back, None)
 
   def add(total, xs):

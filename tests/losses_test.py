@@ -75,11 +75,12 @@ def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monke
   assert np.abs(plain_to_x).max() > 1e-3
 
 
-@pytest.mark.parametrize('trained, products', [((0, 1), 4), (1, 2)])
-def test_products_with_the_head(trained, products):
+@pytest.mark.parametrize('trained, distill, products', [((0, 1), 0.0, 4), (1, 0.0, 2), (1, 0.5, 3)])
+def test_products_with_the_head(trained, distill, products):
   x_BTD = jnp.ones((B, T, SPEC.d_model))
-  step = jax.grad(lambda m, x: losses.next_token_nll(m, x, tokens())[0], argnums=trained)
-  found = plan.traced_flops(jax.make_jaxpr(step)(decoder(), x_BTD).jaxpr)
+  teacher = (decoder(), x_BTD) if distill else None
+  total = lambda m, x: losses._token_sums(m, x, tokens(), teacher=teacher, distill=distill)[0]
+  found = plan.traced_flops(jax.make_jaxpr(jax.grad(total, argnums=trained))(decoder(), x_BTD).jaxpr)
   assert found == products * 2 * B * T * SPEC.vocab_size * SPEC.d_model
 
 

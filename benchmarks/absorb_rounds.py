@@ -1,0 +1,48 @@
+"""The constants of `absorb` before a norm (Gemma): its rounds and its ridge, judged on validation text.
+
+  python -m benchmarks.absorb_rounds --model=GEMMA --wikitext=FOLDER --news=FILE [--remove_layers=14,15,16,17]
+
+Nothing is trained. Flags, texts and budget are those of benchmarks/results.py; news is shown, not chosen by.
+"""
+
+import pathlib
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from benchmarks import results
+from elder_jax import absorb
+from elder_jax import pipeline
+from elder_jax.config import Config
+
+_REMOVE = flags.DEFINE_string('remove_layers', '14,15,16,17', 'The layers that go.')
+
+ROUNDS = {'one round': (1.0,), 'two': (1.0, 1.0), 'three': (1.0, 1.0, 1.0), 'two, the first on a quarter': (0.25, 1.0)}
+RIDGES = (0.02, 0.1, 0.3)
+
+
+def main(argv):
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  work = pathlib.Path(flags.FLAGS.workdir)
+  work.mkdir(parents=True, exist_ok=True)
+  train, validation = results.split(pathlib.Path(flags.FLAGS.wikitext), work)
+  job = pipeline.prepare(Config(
+      model=flags.FLAGS.model, workdir=str(work / 'absorb_rounds'), train_data=train,
+      eval_data=(f'validation={validation}', f'news={flags.FLAGS.news}'),
+      remove_layers=_REMOVE.value, recipe='absorb', compare=(), **results.BUDGET,
+  ))  # fmt: skip
+  model = pipeline.load(job)
+  choice = {'chosen': [int(l) for l in _REMOVE.value.split(',')]}
+  variants = {name: (rounds, absorb.RIDGE) for name, rounds in ROUNDS.items()}
+  variants |= {f'as is, ridge {ridge}': (absorb.NORMED_ROUNDS, ridge) for ridge in RIDGES if ridge != absorb.RIDGE}
+  said = [f'removed: {pipeline.measure(job, pipeline.apply_recipe(job, model, choice, "none"), "removed")["ppl"]}']
+  for name, (absorb.NORMED_ROUNDS, absorb.RIDGE) in variants.items():
+    pruned = pipeline.apply_recipe(job, model, choice, 'absorb')
+    said.append(f'{name}: {pipeline.measure(job, pruned, name)["ppl"]}')
+  print('\n'.join(said))
+
+
+if __name__ == '__main__':
+  app.run(main)
