@@ -345,20 +345,27 @@ def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
   (home / 'elder/venv').mkdir()
   body = 'printf "%s\\n" "$@" >>"$HOME/args"; echo begun; until [[ -e $HOME/go ]]; do sleep 0.1; done; echo ended; exit 75'
   program(home / 'elder/venv/bin', 'python', body)
-  program(tmp_path / 'bin', 'curl', f'echo {worker}')
+  program(tmp_path / 'bin', 'curl', f'echo >>"$HOME/asked"; echo {worker}')
   env = environment(HOME=str(home), PATH=f'{tmp_path}/bin:{os.environ["PATH"]}')
   command = ['bash', str(REPO / 'launch/tpu_host.sh'), 'run']
-  first = subprocess.Popen([*command, *FLAGS], env=env, stdout=subprocess.PIPE)
-  while not (home / 'args').exists():
-    assert first.poll() is None
-    time.sleep(0.05)
-  first.kill()  # the connection is lost
+
+  def watch(times: int) -> subprocess.Popen:
+    """Starts the script; returns when it has asked for its worker's number, which it does just before it watches the run."""
+    process = subprocess.Popen([*command, *FLAGS], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    while not (home / 'asked').exists() or len((home / 'asked').read_text()) < times:
+      assert process.poll() is None
+      time.sleep(0.05)
+    return process
+
+  first = watch(1)
+  os.killpg(first.pid, signal.SIGKILL)  # the connection is lost, with all that is not set apart from it
   first.communicate(timeout=30)
   other = subprocess.run([*command, '--other=1'], env=env, capture_output=True, text=True, timeout=30)
   assert other.returncode == 2 and 'another run is going on' in other.stderr
+  again = watch(2)
   (home / 'go').touch()
-  again = subprocess.run([*command, *FLAGS], env=env, capture_output=True, text=True, timeout=30)
-  assert (again.returncode, again.stdout) == (75, 'begun\nended\n' if worker == '0' else '')
+  shown = again.communicate(timeout=30)[0]
+  assert (again.returncode, shown) == (75, 'begun\nended\n' if worker == '0' else '')
   assert (home / 'args').read_text().splitlines() == ['-m', 'elder_jax.main', *FLAGS]  # it ran once
 
 
