@@ -141,10 +141,11 @@ def gemma_rows() -> dict[str, dict]:
 
 
 def has_tasks(name: str) -> bool:
-  untrained = (f'untrained/7 layers/{CHOICE}{recipe}' for recipe in ('', ', absorb', ', replace_linear'))
+  untrained = [f'untrained/7 layers/{CHOICE}{recipe}' for recipe in ('', ', absorb', ', replace_linear')]
   recipes = ('prune_then_train', 'absorb_then_train')
-  trained = (f'final/{recipe}{more}, seed 0' for recipe in recipes for more in ('', ', distilled'))
-  return name in ('dense', *untrained, *trained)
+  trained = [f'{recipe}{more}, seed 0' for recipe in recipes for more in ('', ', distilled')]
+  gemma = [f'{GEMMA}/{row}' for row in ('dense', GEMMA_CHOICE, f'{GEMMA_CHOICE}, absorb', *trained, 'regularize, seed 0')]
+  return name in ('dense', *untrained, *(f'final/{row}' for row in trained), *gemma)
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
