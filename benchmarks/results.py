@@ -144,7 +144,7 @@ def has_tasks(name: str) -> bool:
   untrained = [f'untrained/7 layers/{CHOICE}{recipe}' for recipe in ('', ', absorb', ', replace_linear')]
   recipes = ('prune_then_train', 'absorb_then_train')
   trained = [f'{recipe}{more}, seed 0' for recipe in recipes for more in ('', ', distilled')]
-  gemma = [f'{GEMMA}/{row}' for row in ('dense', GEMMA_CHOICE, f'{GEMMA_CHOICE}, absorb', *trained, 'regularize, seed 0')]
+  gemma = [f'{GEMMA}/{row}' for row in ('dense', GEMMA_CHOICE, f'{GEMMA_CHOICE}, absorb', *trained)]
   return name in ('dense', *untrained, *(f'final/{row}' for row in trained), *gemma)
 
 
