@@ -234,6 +234,7 @@ def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:
 def changed(config: Config) -> dict:
   """The settings that are not the defaults, as JSON has them; of files only the names, which mean the same elsewhere."""
   settings = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k, None) and k != 'workdir'}
+  settings['method'] = config.method  # also where it is the default, which was another one
   file = lambda path: pathlib.PurePath(path).name
   corpus = lambda text: '='.join((text.partition('=')[0], file(text.partition('=')[2])))
   settings |= {k: file(settings[k]) for k in ('model', 'train_data', 'tasks_dir') if k in settings}
@@ -256,6 +257,7 @@ def do(config: Config, name: str, work: pathlib.Path) -> dict:
     'settings': changed(config),
     **pipeline.measure(job, pruned, name),
     'removed': sorted(choice['chosen']),
+    **{k: choice[k] for k in ('candidates',) if k in choice},
     'teraflops': teraflops(job, model, choice['chosen']),
     'seconds': time.monotonic() - start,
     'device': report_lib.device(),

@@ -14,7 +14,7 @@ from elder_jax import importance
 from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 
-METHODS = ('elder', *importance.METHODS, 'laco')
+METHODS = ('auto', 'elder', *importance.METHODS, 'laco')
 TRAINED = ('regularize', 'prune_then_train', 'absorb_then_train', 'replace_linear_then_train')
 RECIPES = (*TRAINED, 'absorb', 'replace_linear', 'none')
 
@@ -40,11 +40,14 @@ class Config:
     None, 'Layers to remove by 0-based number, e.g. 3,5; skips stage 1. Empty (--remove_layers=): none, a round trip.'
   )
   method: str = _flag(
-    'cosine_block',
-    f'How layers are chosen, of {", ".join(METHODS)}. elder: learned gates; laco merges layers instead of removing '
-    'them. Several, as in cosine_block,sleb: one table of all; the first is exported.',
+    'auto',
+    f'How layers are chosen, of {", ".join(METHODS)}. auto: what cosine_block, taylor or ppl choose, whichever leaves the '
+    'least loss when it is absorbed; elder: learned gates; laco merges layers instead of removing them. Several, as in '
+    'auto,sleb: one table of all; the first is exported.',
   )
-  score_steps: int = _flag(8, 'Batches of the training text that methods other than elder score the layers on.')
+  score_steps: int = _flag(
+    8, 'Batches of the training text that methods other than elder score the layers on; auto judges by as many more.'
+  )
   recipe: str = _flag(
     'absorb_then_train',
     'What happens to the chosen layers: regularize, then remove (ELDeR); prune_then_train, removed first and then '

@@ -186,12 +186,17 @@ METHODS: dict[str, Callable[[Decoder, int, Batches, Mode, int], Choice]] = {
 }  # fmt: skip
 
 
+def num_candidates(method: str, num_layers: int) -> int:
+  """Number of layers that the method chooses from."""
+  spared = {'taylor': KEPT_FIRST + KEPT_LAST, 'ppl': KEPT_FIRST + KEPT_LAST, 'last': 1}.get(method, 0)
+  return max(0, num_layers - spared)
+
+
 def check(method: str, num_layers: int, num_remove: int):
   """Raises InputError where the method has fewer layers to choose from."""
-  spared = {'taylor': KEPT_FIRST + KEPT_LAST, 'ppl': KEPT_FIRST + KEPT_LAST, 'last': 1}.get(method, 0)
-  if num_remove > num_layers - spared:
+  if num_remove > (candidates := num_candidates(method, num_layers)):
     raise InputError(
-      f'--num_remove={num_remove}: --method={method} may choose from {max(0, num_layers - spared)} of the {num_layers} '
+      f'--num_remove={num_remove}: --method={method} may choose from {candidates} of the {num_layers} '
       'layers; remove fewer (--num_remove or --ratio) or use another --method.'
     )
 

@@ -243,7 +243,7 @@ def count_removed(config: Config, num_layers: int) -> list[int]:
     for method in config.methods():
       if method == 'laco':
         merging.check(num_layers, n)
-      elif method != 'elder':
+      elif method not in ('auto', 'elder'):
         importance.check(method, num_layers, n)
       elif n > free:
         raise InputError(

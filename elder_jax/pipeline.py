@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ from elder_jax import generate
 from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import job as job_lib
+from elder_jax import judge
 from elder_jax import manifest
 from elder_jax import merging
 from elder_jax import metrics
@@ -40,7 +42,7 @@ from elder_jax.job import prepare
 from elder_jax.model import Decoder
 
 # What these choose for n layers is not the beginning of what they choose for more.
-CHOOSE_ANEW = ('uidl', 'cosine_block', 'last', 'laco')
+CHOOSE_ANEW = ('auto', 'uidl', 'cosine_block', 'last', 'laco')
 
 
 def run(config: Config) -> dict:
@@ -175,10 +177,14 @@ def _choose_all(job: Run, model: Decoder, stage: Callable) -> dict[tuple[str, in
   return choices
 
 
-def choose_layers(job: Run, model: Decoder, method: str, num_remove: int) -> dict:
+def choose_layers(job: Run, model: Decoder, method: str, num_remove: int, part: float = 1.0) -> dict:
   """{'chosen': layers in the order of their choice, and what the method says of them}.
 
-  The latter is 'gates', all gates at the end of each round, for elder, 'merges' for laco, 'scores' for others.
+  The latter is 'gates', all gates at the end of each round, for elder, 'candidates', the best first, for auto, 'merges'
+  for laco, 'scores' for others.
+
+  Args:
+    part: of the --score_steps batches, from their start, that the method reads.
   """
   config = job.config
   if method == 'given':
@@ -187,13 +193,26 @@ def choose_layers(job: Run, model: Decoder, method: str, num_remove: int) -> dic
     return {'chosen': [], 'gates': []}
   if method == 'elder':
     return _learn_gates(job, model, num_remove)
+  if method == 'auto':
+    return _judge(job, model, num_remove)
   metrics.say(f'choosing layers by {method}')
-  batches = _Batches(job.batch(i) for i in range(config.score_steps))
+  batches = _Batches(job.batch(i) for i in range(math.ceil(part * config.score_steps)))
   if method == 'laco':
     collapsed = merging.laco(model, num_remove, batches, job.mode)
     return {'chosen': collapsed.removed, 'merges': [list(group) for group in collapsed.merges]}
   choice = importance.choose(method, model, num_remove, batches, job.mode, config.seed)
   return {'chosen': choice.removed, 'scores': choice.scores}
+
+
+def _judge(job: Run, model: Decoder, num_remove: int) -> dict:
+  choose = lambda method: choose_layers(job, model, method, num_remove, judge.CANDIDATES[method])['chosen']
+  choices = {method: choose(method) for method in judge.methods(model.num_layers, num_remove)}
+  one_pass = job.config.num_sequences // job.config.batch_size
+  steps = min(job.config.score_steps, max(1, one_pass // 2))  # so that what is judged on was not fitted on
+  fit, held_out = (_Batches(job.batch(i) for i in range(first, first + steps)) for first in (0, steps))
+  say = lambda c: metrics.say(f'without layers {sorted(c.removed)}, as {c.method} chooses, absorbed: loss {c.loss:.4f}')
+  candidates = judge.judge(model, choices, fit, held_out, job.mode, say)
+  return {'chosen': candidates[0].removed, 'candidates': [dataclasses.asdict(c) for c in candidates]}
 
 
 def first(choice: dict, num_remove: int) -> dict:

@@ -7,6 +7,7 @@ from the compiler, which is asked with abstract arrays. With --topology it compi
 from collections.abc import Callable
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -30,6 +31,7 @@ from elder_jax import gates
 from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import job as job_lib
+from elder_jax import judge
 from elder_jax import merging
 from elder_jax import regularize
 from elder_jax import sharding
@@ -170,9 +172,9 @@ def programs(config: Config, spec: Spec, num_layers: int, num_removes: list[int]
   left = num_layers - min(num_removes)  # of runs to several depths the one that takes the most
   scores = config.remove_layers is None and any(num_removes)
 
-  found = []
-  for method in config.methods() if scores else []:
-    n = max(num_removes)
+  found, n = [], max(num_removes)
+  several = [judge.methods(num_layers, n) if method == 'auto' else [method] for method in config.methods() if scores]
+  for method in dict.fromkeys(itertools.chain(*several)):
     if method == 'elder':
       found.append(_gates(config, model, n, tokens_BT, mesh, mode))
     elif method == 'laco':
@@ -184,12 +186,14 @@ def programs(config: Config, spec: Spec, num_layers: int, num_removes: list[int]
       gradients = device_bytes(args[0]) if method == 'taylor' else 0
       flops = passes * tokens * whole
       found.append(Program(f'choosing by {method}', call, args, flops, device_bytes(model), gradients=gradients))
-  for recipe in config.recipes():
-    if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
-      call, args = absorb.program(model, tokens_BT, recipe, mode)
-      size = device_bytes(model)
-      changed = device_bytes(model.layers.w_down)  # all else is shared with the dense model
-      found.append(Program(recipe.removesuffix('_then_train'), call, args, tokens * whole, size, beside=changed))
+  refits = [recipe.removesuffix('_then_train') for recipe in config.recipes() if any(num_removes)]
+  if scores and 'auto' in config.methods() and judge.absorbs(spec):
+    refits.insert(0, 'absorb')
+  for recipe in dict.fromkeys(r for r in refits if r in ('absorb', 'replace_linear')):
+    call, args = absorb.program(model, tokens_BT, recipe, mode)
+    size = device_bytes(model)
+    changed = device_bytes(model.layers.w_down)  # all else is shared with the dense model
+    found.append(Program(recipe, call, args, tokens * whole, size, beside=changed))
   trained = [recipe for recipe in config.recipes() if recipe in TRAINED and config.steps() > 0]
   for whole_model in sorted({recipe == 'regularize' for recipe in trained}):
     found.append(_training(config, spec, num_layers if whole_model else left, model, tokens_BT, mesh, mode))
@@ -354,6 +358,8 @@ def advice(stage: Stage, config: Config, spec: Spec, num_layers: int, num_remove
     found += [change(optimizer=kind) for kind in ('lion', 'adafactor') if config.moment_dtype == 'float32']
     if config.trainable == 'blocks' and not config.lora_rank:
       found.append(change(lora_rank=16))
+  if stage.program.name == 'choosing by taylor':
+    found.append('--method=cosine_block, or ppl: no gradients are needed')
   rows = config.batch_size // config.grad_accum // ways
   if stage.program.opt_state and config.remat != 'full':
     streams = num_layers * max(rows, 1) * config.seq_len * spec.d_model * jnp.dtype(config.dtype).itemsize

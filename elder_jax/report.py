@@ -129,6 +129,9 @@ def markdown(report: dict) -> str:
     if choice.get('merges'):
       merged = '; '.join(f'{base} ← {", ".join(map(str, members))}' for base, *members in choice['merges'])
       lines += [f'Layers merged by {choice["method"]}, {choice["num_remove"]} fewer: {merged}.', '']
+    if choice.get('candidates'):
+      judged = '; '.join(f'{c["method"]} {sorted(c["removed"])}, {c["loss"]:.4f}' for c in choice['candidates'])
+      lines += [f'Loss of what was to choose from, absorbed, {choice["num_remove"]} layers fewer: {judged}.', '']
   if report['gates']:
     final = report['gates'][-1]
     lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']
@@ -148,6 +151,8 @@ def model_card(report: dict, config: dict) -> str:
   lines += [f'base_model: {report["model"]}', '---', ''] if hub_id else ['---', '']
   params = report['params']
   chosen = 'given' if config['remove_layers'] is not None else f'chosen by {report["method"]}'
+  if candidates := report['choices'][0].get('candidates'):
+    chosen += f' ({candidates[0]["method"]})'
   lines += [
     f'# {name}, {len(report["kept"])} of {report["num_layers"]} layers',
     '',

@@ -350,7 +350,7 @@ def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
   command = ['bash', str(REPO / 'launch/tpu_host.sh'), 'run']
 
   def watch(times: int) -> subprocess.Popen:
-    """Starts the script; returns when it has asked for its worker's number, which it does just before it watches the run."""
+    """Starts the script; returns when it has asked for its worker's number, just before it watches the run."""
     process = subprocess.Popen([*command, *FLAGS], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while not (home / 'asked').exists() or len((home / 'asked').read_text()) < times:
       assert process.poll() is None

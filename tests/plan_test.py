@@ -128,6 +128,18 @@ def test_every_method_and_recipe_has_a_plan(one_device):
     assert p.params > 0 and p.model_flops > 0
 
 
+@pytest.mark.parametrize('block, refits', [('pre', ['absorb']), ('post', [])])
+def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block, refits):
+  config = dataclasses.replace(CONFIG, method='auto', recipe='prune_then_train' if block == 'post' else 'absorb_then_train')
+  found = plan.programs(config, dataclasses.replace(SPEC, block=block), 8, [1], one_device)
+  choosing = [f'choosing by {method}' for method in ('cosine_block', 'taylor', 'ppl')]
+  assert [p.name for p in found] == [*choosing, *refits, 'training, 7 layers', 'evaluation']
+  taylor = next(stage for stage in found if stage.name == 'choosing by taylor')
+  stage = plan.measure(dataclasses.replace(taylor, gradients=1 << 60), one_device, compile_it=False)
+  advice = plan.advice(stage, config, SPEC, 8, [1], one_device)
+  assert '--method=cosine_block, or ppl: no gradients are needed' in advice
+
+
 def test_bytes_of_each_kind(one_device):
   p = programs(one_device)['training, 4 layers']
   model = plan.abstract_model(SPEC, L, 'float32', one_device, '')

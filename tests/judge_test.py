@@ -1,0 +1,124 @@
+"""--method=auto: candidates, their judgement, and whole runs with it."""
+
+import json
+import pathlib
+
+import chex
+from conftest import write_tiny_llama
+import jax
+import numpy as np
+import pytest
+
+from elder_jax import absorb
+from elder_jax import evaluate
+from elder_jax import importance
+from elder_jax import judge
+from elder_jax import model as model_lib
+from elder_jax import pipeline
+from elder_jax import prune
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+from elder_jax.model import Decoder
+from elder_jax.model import Mode
+from elder_jax.model import Spec
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
+L = 9
+BATCHES = list(np.random.default_rng(0).integers(0, 40, (6, 4, 16), np.int32))
+FIT, HELD_OUT = BATCHES[:3], BATCHES[3:]
+CHOICES = {'a': [6, 3], 'b': [4, 5], 'c': [3, 6], 'd': [1, 2]}
+
+
+def tiny(**features) -> Decoder:
+  spec = Spec(
+      vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
+      rope_freq_RH=((1.0, 0.1),), **features,
+  )  # fmt: skip
+  return Decoder(spec, L, jax.random.key(0))
+
+
+def plain_loss(model: Decoder) -> float:
+  """Mean over the held-out tokens of −log p, from whole logits."""
+  nll = []
+  for tokens_BT in HELD_OUT:
+    logit_BTV = np.asarray(model_lib.logits(model, model_lib.forward(model, tokens_BT)[0]), np.float64)
+    log_p_BTV = logit_BTV - np.log(np.exp(logit_BTV).sum(-1, keepdims=True))
+    nll.append(-np.take_along_axis(log_p_BTV[:, :-1], tokens_BT[:, 1:, None], -1))
+  return float(np.mean(nll))
+
+
+@pytest.mark.parametrize('block', ['pre', 'sandwich', 'post'])
+def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
+  model = tiny(block=block)
+  begun = jax.tree.map(np.asarray, jax.tree.leaves(model))
+  said = []
+  candidates = judge.judge(model, CHOICES, FIT, HELD_OUT, Mode(), said.append)
+  assert [c.method for c in said] == ['a', 'b', 'd']  # what c chooses is what a chooses
+  assert {c.method: c.removed for c in candidates} == {m: CHOICES[m] for m in 'abd'}
+  assert [c.loss for c in candidates] == sorted(c.loss for c in candidates)
+  for c in candidates:
+    left = prune.prune(model, c.removed) if block == 'post' else absorb.absorb(model, c.removed, FIT, Mode())
+    assert c.loss == pytest.approx(plain_loss(left), rel=1e-5)
+  assert len({round(c.loss, 5) for c in candidates}) == 3
+  chex.assert_trees_all_equal(jax.tree.map(np.asarray, jax.tree.leaves(model)), begun)
+
+
+def test_a_loss_that_is_not_finite_is_told(monkeypatch):
+  monkeypatch.setattr(evaluate, 'nll', lambda *_: (np.float32(np.nan), np.float32(1)))
+  with pytest.raises(InputError, match='--method=auto: some losses are not finite'):
+    judge.judge(tiny(), CHOICES, FIT, HELD_OUT, Mode())
+
+
+@pytest.mark.parametrize(
+  'num_layers, num_remove, expected',
+  [(9, 3, ['cosine_block', 'taylor', 'ppl']), (9, 4, ['cosine_block']), (2, 1, ['cosine_block'])],
+)
+def test_methods_that_have_too_few_layers_are_no_candidates(num_layers, num_remove, expected):
+  assert judge.methods(num_layers, num_remove) == expected
+  for method in expected:
+    importance.check(method, num_layers, num_remove)
+
+
+@pytest.fixture
+def deep(settings, tmp_path) -> dict:
+  """Settings of a whole run by auto on ten layers, whose methods do not choose the same."""
+  model = tmp_path / 'deep'
+  write_tiny_llama(model, num_hidden_layers=10)
+  return settings | dict(model=str(model), method='auto', recipe='absorb', compare=[], score_steps=1)
+
+
+def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
+  report = pipeline.run(Config(**deep))
+  choice, work = report['choices'][0], pathlib.Path(deep['workdir'])
+  assert json.loads((work / 'report.json').read_text())['choices'] == report['choices']
+  candidates = choice['candidates']
+  assert len(candidates) >= 2 and candidates[0]['loss'] == min(c['loss'] for c in candidates)
+  assert choice['chosen'] == candidates[0]['removed'] and report['removed'] == sorted(choice['chosen'])
+  assert f'{candidates[1]["method"]} {sorted(candidates[1]["removed"])}' in (work / 'report.md').read_text()
+  assert f'chosen by auto ({candidates[0]["method"]})' in (work / 'export/README.md').read_text()
+  for c in candidates:  # each is what its method alone would choose
+    alone = pipeline.run(Config(**deep | dict(method=c['method'], workdir=str(tmp_path / c['method']))))
+    assert alone['removed'] == sorted(c['removed'])
+    if c is candidates[0]:
+      assert alone['rows'][0]['ppl'] == report['rows'][0]['ppl']
+
+
+def test_what_is_judged_on_was_not_fitted_on(deep, monkeypatch):
+  seen = {}
+
+  def spy(model, choices, fit, held_out, *more):
+    seen.update(fit=[np.asarray(b).tolist() for b in fit], held_out=[np.asarray(b).tolist() for b in held_out])
+    return judged(model, choices, fit, held_out, *more)
+
+  judged = judge.judge
+  monkeypatch.setattr(judge, 'judge', spy)
+  pipeline.run(Config(**deep | dict(score_steps=8)))  # more than the text has
+  fit, held_out = ({tuple(row) for batch in seen[part] for row in batch} for part in ('fit', 'held_out'))
+  assert len(fit) == len(held_out) == 4 and not fit & held_out
+
+
+def test_each_depth_of_a_sweep_is_judged_anew(deep):
+  report = pipeline.run(Config(**deep | dict(num_remove=None, ratio='0.2,0.3,0.6')))
+  assert [len(c['chosen']) for c in report['choices']] == [2, 3, 6]
+  assert [len(c['candidates']) > 1 for c in report['choices']] == [True, True, False]
