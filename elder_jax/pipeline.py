@@ -209,8 +209,8 @@ def _judge(job: Run, model: Decoder, num_remove: int) -> dict:
   choices = {method: choose(method) for method in judge.methods(model.num_layers, num_remove)}
   one_pass = job.config.num_sequences // job.config.batch_size
   steps = min(job.config.score_steps, max(1, one_pass // 2))  # so that what is judged on was not fitted on
-  fit, held_out = (_Batches(job.batch(i) for i in range(first, first + steps)) for first in (0, steps))
-  say = lambda c: metrics.say(f'without layers {sorted(c.removed)}, as {c.method} chooses, absorbed: loss {c.loss:.4f}')
+  fit, held_out = (_Batches(job.batch(i) for i in range(begin, begin + steps)) for begin in (0, steps))
+  say = lambda c: metrics.say(f'without layers {sorted(c.removed)}, which {c.method} chooses: loss {c.loss:.4f}')
   candidates = judge.judge(model, choices, fit, held_out, job.mode, say)
   return {'chosen': candidates[0].removed, 'candidates': [dataclasses.asdict(c) for c in candidates]}
 

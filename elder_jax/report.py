@@ -131,7 +131,7 @@ def markdown(report: dict) -> str:
       lines += [f'Layers merged by {choice["method"]}, {choice["num_remove"]} fewer: {merged}.', '']
     if choice.get('candidates'):
       judged = '; '.join(f'{c["method"]} {sorted(c["removed"])}, {c["loss"]:.4f}' for c in choice['candidates'])
-      lines += [f'Loss of what was to choose from, absorbed, {choice["num_remove"]} layers fewer: {judged}.', '']
+      lines += [f'Loss that each choice of {choice["num_remove"]} layers would leave: {judged}.', '']
   if report['gates']:
     final = report['gates'][-1]
     lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']
