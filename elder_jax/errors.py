@@ -8,8 +8,12 @@ import pathlib
 class InputError(Exception):
   """Bad input, told in one sentence that names the flag, file or tensor and the mend.
 
-  `main` prints it without a traceback and leaves with exit status 2.
+  `main` prints it without a traceback and leaves with exit status 2. Names out of damaged files can hold anything: what
+  does not print, a newline say, is escaped.
   """
+
+  def __init__(self, message: str):
+    super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def reason(error: Exception) -> str:

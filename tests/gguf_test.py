@@ -279,6 +279,13 @@ def test_other_rope_frequencies_than_llama3s_are_refused(tmp_path):
     open_source(write_gguf(tmp_path / 'm.gguf', folder))
 
 
+def test_a_tensors_name_of_more_than_one_line_is_told_in_one(two_layers, tmp_path):
+  path = write_gguf(tmp_path / 'm.gguf', two_layers)
+  path.write_bytes(path.read_bytes().replace(b'blk.1.attn_norm', b'blk\n1.attn_\x1borm'))
+  with pytest.raises(InputError, match=r'GGUF tensor blk\\n1.attn_\\x1borm.weight is not known for llama; use'):
+    open_source(path)
+
+
 # ---- tokenizers ----
 
 
