@@ -94,15 +94,18 @@ def rows() -> dict[str, dict]:
     for recipe in ('absorb', 'replace_linear'):
       for method in (CHOICE, 'elder', 'sleb'):
         rows[f'untrained/{n} layers/{method}, {recipe}'] = dict(method=method, num_remove=n, recipe=recipe)
-  for method in ('elder', 'sleb', 'taylor'):
-    for recipe in rivals[:2]:
-      rows[f'other choices/{method}, {recipe}'] = dict(method=method, num_remove=7, recipe=recipe, lr=BEST_LR[recipe])
-  for n in (4, 10):
-    for recipe in rivals:
-      rows[f'other depths/{n} layers, {recipe}'] = dict(method=CHOICE, num_remove=n, recipe=recipe, lr=BEST_LR[recipe])
-  for recipe in rivals[:2]:  # where long runs of layers are a bad choice
-    how = dict(method='sleb', num_remove=10, recipe=recipe, lr=BEST_LR[recipe])
-    rows[f'other depths/10 layers, chosen by sleb, {recipe}'] = how
+  for seed in (0, 1, 2):
+    for n in (4, 10):
+      for recipe in rivals:
+        how = dict(method=CHOICE, num_remove=n, recipe=recipe, lr=BEST_LR[recipe], seed=seed)
+        rows[f'other depths/{n} layers, {recipe}, seed {seed}'] = how
+    for recipe in rivals[:2]:  # where long runs of layers are a bad choice
+      how = dict(method='sleb', num_remove=10, recipe=recipe, lr=BEST_LR[recipe], seed=seed)
+      rows[f'other depths/10 layers, chosen by sleb, {recipe}, seed {seed}'] = how
+    for method in ('elder', 'sleb', 'taylor'):
+      for recipe in rivals[:2]:
+        how = dict(method=method, num_remove=7, recipe=recipe, lr=BEST_LR[recipe], seed=seed)
+        rows[f'other choices/{method}, {recipe}, seed {seed}'] = how
   annealed = dict(seven, recipe='regularize', lambda2=0.0, order='joint')
   rows['ideas/regularize, gates annealed over 60% of the steps'] = dict(annealed, anneal=0.6)
   rows['ideas/regularize, gates annealed over 30% of the steps'] = dict(annealed, anneal=0.3)
@@ -319,7 +322,8 @@ def table(done: dict[str, dict]) -> str:
   versions = done['dense']['versions']
   about = ', '.join(f'{k} {v}' for k, v in versions.items() if k in ('python', 'jax', 'flax', 'optax'))
   budget = ', '.join(f'{k}={v}' for k, v in BUDGET.items())
-  lines.append(f'Device: {done["dense"]["device"]}; {about}. Budget: {budget}. Learning rates: {BEST_LR}.')
+  rates = f'{BEST_LR}; of Gemma {GEMMA_LR}'
+  lines.append(f'Device: {done["dense"]["device"]}; {about}. Budget: {budget}. Learning rates: {rates}.')
   return '\n'.join(lines) + '\n'
 
 
