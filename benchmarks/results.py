@@ -260,7 +260,7 @@ def do(config: Config, name: str, work: pathlib.Path) -> dict:
     'settings': changed(config),
     **pipeline.measure(job, pruned, name),
     'removed': sorted(choice['chosen']),
-    **{k: choice[k] for k in ('candidates',) if k in choice},
+    'candidates': choice.get('candidates', []),  # of auto
     'teraflops': teraflops(job, model, choice['chosen']),
     'seconds': time.monotonic() - start,
     'device': report_lib.device(),

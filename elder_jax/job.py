@@ -243,13 +243,13 @@ def count_removed(config: Config, num_layers: int) -> list[int]:
     for method in config.methods():
       if method == 'laco':
         merging.check(num_layers, n)
-      elif method not in ('auto', 'elder'):
-        importance.check(method, num_layers, n)
-      elif n > free:
+      elif method == 'elder' and n > free:
         raise InputError(
           f'{n} layers are to be removed of {num_layers}, but --protect_first={config.protect_first} and '
           f'--protect_last={config.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
         )
+      elif method not in ('auto', 'elder'):  # of auto's candidates one can always choose from all layers
+        importance.check(method, num_layers, n)
   return counts
 
 

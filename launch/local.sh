@@ -61,7 +61,7 @@ if [[ $dry_run == yes ]]; then
   exit
 fi
 
-logs=${LOGS:-$(mktemp -d "${TMPDIR:-/tmp}/elder_jax.XXXXXX")} # mktemp puts random letters for the Xs
+logs=${LOGS:-$(mktemp -d)}
 mkdir -p "$logs"
 ((n == 1)) || say "logs of the other processes: $logs"
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from absorb_test import tiny
 import chex
 from conftest import write_tiny_llama
 import jax
@@ -12,6 +13,7 @@ import pytest
 from elder_jax import absorb
 from elder_jax import evaluate
 from elder_jax import importance
+from elder_jax import job
 from elder_jax import judge
 from elder_jax import model as model_lib
 from elder_jax import pipeline
@@ -20,22 +22,12 @@ from elder_jax.config import Config
 from elder_jax.errors import InputError
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
-from elder_jax.model import Spec
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
-L = 9
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (6, 4, 16), np.int32))
 FIT, HELD_OUT = BATCHES[:3], BATCHES[3:]
-CHOICES = {'a': [6, 3], 'b': [4, 5], 'c': [3, 6], 'd': [1, 2]}
-
-
-def tiny(**features) -> Decoder:
-  spec = Spec(
-      vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-      rope_freq_RH=((1.0, 0.1),), **features,
-  )  # fmt: skip
-  return Decoder(spec, L, jax.random.key(0))
+CHOICES = {'a': [4, 2], 'b': [3, 4], 'c': [2, 4], 'd': [1, 2]}
 
 
 def plain_loss(model: Decoder) -> float:
@@ -78,6 +70,15 @@ def test_methods_that_have_too_few_layers_are_no_candidates(num_layers, num_remo
   assert judge.methods(num_layers, num_remove) == expected
   for method in expected:
     importance.check(method, num_layers, num_remove)
+
+
+def test_only_elder_is_bound_by_the_protected_ends():
+  settings = dict(num_remove=6, protect_first=3, protect_last=4)
+  assert job.count_removed(Config(method='auto', **settings), 10) == [6]
+  with pytest.raises(InputError, match='--protect_first=3'):
+    job.count_removed(Config(method='elder', **settings), 10)
+  with pytest.raises(InputError, match='--protect_first=3'):
+    job.count_removed(Config(method='auto,elder', **settings), 10)
 
 
 @pytest.fixture
