@@ -6,10 +6,18 @@ FOLDER holds WikiText-2's valid.txt and test.txt. Training sees the first 80% of
 its rest (the column "validation"), test.txt and FILE give the figures. Rows are kept in docs/results.jsonl and not done
 again: the command can be killed and started again, on another machine too. --only=PREFIX does some rows, --table writes
 the document from the rows that are there. With --tasks_dir (see benchmarks/tasks.py) some rows are also evaluated on
-zero-shot tasks.
+zero-shot tasks. --part=I/N does every N-th row: several processes can share an accelerator that one of them does not
+fill; run without it afterwards, for rows that had to wait for others and for the document.
+
+Two budgets: "one pass", over all of the training text and meant for an accelerator, and a sixteenth of the paper's text,
+which a CPU can do.
 """
 
+import collections
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -27,6 +35,7 @@ from elder_jax import metrics
 from elder_jax import pipeline
 from elder_jax import prune
 from elder_jax import report as report_lib
+from elder_jax import zero_shot
 from elder_jax.config import METHODS
 from elder_jax.config import TRAINED
 from elder_jax.config import Config
@@ -39,6 +48,9 @@ _WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Where texts and choic
 _ROWS = flags.DEFINE_string('rows', 'docs/results.jsonl', 'Where rows are kept, one a line.')
 _OUT = flags.DEFINE_string('out', 'docs/results.md', 'The document; its part between the two marks is replaced.')
 _ONLY = flags.DEFINE_list('only', [''], 'Rows to do, by the beginnings of their names; empty: all.')
+_PART = flags.DEFINE_string(
+  'part', '0/1', 'I/N: of the rows, counted from 0, those whose number leaves I when divided by N.'
+)
 _TABLE = flags.DEFINE_boolean('table', False, 'Only write the document.')
 _TASKS_DIR = flags.DEFINE_string('tasks_dir', '', 'Folder of local task files; empty: no zero-shot tasks.')
 _TASKS = flags.DEFINE_string('tasks', 'piqa,social_iqa', 'Zero-shot tasks.')
@@ -54,6 +66,14 @@ START = dict(
 )  # fmt: skip
 # The paper's own setting (ELDeR, arXiv 2505.18232), its number of steps apart.
 PAPER = dict(gate='output', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
+# All of the training text once; tokens of texts and batches of scorers that a GPU takes seconds for.
+PASS = 'one pass'
+PASS_BUDGET = dict(
+    seq_len=512, num_sequences=400, batch_size=4, train_steps=100, score_steps=16, eval_seq_len=2048, eval_tokens=0,
+    dtype='bfloat16',
+)  # fmt: skip
+PASS_START = dict(gate_steps=100)  # gates see what training sees
+PASS_PAPER = dict(gate_steps=14)  # the same for seven rounds
 LEARNING_RATES = (1e-4, 3e-4, 6e-4)
 # The best of them on validation text, by recipe: see the rows search/….
 BEST_LR = dict(prune_then_train=6e-4, absorb_then_train=3e-4, replace_linear_then_train=6e-4, regularize=6e-4)
@@ -65,8 +85,94 @@ GEMMA_CHOICE = 'sleb'  # the best on validation text of the rows Gemma 3 270M/�
 CHOICE = 'cosine_block'  # of the rows in which recipes are compared
 
 
-def rows() -> dict[str, dict]:
-  """Row name -> settings that differ from BUDGET and START. The order is that of running."""
+def rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
+  """Pairs of a row's name and its settings that differ from START and, but for one pass, from BUDGET; in the order of
+  running. Rows whose learning rate is searched for follow when the rows of the search have been `found`."""
+  yield from small_rows().items()
+  if _GEMMA.value or _TABLE.value:
+    yield from gemma_rows().items()
+  yield from ((name, PASS_BUDGET | settings) for name, settings in pass_rows(found))
+
+
+def pass_rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
+  """As `rows`; of the second budget."""
+  ready = lambda rows: ((f'{PASS}/{name}', PASS_START | how) for name, how in rows.items())
+  seven = dict(method=CHOICE, num_remove=7)
+  how = {
+      'prune_then_train': {}, 'absorb_then_train': {}, 'replace_linear_then_train': {}, 'regularize': {},
+      # The gates annealed instead of the penalty.
+      'regularize, annealed': dict(lambda2=0.0, order='joint', anneal=0.3),
+      'prune_then_train, distilled': dict(distill=0.5), 'absorb_then_train, distilled': dict(distill=0.5),
+  }  # fmt: skip
+  how = {name: dict(recipe=name.split(', ')[0], **more) for name, more in how.items()}
+  yield from ready({'final/dense': dict(method=CHOICE, num_remove=0, recipe='none')})
+  yield from ready(
+    {f'search/{name}, lr {lr:g}': seven | more | dict(lr=lr) for lr in LEARNING_RATES for name, more in how.items()}
+  )
+  rates = {name: best_rate(found, f'{PASS}/search/{name}') for name in how}
+  ready_at_rate = None not in rates.values()
+  if ready_at_rate:
+    yield from ready(final_rows(how, rates))
+  yield from ready(untrained_rows((7,)))
+  if ready_at_rate:
+    yield from ready(other_choices(how, rates))
+  paper = dict(num_remove=7, recipe='regularize', method='elder', **PAPER | PASS_PAPER)
+  yield from ready({"paper/regularize, the paper's settings": paper})
+  yield from ready(untrained_rows((4, 10)))
+
+
+def final_rows(how: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
+  """Recipe -> settings and recipe -> rate give the rows of three seeds."""
+  # The multiply-adds that absorbing takes, given to the rival as more training on the same text.
+  more_steps = dict(**how['prune_then_train'], train_steps=150)
+  how = how | {'prune_then_train, half as many steps more': more_steps}
+  rates = rates | {'prune_then_train, half as many steps more': rates['prune_then_train']}
+  return {
+    f'final/{name}, seed {seed}': dict(method=CHOICE, num_remove=7, lr=rates[name], seed=seed, **more)
+    for seed in (0, 1, 2)
+    for name, more in how.items()
+  }
+
+
+def other_choices(how: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
+  """As `final_rows`: at other depths, and with the layers that other methods choose."""
+  two = ('prune_then_train', 'absorb_then_train')
+  four = (*two, 'replace_linear_then_train', 'regularize')
+  choices = (
+    (4, CHOICE, four),
+    (10, CHOICE, four),
+    (10, 'sleb', two),
+    *((7, m, two) for m in ('elder', 'sleb', 'taylor')),
+  )
+  return {
+    f'other choices/{n} layers by {method}, {name}, seed {seed}': dict(
+      method=method, num_remove=n, lr=rates[name], seed=seed, **how[name]
+    )
+    for seed in (0, 1, 2)
+    for n, method, recipes in choices
+    for name in recipes
+  }
+
+
+def best_rate(found: dict[str, dict], prefix: str) -> float | None:
+  """Of the rows 'PREFIX, lr …' the rate with the lowest perplexity on validation text; None where one is missing."""
+  rows = {lr: found.get(f'{prefix}, lr {lr:g}') for lr in LEARNING_RATES}
+  return None if None in rows.values() else min(rows, key=lambda lr: rows[lr]['ppl']['validation'])
+
+
+def untrained_rows(depths: tuple[int, ...]) -> dict[str, dict]:
+  rows = {}
+  for n in depths:
+    for method in METHODS:
+      rows[f'untrained/{n} layers/{method}'] = dict(method=method, num_remove=n, recipe='none')
+    for recipe in ('absorb', 'replace_linear'):
+      for method in (CHOICE, 'elder', 'sleb'):
+        rows[f'untrained/{n} layers/{method}, {recipe}'] = dict(method=method, num_remove=n, recipe=recipe)
+  return rows
+
+
+def small_rows() -> dict[str, dict]:
+  """As `rows`; of the first budget, on SmolLM2."""
   rows = {'dense': dict(method=CHOICE, num_remove=0, recipe='none')}
   seven = dict(method=CHOICE, num_remove=7)
   rivals = ('prune_then_train', 'absorb_then_train', 'replace_linear_then_train', 'regularize')
@@ -88,12 +194,7 @@ def rows() -> dict[str, dict]:
     final(rivals[2], seed, recipe=rivals[2], lr=BEST_LR[rivals[2]])
     final('replace_linear_then_train, lr 0.0003', seed, recipe=rivals[2], lr=3e-4)
     final(rivals[3], seed, recipe=rivals[3], lr=BEST_LR[rivals[3]])
-  for n in (7, 4, 10):
-    for method in METHODS:
-      rows[f'untrained/{n} layers/{method}'] = dict(method=method, num_remove=n, recipe='none')
-    for recipe in ('absorb', 'replace_linear'):
-      for method in (CHOICE, 'elder', 'sleb'):
-        rows[f'untrained/{n} layers/{method}, {recipe}'] = dict(method=method, num_remove=n, recipe=recipe)
+  rows |= untrained_rows((7, 4, 10))
   for seed in (0, 1, 2):
     for n in (4, 10):
       for recipe in rivals:
@@ -110,7 +211,7 @@ def rows() -> dict[str, dict]:
   rows['ideas/regularize, gates annealed over 60% of the steps'] = dict(annealed, anneal=0.6)
   rows['ideas/regularize, gates annealed over 30% of the steps'] = dict(annealed, anneal=0.3)
   rows["paper/regularize, the paper's settings"] = dict(num_remove=7, recipe='regularize', method='elder', **PAPER)
-  return rows | (gemma_rows() if _GEMMA.value or _TABLE.value else {})
+  return rows
 
 
 def gemma_rows() -> dict[str, dict]:
@@ -148,7 +249,9 @@ def has_tasks(name: str) -> bool:
   recipes = ('prune_then_train', 'absorb_then_train')
   trained = [f'{recipe}{more}, seed 0' for recipe in recipes for more in ('', ', distilled')]
   gemma = [f'{GEMMA}/{row}' for row in ('dense', GEMMA_CHOICE, f'{GEMMA_CHOICE}, absorb', *trained)]
-  return name in ('dense', *untrained, *(f'final/{row}' for row in trained), *gemma)
+  small = ('dense', *untrained, *(f'final/{row}' for row in trained))
+  one_pass = [f'{PASS}/{row}' for row in ('final/dense', *small[1:])]
+  return name in (*small, *one_pass, *gemma)
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
@@ -157,7 +260,9 @@ def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
   cut = text.index('\n', int(0.8 * len(text))) + 1
   paths = work / 'train.txt', work / 'validation.txt'
   for path, part in zip(paths, (text[:cut], text[cut:])):
-    path.write_text(part, encoding='utf-8')
+    if not path.exists():
+      with locked(work / 'texts.lock'):
+        metrics.write_whole(path, part)
   return str(paths[0]), str(paths[1])
 
 
@@ -175,15 +280,25 @@ def choose(job, model, work: pathlib.Path) -> dict:
   most = n if anew or gemma else 10  # the deepest of the rows
   special = '-paper' if config.gate == 'output' else ''
   special += '-gemma' if gemma else ''
+  special += '-pass' if config.num_sequences != BUDGET['num_sequences'] else ''
   path = work / 'choices' / f'{config.method}{special}{f"-{n}" if anew else ""}.json'
-  if not path.exists():
-    path.parent.mkdir(exist_ok=True)
-    start = time.monotonic()
-    choice = pipeline.choose_layers(
-      dataclasses.replace(job, config=dataclasses.replace(config, seed=0)), model, config.method, most
-    )
-    report_lib.write_json(path, choice | {'seconds': time.monotonic() - start})
+  path.parent.mkdir(exist_ok=True)
+  with locked(path.with_suffix('.lock')):
+    if not path.exists():
+      start = time.monotonic()
+      choice = pipeline.choose_layers(
+        dataclasses.replace(job, config=dataclasses.replace(config, seed=0)), model, config.method, most
+      )
+      report_lib.write_json(path, choice | {'seconds': time.monotonic() - start})
   return pipeline.first(json.loads(path.read_text()), n)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path):
+  """One process at a time; the lock of a process that ends is free."""
+  with path.open('w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def teraflops(job, model, removed: list[int]) -> float:
@@ -268,12 +383,13 @@ def do(config: Config, name: str, work: pathlib.Path) -> dict:
   }
 
 
-def append(path: pathlib.Path, row: dict):
+def append(path: pathlib.Path, row: dict, work: pathlib.Path):
   """A line more, whole or not at all."""
   temporary = path.with_name(f'{path.name}.partial')
-  before = path.read_text(encoding='utf-8') if path.exists() else ''
-  temporary.write_text(f'{before}{json.dumps(row)}\n', encoding='utf-8')
-  os.replace(temporary, path)
+  with locked(work / f'{path.name}.lock'):
+    before = path.read_text(encoding='utf-8') if path.exists() else ''
+    temporary.write_text(f'{before}{json.dumps(row)}\n', encoding='utf-8')
+    os.replace(temporary, path)
 
 
 def ranges(layers: list[int]) -> str:
@@ -304,8 +420,21 @@ def cells(members: list[dict], corpora: list[str], tasks: list[str]) -> list[str
   return [*figures, f'{members[0]["teraflops"]:.0f}']
 
 
+def document(done: dict[str, dict]) -> str:
+  """The tables of each budget under a heading."""
+  one_pass = {name.removeprefix(f'{PASS}/'): row for name, row in done.items() if name.startswith(f'{PASS}/')}
+  small = {name: row for name, row in done.items() if not name.startswith(f'{PASS}/')}
+  rates = f'{BEST_LR}; of Gemma {GEMMA_LR}'
+  text = ''
+  if one_pass:
+    text += f'## One pass over the text\n\n{table(one_pass)}\n{about(one_pass, PASS_BUDGET)}\n\n'
+  return (
+    text + f"## A sixteenth of the paper's text\n\n{table(small)}\n{about(small, BUDGET)} Learning rates: {rates}.\n"
+  )
+
+
 def table(done: dict[str, dict]) -> str:
-  corpora = list(done['dense']['ppl'])
+  corpora = list(next(iter(done.values()))['ppl'])
   tasks = list(dict.fromkeys(task for row in done.values() for task in row.get('tasks', {})))
   groups: dict[str, dict[str, list[dict]]] = {}
   for name, row in done.items():
@@ -319,37 +448,47 @@ def table(done: dict[str, dict]) -> str:
       row = [name, str(seeds(members)), ranges(members[0]['removed']), *cells(members, corpora, tasks)]
       lines.append('| ' + ' | '.join(row) + ' |')
     lines.append('')
-  versions = done['dense']['versions']
-  about = ', '.join(f'{k} {v}' for k, v in versions.items() if k in ('python', 'jax', 'flax', 'optax'))
-  budget = ', '.join(f'{k}={v}' for k, v in BUDGET.items())
-  rates = f'{BEST_LR}; of Gemma {GEMMA_LR}'
-  lines.append(f'Device: {done["dense"]["device"]}; {about}. Budget: {budget}. Learning rates: {rates}.')
-  return '\n'.join(lines) + '\n'
+  return '\n'.join(lines)
+
+
+def about(done: dict[str, dict], budget: dict) -> str:
+  """Devices, the versions on the first of them, and the budget; where there are several devices, how many rows each did."""
+  devices = collections.Counter(row['device'] for row in done.values())
+  named = '; '.join(f'{device} ({n} rows)' if len(devices) > 1 else device for device, n in devices.most_common())
+  versions = next(row['versions'] for row in done.values() if row['device'] == devices.most_common(1)[0][0])
+  shown = ', '.join(f'{k} {v}' for k, v in versions.items() if k in ('python', 'jax', 'flax', 'optax'))
+  return f'Device: {named}; {shown}. Budget: {", ".join(f"{k}={v}" for k, v in budget.items())}.'
 
 
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)
+  part, parts = map(int, _PART.value.split('/'))
   work = pathlib.Path(_WORKDIR.value)
   work.mkdir(parents=True, exist_ok=True)
   kept = pathlib.Path(_ROWS.value)
+  if _TASKS_DIR.value and not _TABLE.value:  # now, and not at the first row that has tasks
+    zero_shot.load_tasks(_TASKS.value.split(','), _TASKS_DIR.value)
   lines = map(json.loads, kept.read_text(encoding='utf-8').splitlines() if kept.exists() else [])
   found, done = {row.pop('name'): row for row in lines}, {}
-  for name, settings in rows().items():
+  for i, (name, settings) in enumerate(rows(found)):
     several = name.split(', seed ')[0]  # the row of all seeds, where only that is kept
-    if not {name, several} & found.keys() and not _TABLE.value and name.startswith(tuple(_ONLY.value)):
+    asked = not _TABLE.value and i % parts == part and name.startswith(tuple(_ONLY.value))
+    if asked and not {name, several} & found.keys():
       metrics.say(f'row {name}')
       config = config_of(name, settings, work)
       found[name] = same(config, found) or do(config, name, work)
-      append(kept, {'name': name, **found[name]})
+      append(kept, {'name': name, **found[name]}, work)
       jax.clear_caches()
     if key := next((key for key in (name, several) if key in found), None):
       done[key] = found[key]
       metrics.say(f'{key}: {done[key]["ppl"]}')
+  if parts > 1:
+    return  # the others' rows are not here
   out = pathlib.Path(_OUT.value)
   text = out.read_text(encoding='utf-8') if out.exists() else BEGIN + END
   head, tail = text.split(BEGIN)[0], text.split(END)[1]
-  out.write_text(head + BEGIN + table(done) + END + tail, encoding='utf-8')
+  metrics.write_whole(out, head + BEGIN + document(done) + END + tail)
 
 
 if __name__ == '__main__':

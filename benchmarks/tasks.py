@@ -93,13 +93,13 @@ def fetch() -> dict[str, dict]:
 
 
 def write(folder: pathlib.Path, name: str, rows: list[dict]):
-  """NAME.jsonl and NAME.yaml; the latter names the former by its full path: they cannot be moved."""
+  """NAME.jsonl and NAME.yaml."""
   questions = folder / f'{name}.jsonl'
   questions.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
   task = {
     'task': name,
     'dataset_path': 'json',
-    'dataset_kwargs': {'data_files': {'validation': str(questions.resolve())}},
+    'dataset_kwargs': {'data_files': {'validation': questions.name}},
     'output_type': 'multiple_choice',
     'validation_split': 'validation',
     **PROMPTS[name],

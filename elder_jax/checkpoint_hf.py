@@ -301,15 +301,33 @@ def load(source: Source, dtype: str, shardings=None) -> Decoder:
 
 
 def _on_devices(tensor: np.ndarray, dtype: str, place, check: Callable) -> jax.Array:
-  """The tensor, which may be a view of a file, on the devices of `place`: each slice is read, checked and copied alone."""
+  """The tensor, which may be a view of a file, on the devices of `place`: each slice is read, checked and copied alone.
+
+  Slices are copied as they lie in memory and turned on the device: a host takes ten times as long for a transposed copy.
+  """
+  as_stored = tuple(int(a) for a in np.argsort([-stride for stride in tensor.strides], kind='stable'))
+  turn_back = tuple(int(a) for a in np.argsort(as_stored))
+  stored = tensor.transpose(as_stored)
 
   def part(index):
-    check(tensor[index])
-    return np.array(tensor[index], jnp.dtype(dtype), order='C')  # a copy: an array on a CPU may go on using this memory
+    check(stored[index])
+    return np.array(stored[index], jnp.dtype(dtype), order='C')  # a copy: an array on a CPU may go on using this memory
 
   if place is None:
-    return jax.device_put(part(...))
-  return jax.make_array_from_callback(tensor.shape, place, part)
+    return _turn(jax.device_put(part(...)), turn_back, None)
+  axes = [*place.spec, *[None] * (tensor.ndim - len(place.spec))]
+  stored_place = NamedSharding(place.mesh, PartitionSpec(*(axes[a] for a in as_stored)))
+  return _turn(jax.make_array_from_callback(stored.shape, stored_place, part), turn_back, place)
+
+
+def _turn(array, axes: tuple[int, ...], place):
+  return array if axes == tuple(range(len(axes))) else _turned(array, axes, place)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _turned(array, axes: tuple[int, ...], place):
+  turned = array.transpose(axes)
+  return turned if place is None else jax.lax.with_sharding_constraint(turned, place)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -348,8 +366,14 @@ PiecesOf = Callable[[_Row], Iterable[np.ndarray]]
 def from_model(model: Decoder) -> PiecesOf:
   def pieces(row: _Row):
     preemption.check()
-    arrays = [get(model, part.path)[...] for part in row.parts]
-    yield row.to_hf([hosts.to_host(a if row.layer is None else a[row.layer]) for a in arrays])
+    ours = []
+    for part in row.parts:
+      array = get(model, part.path)[...]
+      array = array if row.layer is None else array[row.layer]
+      # Turned on the device, so that what to_hf turns back lies in the file's order already.
+      theirs = hosts.to_host(_turn(array, tuple(int(a) for a in np.argsort(part.order)), None))
+      ours.append(theirs.transpose(part.order))
+    yield row.to_hf(ours)
 
   return pieces
 

@@ -21,6 +21,7 @@ from elder_jax import report as report_lib
 from elder_jax import verify
 from elder_jax.errors import InputError
 from elder_jax.errors import disk_is_full
+from elder_jax.errors import user_path
 from elder_jax.train import NonFiniteLoss
 
 
@@ -34,6 +35,7 @@ def main(argv: list[str]):
     preemption.listen()
     if config.plan:
       sys.exit(plan.main(config))
+    _keep_programs()
     report = pipeline.run(config)
   except InputError as e:
     hosts.leave(2, str(e))
@@ -50,6 +52,18 @@ def main(argv: list[str]):
   if hosts.leads():
     print(report_lib.markdown(report))
     print(f'The model: {config.path() / "export"}')
+
+
+def _keep_programs():
+  """What the plan compiles is what the run needs, and a run that goes on needs it again: it is compiled once.
+
+  Not on a CPU, where programs are small and those of another CPU may not run, and not by several processes, which share
+  the work of compiling. Whoever has set JAX_COMPILATION_CACHE_DIR has their own way.
+  """
+  if jax.default_backend() == 'cpu' or jax.process_count() > 1 or jax.config.jax_compilation_cache_dir:
+    return
+  jax.config.update('jax_compilation_cache_dir', str(user_path('~/.cache/elder_jax/programs')))
+  jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; what was not used for longest goes first
 
 
 def run():

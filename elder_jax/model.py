@@ -461,7 +461,8 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
   backend, T = sharding.platform(), q_BTNH.shape[1]
   plain = cap is None and (window is None or isinstance(window, int))
   if backend == 'gpu' and plain:
-    fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and q_BTNH.shape[-1] <= 128
+    H = q_BTNH.shape[-1]
+    fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0  # what cuDNN has on all GPUs
     implementation = 'cudnn' if fused else 'xla'
     local = None if window is None or window >= T else (window - 1, 0)
     return jax.nn.dot_product_attention(

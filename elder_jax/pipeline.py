@@ -72,6 +72,7 @@ def _run(job: Run) -> dict:
   exported = *next(iter(choices)), config.recipe
   rows, pruned, choice = [], None, None
   for method, n, recipe in sorted(rivals, key=lambda rival: rival == exported):
+    pruned = None  # of the row before: its memory is needed now
     choice = choices[method, n]
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
@@ -111,6 +112,7 @@ def _run(job: Run) -> dict:
   }
   report['verify'], seconds['export'] = _timed(lambda: export(job, pruned, kept, report))
   report['seconds'] = {k: round(v, 1) for k, v in seconds.items()}
+  report['peak_bytes'] = report_lib.peak_bytes()  # of this process, which may have gone on where another stopped
   if hosts.leads():
     if len(job.num_removes) > 1 and job.windows:
       report_lib.plot(report, work / 'sweep.svg')

@@ -39,6 +39,12 @@ def device() -> str:
   return f'{len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)'
 
 
+def peak_bytes() -> int | None:
+  """The most memory that one of this process's devices held so far; None where devices do not tell (CPU)."""
+  peaks = [(d.memory_stats() or {}).get('peak_bytes_in_use') for d in jax.local_devices()]
+  return None if None in peaks else max(peaks)
+
+
 def write_json(path: pathlib.Path, value: dict):
   metrics.write_whole(path, json.dumps(value, indent=2) + '\n')
 
@@ -136,8 +142,9 @@ def markdown(report: dict) -> str:
     final = report['gates'][-1]
     lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']
   seconds = ', '.join(f'{stage} {s:.0f}' for stage, s in report['seconds'].items())
+  peak = report['peak_bytes']
   lines += [
-    f'Seconds: {seconds}. Device: {report["device"]}.',
+    f'Seconds: {seconds}. Device: {report["device"]}.' + (f' Peak memory of one: {peak / 2**30:.2f} GiB.' if peak else ''),
     'Versions: ' + ', '.join(f'{k} {v}' for k, v in report['versions'].items()) + '.',
   ]
   return '\n'.join(lines) + '\n'

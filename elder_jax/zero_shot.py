@@ -6,6 +6,7 @@ the harness's own of the same name (`python -m benchmarks.tasks` writes some).
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -48,7 +49,7 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
     raise InputError(
       f"--tasks: lm-evaluation-harness is missing ({reason(e)}); install it with pip install 'elder_jax[eval]'."
     ) from e
-  folder = user_path(tasks_dir) if tasks_dir else None
+  folder = user_path(tasks_dir).resolve() if tasks_dir else None
   if folder and not folder.is_dir():
     raise InputError(f'--tasks_dir={tasks_dir}: there is no such folder; check the path.')
   manager = lm_eval.tasks.TaskManager(include_path=folder)
@@ -58,7 +59,8 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
     if task not in manager.all_tasks:
       raise InputError(f'--tasks={task}: the harness has no such task; check the name, or give --tasks_dir.')
   try:
-    return manager.load(list(dict.fromkeys(tasks)))
+    with contextlib.chdir(folder or '.'):  # a task file may name its questions from where it lies
+      return manager.load(list(dict.fromkeys(tasks)))
   except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
     raise InputError(
       f'--tasks={",".join(tasks)}: the questions cannot be loaded ({reason(e)}); give local task files with --tasks_dir.'

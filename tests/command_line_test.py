@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 from absl import flags
+import jax
 import pytest
 
 from elder_jax import cli
 from elder_jax import config as config_lib
+from elder_jax import main
 from elder_jax.config import Config
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -99,3 +101,24 @@ def test_help_names_every_flag():
   assert 'Traceback' not in result.stderr + result.stdout
   for field in config_lib.dataclasses.fields(Config):
     assert re.search(rf'--(\[no\])?{field.name}\b', result.stdout), field.name
+
+
+@pytest.mark.parametrize(
+  'backend, processes, before, kept',
+  [('gpu', 1, None, True), ('cpu', 1, None, False), ('tpu', 4, None, False), ('tpu', 1, 'mine', False)],
+)
+def test_compiled_programs_are_kept_where_compiling_takes_long(backend, processes, before, kept, monkeypatch, tmp_path):
+  names = ('jax_compilation_cache_dir', 'jax_compilation_cache_max_size')
+  found = {name: getattr(jax.config, name) for name in names}
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  try:
+    jax.config.update(names[0], before)
+    main._keep_programs()
+    expected = f'{tmp_path}/.cache/elder_jax/programs' if kept else before
+    assert getattr(jax.config, names[0]) == expected
+    assert (getattr(jax.config, names[1]) == 2**31) == kept
+  finally:
+    for name, value in found.items():
+      jax.config.update(name, value)

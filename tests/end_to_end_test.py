@@ -1,8 +1,10 @@
 """Whole runs on a tiny model: the work folder, resume, determinism, all options."""
 
 import dataclasses
+import gc
 import json
 import pathlib
+import weakref
 
 import numpy as np
 import pytest
@@ -192,6 +194,21 @@ def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
   monkeypatch.setattr(pipeline.importance, 'choose', lambda *_: pytest.fail('layers were chosen again'))
   report = run(settings)
   assert len(before) + len(made) == 4 == len(report['rows'])
+
+
+def test_while_a_model_is_made_the_one_of_the_row_before_is_not_kept(settings, monkeypatch):
+  make, made, kept = pipeline.apply_recipe, [], []
+
+  def apply_recipe(*args):
+    gc.collect()
+    kept.extend(model() for model in made if model() is not None)
+    model = make(*args)
+    made.append(weakref.ref(model))
+    return model
+
+  monkeypatch.setattr(pipeline, 'apply_recipe', apply_recipe)
+  run(settings, method='last', recipe='prune_then_train', compare=['none', 'absorb'])
+  assert len(made) == 3 and not kept
 
 
 def test_given_layers_skip_stage_1(settings):

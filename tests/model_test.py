@@ -377,6 +377,18 @@ def test_bfloat16_is_near_float32_and_its_logits_are_float32():
   np.testing.assert_array_equal(forward_jit(stored, tokens(), mode=half)[2], logits_BTV)
 
 
+@pytest.mark.parametrize(
+  'dtype, head_dim, expected',
+  [('bfloat16', 64, 'cudnn'), ('bfloat16', 6, 'xla'), ('bfloat16', 256, 'xla'), ('float32', 64, 'xla')],
+)
+def test_on_a_gpu_cudnn_is_asked_for_what_it_has(dtype, head_dim, expected, monkeypatch):
+  asked = []
+  monkeypatch.setattr(model_lib.sharding, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda *_, implementation, **__: asked.append(implementation))
+  model_lib.attention(*[jnp.zeros((1, 4, 2, head_dim), dtype)] * 3)
+  assert asked == [expected]
+
+
 # ---- the norm of an update ----
 
 

@@ -38,6 +38,7 @@ def make(recipe='regularize', **changes) -> dict:
       'params': {'dense': 12_340_000, 'pruned': 9_255_000},
       'seconds': {'load': 1.2, 'gates': 61.7},
       'device': '1 × cpu',
+      'peak_bytes': None,
       'versions': {'python': '3.11', 'jax': '0.10'},
   } | changes  # fmt: skip
 

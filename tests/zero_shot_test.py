@@ -108,7 +108,7 @@ def tasks_dir(tmp_path_factory):
   (folder / 'sums.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   (folder / 'sums.yaml').write_text(
     'task: sums\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: '
-    f'{folder / "sums.jsonl"}\nvalidation_split: validation\noutput_type: multiple_choice\n'
+    'sums.jsonl\nvalidation_split: validation\noutput_type: multiple_choice\n'
     "doc_to_text: '{{q}}'\ndoc_to_choice: '{{[a, b]}}'\ndoc_to_target: label\ntarget_delimiter: ''\n"
     'metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n'
     '  - metric: acc_norm\n    aggregation: mean\n    higher_is_better: true\n'
