@@ -69,8 +69,8 @@ def pass_rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
   yield from ready(untrained_rows((7,)))
   if ready_at_rate:
     yield from ready(other_choices(how, rates))
-  paper = dict(num_remove=7, recipe='regularize', method='elder', **PAPER | PASS_PAPER)
-  yield from ready({"paper/regularize, the paper's settings": paper})
+  for seed in (0, 1, 2):
+    yield from ready(paper_rows(PAPER | PASS_PAPER, seed))
   yield from ready(untrained_rows((4, 10)))
 
 
@@ -111,6 +111,11 @@ def best_rate(found: dict[str, dict], prefix: str) -> float | None:
   """Of the rows 'PREFIX, lr …' the rate with the lowest perplexity on validation text; None where one is missing."""
   rows = {lr: found.get(f'{prefix}, lr {lr:g}') for lr in LEARNING_RATES}
   return None if None in rows.values() else min(rows, key=lambda lr: rows[lr]['ppl']['validation'])
+
+
+def paper_rows(settings: dict, seed: int) -> dict[str, dict]:
+  how = dict(num_remove=7, recipe='regularize', method='elder', seed=seed, **settings)
+  return {f"paper/regularize, the paper's settings, seed {seed}": how}
 
 
 def untrained_rows(depths: tuple[int, ...]) -> dict[str, dict]:
@@ -160,10 +165,10 @@ def small_rows() -> dict[str, dict]:
       for recipe in rivals[:2]:
         how = dict(method=method, num_remove=7, recipe=recipe, lr=BEST_LR[recipe], seed=seed)
         rows[f'other choices/{method}, {recipe}, seed {seed}'] = how
-  annealed = dict(seven, recipe='regularize', lambda2=0.0, order='joint')
-  rows['ideas/regularize, gates annealed over 60% of the steps'] = dict(annealed, anneal=0.6)
-  rows['ideas/regularize, gates annealed over 30% of the steps'] = dict(annealed, anneal=0.3)
-  rows["paper/regularize, the paper's settings"] = dict(num_remove=7, recipe='regularize', method='elder', **PAPER)
+    for part in (0.6, 0.3):
+      how = dict(seven, recipe='regularize', lambda2=0.0, order='joint', anneal=part, seed=seed)
+      rows[f'ideas/regularize, gates annealed over {part:.0%} of the steps, seed {seed}'] = how
+    rows |= paper_rows(PAPER, seed)
   return rows
 
 
