@@ -16,10 +16,8 @@ from elder_jax.errors import reason
 def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   """Writes config.json, tokenizer and generation_config.json into `scratch`; returns (config, {name: shape}, read)."""
   try:
-    gguf_header.check(path)
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-  except Exception as e:  # the parser has no error of its own for a broken file  # noqa: BLE001
+    fields, listed = gguf_header.read(path)
+  except (ValueError, EOFError, OSError) as e:
     raise InputError(f'{path}: is truncated or not a GGUF file ({reason(e)}); fetch it again.') from e
   architecture = fields.get('general.architecture')
   known = {f.GGUF_ARCHITECTURE: f for f in families.FAMILIES.values() if hasattr(f, 'GGUF_ARCHITECTURE')}
@@ -27,7 +25,7 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   if family is None:
     raise InputError(f'{path}: GGUF architecture {architecture!r} is not supported, these are: {", ".join(known)}.')
 
-  tensors = {t.name: t for t in reader.tensors}
+  tensors = {t.name: t for t in listed}
   missing = object()
 
   def field(name, default=missing):
@@ -62,9 +60,9 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   if (extra := next((n for n in tensors if n not in names and n != derived), None)) is not None:
     raise InputError(f'{path}: the GGUF tensor {extra} is not known for {architecture}; use the Hugging Face folder.')
   by_hf_name = {names[n]: t for n, t in tensors.items() if n != derived}
-  shapes = {n: tuple(int(s) for s in reversed(t.shape)) for n, t in by_hf_name.items()}  # GGUF: fastest axis first
+  shapes = {n: t.shape[::-1] for n, t in by_hf_name.items()}  # GGUF: fastest axis first
 
-  for tensor in {t.tensor_type: t for t in reader.tensors}.values():  # one of each type, told before any is needed
+  for tensor in {t.tensor_type: t for t in listed}.values():  # one of each type, told before any is needed
     try:
       gguf.dequantize(tensor.data[:1], tensor.tensor_type)
     except NotImplementedError as e:  # the gguf package's own, for a type that it cannot read: refused in one sentence

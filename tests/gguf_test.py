@@ -14,6 +14,7 @@ import transformers
 
 from elder_jax import checkpoint_hf
 from elder_jax import data
+from elder_jax import gguf_header
 from elder_jax import model as model_lib
 from elder_jax.errors import InputError
 
@@ -268,6 +269,52 @@ def test_k_quants(kind, tmp_path):
   got = open_source(tmp_path / 'm.gguf').read('model.layers.0.mlp.down_proj.weight')
   np.testing.assert_array_equal(got, gguf.dequantize(blocks, kind))
   assert got.shape == (32, width) and np.isfinite(got).all() and got.std() > 0
+
+
+@pytest.mark.parametrize('alignment', [32, 128])
+def test_the_head_is_read_as_the_gguf_package_reads_it(tmp_path, alignment):
+  path, kind = tmp_path / 'm.gguf', gguf.GGUFValueType
+  writer = gguf.GGUFWriter(path, 'llama')
+  writer.add_custom_alignment(alignment)
+  whole = {kind.UINT8: 255, kind.INT8: -128, kind.UINT16: 65535, kind.INT16: -32768, kind.UINT32: 2**32 - 1}
+  whole |= {kind.INT32: -(2**31), kind.UINT64: 2**64 - 1, kind.INT64: -(2**63)}
+  values = whole | {kind.FLOAT32: 0.1, kind.FLOAT64: 0.1, kind.BOOL: True, kind.STRING: 'naïve 東京'}
+  for of, value in values.items():
+    writer.add_key_value(f'one.{of.name}', value, of)
+    writer.add_key_value(f'many.{of.name}', [value, value], kind.ARRAY, of)
+  rng = np.random.default_rng(0)
+  for name, shape, dtype in (('a', (3,), np.float32), ('b', (2, 3, 5), np.float16), ('c', (2, 4), np.float64)):
+    writer.add_tensor(name, rng.normal(size=shape).astype(dtype))
+  writer.add_tensor('d', gguf.quantize(rng.normal(size=(3, 64)).astype(np.float32), Type.Q8_0), raw_dtype=Type.Q8_0)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+  fields, tensors = gguf_header.read(path)
+  reader = gguf.GGUFReader(path)
+  assert fields == {name: field.contents() for name, field in reader.fields.items() if not name.startswith('GGUF.')}
+  assert [t[:3] for t in tensors] == [(t.name, tuple(t.shape.tolist()), t.tensor_type) for t in reader.tensors]
+  for ours, theirs in zip(tensors, reader.tensors):
+    octets = lambda a: np.ascontiguousarray(a).view(np.uint8)
+    np.testing.assert_array_equal(octets(ours.data), octets(theirs.data))
+    if ours.name != 'c':  # of which no weights are
+      np.testing.assert_array_equal(
+        gguf.dequantize(ours.data, ours.tensor_type), gguf.dequantize(theirs.data, theirs.tensor_type)
+      )
+
+
+@pytest.mark.parametrize('alignment', [0, 24, -32, 'wide'])
+def test_an_alignment_that_is_none_is_refused(tmp_path, alignment):
+  writer = gguf.GGUFWriter(tmp_path / 'm.gguf', 'llama')
+  writer.add_key_value('general.alignment', *(
+    (alignment, gguf.GGUFValueType.STRING) if alignment == 'wide' else (alignment, gguf.GGUFValueType.INT32)
+  ))  # fmt: skip
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
+  with pytest.raises(InputError, match=r'm\.gguf: .*general.alignment is no power of two'):
+    open_source(tmp_path / 'm.gguf')
 
 
 def test_other_rope_frequencies_than_llama3s_are_refused(tmp_path):
