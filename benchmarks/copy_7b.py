@@ -35,7 +35,7 @@ CONFIG = {
 REMOVED = '21,22,23,24,25,26,27,28'
 
 
-def write_model(folder: pathlib.Path):
+def write_model(folder: pathlib.Path, num_layers: int = 32):
   folder.mkdir(parents=True)
   D, F, V = 4096, 11008, 32000
   layer = {
@@ -44,8 +44,9 @@ def write_model(folder: pathlib.Path):
       'post_attention_layernorm': (D,),
   }  # fmt: skip
   shards = [{'model.embed_tokens.weight': (V, D), 'lm_head.weight': (V, D), 'model.norm.weight': (D,)}]
-  for start in range(0, 32, 8):
-    shards.append({f'model.layers.{l}.{n}.weight': s for l in range(start, start + 8) for n, s in layer.items()})
+  for start in range(0, num_layers, 8):
+    layers = range(start, min(start + 8, num_layers))
+    shards.append({f'model.layers.{l}.{n}.weight': s for l in layers for n, s in layer.items()})
   rng, where = np.random.default_rng(0), {}
   # One stretch of random numbers, read from other places for each tensor: drawing 6.7e9 would take longer than all else.
   pool = (rng.standard_normal(2**27, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
@@ -60,7 +61,7 @@ def write_model(folder: pathlib.Path):
     safetensors.numpy.save_file(tensors, folder / name, metadata={'format': 'pt'})
     print(f'wrote {folder / name}', flush=True)
   (folder / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': where}))
-  (folder / 'config.json').write_text(json.dumps(CONFIG, indent=2))
+  (folder / 'config.json').write_text(json.dumps(CONFIG | {'num_hidden_layers': num_layers}, indent=2))
 
 
 def cold(folder: pathlib.Path):

@@ -7,7 +7,7 @@ its rest (the column "validation"), test.txt and FILE give the figures. Rows are
 again: the command can be killed and started again, on another machine too. --only=PREFIX does some rows, --table writes
 the document from the rows that are there. With --tasks_dir (see benchmarks/tasks.py) some rows are also evaluated on
 zero-shot tasks. --part=I/N does every N-th row: several processes can share an accelerator that one of them does not
-fill; run without it afterwards, for rows that had to wait for others and for the document.
+fill, as benchmarks/results_shared.sh has them do.
 
 Two budgets: a sixteenth of the paper's text, which a CPU can do, and "one pass" over all of the training text, whose rows
 are done where there is an accelerator, or where --only asks for them.

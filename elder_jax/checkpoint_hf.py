@@ -305,19 +305,23 @@ def _on_devices(tensor: np.ndarray, dtype: str, place, check: Callable) -> jax.A
 
   Slices are copied as they lie in memory and turned on the device: a host takes ten times as long for a transposed copy.
   """
-  as_stored = tuple(int(a) for a in np.argsort([-stride for stride in tensor.strides], kind='stable'))
-  turn_back = tuple(int(a) for a in np.argsort(as_stored))
-  stored = tensor.transpose(as_stored)
+  as_stored = _order([-stride for stride in tensor.strides])
+  stored, back = tensor.transpose(as_stored), _order(as_stored)
 
   def part(index):
     check(stored[index])
     return np.array(stored[index], jnp.dtype(dtype), order='C')  # a copy: an array on a CPU may go on using this memory
 
   if place is None:
-    return _turn(jax.device_put(part(...)), turn_back, None)
+    return _turn(jax.device_put(part(...)), back, None)
   axes = [*place.spec, *[None] * (tensor.ndim - len(place.spec))]
   stored_place = NamedSharding(place.mesh, PartitionSpec(*(axes[a] for a in as_stored)))
-  return _turn(jax.make_array_from_callback(stored.shape, stored_place, part), turn_back, place)
+  return _turn(jax.make_array_from_callback(stored.shape, stored_place, part), back, place)
+
+
+def _order(keys) -> tuple[int, ...]:
+  """What sorts the keys; of a permutation, its inverse."""
+  return tuple(int(a) for a in np.argsort(keys, kind='stable'))
 
 
 def _turn(array, axes: tuple[int, ...], place):
@@ -371,7 +375,7 @@ def from_model(model: Decoder) -> PiecesOf:
       array = get(model, part.path)[...]
       array = array if row.layer is None else array[row.layer]
       # Turned on the device, so that what to_hf turns back lies in the file's order already.
-      theirs = hosts.to_host(_turn(array, tuple(int(a) for a in np.argsort(part.order)), None))
+      theirs = hosts.to_host(_turn(array, _order(part.order), None))
       ours.append(theirs.transpose(part.order))
     yield row.to_hf(ours)
 
