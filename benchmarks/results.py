@@ -77,12 +77,12 @@ def choose(job, model, work: pathlib.Path) -> dict:
   config, n = job.config, job.num_removes[0]
   if not n:
     return {'chosen': []}
-  anew = config.method in pipeline.CHOOSE_ANEW
   gemma = config.model == _GEMMA.value
-  most = n if anew or gemma else 10  # the deepest of the rows
-  special = '-paper' if config.gate == 'output' else ''
-  special += '-gemma' if gemma else ''
-  special += '-pass' if config.num_sequences != results_rows.BUDGET['num_sequences'] else ''
+  paper = config.gate == 'output'  # its learning rate falls over as many rounds as layers go
+  one_pass = config.num_sequences != results_rows.BUDGET['num_sequences']
+  anew = config.method in pipeline.CHOOSE_ANEW or gemma or paper
+  most = n if anew else 10  # the deepest of the rows
+  special = ''.join(f'-{name}' for name, true in (('paper', paper), ('gemma', gemma), ('pass', one_pass)) if true)
   path = work / 'choices' / f'{config.method}{special}{f"-{n}" if anew else ""}.json'
   path.parent.mkdir(exist_ok=True)
   with locked(path.with_suffix('.lock')):
