@@ -65,7 +65,7 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   for tensor in {t.tensor_type: t for t in listed}.values():  # one of each type, told before any is needed
     try:
       gguf.dequantize(tensor.data[:1], tensor.tensor_type)
-    except NotImplementedError as e:  # the gguf package's own, for a type that it cannot read: refused in one sentence
+    except NotImplementedError as e:  # nothing unfinished here: what the gguf package raises for a type it cannot read
       kind = tensor.tensor_type.name
       raise InputError(f'{path}: the quantisation {kind} of {tensor.name} is not supported; use Q8_0 or F16.') from e
 
