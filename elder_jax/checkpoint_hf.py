@@ -56,6 +56,10 @@ class Source:
   pieces: Callable[[str], Iterator[np.ndarray]]  # flat; one holds until the next but one
 
   @property
+  def is_gguf(self) -> bool:
+    return os.path.isfile(user_path(self.name))
+
+  @property
   def dtype(self) -> str:
     """That of all tensors; float32 where they differ."""
     kinds = set(self.dtypes.values())
@@ -388,6 +392,7 @@ def from_source(source: Source, kept: list[int]) -> PiecesOf:
 
   def pieces(row: _Row):
     for piece in source.pieces(own(row).name):
+      preemption.check_alone()
       _check_finite(piece, source, own(row))
       yield piece
 

@@ -14,6 +14,7 @@ from elder_jax import importance
 from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 
+HOW_MUCH = ('ratio', 'num_remove', 'remove_layers')  # of which a run has one
 METHODS = ('auto', 'elder', *importance.METHODS, 'laco')
 TRAINED = ('regularize', 'prune_then_train', 'absorb_then_train', 'replace_linear_then_train')
 RECIPES = (*TRAINED, 'absorb', 'replace_linear', 'none')
@@ -30,14 +31,16 @@ class Config:
   tokenizer: str = _flag('', "Folder or hub id of the tokenizer, where it is not the model's own.")
   workdir: str = _flag('', 'Folder for results; made if missing. A run started again in it goes on where it was.')
   # How much goes, and what.
-  ratio: str = _flag(
-    '0.25',
+  ratio: str | None = _flag(
+    None,
     'Fraction of the layers to remove, rounded half up to a whole number of layers. Several, as in 0.25,0.1,0.4: a '
-    'table and a plot of all; the first is exported.',
+    'table and a plot of all; the first is exported. Unset: 0.25. Of --ratio, --num_remove and --remove_layers the one '
+    'given last counts.',
   )
-  num_remove: int | None = _flag(None, 'Number of layers to remove; wins over --ratio.')
+  num_remove: int | None = _flag(None, 'Number of layers to remove, in place of --ratio.')
   remove_layers: str | None = _flag(
-    None, 'Layers to remove by 0-based number, e.g. 3,5; skips stage 1. Empty (--remove_layers=): none, a round trip.'
+    None,
+    'Layers to remove by 0-based number, e.g. 3,5, in place of --ratio and --method. Empty (--remove_layers=): none.',
   )
   method: str = _flag(
     'auto',
@@ -192,6 +195,14 @@ class Config:
 
   def check(self):
     """Raises InputError for settings that no run can have. What depends on the model is checked in the pipeline."""
+    for field in dataclasses.fields(self):
+      value, choices = getattr(self, field.name), field.metadata['choices']
+      if choices and value not in choices:
+        known = ', '.join(choice or "''" for choice in choices)
+        raise InputError(f'--{field.name}={value}: is not known, these are: {known}.')
+    given = [f'--{name}={getattr(self, name)}' for name in HOW_MUCH if getattr(self, name) is not None]
+    if len(given) > 1:
+      raise InputError(f'{" and ".join(given)}: how much is removed can be said in one way only; leave out the others.')
     if self.topology and not self.plan:
       raise InputError(f'--topology={self.topology}: is only compiled for; add --plan.')
     if not self.workdir and not self.plan:
@@ -289,12 +300,15 @@ class Config:
   def ratios(self) -> list[decimal.Decimal]:
     """The fractions of layers to remove; the first is that of the exported model."""
     try:
-      ratios = [decimal.Decimal(part.strip()) for part in str(self.ratio).split(',')]
+      ratios = [decimal.Decimal(part.strip()) for part in self._ratio().split(',')]
     except decimal.InvalidOperation as e:
       raise InputError(f'--ratio={self.ratio}: must be numbers with commas, as in 0.1,0.25.') from e
     if not all(ratio.is_finite() and 0 <= ratio < 1 for ratio in ratios):
       raise InputError(f'--ratio={self.ratio} must be at least 0 and below 1.')
     return ratios
+
+  def _ratio(self) -> str:
+    return '0.25' if self.ratio is None else str(self.ratio)
 
   def task_names(self) -> list[str]:
     return [task.strip() for task in self.tasks.split(',') if task.strip()]
@@ -341,12 +355,38 @@ class Launch:
       )
 
 
+class _LastCounts(flags.Flag):
+  """One of HOW_MUCH: the last one on the command line, flag files included, takes the place of the others."""
+
+  def __init__(self, flag_values: flags.FlagValues, parser: flags.ArgumentParser, name: str, help_text: str):
+    super().__init__(parser, flags.ArgumentSerializer(), name, None, help_text)
+    self._flag_values, self.replaced = flag_values, []
+
+  def parse(self, argument):
+    for other in (self._flag_values[name] for name in HOW_MUCH if name != self.name):
+      if other.present:
+        self.replaced.append(f'--{other.name}={other.value}')
+        other.unparse()
+    super().parse(argument)
+
+
+def replaced(flag_values: flags.FlagValues = flags.FLAGS) -> str:
+  """A sentence on the ways of saying how much that a later one replaced; empty where there was none."""
+  flag = next((flag_values[name] for name in HOW_MUCH if flag_values[name].present), None)
+  if flag is None or not flag.replaced:
+    return ''
+  return f'{" and ".join(flag.replaced)}: not used, since --{flag.name}={flag.value} was given later'
+
+
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
   """Defines one absl flag for each field of Config and Launch."""
   for field in (*dataclasses.fields(Config), *dataclasses.fields(Launch)):
     name, default, help_text = field.name, field.default, field.metadata['help']
     kwargs = {'flag_values': flag_values, 'module_name': 'elder_jax'}
-    if field.metadata['choices']:
+    if name in HOW_MUCH:
+      parser = flags.IntegerParser() if field.type == int | None else flags.ArgumentParser()
+      flags.DEFINE_flag(_LastCounts(flag_values, parser, name, help_text), **kwargs)
+    elif field.metadata['choices']:
       flags.DEFINE_enum(name, default, list(field.metadata['choices']), help_text, **kwargs)
     elif field.name == 'eval_data':
       flags.DEFINE_multi_string(name, list(default), help_text, **kwargs)

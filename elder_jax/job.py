@@ -2,8 +2,6 @@
 
 import dataclasses
 import decimal
-import json
-import pathlib
 
 import jax
 import numpy as np
@@ -15,28 +13,22 @@ from elder_jax import evaluate
 from elder_jax import gates
 from elder_jax import hosts
 from elder_jax import importance
+from elder_jax import inputs
 from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
+from elder_jax import prune
 from elder_jax import regularize
-from elder_jax import report as report_lib
-from elder_jax import safetensors_files
 from elder_jax import sharding
 from elder_jax import verify
+from elder_jax import workdir
 from elder_jax import zero_shot
 from elder_jax.config import TRAINED
 from elder_jax.config import Config
 from elder_jax.errors import InputError
-from elder_jax.errors import disk_is_full
-from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
 from elder_jax.model import Spec
-
-# What a run may change when it is started again in its work folder.
-_FREE_ON_RESUME = (
-    'workdir', 'checkpoint_every', 'checkpoint_minutes', 'keep_checkpoints', 'verify', 'mesh', 'plan', 'topology'
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +46,8 @@ class Run:
   shardings: Decoder  # of the parameters, whatever their number of layers
   mode: Mode
   log: metrics.Metrics
+  torch: bool  # this process checks the export in PyTorch, too
+  checks_source: bool  # and the model as it is
 
   @property
   def copies(self) -> bool:
@@ -69,13 +63,17 @@ class Run:
 
 
 def prepare(config: Config) -> Run:
-  """Refuses whatever can be refused before long work starts, then claims the work folder."""
+  """Refuses whatever can be refused before long work starts, then claims the work folder.
+
+  `workdir.held` keeps other runs out meanwhile.
+  """
   config.check()
   work = config.path()
-  hosts.lead_first(lambda: _claim(work, config) if hosts.leads() else None)
+  hosts.lead_first(lambda: (workdir.make(config), workdir.claim(config)) if hosts.leads() else None)
   hosts.check_shared(work, '--workdir')
   source = hosts.lead_first(lambda: checkpoint_hf.open_source(config.model, work / 'source'))
   num_removes = count_removed(config, source.num_layers)
+  _check_nothing_removed(config, num_removes)
   for recipe in config.recipes():
     if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
       absorb.check(source.spec, recipe)
@@ -86,23 +84,26 @@ def prepare(config: Config) -> Run:
     )
   mesh = sharding.make_mesh(config.mesh)
   shardings = check_sizes(config, source.spec, source.num_layers, mesh)
-  if config.verify == 'torch' and not verify.has_torch():
-    raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
+  torch = hosts.lead_first(lambda: hosts.leads() and _torch(config, source, num_removes[0]))
+  dense = checkpoint_hf.abstract(source.spec, source.num_layers)
+  checks_source = torch and not source.is_gguf and verify.use_torch(config.verify, prune.num_params(dense))
 
   scores = config.remove_layers is None and any(num_removes)
   trains = any(recipe in TRAINED for recipe in config.recipes()) and config.steps() > 0
   refits = any(recipe.startswith(('absorb', 'replace_linear')) for recipe in config.recipes()) and any(num_removes)
   reads = scores or trains or refits
-  rows_NT, windows, tokenizer, tasks = None, {}, None, None
+  rows_NT, windows, tokenizer, tasks, read = None, {}, None, None, {}
   if reads and not config.train_data:
     raise InputError('--train_data is missing: give a text to choose layers by and to train on.')
   if reads or config.corpora() or config.task_names():
     tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
+    read[inputs.named('--tokenizer', config.tokenizer or config.model)] = inputs.of_tokenizer(tokenizer)
     bos, first = _bos(config, source, tokenizer)
     special = bos == 'tokenizer'
     if reads:
       _check_length(config, source, 'seq_len')
       corpus = data.tokenise('--train_data', config.train_data, config.text_column, tokenizer, special)
+      read[inputs.named('--train_data', config.train_data)] = corpus.sha256
       seed = config.seed if config.shuffle else None
       rows_NT = data.pack(corpus, '--train_data', config.seq_len, config.num_sequences, seed, first)
       _check_tokens(rows_NT, source, '--train_data')
@@ -110,66 +111,50 @@ def prepare(config: Config) -> Run:
       _check_length(config, source, 'eval_seq_len')
       flag = f'--eval_data={name}'
       corpus = data.tokenise(flag, text, config.text_column, tokenizer, special)
+      read[inputs.named(flag, text)] = corpus.sha256
       windows[name] = evaluate.make_windows(corpus, flag, config.eval_seq_len, config.eval_tokens, bos, first)
       _check_tokens(windows[name].tokens_NT, source, flag)
   if config.task_names():
     tasks = zero_shot.load_tasks(config.task_names(), config.tasks_dir)
+    read[inputs.named('--tasks_dir', config.tasks_dir or config.tasks)] = inputs.of_tasks(tasks, config.tasks_dir)
 
-  if hosts.leads():
-    report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
+  def claim():
+    if hosts.leads():
+      read[inputs.named('--model', config.model)] = inputs.of_model(source)
+      inputs.check(work, read)
+      workdir.record(config, read)
+
+  hosts.lead_first(claim)
   log = metrics.Metrics(work / 'metrics.jsonl')
-  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log)
+  return Run(
+    config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log, torch,
+    checks_source,
+  )  # fmt: skip
 
 
-def _claim(work: pathlib.Path, config: Config):
-  """Makes the work folder, or makes sure that it is this run's own."""
-  try:
-    work.mkdir(parents=True, exist_ok=True)
-    probe = work / '.writable'
-    probe.touch()
-    probe.unlink(missing_ok=True)
-  except OSError as e:
-    if disk_is_full(e):
-      raise
-    raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
-  try:
-    before = safetensors_files.read_json(work / 'config.json')
-  except InputError:  # missing, or broken
-    before = {}
-  if 'workdir' not in before:  # a model has a config.json, too
-    ours = ('source', '.writable', 'config.json.partial')  # of a run that was killed before it had claimed the folder
-    names = sorted(p.name for p in work.iterdir() if not p.name.startswith('.shared-'))
-    if foreign := next((name for name in names if name not in ours), None):
-      raise InputError(
-        f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
-      )
-    return
-  now = json.loads(json.dumps(dataclasses.asdict(config)))
-  default = {field.name: field.default for field in dataclasses.fields(Config)}  # of what that run did not know yet
-  differ = [
-    f'--{key}={_shown(before.get(key, default[key]))}, not {_shown(now[key])}'
-    for key in now
-    if key not in _FREE_ON_RESUME and not _same(before.get(key, default[key]), now[key])
-  ]
-  if differ:
+def _check_nothing_removed(config: Config, num_removes: list[int]):
+  trains = set(config.recipes()) & set(TRAINED) and config.steps() > 0
+  if trains and not num_removes[0]:
     raise InputError(
-      f'--workdir={config.workdir}: holds a run with {"; ".join(differ)}; give what it had or choose another folder.'
+      f'--recipe={config.recipe}: no layer is removed, so that the whole model would be trained; use --recipe=none '
+      '--compare= to copy it, or remove layers (--num_remove, --ratio or --remove_layers).'
     )
+  if trains and config.distill and not all(num_removes):
+    raise InputError(f'--distill={config.distill}: where no layer is removed it distils a model from itself; leave out 0.')
 
 
-def _same(before, now) -> bool:
-  """Whether a setting is what it was; a path may be written in another way."""
-  if isinstance(before, list | tuple) and isinstance(now, list | tuple):
-    return len(before) == len(now) and all(map(_same, before, now))
-  if before == now or not (isinstance(before, str) and isinstance(now, str)):
-    return before == now
-  (name, _, path), (name_now, _, path_now) = before.rpartition('='), now.rpartition('=')  # of --eval_data
-  path, path_now = user_path(path), user_path(path_now)
-  return name == name_now and path.exists() and path_now.exists() and path.samefile(path_now)
-
-
-def _shown(value) -> str:
-  return ','.join(value) if isinstance(value, list | tuple) else str(value)
+def _torch(config: Config, source: checkpoint_hf.Source, num_remove: int) -> bool:
+  """Whether the export is checked in PyTorch, after that was tried on the config.json that it will have."""
+  kept = list(range(source.num_layers - num_remove))
+  params = prune.num_params(checkpoint_hf.abstract(source.spec.with_layers(kept), len(kept)))
+  if not verify.use_torch(config.verify, params):
+    return False
+  why = verify.why_torch_cannot(checkpoint_hf.pruned_config(source.family, source.config, kept, config.export_dtype))
+  if why and config.verify == 'torch':
+    raise InputError(f'--verify=torch: transformers cannot make the pruned model ({why}); use --verify=jax.')
+  if why:
+    metrics.say(f'the check in PyTorch is left out: transformers cannot make the pruned model ({why})')
+  return not why
 
 
 def check_sizes(config: Config, spec: Spec, num_layers: int, mesh: jax.sharding.Mesh) -> Decoder:

@@ -1,7 +1,8 @@
 """`python -m elder_jax.main --flagfile=configs/….flags`: flags → Config → pipeline.
 
-Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 75 stopped by
-SIGTERM or a notice of preemption, saved. After 75, and after 1 for a full disk, the same command goes on.
+Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 3 the devices'
+memory does not suffice; 75 stopped by SIGTERM or a notice of preemption, 130 by Ctrl-C, both saved. After 75, 130, and
+after 1 for a full disk, the same command resumes.
 """
 
 import sys
@@ -14,11 +15,13 @@ import jax
 from elder_jax import cli
 from elder_jax import config as config_lib
 from elder_jax import hosts
+from elder_jax import metrics
 from elder_jax import pipeline
 from elder_jax import plan
 from elder_jax import preemption
 from elder_jax import report as report_lib
 from elder_jax import verify
+from elder_jax import workdir
 from elder_jax.errors import InputError
 from elder_jax.errors import disk_is_full
 from elder_jax.errors import user_path
@@ -33,6 +36,8 @@ def main(argv: list[str]):
   try:
     hosts.start(config_lib.launch_from_flags())
     preemption.listen()
+    if line := config_lib.replaced():
+      metrics.say(line)
     if config.plan:
       sys.exit(plan.main(config))
     _keep_programs()
@@ -42,11 +47,15 @@ def main(argv: list[str]):
   except (NonFiniteLoss, verify.ExportMismatch) as e:
     hosts.leave(1, str(e))
   except preemption.Preempted as e:
-    hosts.leave(preemption.EXIT_STATUS, str(e))
+    hosts.leave(preemption.exit_status(), str(e))
+  except KeyboardInterrupt:
+    hosts.leave(preemption.CTRL_C_STATUS, 'aborted by Ctrl-C; rerun the same command to resume')
   except Exception as e:
     if disk_is_full(e):
-      hosts.leave(1, f'--workdir={config.workdir}: the disk is full; free some space, and the same command goes on')
+      hosts.leave(1, f'--workdir={config.workdir}: the disk is full; free some space and rerun the same command to resume')
     if jax.process_count() == 1:
+      if (kept := config.path() / workdir.FAILED).exists():
+        print(f'elder_jax: this is a fault of elder_jax; please report it with {kept}', file=sys.stderr)
       raise
     hosts.leave(1, traceback.format_exc())
   if hosts.leads():

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
+import tempfile
 import time
 
 import jax
@@ -31,11 +33,15 @@ from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import report as report_lib
 from elder_jax import sharding
+from elder_jax import unused
 from elder_jax import verify
+from elder_jax import workdir
 from elder_jax import zero_shot
 from elder_jax.checkpoint import Checkpoints
 from elder_jax.config import TRAINED
 from elder_jax.config import Config
+from elder_jax.errors import disk_is_full
+from elder_jax.errors import reason
 from elder_jax.job import Run
 from elder_jax.job import load
 from elder_jax.job import prepare
@@ -46,24 +52,48 @@ CHOOSE_ANEW = ('auto', 'uidl', 'cosine_block', 'last', 'laco')
 
 
 def run(config: Config) -> dict:
-  """Does the whole job in config.workdir and returns the report. Started again, it goes on where it was."""
-  job = prepare(config)
-  with jax.set_mesh(job.mesh):
-    return _run(job)
+  """Does the whole job in config.workdir and returns the report. Started again, it resumes."""
+  config.check()
+  with workdir.held(config):
+    hosts.lead_first(lambda: workdir.claim(config) if hosts.leads() else None)
+    if report := workdir.finished(config):
+      metrics.say(f'{config.path()} holds a finished run')
+      return report
+    job = prepare(config)
+    with workdir.noting_failure(config), jax.set_mesh(job.mesh):
+      rehearse(job)
+      preemption.listen_to_ctrl_c()
+      return _run(job)
+
+
+def rehearse(job: Run):
+  """Makes the report and all that is made of it with made-up figures: what fails here would fail after all the work."""
+  if not hosts.leads():
+    return
+  ppl = dict.fromkeys(job.windows, 10.0)
+  figures = {'ppl': ppl, 'tasks': {task: {'acc': 0.5} for task in job.config.task_names()}}
+  ways = itertools.product(job.config.methods(), job.num_removes, job.config.recipes())
+  rows = [{'method': m, 'recipe': r, 'removed': list(range(n)), **figures} for m, n, r in ways]
+  choices = {(m, n): {'chosen': list(range(n))} for m in job.config.methods() for n in job.num_removes}
+  report = make_report(job, figures, choices, rows) | {'verify': {}, 'seconds': {}, 'peak_bytes': None}
+  with tempfile.TemporaryDirectory() as folder:
+    write_reports(job, report, pathlib.Path(folder))
+    report_lib.model_card(report, dataclasses.asdict(job.config))
 
 
 def _run(job: Run) -> dict:
   config, work, seconds = job.config, job.config.path(), {}
   stage = functools.partial(_stage, work, seconds)
-  if hosts.agree((work / 'report.json').exists()):
-    metrics.say(f'{work} holds a finished run')
-    return hosts.agree(json.loads((work / 'report.json').read_text()) if hosts.leads() else None)
+  for line in unused.told(config):
+    metrics.say(line)
 
   model = None
   if not job.copies:
     metrics.say(plan.of_run(job))
     metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
     model, seconds['load'] = _timed(lambda: load(job))
+  if hosts.agree(job.checks_source):
+    stage('source', 'check_source', lambda: check_source(job, model))
   dense = stage('dense', 'dense', lambda: measure(job, model, 'dense'))
 
   # The first method, number of layers and --recipe are what is exported: its model is the last to be made.
@@ -86,17 +116,37 @@ def _run(job: Run) -> dict:
     if (method, n, recipe) != exported:
       checkpoints.clear()
 
+  report = make_report(job, dense, choices, rows)
+  report['verify'], seconds['export'] = _timed(lambda: export(job, pruned, report))
+  report['seconds'] = {k: round(v, 1) for k, v in seconds.items()}
+  report['peak_bytes'] = report_lib.peak_bytes()  # of this process, which may have resumed where another stopped
+  if hosts.leads():
+    write_reports(job, report, work)
+    report_lib.write_json(work / 'report.json', report)
+    shutil.rmtree(work / 'checkpoints', ignore_errors=True)
+  hosts.wait('report')
+  return report
+
+
+def make_report(job: Run, dense: dict, choices: dict, rows: list[dict]) -> dict:
+  """report.json but for what is known at the very end: verify, seconds, peak_bytes.
+
+  Args:
+    dense: of `measure`.
+    choices: {(method, number of layers): choice}, that of the exported model first.
+    rows: that of the exported model last.
+  """
+  config, (method, choice) = job.config, next((method, choice) for (method, _), choice in choices.items())
   removed = choice['chosen']
   kept = prune.kept_layers(job.source.num_layers, removed)
-  trained = config.recipe in TRAINED
-  report = {
+  return {
     'schema': report_lib.SCHEMA,
     'model': config.model,
     'num_layers': job.source.num_layers,
     'removed': sorted(removed),
     'order': removed,
     'kept': kept,
-    'method': exported[0],
+    'method': method,
     'recipe': config.recipe,
     'gates': choice.get('gates', []),
     'choices': [{'method': method, 'num_remove': n, **choice} for (method, n), choice in choices.items()],
@@ -105,22 +155,27 @@ def _run(job: Run) -> dict:
     'rows': rows,
     'corpora': {c: w.about for c, w in job.windows.items()},
     'params': {'dense': _num_params(job, range(job.source.num_layers)), 'pruned': _num_params(job, kept)},
-    'steps': config.steps() if trained else 0,
+    'steps': config.steps() if config.recipe in TRAINED else 0,
     'tokens_per_step': config.batch_size * config.seq_len,
     'versions': report_lib.versions(),
     'device': report_lib.device(),
   }
-  report['verify'], seconds['export'] = _timed(lambda: export(job, pruned, kept, report))
-  report['seconds'] = {k: round(v, 1) for k, v in seconds.items()}
-  report['peak_bytes'] = report_lib.peak_bytes()  # of this process, which may have gone on where another stopped
-  if hosts.leads():
-    if len(job.num_removes) > 1 and job.windows:
-      report_lib.plot(report, work / 'sweep.svg')
-    metrics.write_whole(work / 'report.md', report_lib.markdown(report))
-    report_lib.write_json(work / 'report.json', report)
-    shutil.rmtree(work / 'checkpoints', ignore_errors=True)
-  hosts.wait('report')
-  return report
+
+
+def write_reports(job: Run, report: dict, folder: pathlib.Path):
+  """report.md and, of several depths, the plot. One that cannot be made costs nothing but itself."""
+  if len(job.num_removes) > 1 and job.windows:
+    _cosmetic('sweep.svg', lambda: report_lib.plot(report, folder / 'sweep.svg'))
+  _cosmetic('report.md', lambda: metrics.write_whole(folder / 'report.md', report_lib.markdown(report)))
+
+
+def _cosmetic(name: str, write: Callable[[], None]):
+  try:
+    write()
+  except Exception as e:  # of any kind  # noqa: BLE001
+    if disk_is_full(e):
+      raise
+    metrics.say(f'{name} could not be written ({reason(e)}); nothing else is missing')
 
 
 def measure(job: Run, model: Decoder, name: str) -> dict:
@@ -300,13 +355,32 @@ def _num_params(job: Run, kept) -> int:
   return prune.num_params(checkpoint_hf.abstract(job.source.spec.with_layers(list(kept)), len(kept)))
 
 
-def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> dict:
+def some_tokens(job: Run) -> np.ndarray:
+  """One row of the run's own text; where it has none any tokens will do."""
+  if job.windows:
+    return next(iter(job.windows.values())).tokens_NT[:1, :128]
+  if job.rows_NT is not None:
+    return job.rows_NT[:1, :128]
+  return np.random.default_rng(0).integers(0, job.source.spec.vocab_size, (1, 32), np.int32)
+
+
+def check_source(job: Run, model: Decoder | None) -> dict:
+  """verify.check_source; of a run that only copies the model is loaded for it."""
+  model = load(job) if model is None else model
+  figures = verify.check_source(job.source, model, job.config.dtype, some_tokens(job)[:, :32], job.torch)
+  if why := figures.get('torch_error'):
+    metrics.say(f'the model as it is could not be checked in PyTorch: {why}')
+  return figures
+
+
+def export(job: Run, pruned: Decoder | None, report: dict) -> dict:
   """Writes the pruned model to workdir/export, checks it, and only then gives it that name. Returns verify's figures.
 
   Args:
     pruned: unset, the source's tensors are copied.
+    report: of `make_report`.
   """
-  config, source, work = job.config, job.source, job.config.path()
+  config, source, work, kept = job.config, job.source, job.config.path(), report['kept']
   temporary, final = work / 'export.partial', work / 'export'
   metrics.say(f'writing and checking {final}')
   # A copy keeps each tensor's type, where they differ.
@@ -316,23 +390,21 @@ def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> d
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
-    (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
   elif not job.copies:
     checkpoint_hf.take_part(pieces_of, source, kept)
   hosts.wait('export written')
-  if job.windows:
-    tokens_BT = next(iter(job.windows.values())).tokens_NT[:1, :128]
-  elif job.rows_NT is not None:
-    tokens_BT = job.rows_NT[:1, :128]
-  else:  # no text was given: any tokens will do
-    tokens_BT = np.random.default_rng(0).integers(0, source.spec.vocab_size, (1, 32), np.int32)
-  torch = hosts.leads() and verify.use_torch(config.verify, report['params']['pruned'])
+  tokens_BT = some_tokens(job)
   if job.copies:
-    figures = verify.check_copy(temporary, source.spec.with_layers(kept), len(kept), tokens_BT, torch)
+    figures = verify.check_copy(temporary, source.spec.with_layers(kept), len(kept), tokens_BT, job.torch)
   else:
-    figures = verify.check(temporary, pruned, dtype, tokens_BT, torch, job.shardings)
+    figures = verify.check(temporary, pruned, dtype, tokens_BT, job.torch, job.shardings)
+  if why := figures.get('torch_error'):
+    metrics.say(f'the export is whole, but it could not be checked in PyTorch: {why}')
   hosts.wait('export checked')
   if hosts.leads():
+    card = temporary / 'README.md'
+    report = report | {'verify': figures}
+    _cosmetic('README.md', lambda: metrics.write_whole(card, report_lib.model_card(report, dataclasses.asdict(config))))
     manifest.write(temporary, hashes)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -343,7 +415,7 @@ def _stage(work: pathlib.Path, seconds: dict, name: str, key: str, compute: Call
   """compute(), or what an earlier run in this work folder had of it."""
   preemption.check()
   path = work / 'stages' / f'{name}.json'
-  saved = hosts.agree(json.loads(path.read_text()) if hosts.leads() and path.exists() else None)
+  saved = hosts.agree(_saved(path) if hosts.leads() else None)
   if not saved:
     result, taken = _timed(compute)
     saved = hosts.agree({'result': result, 'seconds': taken})
@@ -352,6 +424,17 @@ def _stage(work: pathlib.Path, seconds: dict, name: str, key: str, compute: Call
       report_lib.write_json(path, saved)
   seconds[key] = saved['seconds']
   return saved['result']
+
+
+def _saved(path: pathlib.Path) -> dict | None:
+  if not path.exists():
+    return None
+  try:
+    saved = json.loads(path.read_text(encoding='utf-8'))
+    return {'result': saved['result'], 'seconds': saved['seconds']}
+  except (OSError, ValueError, TypeError, KeyError) as e:
+    metrics.say(f'{path}: cannot be read ({reason(e)}); this stage is done again')
+    return None
 
 
 def _timed(compute: Callable):

@@ -1,11 +1,13 @@
-"""SIGTERM and JAX's preemption notice: a run saves what it has and ends; started again, it goes on."""
+"""SIGTERM, Ctrl-C and JAX's preemption notice: a run saves what it has and ends; started again, it resumes."""
 
+import os
 import signal
 
 import jax
 from jax.experimental import multihost_utils
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command will do later what it could not do now
+CTRL_C_STATUS = 130  # what shells give a command that Ctrl-C ended: scripts that start a run again leave it at that
 
 
 class Preempted(BaseException):
@@ -13,6 +15,7 @@ class Preempted(BaseException):
 
 
 _signalled = False
+_by_ctrl_c = False
 _points = 0
 
 
@@ -26,10 +29,40 @@ def listen():
     signal.signal(signal.SIGTERM, _on_sigterm)
 
 
+def listen_to_ctrl_c():
+  """From now on, when there is work to save, the first Ctrl-C is taken as a SIGTERM; a second one aborts at once.
+
+  A shell that starts a command in the background makes it ignore Ctrl-C: so it stays.
+  """
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _on_sigint)
+
+
 def _on_sigterm(number, frame):
   del number, frame
   global _signalled
   _signalled = True
+
+
+def _on_sigint(number, frame):
+  global _by_ctrl_c
+  _by_ctrl_c = True
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  os.write(2, b'\nelder_jax: stopping at the next step; press Ctrl-C again to abort at once\n')  # print is not reentrant
+  if jax.distributed.is_initialized():
+    os.kill(os.getpid(), signal.SIGTERM)
+  else:
+    _on_sigterm(number, frame)
+
+
+def exit_status() -> int:
+  """That of a run that was `Preempted`."""
+  return CTRL_C_STATUS if _by_ctrl_c else EXIT_STATUS
+
+
+def by() -> str:
+  """What stopped the run."""
+  return 'Ctrl-C' if _by_ctrl_c else 'SIGTERM'
 
 
 def reached() -> bool:
@@ -47,4 +80,14 @@ def reached() -> bool:
 def check():
   """For points outside training, where there is nothing to save. Raises Preempted."""
   if reached():
-    raise Preempted('stopped by SIGTERM; the stages that were finished are kept; start the same command again to go on')
+    _stop()
+
+
+def check_alone():
+  """`check` for work that one process does while others wait for it; of several it hears nothing."""
+  if _signalled:
+    _stop()
+
+
+def _stop():
+  raise Preempted(f'stopped by {by()}; the stages that are finished are kept; rerun the same command to resume')

@@ -141,6 +141,8 @@ def markdown(report: dict) -> str:
   if report['gates']:
     final = report['gates'][-1]
     lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']
+  if unverified := verification(report):
+    lines += [unverified, '']
   seconds = ', '.join(f'{stage} {s:.0f}' for stage, s in report['seconds'].items())
   peak = report['peak_bytes']
   lines += [
@@ -148,6 +150,12 @@ def markdown(report: dict) -> str:
     'Versions: ' + ', '.join(f'{k} {v}' for k, v in report['versions'].items()) + '.',
   ]
   return '\n'.join(lines) + '\n'
+
+
+def verification(report: dict) -> str:
+  """A warning where the check of the export in PyTorch could not be made; empty otherwise."""
+  why = report.get('verify', {}).get('torch_error')
+  return f'**Not verified in PyTorch**: {why}. Read back in JAX it is the pruned model.' if why else ''
 
 
 def model_card(report: dict, config: dict) -> str:
@@ -178,6 +186,8 @@ def model_card(report: dict, config: dict) -> str:
     'llama.cpp read it as it is. `python -m elder_jax.verify FOLDER` or `sha256sum -c SHA256SUMS` tells whether the files '
     'are those that were written (this page included).',
   ]
+  if unverified := verification(report):
+    lines += ['', unverified]
   if report['ppl'] or report['tasks']['dense']:
     lines += ['', table(report), '']
     lines += [

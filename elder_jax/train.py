@@ -198,7 +198,9 @@ def fit(
       checkpoint.wait()
   if stop:
     saved = f'of {checkpoint.stage}; saved' if checkpoint else 'of a training that is not saved'
-    raise preemption.Preempted(f'stopped by SIGTERM after step {i + 1} {saved}; start the same command again to go on')
+    raise preemption.Preempted(
+      f'stopped by {preemption.by()} after step {i + 1} {saved}; rerun the same command to resume'
+    )
   return state
 
 

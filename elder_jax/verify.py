@@ -6,9 +6,11 @@ says whether the files of an exported folder are those that were written, and wh
 """
 
 import importlib.util
+import json
 import os
 import pathlib
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from elder_jax import manifest
 from elder_jax import metrics
 from elder_jax import model as model_lib
 from elder_jax.errors import InputError
+from elder_jax.errors import reason
 
 # Largest difference of a logit, both sides in float32, per unit of the logits' standard deviation: PyTorch is as far from
 # its own float64 (1e-5 at 30 layers); a wrong weight is seen at 1e-2 and more.
@@ -35,7 +38,13 @@ def has_torch() -> bool:
 
 
 def use_torch(wish: str, num_params: int) -> bool:
-  """Whether the export is loaded in PyTorch, by --verify; auto leaves out a model that would fill the memory."""
+  """Whether a model is loaded in PyTorch, by --verify; auto leaves out a model that would fill the memory.
+
+  Raises:
+    InputError: --verify=torch without torch.
+  """
+  if wish == 'torch' and not has_torch():
+    raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
   if wish != 'auto' or not has_torch():
     return wish == 'torch'
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -69,7 +78,8 @@ def check(
     torch: also load it by transformers' AutoModelForCausalLM, and generate with and without a cache.
 
   Returns:
-    {'jax': largest difference of a logit, 'torch': the same, 'generated': token ids}.
+    {'jax': largest difference of a logit, 'torch': the same, 'generated': token ids}; 'torch_error' where PyTorch
+    could not make its check.
 
   Raises:
     ExportMismatch.
@@ -94,25 +104,107 @@ def _logits(model, tokens_BT):
   return model_lib.logits(model, x_BTD)
 
 
-def _check_torch(
-  folder: pathlib.Path, expected_BTV: np.ndarray | None, tokens_BT: np.ndarray, tolerance: float
-) -> dict:
-  """expected_BTV: unset, only what is generated with and without a cache is compared."""
+def check_source(source: checkpoint_hf.Source, model: model_lib.Decoder, dtype: str, tokens_BT, torch: bool) -> dict:
+  """Compares the logits of the loaded model with those of the same files in PyTorch; all processes must call it.
+
+  Args:
+    dtype: that the model was loaded in; PyTorch's weights are rounded to it. Both sides compute in float32.
+    torch: this process does PyTorch's part.
+
+  Returns:
+    {'torch': largest difference of a logit}, or {'torch_error': why PyTorch could not be asked}.
+
+  Raises:
+    InputError: they differ, so that the checkpoint is not what it was read as.
+  """
+  with jax.default_matmul_precision('highest'):
+    ours_BTV = hosts.to_host(_logits(model, tokens_BT))
+  if not torch:
+    return {}
+  try:
+    theirs_BTV = _torch_logits(_torch_model(source.files, dtype), tokens_BT)
+  except Exception as e:  # transformers' own, of any kind: nothing is known of the checkpoint then  # noqa: BLE001
+    return {'torch_error': reason(e)}
+  difference = float(np.max(np.abs(ours_BTV - theirs_BTV)))
+  if not difference <= TOLERANCE * max(1.0, float(theirs_BTV.std())):
+    raise InputError(
+      f'--model={source.name}: JAX and PyTorch read this checkpoint differently (logits differ by {difference:.2g}, their '
+      f'standard deviation is {theirs_BTV.std():.2g}); please report it. --verify=jax goes on without this check.'
+    )
+  return {'torch': difference}
+
+
+def why_torch_cannot(config: dict) -> str:
+  """Why transformers cannot make a model of this config.json; empty where it can. No memory is taken for it."""
+  try:
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+      (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+      made = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device('meta'):
+      transformers.AutoModelForCausalLM.from_config(made)
+  except Exception as e:  # of any kind  # noqa: BLE001
+    return reason(e)
+  return ''
+
+
+def _torch_model(folder: pathlib.Path, dtype: str = 'float32'):
   import torch  # not a requirement of the package
   import transformers
 
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-  tokens = torch.tensor(np.asarray(tokens_BT, np.int64))
+  if dtype != 'float32':
+    for parameter in model.parameters():
+      parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+  return model
+
+
+def _torch_logits(model, tokens_BT) -> np.ndarray:
+  import torch
+
   with torch.no_grad():
-    figures = {}
-    if expected_BTV is not None:
-      figures['torch'] = float(np.max(np.abs(model(tokens).logits.numpy() - expected_BTV)))
-      if not figures['torch'] <= tolerance:
-        raise ExportMismatch(f'{folder}: logits in PyTorch differ by {figures["torch"]:.2g} from the pruned model')
-    prompt = tokens[:1, : min(16, tokens.shape[1])]
-    generate = lambda cache: model.generate(
-      prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False, use_cache=cache
-    )[0].tolist()
+    return model(torch.tensor(np.asarray(tokens_BT, np.int64))).logits.numpy()
+
+
+def _check_torch(
+  folder: pathlib.Path, expected_BTV: np.ndarray | None, tokens_BT: np.ndarray, tolerance: float
+) -> dict:
+  """expected_BTV: unset, only what is generated with and without a cache is compared.
+
+  Returns:
+    Figures; {'torch_error': why} where PyTorch or transformers fails for another reason than a mismatch.
+  """
+  try:
+    return _figures_in_torch(folder, expected_BTV, tokens_BT, tolerance)
+  except ExportMismatch:
+    raise
+  except Exception as e:  # of any kind: the export is whole, only this check could not be made  # noqa: BLE001
+    return {'torch_error': reason(e)}
+
+
+def _figures_in_torch(folder: pathlib.Path, expected_BTV, tokens_BT, tolerance: float) -> dict:
+  import torch
+  import transformers
+
+  model, figures = _torch_model(folder), {}
+  if expected_BTV is not None:
+    figures['torch'] = float(np.max(np.abs(_torch_logits(model, tokens_BT) - expected_BTV)))
+    if not figures['torch'] <= tolerance:
+      raise ExportMismatch(f'{folder}: logits in PyTorch differ by {figures["torch"]:.2g} from the pruned model')
+  # Weights are checked here, not sampling: nothing of the folder's generation_config.json but its special tokens.
+  own = model.generation_config
+  special = {name: getattr(own, name) for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+  model.generation_config = transformers.GenerationConfig(**special)
+  prompt = torch.tensor(np.asarray(tokens_BT, np.int64))[:1, :16]
+
+  def generate(cache: bool) -> list[int]:
+    mask = torch.ones_like(prompt)
+    tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=16, do_sample=False, use_cache=cache)
+    return tokens[0].tolist()
+
+  with torch.no_grad():
     cached, uncached = generate(True), generate(False)
   if cached != uncached:
     raise ExportMismatch(f'{folder}: PyTorch generates {cached} with a cache and {uncached} without')

@@ -302,7 +302,7 @@ def test_a_mismatch_leaves_no_export(settings, monkeypatch):
     assert (folder / 'model.safetensors').is_file() and folder.name != 'export'
     raise verify.ExportMismatch('differs')
 
-  settings |= dict(remove_layers='2,3', recipe='none', compare=(), train_data='')
+  settings |= dict(num_remove=None, remove_layers='2,3', recipe='none', compare=(), train_data='')
   work = pathlib.Path(settings['workdir'])
   with monkeypatch.context() as patch:
     patch.setattr(verify, 'check', refuse)

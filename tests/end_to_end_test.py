@@ -54,7 +54,7 @@ def test_report_and_work_folder(settings):
   markdown = (work / 'report.md').read_text()
   assert 'direct removal' in markdown and str(report['removed']) in markdown
   assert sorted(p.name for p in work.iterdir()) == [
-      'config.json', 'export', 'metrics.jsonl', 'report.json', 'report.md', 'stages'
+      'config.json', 'export', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'stages'
   ]  # fmt: skip
 
 
@@ -150,9 +150,8 @@ def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_
     assert [rows[method, recipe] for recipe in ('none', 'prune_then_train')] == alone['rows']
   assert len({row['ppl']['text'] for row in together['rows']}) == 6
   # LaCo's merges are no removal of the same layers.
-  removed = run(
-    settings, remove_layers=','.join(map(str, rows['laco', 'none']['removed'])), workdir=str(tmp_path / 'given')
-  )
+  layers = ','.join(map(str, rows['laco', 'none']['removed']))
+  removed = run(settings, num_remove=None, remove_layers=layers, workdir=str(tmp_path / 'given'))
   assert removed['rows'][0]['ppl'] != rows['laco', 'none']['ppl']
   assert 'Layers merged by laco, 2 fewer: ' in (pathlib.Path(settings['workdir']) / 'report.md').read_text()
 
@@ -212,12 +211,12 @@ def test_while_a_model_is_made_the_one_of_the_row_before_is_not_kept(settings, m
 
 
 def test_given_layers_skip_stage_1(settings):
-  report = run(settings, remove_layers='3,1', recipe='none')
+  report = run(settings, num_remove=None, remove_layers='3,1', recipe='none')
   assert report['removed'] == [1, 3] and report['gates'] == [] and report['method'] == 'given'
 
 
 def test_no_layers_and_no_text_is_a_round_trip(settings, tiny):
-  run(settings, remove_layers='', recipe='none', train_data='', eval_data=())
+  run(settings, num_remove=None, remove_layers='', recipe='none', train_data='', eval_data=())
   source = safetensors.numpy.load_file(tiny / 'model.safetensors')
   result = exported(settings['workdir'])
   assert source.keys() == result.keys()
@@ -229,7 +228,7 @@ def test_recipes_see_the_same_batches(settings, monkeypatch):
   seen = []
   batch = pipeline.Run.batch
   monkeypatch.setattr(pipeline.Run, 'batch', lambda self, i: seen.append(np.asarray(batch(self, i))) or batch(self, i))
-  run(settings, compare=['prune_then_train'], remove_layers='2')
+  run(settings, compare=['prune_then_train'], num_remove=None, remove_layers='2')
   assert len(seen) == 6
   np.testing.assert_array_equal(seen[:3], seen[3:])
 

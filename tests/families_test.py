@@ -218,8 +218,8 @@ def test_old_names_without_the_prefix(case, prefix, tmp_path):
 @pytest.mark.parametrize('kind', ['gemma2', 'gemma3_text'])
 def test_a_run_with_the_default_recipe_on_blocks_with_a_norm_after_the_mlp(kind, settings, tmp_path, monkeypatch):
   monkeypatch.setitem(CASES, kind, CASES[kind] | {'vocab_size': 258})
-  settings |= dict(model=str(write_model(tmp_path / 'in', kind)), recipe='absorb_then_train', remove_layers='2,3')
-  settings |= dict(num_remove=None, compare=('none', 'absorb'), verify='torch')
+  settings |= dict(model=str(write_model(tmp_path / 'in', kind)), recipe='absorb_then_train', num_remove=None)
+  settings |= dict(remove_layers='2,3', compare=('none', 'absorb'), verify='torch')
   report = pipeline.run(Config(**settings))
   removed, absorbed, trained = (row['ppl']['text'] for row in report['rows'])
   assert len({removed, absorbed, trained}) == 3 and report['verify']['torch'] <= 1e-4

@@ -276,7 +276,7 @@ def test_from_8_devices_to_2_to_1_by_sigterm(settings, tmp_path):
   for devices, mesh, stage, step in [(8, '2,4,1', 'gates', 5), (2, '1,2,1', 'regularize', 4)]:
     done = in_a_process(settings | {'mesh': mesh}, devices, batches=5)
     assert done.returncode == preemption.EXIT_STATUS == 75, done.stderr[-3000:]
-    sentence = f'stopped by SIGTERM after step {step} of {stage}; saved; start the same command again to go on'
+    sentence = f'stopped by SIGTERM after step {step} of {stage}; saved; rerun the same command to resume'
     assert done.stderr.splitlines()[-1] == f'elder_jax: {sentence}'
     assert not {'Traceback', 'Warning', 'Error'} & set(re.findall(r'\w+', done.stderr)), done.stderr
     assert names(pathlib.Path(settings['workdir']) / 'checkpoints' / stage) == [str(step)]
@@ -323,13 +323,13 @@ def test_sigterm_outside_training_ends_the_run_at_the_next_batch(settings, monke
     return put(*args)
 
   monkeypatch.setattr(pipeline.sharding, 'put_batch', counting)
-  with pytest.raises(preemption.Preempted, match='the stages that were finished are kept'):
+  with pytest.raises(preemption.Preempted, match='the stages that are finished are kept'):
     whole_run(settings)
   assert len(done) == 3
 
 
 def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text, tmp_path, monkeypatch):
-  settings |= dict(recipe='none', eval_data=(f'text={text}',), remove_layers='2')
+  settings |= dict(recipe='none', eval_data=(f'text={text}',), num_remove=None, remove_layers='2')
   whole_run(settings)
   message = refused(settings, '--lr=0.001, not 0.5', '--seed=0, not 7', '--compare=none, not ', lr=0.5, seed=7, compare=[])
   assert message.count(', not ') == 3
@@ -372,6 +372,7 @@ def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, cap
   monkeypatch.setattr(main.pipeline, 'run', full)
   monkeypatch.setattr(main.config_lib, 'from_flags', lambda: Config(**settings))
   monkeypatch.setattr(main.config_lib, 'launch_from_flags', lambda: None)
+  monkeypatch.setattr(main.config_lib, 'replaced', lambda: '')
   monkeypatch.setattr(main.hosts, 'start', lambda launch: None)
   monkeypatch.setattr(main.preemption, 'listen', lambda: None)
   with pytest.raises(SystemExit) as caught:
@@ -409,7 +410,7 @@ def test_a_folder_in_which_a_run_had_only_begun_is_not_foreign(settings):
   work.mkdir()
   for name in ('.writable', 'config.json.partial', '.shared-1-2'):
     (work / name).touch()
-  settings |= dict(recipe='none', remove_layers='2', eval_data=())
+  settings |= dict(recipe='none', num_remove=None, remove_layers='2', eval_data=())
   assert whole_run(settings)['removed'] == [2] and not {'.writable', 'config.json.partial'} & set(names(work))
   assert dataclasses.asdict(Config(**settings))['workdir'] == json.loads((work / 'config.json').read_text())['workdir']
 

@@ -1,0 +1,277 @@
+"""The work folder: one run at a time, its inputs remembered, and a failure that costs no more than it must."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from refusal import edit_json
+from refusal import refused
+
+from elder_jax import inputs
+from elder_jax import pipeline
+from elder_jax import train
+from elder_jax import verify
+from elder_jax import workdir
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
+
+def run(settings, **more) -> dict:
+  return pipeline.run(Config(**{**settings, **more}))
+
+
+def names(folder) -> list[str]:
+  return sorted(p.name for p in pathlib.Path(folder).iterdir())
+
+
+@pytest.fixture
+def own_text(settings, text, tmp_path) -> pathlib.Path:
+  """A text that `settings` measure on and that a test may change."""
+  path = tmp_path / 'own.txt'
+  shutil.copy(text, path)
+  settings['eval_data'] = (f'text={path}',)
+  return path
+
+
+def killed_before_training(settings, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(train, 'fit', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+      run(settings)
+
+
+# ---- one run at a time ----
+
+
+HOLDER = """
+import sys, time
+from elder_jax import workdir
+from elder_jax.config import Config
+with workdir.held(Config(workdir=sys.argv[1])):
+  print('held', flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_gone(settings):
+  env = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[1]), 'JAX_PLATFORMS': 'cpu'}
+  holder = subprocess.Popen([sys.executable, '-c', HOLDER, settings['workdir']], stdout=subprocess.PIPE, env=env, text=True)
+  assert holder.stdout.readline() == 'held\n'
+  message = refused(settings, f'--workdir={settings["workdir"]}', 'a run is going on here', f'process {holder.pid} on ')
+  assert f'since {time.strftime("%Y")}' in message
+  holder.kill()  # the kernel lets go of the lock, whatever became of the file
+  holder.wait()
+  assert names(settings['workdir']) == ['.lock']
+  assert pipeline.prepare(Config(**settings)).num_removes == [2]
+
+
+def test_a_refused_run_leaves_nothing_behind(settings, tmp_path):
+  refused(settings, '--train_data', workdir=str(tmp_path / 'new' / 'deep'), train_data=str(tmp_path / 'absent.txt'))
+  assert not (tmp_path / 'new').exists()
+  mine = tmp_path / 'mine'
+  (mine / 'source').mkdir(parents=True)
+  (mine / 'source' / 'thesis.tex').touch()
+  refused(settings, '--train_data', workdir=str(mine), train_data=str(tmp_path / 'absent.txt'))
+  assert names(mine) == ['source'] and names(mine / 'source') == ['thesis.tex']
+
+
+@pytest.mark.parametrize('name', workdir.FILES + workdir.FOLDERS)
+def test_a_name_that_is_taken_by_another_kind_is_told_at_once(settings, no_long_work, no_text, name):
+  work = pathlib.Path(settings['workdir'])
+  work.mkdir()
+  if name == workdir.LOCK:  # opened before all else
+    return
+  if name in workdir.FILES:
+    (work / name).mkdir()
+  else:
+    (work / name).touch()
+  refused(settings, f'--workdir={work}', name, 'move it away')
+
+
+# ---- inputs ----
+
+
+def test_a_resumed_run_refuses_another_text_under_the_old_name(settings, own_text, monkeypatch):
+  killed_before_training(settings, monkeypatch)
+  before = own_text.read_bytes()
+  own_text.write_text('Something else. ' * 500)
+  refused(settings, '--eval_data=text=', str(own_text), 'is not what the run', 'began with')
+  own_text.write_bytes(before)
+  assert run(settings)['ppl']['text']['dense'] > 1
+
+
+def test_a_resumed_run_refuses_another_model_and_tokenizer_under_the_old_name(settings, model, monkeypatch):
+  killed_before_training(settings, monkeypatch)
+  config, tokenizer = (model / 'config.json').read_text(), (model / 'tokenizer.json').read_text()
+  edit_json(model / 'config.json', rms_norm_eps=1e-3)
+  refused(settings, f'--model={model}', 'is not what the run')
+  (model / 'config.json').write_text(config)
+  vocabulary = json.loads(tokenizer)
+  vocabulary['model']['vocab']['a'], vocabulary['model']['vocab']['b'] = (vocabulary['model']['vocab'][c] for c in 'ba')
+  (model / 'tokenizer.json').write_text(json.dumps(vocabulary))
+  refused(settings, f'--tokenizer={model}', 'is not what the run')
+  (model / 'tokenizer.json').write_text(tokenizer)
+  for path in model.iterdir():  # the same files, fetched again
+    os.utime(path, (1, 1))
+  assert run(settings)['num_layers'] == 6
+
+
+def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkeypatch):
+  monkeypatch.setattr(inputs, '_SAMPLE', 16)
+  monkeypatch.setattr(inputs, '_SAMPLES', 4)
+  path = tmp_path / 'a'
+  seen = set()
+  content = bytes(range(200))
+  for changed in (content, content[:-1], content[:-1] + b'x', b'x' + content[1:], content[:70] + b'xxxxxx' + content[76:]):
+    path.write_bytes(changed)
+    seen.add(inputs.of_files([path]))
+  assert len(seen) == 5
+
+
+# ---- failures ----
+
+
+def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, monkeypatch):
+  with pytest.raises(train.NonFiniteLoss):
+    run(settings, lr=1e30, train_steps=5)
+  work = pathlib.Path(settings['workdir'])
+  assert (work / 'failed.txt').read_text().startswith('the ')
+  chosen = (work / 'stages' / 'gates.json').read_bytes()
+  settings |= dict(train_steps=5)
+  report = run(settings)  # with another --lr
+  assert (work / 'stages' / 'gates.json').read_bytes() == chosen and not (work / 'failed.txt').exists()
+  alone = run(settings, workdir=f'{work}2')
+  assert report['ppl'] == alone['ppl']
+  refused(settings, '--lr=0.001, not 0.002', lr=0.002)  # one that is finished does not let go
+
+
+@pytest.mark.parametrize(
+  'changes, kept',
+  [
+    (dict(export_dtype='bfloat16'), ['dense', 'gates', 'none', 'regularize', 'source']),
+    (dict(eval_tokens=128), ['gates', 'source']),
+    (dict(distill=0.5), ['dense', 'gates', 'source']),
+    (dict(gate_lr=0.1), ['dense', 'source']),
+    (dict(eval_tokens=128, gate_lr=0.1), ['source']),
+    (dict(seq_len=16), []),
+  ],
+  ids=str,
+)
+def test_what_does_not_depend_on_a_changed_setting_is_kept(settings, changes, kept):
+  pipeline.prepare(Config(**settings))
+  work = pathlib.Path(settings['workdir'])
+  (work / 'stages').mkdir()
+  for name in ('dense', 'gates', 'none', 'regularize', 'source'):
+    (work / 'stages' / f'{name}.json').write_text('{}')
+  for name in ('gates', 'regularize'):
+    (work / 'checkpoints' / name / '5').mkdir(parents=True)
+  (work / workdir.FAILED).touch()
+  pipeline.prepare(Config(**settings | changes))
+  assert names(work / 'stages') == [f'{name}.json' for name in kept]
+  trained = {'export_dtype', 'eval_tokens'} >= set(changes)
+  chosen = 'gates' in kept
+  assert names(work / 'checkpoints') == ['gates'] * chosen + ['regularize'] * trained
+  assert json.loads((work / 'config.json').read_text()) == json.loads(json.dumps(vars(Config(**settings | changes))))
+
+
+@pytest.mark.parametrize('content', [b'', b'{"result"', b'[]', b'{}', b'\xff\xfe'])
+def test_a_stage_that_cannot_be_read_is_done_again(settings, monkeypatch, capsys, content):
+  killed_before_training(settings, monkeypatch)
+  path = pathlib.Path(settings['workdir']) / 'stages' / 'dense.json'
+  right = json.loads(path.read_text())['result']
+  path.write_bytes(content)
+  assert run(settings)['ppl']['text']['dense'] == right['ppl']['text']
+  assert f'{path}: cannot be read' in capsys.readouterr().err
+
+
+def test_a_finished_report_that_cannot_be_read_is_told(settings):
+  run(settings, recipe='none')
+  path = pathlib.Path(settings['workdir']) / 'report.json'
+  path.write_bytes(b'{"schema"')
+  refused(settings, path, 'cannot be read', 'remove it', recipe='none')
+
+
+def test_a_finished_run_reads_neither_text_nor_model(settings, monkeypatch):
+  report = run(settings, recipe='none')
+  monkeypatch.setattr(pipeline, 'prepare', lambda config: pytest.fail('a finished run was prepared again'))
+  assert run(settings, recipe='none') == report
+
+
+# ---- nothing is tried for the first time at the end ----
+
+
+def test_a_report_that_cannot_be_made_is_known_before_the_model_is_loaded(settings, monkeypatch, capsys):
+  def broken(report):
+    raise KeyError('acc_stderr')
+
+  class Loading(Exception):
+    pass
+
+  def load(job):
+    raise Loading
+
+  monkeypatch.setattr(pipeline.report_lib, 'markdown', broken)
+  monkeypatch.setattr(pipeline, 'load', load)
+  with pytest.raises(Loading):
+    run(settings)
+  assert "report.md could not be written ('acc_stderr')" in capsys.readouterr().err
+  monkeypatch.setattr(pipeline.report_lib, 'model_card', lambda report, config: broken(report))
+  with pytest.raises(KeyError):
+    run(settings)
+
+
+@pytest.mark.parametrize('name', ['markdown', 'model_card', 'plot'])
+def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
+  settings |= dict(recipe='none', compare=(), num_remove=None, ratio='0.33,0.17', method='last', verify='jax')
+  function, calls = getattr(pipeline.report_lib, name), []
+
+  def fails_at_the_end(*args):
+    calls.append(1)
+    if len(calls) > 1:
+      raise ValueError('no such figure')
+    return function(*args)
+
+  monkeypatch.setattr(pipeline.report_lib, name, fails_at_the_end)
+  report = run(settings)
+  work = pathlib.Path(settings['workdir'])
+  assert verify.manifest.check(work / 'export') and json.loads((work / 'report.json').read_text()) == report
+  file = {'markdown': 'report.md', 'model_card': 'README.md', 'plot': 'sweep.svg'}[name]
+  assert f'{file} could not be written (no such figure)' in capsys.readouterr().err
+  assert not (work / file).exists() and not (work / 'export' / file).exists()
+
+
+# ---- what is removed, and how that is said ----
+
+
+@pytest.mark.parametrize(
+  'more, parts',
+  [
+    (dict(num_remove=0), ['--recipe=regularize', 'no layer is removed', '--recipe=none']),
+    (dict(num_remove=None, ratio='0.3,0', distill=0.5), ['--distill=0.5', 'from itself']),
+    (dict(ratio='0.2'), ['--ratio=0.2 and --num_remove=2', 'one way only']),
+    (dict(remove_layers='2'), ['--num_remove=2 and --remove_layers=2', 'one way only']),
+    (dict(optimizer='adam'), ['--optimizer=adam', 'adamw']),
+    (dict(bos='windows'), ['--bos=windows', 'tokenizer']),
+    (dict(recipe='regularise'), ['--recipe=regularise', 'regularize']),
+  ],
+)
+def test_settings_that_contradict_each_other_or_are_misspelt(settings, no_text, no_long_work, more, parts):
+  refused(settings, *parts, **more)
+
+
+def test_the_record_of_an_input_is_under_its_own_name(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt').touch()
+  monkeypatch.chdir(tmp_path)
+  assert inputs.named('--x', 'a.txt') == inputs.named('--x', f'{tmp_path}/a.txt') == f'--x={tmp_path}/a.txt'
+  assert inputs.named('--x', 'owner/name:train') == '--x=owner/name:train'
+  (tmp_path / 'inputs.json').write_text(json.dumps({'--x=a': 'a' * 64}))
+  inputs.check(tmp_path, {'--x=a': 'a' * 64, '--y=b': 'b' * 64})
+  with pytest.raises(InputError, match='--x=a: is not what the run'):
+    inputs.check(tmp_path, {'--x=a': 'c' * 64})
