@@ -5,6 +5,7 @@
 --how, several with commas:
   kill       SIGKILL
   term       SIGTERM: exit status 75 and one sentence, unless Python still imports or is done and ends
+  int        SIGINT, as Ctrl-C: exit status 130 and one sentence, with the same exceptions
   truncate   SIGKILL, then a random file of the stage's newest checkpoint is cut to a random length
   disk       the disk, a small tmpfs (root only), is filled: exit status 1, one sentence, nothing half-written; then freed
   process    SIGKILL of one of two processes of jax.distributed; the other must end as well
@@ -36,7 +37,7 @@ from elder_jax import preemption
 from tests import conftest
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for model, text and runs; made anew.', required=True)
-_HOW = flags.DEFINE_list('how', ['kill'], 'Ways of ending a run: kill, term, truncate, disk, process, term_one.')
+_HOW = flags.DEFINE_list('how', ['kill'], 'Ways of ending a run: kill, term, int, truncate, disk, process, term_one.')
 _TIMES = flags.DEFINE_integer('times', 50, 'How often, for each way.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the moments.')
 
@@ -55,6 +56,7 @@ FLAGS = [
 ]  # fmt: skip
 DISK_MB = 64
 PROCESSES = {'process': 2, 'term_one': 2}
+SIGNALS = {'term': signal.SIGTERM, 'term_one': signal.SIGTERM, 'int': signal.SIGINT}  # SIGKILL otherwise
 
 
 class Run:
@@ -243,15 +245,18 @@ class Trial:
     while self.how == 'truncate' and not newest_checkpoint(workdir) and not run.ended():
       time.sleep(0.01)
     victim = run.processes[self.rng.integers(len(run.processes))]
-    victim.send_signal(signal.SIGTERM if 'term' in self.how else signal.SIGKILL)
+    number = SIGNALS.get(self.how, signal.SIGKILL)
+    victim.send_signal(number)
     status = run.wait(60)
     if self.how == 'process':
       self.notes[f'exit status {sorted(status)}'] += 1
-    if 'term' in self.how:
-      python = run.phase() == 'start' or (workdir / 'report.json').exists()  # it imports, or all is done and it ends
-      if set(status) == {preemption.EXIT_STATUS}:
-        one_sentence(run, 'stopped by SIGTERM', status)
-      elif any(status) and not (-signal.SIGTERM in status and python):
+    if number != signal.SIGKILL:
+      # It imports or reads text, with nothing to save, or all is done and it ends.
+      python = run.phase() == 'start' or (workdir / 'report.json').exists()
+      saved = preemption.CTRL_C_STATUS if number == signal.SIGINT else preemption.EXIT_STATUS
+      if set(status) == {saved} and not python:
+        one_sentence(run, 'stopped by Ctrl-C' if number == signal.SIGINT else 'stopped by SIGTERM', status)
+      elif any(status) and not ({-number, saved} & set(status) and python):
         raise SystemExit(f'status {status}:\n' + '\n'.join(run.lines))
       self.notes[f'exit status {sorted(status)}'] += 1
     if self.how == 'truncate' and (newest := newest_checkpoint(workdir)):

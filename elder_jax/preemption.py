@@ -14,6 +14,7 @@ class Preempted(BaseException):
   """The run was told to stop. Not an Exception: no library shall take it for a failure of its own."""
 
 
+_listens = False
 _signalled = False
 _by_ctrl_c = False
 _points = 0
@@ -25,6 +26,8 @@ def listen():
   The handler raises nothing: it may run inside a destructor, where that is lost, or between the renaming of two files.
   Under jax.distributed there is none: JAX listens, and tells all processes of a signal that one of them was sent.
   """
+  global _listens
+  _listens = True
   if not jax.distributed.is_initialized():
     signal.signal(signal.SIGTERM, _on_sigterm)
 
@@ -32,9 +35,10 @@ def listen():
 def listen_to_ctrl_c():
   """From now on, when there is work to save, the first Ctrl-C is taken as a SIGTERM; a second one aborts at once.
 
-  A shell that starts a command in the background makes it ignore Ctrl-C: so it stays.
+  Only in a command that has called `listen`: a program that uses this package has its own way with signals. A shell that
+  starts a command in the background makes it ignore Ctrl-C, and so it stays.
   """
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  if _listens and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _on_sigint)
 
 

@@ -144,8 +144,9 @@ def write_gguf(path: pathlib.Path, architecture='llama', drop=(), fields=(), ten
 def small_gguf(tmp_path, settings) -> pathlib.Path:
   """Where to write a GGUF file to; `settings` point there and need no text."""
   settings |= dict(
-    model=str(tmp_path / 'small.gguf'), num_remove=None, remove_layers='', recipe='none', compare=[], train_data='', eval_data=()
-  )
+    model=str(tmp_path / 'small.gguf'), num_remove=None, remove_layers='', recipe='none', compare=[], train_data='',
+    eval_data=(),
+  )  # fmt: skip
   return tmp_path / 'small.gguf'
 
 

@@ -13,6 +13,7 @@ import pytest
 from elder_jax import cli
 from elder_jax import config as config_lib
 from elder_jax import main
+from elder_jax import unused
 from elder_jax.config import Config
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -64,6 +65,48 @@ def test_flags_after_the_flagfile_win(flag_values, tmp_path):
   assert (config.seq_len, config.lambda1, config.seed, config.compare) == (9, 0.5, 3, [])
   assert config.corpora() == {'a': 'a.txt'} and config.recipes() == ['absorb_then_train']
   assert config.remove_layers is None and config.num_remove is None and config.batch_size == 4
+
+
+@pytest.mark.parametrize(
+  'args, wins, told',
+  [
+    (['--num_remove=7', '--ratio=0.1,0.2'], ('ratio', '0.1,0.2'), '--num_remove=7: not used'),
+    (['--ratio=0.1', '--num_remove=7'], ('num_remove', 7), '--ratio=0.1: not used'),
+    (['--num_remove=7', '--remove_layers='], ('remove_layers', ''), '--num_remove=7: not used'),
+    (['--num_remove=7', '--num_remove=5'], ('num_remove', 5), ''),
+    ([], (None, None), ''),
+  ],
+  ids=lambda v: '',
+)
+def test_of_several_ways_to_say_how_much_the_last_one_counts(flag_values, tmp_path, args, wins, told):
+  (tmp_path / 'a.flags').write_text('\n'.join(args[:1]))
+  flag_values(['main', f'--flagfile={tmp_path}/a.flags', *args[1:]])
+  config = config_lib.from_flags(flag_values)
+  given = {name: getattr(config, name) for name in config_lib.HOW_MUCH if getattr(config, name) is not None}
+  assert given == ({wins[0]: wins[1]} if wins[0] else {})
+  assert config_lib.replaced(flag_values).startswith(told) and bool(config_lib.replaced(flag_values)) == bool(told)
+
+
+@pytest.mark.parametrize(
+  'settings, named',
+  [
+    (dict(remove_layers='3', method='elder'), '--method=elder'),
+    (dict(gate='output', method='sleb'), '--gate=output'),
+    (dict(lambda2=0.1), '--lambda2=0.1'),
+    (dict(recipe='none', lr=0.1, train_data='a'), '--lr=0.1'),
+    (dict(train_steps=0, distill=0.5), '--distill=0.5'),
+    (dict(tasks_dir='here', eval_tokens=5), '--eval_tokens=5'),
+    (dict(task_limit=5), '--task_limit=5'),
+    (dict(method='elder', score_steps=3), '--score_steps=3'),
+  ],
+  ids=str,
+)
+def test_a_setting_that_nothing_reads_is_named(settings, named):
+  lines = unused.told(Config(**settings))
+  assert any(line.startswith('not used: ') and named in line for line in lines), lines
+  every = dict(method='elder,sleb', recipe='regularize', eval_data=('a=a',), tasks='piqa')
+  changed = {name: value for name, value in settings.items() if name not in ('remove_layers', 'train_steps', *every)}
+  assert unused.told(Config(**every | changed)) == []
 
 
 def test_an_empty_eval_data_drops_those_before_it(flag_values):

@@ -22,6 +22,7 @@ from refusal import refused
 import safetensors.numpy
 
 from elder_jax import checkpoint
+from elder_jax import checkpoint_hf
 from elder_jax import gates
 from elder_jax import job
 from elder_jax import main
@@ -241,11 +242,12 @@ def left_behind(workdir, report) -> tuple:
   return {k: v for k, v in report.items() if k not in ('seconds', 'device')}, tensors, lines
 
 
-def in_a_process(settings, devices: int, batches: int) -> subprocess.CompletedProcess:
-  """`python -m elder_jax.main` that is sent SIGTERM when it takes its n-th batch."""
+def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) -> subprocess.CompletedProcess:
+  """`python -m elder_jax.main` that is sent a signal when it takes its n-th batch."""
   args = [f'--{k}={v}' for k, v in settings.items() if k != 'eval_data']
   args += [f'--eval_data={text}' for text in settings['eval_data']]
   env = os.environ | {
+      'SIGNAL': str(int(number)),
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
       'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
       'PYTHONPATH': os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]),
@@ -262,7 +264,7 @@ def struck():
     nonlocal left
     left -= 1
     if not left:
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), int(os.environ['SIGNAL']))
     return batch(self, i)
 
   job.Run.batch = counting
@@ -311,6 +313,59 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypat
   mine, whole = left_behind(settings['workdir'], resumed), left_behind(tmp_path / 'straight', straight)
   chex.assert_trees_all_equal(mine[1], whole[1])
   assert mine[0] == whole[0] and mine[2] == whole[2]
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_exactly(settings, tmp_path):
+  straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
+  done = in_a_process(settings, 1, batches=6, number=signal.SIGINT)
+  assert done.returncode == preemption.CTRL_C_STATUS == 130, done.stderr[-3000:]
+  told = done.stderr.splitlines()
+  assert told[-1] == 'elder_jax: stopped by Ctrl-C after step 2 of regularize; saved; rerun the same command to resume'
+  assert 'elder_jax: stopping at the next step; press Ctrl-C again to abort at once' in told
+  assert 'Traceback' not in done.stderr
+  mine, whole = left_behind(settings['workdir'], whole_run(settings)), left_behind(tmp_path / 'straight', straight)
+  chex.assert_trees_all_equal(mine[1], whole[1])
+  assert mine[0] == whole[0] and mine[2] == whole[2]
+
+
+def test_the_second_ctrl_c_aborts_and_a_program_of_its_own_keeps_its_signals(monkeypatch, capfd):
+  found = signal.getsignal(signal.SIGINT)
+  for name in ('_listens', '_signalled', '_by_ctrl_c'):
+    monkeypatch.setattr(preemption, name, False)
+  try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    preemption.listen_to_ctrl_c()
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(preemption, '_listens', True)
+    preemption.listen_to_ctrl_c()
+    signal.raise_signal(signal.SIGINT)
+    assert preemption.reached() and 'press Ctrl-C again' in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs in the background
+    preemption.listen_to_ctrl_c()
+    signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, found)
+
+
+def test_sigterm_ends_a_copy_within_a_tensor(settings, monkeypatch):
+  settings |= dict(recipe='none', compare=(), num_remove=None, remove_layers='2', train_data='', eval_data=())
+  monkeypatch.setattr(checkpoint_hf.safetensors_files, 'PIECE', 1024)
+  seen, finite = [], checkpoint_hf._check_finite
+
+  def count(*args, **kwargs):
+    seen.append(1)
+    monkeypatch.setattr(preemption, '_signalled', len(seen) == 3)
+    return finite(*args, **kwargs)
+
+  monkeypatch.setattr(checkpoint_hf, '_check_finite', count)
+  with pytest.raises(preemption.Preempted, match='rerun the same command to resume'):
+    whole_run(settings)
+  assert len(seen) == 3 and not (pathlib.Path(settings['workdir']) / 'export').exists()
+  monkeypatch.setattr(preemption, '_signalled', False)
+  assert whole_run(settings)['removed'] == [2]
 
 
 def test_sigterm_outside_training_ends_the_run_at_the_next_batch(settings, monkeypatch):
