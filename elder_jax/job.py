@@ -2,8 +2,10 @@
 
 import dataclasses
 import decimal
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from elder_jax import absorb
@@ -74,6 +76,7 @@ def prepare(config: Config) -> Run:
   source = hosts.lead_first(lambda: checkpoint_hf.open_source(config.model, work / 'source'))
   num_removes = count_removed(config, source.num_layers)
   _check_nothing_removed(config, num_removes)
+  _check_export(config, source, num_removes[0])
   for recipe in config.recipes():
     if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
       absorb.check(source.spec, recipe)
@@ -141,6 +144,24 @@ def _check_nothing_removed(config: Config, num_removes: list[int]):
     )
   if trains and config.distill and not all(num_removes):
     raise InputError(f'--distill={config.distill}: where no layer is removed it distils a model from itself; leave out 0.')
+
+
+def _check_export(config: Config, source: checkpoint_hf.Source, num_remove: int):
+  """Raises InputError where the export could not be read back, or where there is no room for it."""
+  kept = list(range(source.num_layers - num_remove))
+  spec = source.spec.with_layers(kept)
+  written = checkpoint_hf.pruned_config(source.family, source.config, kept, config.export_dtype)
+  if checkpoint_hf.architecture(config.model, written) != (spec, len(kept)):
+    raise InputError(
+      f'--model={config.model}: its config.json cannot be cut to {len(kept)} layers; please report this with the file.'
+    )
+  params = prune.num_params(checkpoint_hf.abstract(spec, len(kept)))
+  needed = params * jnp.dtype(config.export_dtype or source.dtype).itemsize
+  if (free := shutil.disk_usage(config.path()).free) < needed:
+    raise InputError(
+      f'--workdir={config.workdir}: the export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some '
+      'space or choose another folder.'
+    )
 
 
 def _torch(config: Config, source: checkpoint_hf.Source, num_remove: int) -> bool:

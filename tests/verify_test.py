@@ -68,8 +68,8 @@ def test_a_mismatch_leaves_nothing_under_the_final_name(quick, monkeypatch):
 
 
 def test_a_config_that_transformers_cannot_make_is_known_at_once(quick, no_text, no_long_work, monkeypatch, capsys):
-  pruned = checkpoint_hf.pruned_config
-  monkeypatch.setattr(checkpoint_hf, 'pruned_config', lambda *args: pruned(*args) | {'model_type': 'not_yet'})
+  why = verify.why_torch_cannot
+  monkeypatch.setattr(verify, 'why_torch_cannot', lambda config: why(config | {'model_type': 'not_yet'}))
   refused(quick, '--verify=torch', 'not_yet', '--verify=jax')
   with pytest.raises(pytest.fail.Exception):  # the text is read
     pipeline.run(Config(**quick | dict(verify='auto')))

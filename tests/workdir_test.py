@@ -12,6 +12,7 @@ import pytest
 from refusal import edit_json
 from refusal import refused
 
+from elder_jax import checkpoint_hf
 from elder_jax import inputs
 from elder_jax import pipeline
 from elder_jax import train
@@ -245,6 +246,18 @@ def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
   file = {'markdown': 'report.md', 'model_card': 'README.md', 'plot': 'sweep.svg'}[name]
   assert f'{file} could not be written (no such figure)' in capsys.readouterr().err
   assert not (work / file).exists() and not (work / 'export' / file).exists()
+
+
+def test_a_disk_without_room_for_the_export_is_known_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
+  usage = pipeline.shutil.disk_usage
+  monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: usage(path)._replace(free=100))
+  refused(settings, f'--workdir={settings["workdir"]}', 'the export needs', 'GB are free')
+
+
+def test_a_config_that_is_cut_wrongly_is_known_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
+  pruned = checkpoint_hf.pruned_config
+  monkeypatch.setattr(checkpoint_hf, 'pruned_config', lambda *args: pruned(*args) | {'num_hidden_layers': 5})
+  refused(settings, '--model=', 'cannot be cut to 4 layers')
 
 
 # ---- what is removed, and how that is said ----
