@@ -18,6 +18,7 @@ from elder_jax import importance
 from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
+from elder_jax import model_folder
 from elder_jax import regularize
 from elder_jax import report as report_lib
 from elder_jax import safetensors_files
@@ -54,6 +55,7 @@ class Run:
   shardings: Decoder  # of the parameters, whatever their number of layers
   mode: Mode
   log: metrics.Metrics
+  tokenizer_folder: pathlib.Path | None = None  # of --tokenizer, whose files the export has in place of the source's
 
   @property
   def copies(self) -> bool:
@@ -75,6 +77,10 @@ def prepare(config: Config) -> Run:
   hosts.lead_first(lambda: _claim(work, config) if hosts.leads() else None)
   hosts.check_shared(work, '--workdir')
   source = hosts.lead_first(lambda: checkpoint_hf.open_source(config.model, work / 'source'))
+  tokenizer_folder = None
+  if config.tokenizer:
+    tokenizer_folder = hosts.lead_first(lambda: model_folder.find('--tokenizer', config.tokenizer, 'tokenizer'))
+  model_folder.small_files(source.files, tokenizer_folder)  # what the export needs can be read
   num_removes = count_removed(config, source.num_layers)
   for recipe in config.recipes():
     if recipe.startswith(('absorb', 'replace_linear')) and any(num_removes):
@@ -97,7 +103,7 @@ def prepare(config: Config) -> Run:
   if reads and not config.train_data:
     raise InputError('--train_data is missing: give a text to choose layers by and to train on.')
   if reads or config.corpora() or config.task_names():
-    tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
+    tokenizer = data.load_tokenizer(str(tokenizer_folder or source.files))
     bos, first = _bos(config, source, tokenizer)
     special = bos == 'tokenizer'
     if reads:
@@ -118,7 +124,9 @@ def prepare(config: Config) -> Run:
   if hosts.leads():
     report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
   log = metrics.Metrics(work / 'metrics.jsonl')
-  return Run(config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log)
+  return Run(
+    config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log, tokenizer_folder
+  )
 
 
 def _claim(work: pathlib.Path, config: Config):

@@ -315,7 +315,8 @@ def export(job: Run, pruned: Decoder | None, kept: list[int], report: dict) -> d
   if hosts.leads():
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
+    shard_bytes = int(config.shard_gb * 1e9)
+    hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, shard_bytes, job.tokenizer_folder)
     (temporary / 'README.md').write_text(report_lib.model_card(report, dataclasses.asdict(config)), encoding='utf-8')
   elif not job.copies:
     checkpoint_hf.take_part(pieces_of, source, kept)
