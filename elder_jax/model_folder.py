@@ -56,7 +56,7 @@ def find(flag: str, name: str, what: str = 'model') -> pathlib.Path:
       raise InputError(f'{flag}={name}: there is no such folder; check the path, or give a hub id (owner/name).')
     path = _fetch(flag, name, what)
   if what != 'tokenizer' and not (path / 'config.json').is_file():
-    files = 'is empty' if not any(path.iterdir()) else 'has no config.json'
+    files = 'is empty' if path.is_dir() and not any(path.iterdir()) else 'has no config.json'
     raise InputError(f'{flag}={name}: the folder {files}; give a folder in Hugging Face format, or a .gguf file.')
   return path
 
