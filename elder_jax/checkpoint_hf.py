@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +24,13 @@ import numpy as np
 from elder_jax import families
 from elder_jax import gguf_source
 from elder_jax import hosts
+from elder_jax import model_folder
 from elder_jax import preemption
 from elder_jax import safetensors_files
 from elder_jax.errors import InputError
-from elder_jax.errors import reason
 from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Spec
-
-# What is taken over from the source as it stands, byte for byte.
-COPIED = (
-    'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'spiece.model',
-    'chat_template*', 'generation_config.json', 'LICENSE*', 'NOTICE*', 'USE_POLICY*',
-)  # fmt: skip
-HUB_FILES = ('config.json', '*.safetensors', '*.safetensors.index.json', *COPIED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +49,7 @@ class Source:
 
   @property
   def is_gguf(self) -> bool:
-    return os.path.isfile(user_path(self.name))
+    return model_folder.is_gguf(self.name)
 
   @property
   def dtype(self) -> str:
@@ -74,15 +66,15 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
   """Opens `--model`. What a GGUF file holds besides weights is written as Hugging Face files into `scratch`."""
   if not model:
     raise InputError('--model is missing: give a Hugging Face folder, a hub id or a .gguf file.')
-  path = user_path(model)
-  if path.suffix == '.gguf':
+  if model_folder.is_gguf(model):
+    path = user_path(model)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
       raise InputError(f'--model={model}: there is no such file; check the path.')
     config, shapes, read = gguf_source.open_gguf(path, scratch)
     files, dtypes = scratch, dict.fromkeys(shapes, 'float32')
     pieces = lambda name: iter([read(name)])
   else:
-    files = _folder(model, path)
+    files = model_folder.find('--model', model)
     config = safetensors_files.read_json(files / 'config.json')
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
   spec, num_layers = architecture(model, config)
@@ -93,7 +85,7 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
 
 def read_config(model: str) -> dict:
   """config.json of a folder or of a hub id, from which nothing else is fetched."""
-  return safetensors_files.read_json(_folder(model, user_path(model), ('config.json',)) / 'config.json')
+  return safetensors_files.read_json(model_folder.find('--model', model, 'config') / 'config.json')
 
 
 def architecture(model: str, config: dict) -> tuple[Spec, int]:
@@ -120,31 +112,6 @@ def _with_prefix(source: Source) -> Source:
     read=lambda name: source.read(theirs[name]),
     pieces=lambda name: source.pieces(theirs[name]),
   )
-
-
-def _folder(model: str, path: pathlib.Path, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
-  """The folder of a model; files: what to fetch of a hub id."""
-  if os.path.isfile(path):
-    raise InputError(f'--model={model}: is a file but not a .gguf; give the checkpoint folder that holds it.')
-  if not os.path.isdir(path):
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', model) or model.startswith(('.', '/')):
-      raise InputError(f'--model={model}: there is no such folder; check the path, or give a hub id (owner/name).')
-    return _fetch(model, files)
-  if not (path / 'config.json').is_file():
-    what = 'is empty' if not any(path.iterdir()) else 'has no config.json'
-    raise InputError(f'--model={model}: the folder {what}; give a folder in Hugging Face format.')
-  return path
-
-
-def _fetch(hub_id: str, files: tuple[str, ...]) -> pathlib.Path:
-  import huggingface_hub  # here, since a local run needs no hub
-
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(files)))
-  except Exception as e:  # the hub client raises many kinds, all mean the same here  # noqa: BLE001
-    raise InputError(
-      f'--model={hub_id}: no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
-    ) from e
 
 
 # ---- the weight table, both ways ----
@@ -413,25 +380,31 @@ def _source_rows(source: Source, kept: list[int]) -> Callable[[_Row], _Row]:
 
 
 def save(
-  pieces_of: PiecesOf, source: Source, kept: list[int], folder: pathlib.Path, dtype: str, shard_bytes: int
+  pieces_of: PiecesOf,
+  source: Source,
+  kept: list[int],
+  folder: pathlib.Path,
+  dtype: str,
+  shard_bytes: int,
+  tokenizer: pathlib.Path | None = None,
 ) -> dict:
   """Writes source's layers `kept` as a Hugging Face folder; `folder` must exist and is the caller's to rename.
 
-  config.json is the source's with the depth changed, tokenizer and the like are copied byte for byte. The host holds one
-  tensor at a time.
+  config.json is the source's with the depth changed and without auto_map, since transformers has the code of every family;
+  the small files are copied byte for byte. The host holds one tensor at a time.
 
   Args:
     pieces_of: from_model or from_source.
     dtype: of the tensors written; empty: each has its source's own.
+    tokenizer: the folder of another tokenizer than the source's, if any (model_folder.small_files).
 
   Returns:
     {file name: sha256} of the files with tensors.
   """
   config = pruned_config(source.family, source.config, kept, dtype)
+  config.pop('auto_map', None)
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-  for pattern in COPIED:
-    for path in sorted(source.files.glob(pattern)):
-      shutil.copyfile(path, folder / path.name)
+  model_folder.copy(model_folder.small_files(source.files, tokenizer), folder)
 
   rows = _rows(source.family, source.spec.with_layers(kept), len(kept))
   own = _source_rows(source, kept)

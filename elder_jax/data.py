@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from elder_jax import model_folder
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
@@ -18,8 +19,9 @@ def load_tokenizer(name: str):
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # else it calls for PyTorch, which nothing here needs
   import transformers  # here: it takes seconds, and reading headers shall not wait for it
 
+  folder = model_folder.find('--tokenizer', name, 'tokenizer')
   try:
-    return transformers.AutoTokenizer.from_pretrained(str(user_path(name)), trust_remote_code=False)
+    return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
   except Exception as e:  # it raises many kinds for a bad folder  # noqa: BLE001
     raise InputError(f'the tokenizer of {name} cannot be loaded ({reason(e)}); give one with --tokenizer.') from e
 

@@ -12,11 +12,19 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
+from elder_jax.errors import InputError
+
 # Type of a metadata value -> struct's letter; 8 is a string, 9 an array.
 _SCALARS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q', 12: 'd'}
 _STRING, _ARRAY = 8, 9
 _PLAIN = {gguf.GGMLQuantizationType.F32: np.dtype('<f4'), gguf.GGMLQuantizationType.F16: np.dtype('<f2')}
+_TYPES = {int(kind): kind for kind in gguf.GGMLQuantizationType}
 _ALIGNMENT = 32  # where general.alignment says nothing
+# How files begin that are often taken for a GGUF file.
+_NOT_GGUF = {
+  b'version https://git-lfs': 'is a Git LFS pointer, not the file itself; run git lfs pull.',
+  **dict.fromkeys((b'lmgg', b'fmgg', b'tjgg', b'algg'), 'is older than GGUF; convert the original model again.'),
+}  # fmt: skip
 
 
 class Tensor(NamedTuple):
@@ -29,14 +37,27 @@ class Tensor(NamedTuple):
 
 
 def read(path: pathlib.Path) -> tuple[dict, list[Tensor]]:
-  """(metadata by name, tensors). Raises ValueError, EOFError or OSError where the file cannot be what it says."""
+  """(metadata by name, tensors) of one file.
+
+  Raises:
+    InputError: it is whole, but of a kind that is not read.
+    ValueError, EOFError, OSError: it cannot be what it says.
+  """
   octets = np.asarray(np.memmap(path, np.uint8, 'r'))
+  if (what := next((what for begin, what in _NOT_GGUF.items() if octets[:32].tobytes().startswith(begin)), None)):
+    raise InputError(f'{path}: {what}')
   walk = _Walk(octets)
   if walk.take(4) != b'GGUF':
     raise ValueError('it does not begin with GGUF')
   version = walk.number('I')
   if version not in (2, 3):
-    raise ValueError(f'version {version} is not known')
+    if version and version % 2**16 == 0:
+      raise InputError(
+        f'{path}: is a big-endian GGUF file; convert it with gguf-convert-endian {path.name} little (pip install gguf).'
+      )
+    raise InputError(
+      f'{path}: is of GGUF version {version}, only 2 and 3 are read; convert the original model with a current llama.cpp.'
+    )
   num_tensors, num_fields = walk.count(24), walk.count(12)
   fields = {}
   for _ in range(num_fields):
@@ -52,7 +73,12 @@ def read(path: pathlib.Path) -> tuple[dict, list[Tensor]]:
     if (dims := walk.number('I')) > 4:
       raise ValueError(f'a tensor of {dims} dimensions')
     shape = tuple(walk.number('Q') for _ in range(dims))
-    heads[name] = shape, gguf.GGMLQuantizationType(walk.number('I')), walk.number('Q')
+    if (kind := walk.number('I')) not in _TYPES:
+      raise InputError(
+        f"{path}: the tensor {name} has the quantisation type {kind}, which llama.cpp does not have (a fork's, or newer "
+        'than the gguf package here); use a file of this model in Q8_0 or F16.'
+      )
+    heads[name] = shape, _TYPES[kind], walk.number('Q')
   alignment = fields.get('general.alignment', _ALIGNMENT)
   if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
     raise ValueError('general.alignment is no power of two')

@@ -4,6 +4,7 @@ llama.cpp keeps a vocabulary, and the merges or the scores, and names the rest: 
 """
 
 import pathlib
+import re
 
 import tokenizers
 from tokenizers import decoders
@@ -31,10 +32,22 @@ _PRE_TOKENIZERS = {
   'qwen2': lambda: _cut_by(r'\p{N}'),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
+# At these llama.cpp ends a text, whatever the fields say.
+_ENDS = '<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <EOT> _<EOT>'.split()
+_KNOWN = re.compile(
+  r'tokenizer\.(chat_template(s|\..*)?|huggingface\.json|ggml\.(model|pre|tokens|token_type|scores|merges|\w+_token_id|'
+  r'eos_token_ids|add_(bos|eos|padding|unknown)_token|add_space_prefix))'
+)
+_OFF = ('tokenizer.ggml.add_sep_token', 'tokenizer.ggml.remove_extra_whitespaces')
 
 
-def build(fields: dict, path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict]:
-  """(tokenizer, what tokenizer_config.json says) from a GGUF's metadata; `path` is for errors."""
+def is_known(key: str, value) -> bool:
+  """Whether a field of the tokenizer is read here, or changes nothing."""
+  return bool(_KNOWN.fullmatch(key)) or (key in _OFF and value is False)
+
+
+def build(fields: dict, path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict, list[int]]:
+  """(tokenizer, what tokenizer_config.json says, tokens that end a text) from a GGUF's metadata; `path` is for errors."""
   kind, dialect = fields.get('tokenizer.ggml.model'), fields.get('tokenizer.ggml.pre', 'default')
   # Lists: it may be what cannot be hashed.
   if not (kind == 'llama' and dialect == 'default') and not (kind == 'gpt2' and dialect in list(_PRE_TOKENIZERS)):
@@ -45,10 +58,10 @@ def build(fields: dict, path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict]
   try:
     return _build(fields, kind, dialect)
   except Exception as e:  # tokenizers raises a bare Exception  # noqa: BLE001
-    raise InputError(f'{path}: the GGUF vocabulary is not usable ({reason(e)}); fetch the file again.') from e
+    raise InputError(f'{path}: the GGUF vocabulary is not usable ({reason(e)}); use the Hugging Face folder.') from e
 
 
-def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer, dict]:
+def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer, dict, list[int]]:
   tokens, types = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'token_type'))
   tokenizer = _sentencepiece(fields) if kind == 'llama' else _byte_level_bpe(fields, dialect)
   added = lambda kind: [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == kind]
@@ -60,16 +73,37 @@ def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer,
     if (token := fields.get(f'tokenizer.ggml.{key}_token_id')) is not None:
       settings[f'{name}_token'] = tokens[token]
   # llama.cpp's own defaults: a begin token with sentencepiece's vocabularies and in Llama 3's dialect.
-  if fields.get('tokenizer.ggml.add_bos_token', kind == 'llama' or dialect == 'llama-bpe'):
-    bos = settings['bos_token']
+  adds_bos = fields.get('tokenizer.ggml.add_bos_token', kind == 'llama' or dialect == 'llama-bpe')
+  adds_eos = fields.get('tokenizer.ggml.add_eos_token', False)
+  begin, end = ([settings[name]] if adds else [] for name, adds in (('bos_token', adds_bos), ('eos_token', adds_eos)))
+  if begin or end:
     steps = [] if kind == 'llama' else [processors.ByteLevel(trim_offsets=False)]
-    begin = processors.TemplateProcessing(
-      single=f'{bos} $A', pair=f'{bos} $A {bos} $B', special_tokens=[(bos, tokens.index(bos))]
+    around = processors.TemplateProcessing(
+      single=[*begin, '$A', *end],
+      pair=[*begin, '$A', *end, *begin, '$B', *end],
+      special_tokens=[(token, tokens.index(token)) for token in dict.fromkeys(begin + end)],
     )
-    tokenizer.post_processor = processors.Sequence([*steps, begin])
-  if template := fields.get('tokenizer.chat_template'):
-    settings['chat_template'] = template
-  return tokenizer, settings
+    tokenizer.post_processor = processors.Sequence([*steps, around])
+  templates = {'default': fields['tokenizer.chat_template']} if 'tokenizer.chat_template' in fields else {}
+  prefix = 'tokenizer.chat_template.'
+  templates |= {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+  if len(templates) > 1:
+    settings['chat_template'] = [{'name': name, 'template': template} for name, template in templates.items()]
+  elif templates:
+    settings['chat_template'] = next(iter(templates.values()))
+  return tokenizer, settings, _ends(fields)
+
+
+def _ends(fields: dict) -> list[int]:
+  """At these llama.cpp ends a text; eos is the first."""
+  tokens = fields['tokenizer.ggml.tokens']
+  ids = [fields.get(f'tokenizer.ggml.{name}_token_id') for name in ('eos', 'eot', 'eom')]
+  ids += fields.get('tokenizer.ggml.eos_token_ids', [])
+  ids += [i for i, token in enumerate(tokens) if token in _ENDS]
+  ids = list(dict.fromkeys(i for i in ids if i is not None))
+  if not all(isinstance(i, int) and 0 <= i < len(tokens) for i in ids):
+    raise ValueError(f'it ends texts at {ids}')
+  return ids
 
 
 def _byte_level_bpe(fields: dict, dialect: str) -> tokenizers.Tokenizer:

@@ -21,8 +21,8 @@ def named(flag: str, source: str) -> str:
 
 def of_model(source: Source) -> str:
   """That of the weights and of what says how to read them."""
-  if (path := user_path(source.name)).is_file():  # GGUF
-    return of_files([path])
+  if source.is_gguf:
+    return of_files([user_path(source.name)])
   names = {'config.json', 'model.safetensors', 'model.safetensors.index.json'}
   index = source.files / 'model.safetensors.index.json'
   if index.is_file() and not (source.files / 'model.safetensors').is_file():

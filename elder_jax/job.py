@@ -2,6 +2,7 @@
 
 import dataclasses
 import decimal
+import pathlib
 import shutil
 
 import jax
@@ -19,6 +20,7 @@ from elder_jax import inputs
 from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
+from elder_jax import model_folder
 from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import sharding
@@ -50,6 +52,7 @@ class Run:
   log: metrics.Metrics
   torch: bool  # this process checks the export in PyTorch, too
   checks_source: bool  # and the model as it is
+  tokenizer_folder: pathlib.Path | None  # of --tokenizer, whose files the export has in place of the source's
 
   @property
   def copies(self) -> bool:
@@ -74,6 +77,10 @@ def prepare(config: Config) -> Run:
   hosts.lead_first(lambda: (workdir.make(config), workdir.claim(config)) if hosts.leads() else None)
   hosts.check_shared(work, '--workdir')
   source = hosts.lead_first(lambda: checkpoint_hf.open_source(config.model, work / 'source'))
+  tokenizer_folder = None
+  if config.tokenizer:
+    tokenizer_folder = hosts.lead_first(lambda: model_folder.find('--tokenizer', config.tokenizer, 'tokenizer'))
+  model_folder.small_files(source.files, tokenizer_folder)  # what the export needs can be read
   num_removes = count_removed(config, source.num_layers)
   _check_nothing_removed(config, num_removes)
   _check_export(config, source, num_removes[0])
@@ -99,7 +106,7 @@ def prepare(config: Config) -> Run:
   if reads and not config.train_data:
     raise InputError('--train_data is missing: give a text to choose layers by and to train on.')
   if reads or config.corpora() or config.task_names():
-    tokenizer = data.load_tokenizer(config.tokenizer or str(source.files))
+    tokenizer = data.load_tokenizer(str(tokenizer_folder or source.files))
     read[inputs.named('--tokenizer', config.tokenizer or config.model)] = inputs.of_tokenizer(tokenizer)
     bos, first = _bos(config, source, tokenizer)
     special = bos == 'tokenizer'
@@ -131,7 +138,7 @@ def prepare(config: Config) -> Run:
   log = metrics.Metrics(work / 'metrics.jsonl')
   return Run(
     config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log, torch,
-    checks_source,
+    checks_source, tokenizer_folder,
   )  # fmt: skip
 
 

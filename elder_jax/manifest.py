@@ -11,7 +11,8 @@ NAME = 'SHA256SUMS'
 
 def write(folder: pathlib.Path, known: dict[str, str]):
   """known: {file name: sha256} of files that need not be read for it."""
-  names = sorted(p.name for p in folder.iterdir() if p.name != NAME)
+  paths = (path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
+  names = sorted(path.as_posix() for path in paths if path.name != NAME)
   lines = [f'{known.get(name) or _sha256(folder / name)}  {name}\n' for name in names]
   (folder / NAME).write_text(''.join(lines), encoding='utf-8')
 
@@ -23,8 +24,8 @@ def check(folder: pathlib.Path) -> int:
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(f'{folder}: has no readable {NAME}; was it exported by elder_jax?') from e
   for line in lines:
-    entry = re.fullmatch(r'([0-9a-f]{64})  ([^/\\]+)', line)
-    if not entry or entry[2] in ('.', '..'):
+    entry = re.fullmatch(r'([0-9a-f]{64})  ([^\\]+)', line)
+    if not entry or {'', '.', '..'} & set(entry[2].split('/')):
       raise InputError(f'{folder / NAME}: {line[:80]!r} is no hash and file name; export the model again.')
     path = folder / entry[2]
     if not path.is_file():

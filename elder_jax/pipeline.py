@@ -389,7 +389,8 @@ def export(job: Run, pruned: Decoder | None, report: dict) -> dict:
   if hosts.leads():
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, int(config.shard_gb * 1e9))
+    shard_bytes = int(config.shard_gb * 1e9)
+    hashes = checkpoint_hf.save(pieces_of, source, kept, temporary, dtype, shard_bytes, job.tokenizer_folder)
   elif not job.copies:
     checkpoint_hf.take_part(pieces_of, source, kept)
   hosts.wait('export written')

@@ -98,12 +98,16 @@ def _converted(name: str, weight: np.ndarray, config: dict) -> tuple[str, np.nda
 
 
 def write_gguf(
-  path, folder, pre='smollm', add_bos=None, quantize=None, head_dim=True, vocabulary='bpe'
+  path, folder, pre='smollm', add_bos=None, quantize=None, head_dim=True, vocabulary='bpe', fields=(), rename=(), **how
 ) -> pathlib.Path:
-  """The folder's model as llama.cpp's converter writes it. quantize: (name, weight) -> Type, or None: as it is."""
+  """The folder's model as llama.cpp's converter writes it.
+
+  quantize: (name, weight) -> Type, or None: as it is; fields: more of them, ARCH in a name is the architecture's; rename:
+  of tokens; how: of gguf.GGUFWriter.
+  """
   config = json.loads((folder / 'config.json').read_text())
   kind = config['model_type']
-  writer = gguf.GGUFWriter(path, ARCHITECTURES.get(kind, kind))
+  writer = gguf.GGUFWriter(path, ARCHITECTURES.get(kind, kind), **how)
   writer.add_context_length(config['max_position_embeddings'])
   writer.add_embedding_length(config['hidden_size'])
   writer.add_block_count(config['num_hidden_layers'])
@@ -137,13 +141,17 @@ def write_gguf(
     writer.add_token_scores(scores)
     writer.add_unk_token_id(2)
     writer.add_add_space_prefix(pre == 'prefix')
-  writer.add_token_list(tokens)
+  writer.add_token_list([dict(rename).get(token, token) for token in tokens])
   writer.add_token_types(types)
   writer.add_bos_token_id(0)
   writer.add_eos_token_id(1)
   writer.add_chat_template('{{ messages[0].content }}')
   if add_bos is not None:
     writer.add_add_bos_token(add_bos)
+  for key, value in dict(fields).items():
+    key = key.replace('ARCH', ARCHITECTURES.get(kind, kind))
+    types = [gguf.GGUFValueType.get_type(v) for v in (value, *(value[:1] if isinstance(value, list) else ()))]
+    writer.add_key_value(key, value, *types)
   for name, weight in safetensors.numpy.load_file(folder / 'model.safetensors').items():
     name, weight = _converted(name, weight, config)
     if quantize and weight.ndim == 2:

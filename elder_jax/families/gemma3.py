@@ -48,27 +48,21 @@ GGUF_NAMES = llama.GGUF_NAMES | {
 
 
 def config_from_gguf(field, tensors: dict) -> dict:
-  """As llama.config_from_gguf. The pattern of windows and the local base are constants of llama.cpp, in no file."""
-  linear = {'none': None, 'linear': {'rope_type': 'linear', 'factor': field('rope.scaling.factor', None)}}
-  kind, L = field('rope.scaling.type', 'none'), field('block_count')
-  H = field('attention.key_length', 256)
-  known = lambda key, *default: 'none' if key == 'rope.scaling.type' and kind in linear else field(key, *default)
-  config = llama.gguf_config(known, tensors)
+  """As llama.config_from_gguf. Defaults are llama.cpp's; scaling is for the layers without a window."""
+  config = llama.gguf_config(field, tensors)
   del config['hidden_act']
   return config | {
     'architectures': ['Gemma3ForCausalLM'],
     'model_type': 'gemma3_text',
-    'head_dim': H,
     'hidden_activation': 'gelu_pytorch_tanh',
     # Only the 27B, of 62 layers, scales its scores by another width than that of the heads.
-    'query_pre_attn_scalar': llama.gguf_head_dim(field) if L == 62 else H,
+    'query_pre_attn_scalar': llama.gguf_head_dim(field) if config['num_hidden_layers'] == 62 else config['head_dim'],
     'sliding_window': field('attention.sliding_window'),
-    'sliding_window_pattern': 6,
-    'rope_local_base_freq': 10000.0,
-    'rope_scaling': linear.get(kind),
+    'sliding_window_pattern': field('attention.sliding_window_pattern', 6),
+    'rope_local_base_freq': float(field('rope.freq_base_swa', 10000.0)),
     'attention_bias': False,
     'attn_logit_softcapping': None,
-    'final_logit_softcapping': None,
+    'final_logit_softcapping': llama.gguf_float(field('final_logit_softcapping', 0)) or None,
   }
 
 

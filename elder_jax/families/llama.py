@@ -88,20 +88,26 @@ def config_from_gguf(field, tensors: dict) -> dict:
   config = gguf_config(field, tensors) | {
     'architectures': ['LlamaForCausalLM'],
     'model_type': 'llama',
-    'head_dim': field('attention.key_length', gguf_head_dim(field)),
     'attention_bias': False,
     'mlp_bias': False,
   }
   if GGUF_DERIVED in tensors:
+    if config['rope_scaling']:
+      raise InputError(f'{GGUF_DERIVED} beside rope scaling is not supported; use the Hugging Face folder of this model.')
     config['rope_scaling'] = _llama3_scaling(config, tensors[GGUF_DERIVED].data)
   return config
 
 
 def gguf_config(field, tensors: dict) -> dict:
   """What llama.cpp keeps alike for all relatives of Llama."""
-  if (scaling := field('rope.scaling.type', 'none')) != 'none':
-    raise InputError(f'GGUF rope scaling ({scaling}) is not supported; use the Hugging Face folder of this model.')
   heads = field('attention.head_count')
+  head_dim = field('attention.key_length', gguf_head_dim(field))
+  for name in ('attention.value_length', 'rope.dimension_count'):
+    if (value := field(name, head_dim)) != head_dim:
+      raise InputError(
+        f'the GGUF field {name} is {value}, only {head_dim}, the width of a head, is supported; use the Hugging Face '
+        'folder of this model.'
+      )
   return {
     'vocab_size': field('vocab_size'),
     'hidden_size': field('embedding_length'),
@@ -109,13 +115,29 @@ def gguf_config(field, tensors: dict) -> dict:
     'num_hidden_layers': field('block_count'),
     'num_attention_heads': heads,
     'num_key_value_heads': field('attention.head_count_kv', heads),
+    'head_dim': head_dim,
     'hidden_act': 'silu',
     'max_position_embeddings': field('context_length'),
-    # float32 in the file; to the shortest decimal that is the same float32.
-    'rms_norm_eps': float(str(np.float32(field('attention.layer_norm_rms_epsilon')))),
+    'rms_norm_eps': gguf_float(field('attention.layer_norm_rms_epsilon')),
     'rope_theta': float(field('rope.freq_base', 10000.0)),
+    'rope_scaling': _gguf_rope_scaling(field),
     'tie_word_embeddings': 'output.weight' not in tensors,
   }
+
+
+@np.errstate(over='ignore')  # infinite ones are refused with config.json
+def gguf_float(value) -> float:
+  """float32 in the file; to the shortest decimal that is the same float32."""
+  return float(str(np.float32(value)))
+
+
+def _gguf_rope_scaling(field) -> dict | None:
+  """As llama.cpp reads it: a factor without a type is linear; rope.scale_linear is the factor's old name."""
+  kind = field('rope.scaling.type', 'linear')
+  factor = field('rope.scaling.factor', field('rope.scale_linear', 0))
+  if kind not in ('none', 'linear'):
+    raise InputError(f'GGUF rope scaling ({kind}) is not supported; use the Hugging Face folder of this model.')
+  return None if kind == 'none' or factor in (0, 1) else {'rope_type': 'linear', 'factor': gguf_float(factor)}
 
 
 def gguf_head_dim(field) -> int | None:

@@ -31,7 +31,6 @@ def config_from_gguf(field, tensors: dict) -> dict:
   return llama.gguf_config(field, tensors) | {
     'architectures': ['Qwen3ForCausalLM'],
     'model_type': 'qwen3',
-    'head_dim': field('attention.key_length', 128),
     'attention_bias': False,
     'use_sliding_window': False,
   }

@@ -1,0 +1,275 @@
+"""What a GGUF file says beside its tensors: read as llama.cpp reads it, known to be harmless, or refused by name."""
+
+import json
+import pathlib
+import shutil
+
+from conftest import write_tiny_llama
+import gguf
+from gguf_test import BOS
+from gguf_test import CASES
+from gguf_test import CONTROL
+from gguf_test import SIZES
+from gguf_test import VOCAB
+from gguf_test import open_folder
+from gguf_test import open_source
+from gguf_test import write_gguf
+import pytest
+from refusal import edit_json
+from refusal import one_sentence
+import torch
+import transformers
+
+from elder_jax import checkpoint_hf
+from elder_jax import data
+from elder_jax import model_folder
+from elder_jax.errors import InputError
+
+FAMILIES = ['llama', 'qwen2', 'qwen3', 'gemma3_text']
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
+  """A tiny model of each family that GGUF is read for; read only."""
+  found = {}
+  for kind in FAMILIES:
+    found[kind] = tmp_path_factory.mktemp(kind)
+    config = transformers.AutoConfig.for_model(kind, **SIZES | CASES[kind] | dict(num_hidden_layers=1))
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(found[kind])
+  return found
+
+
+# The fields of files that convert_hf_to_gguf.py and those who publish its files make of Llama 3, Qwen2.5, Qwen3, Gemma 3.
+ANYWHERE = {
+  'general.type': 'model', 'general.name': 'Tiny', 'general.finetune': 'Instruct', 'general.basename': 'Tiny',
+  'general.size_label': '1B', 'general.license': 'llama3.1', 'general.license.name': 'x', 'general.license.link': 'x',
+  'general.base_model.count': 1, 'general.base_model.0.name': 'Tiny', 'general.base_model.0.organization': 'Own',
+  'general.base_model.0.repo_url': 'x', 'general.tags': ['a', 'b'], 'general.languages': ['en'], 'general.author': 'x',
+  'general.version': 'v1', 'general.organization': 'x', 'general.description': 'x', 'general.quantized_by': 'x',
+  'general.repo_url': 'x', 'general.url': 'x', 'general.source.url': 'x', 'general.source.huggingface.repository': 'x',
+  'general.datasets': ['a'], 'general.sampling.top_k': 20, 'general.sampling.temp': 0.7, 'general.file_type': 7,
+  'general.quantization_version': 2, 'general.uuid': 'x', 'quantize.imatrix.file': 'x', 'quantize.imatrix.dataset': 'x',
+  'quantize.imatrix.entries_count': 1, 'quantize.imatrix.chunks_count': 1, 'mradermacher.quantize_version': '2',
+  'tokenizer.ggml.scores': [0.0] * VOCAB, 'tokenizer.ggml.padding_token_id': 1, 'tokenizer.ggml.eot_token_id': 1,
+  'tokenizer.ggml.eom_token_id': 1, 'tokenizer.ggml.add_eos_token': False, 'tokenizer.ggml.add_sep_token': False,
+  'tokenizer.ggml.add_bos_token': False, 'tokenizer.ggml.add_space_prefix': False, 'tokenizer.ggml.unknown_token_id': 0,
+  'tokenizer.ggml.seperator_token_id': 1, 'tokenizer.ggml.mask_token_id': 1, 'tokenizer.ggml.prefix_token_id': 1,
+  'tokenizer.ggml.fim_pre_token_id': 1, 'tokenizer.ggml.fim_rep_token_id': 1, 'tokenizer.huggingface.json': '{}',
+}  # fmt: skip
+OF_FAMILY = {
+  'llama': {
+    'ARCH.rope.dimension_count': 16, 'ARCH.tensor_data_layout': 'Meta AI original pth', 'ARCH.rope.scaling.type': 'none',
+    'ARCH.expert_count': 0, 'ARCH.expert_used_count': 0, 'ARCH.rope.scaling.finetuned': False,
+  },
+  'qwen2': {'ARCH.rope.dimension_count': 16, 'ARCH.rope.scaling.factor': 1.0},
+  'qwen3': {'ARCH.rope.dimension_count': 24, 'ARCH.pooling_type': 3},
+  'gemma3_text': {
+    'ARCH.rope.freq_base_swa': 10000.0, 'ARCH.rope.scaling.factor': 0.0, 'ARCH.final_logit_softcapping': 0.0,
+    'ARCH.attention.sliding_window_pattern': 6,
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_fields_of_published_files_are_known(kind, folders, tmp_path):
+  source = open_source(write_gguf(tmp_path / 'm.gguf', folders[kind], fields=ANYWHERE | OF_FAMILY[kind]))
+  assert source.spec == open_folder(folders[kind]).spec
+
+
+@pytest.mark.parametrize('fields', [
+  {'ARCH.rope.scaling.type': 'linear', 'ARCH.rope.scaling.factor': 4.0}, {'ARCH.rope.scaling.factor': 4.0},
+  {'ARCH.rope.scale_linear': 4.0}, {'ARCH.rope.scale_linear': 9.0, 'ARCH.rope.scaling.factor': 4.0},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_a_rope_factor_is_linear(kind, fields, folders, tmp_path):
+  """llama.cpp's default type, and the old name of the factor."""
+  linear = shutil.copytree(folders[kind], tmp_path / 'in')
+  rope = json.loads((linear / 'config.json').read_text())['rope_parameters']
+  rope.get('full_attention', rope).update(rope_type='linear', factor=4.0)
+  edit_json(linear / 'config.json', rope_parameters=rope)
+  spec = open_source(write_gguf(tmp_path / 'm.gguf', folders[kind], fields=fields)).spec
+  assert spec == open_folder(linear).spec != open_folder(folders[kind]).spec
+
+
+def test_a_rope_factor_of_type_none_scales_nothing(folders, tmp_path):
+  fields = {'ARCH.rope.scaling.type': 'none', 'ARCH.rope.scaling.factor': 4.0}
+  source = open_source(write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields))
+  assert source.spec == open_folder(folders['llama']).spec
+
+
+def test_gemma_3_says_its_window_pattern_local_base_and_cap(folders, tmp_path):
+  config = {'sliding_window_pattern': 2, 'final_logit_softcapping': 30.0, 'layer_types': None}
+  folder = shutil.copytree(folders['gemma3_text'], tmp_path / 'in')
+  rope = json.loads((folder / 'config.json').read_text())['rope_parameters']
+  rope['sliding_attention']['rope_theta'] = 5000.0
+  edit_json(folder / 'config.json', **config, rope_parameters=rope)
+  fields = {
+    'ARCH.attention.sliding_window_pattern': 2, 'ARCH.final_logit_softcapping': 30.0, 'ARCH.rope.freq_base_swa': 5000.0
+  }  # fmt: skip
+  spec = open_source(write_gguf(tmp_path / 'm.gguf', folders['gemma3_text'], fields=fields)).spec
+  assert spec == open_folder(folder).spec != open_folder(folders['gemma3_text']).spec
+
+
+def test_the_width_of_a_head_is_llama_cpps_default(folders, tmp_path):
+  """embedding_length / head_count, in every architecture, not transformers' default."""
+  for kind in ('qwen3', 'gemma3_text'):
+    with pytest.raises(InputError, match=r'q_proj.weight has shape \[96, 64\], config.json asks for \[64, 64\]'):
+      open_source(write_gguf(tmp_path / f'{kind}.gguf', folders[kind], head_dim=False))
+
+
+REFUSED = {
+  'ARCH.rope.scaling.type': 'yarn', 'ARCH.rope.scaling.attn_factor': 1.5, 'ARCH.rope.scaling.yarn_ext_factor': 1.0,
+  'ARCH.rope.dimension_count': 8, 'ARCH.attention.value_length': 8, 'ARCH.rope.global.freq_base': 1e6,
+  'ARCH.expert_count': 8, 'ARCH.attention.sliding_window': 4096, 'ARCH.attention.causal': False,
+  'ARCH.attn_logit_softcapping': 50.0, 'ARCH.final_logit_softcapping': 30.0, 'ARCH.attention.scale': 0.5,
+  'ARCH.logit_scale': 0.5, 'ARCH.residual_scale': 0.5, 'ARCH.embedding_scale': 12.0, 'ARCH.use_parallel_residual': True,
+  'ARCH.tensor_data_layout': 'other', 'ARCH.nextn_predict_layers': 1, 'ARCH.rope.freq_base_swa': 1e4,
+  'ARCH.classifier.output_labels': ['a', 'b'], 'ARCH.not_yet_invented': 1, 'tokenizer.ggml.not_yet_invented': 1,
+  'tokenizer.ggml.add_sep_token': True, 'tokenizer.ggml.remove_extra_whitespaces': True, 'tokenizer.other': 'x',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('key', REFUSED)
+def test_a_field_that_may_change_the_computation_is_refused(key, folders, tmp_path):
+  fields = {key: REFUSED[key]}
+  path = write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields, head_dim=key != 'ARCH.attention.value_length')
+  with pytest.raises(InputError) as caught:
+    open_source(path)
+  name = 'rope scaling' if key == 'ARCH.rope.scaling.type' else key.removeprefix('ARCH.')
+  one_sentence(str(caught.value), path, name, 'Hugging Face folder')
+
+
+def test_unknown_fields_are_named_at_once(folders, tmp_path):
+  fields = {'ARCH.one': 1, 'tokenizer.two': 'x' * 99, 'ARCH.three': [3]}
+  path = write_gguf(tmp_path / 'm.gguf', folders['qwen3'], fields=fields)
+  with pytest.raises(InputError) as caught:
+    open_source(path)
+  one_sentence(str(caught.value), 'qwen3.one=1, tokenizer.two=xxx', 'qwen3.three=[3]')
+  assert 'x' * 41 not in str(caught.value)
+
+
+def test_a_value_for_each_layer_is_refused(folders, tmp_path):
+  folder = tmp_path / 'm.gguf'
+  write_gguf(folder, folders['llama'], fields={'ARCH.rope.scaling.factor': [1.0, 2.0]})
+  with pytest.raises(InputError, match=r'llama.rope.scaling.factor has a value for each layer, only one for all'):
+    open_source(folder)
+
+
+# ---- tokens that end a text ----
+
+
+def generation_config(path: pathlib.Path) -> dict:
+  open_source(path)
+  return json.loads((path.parent / 'files' / 'generation_config.json').read_text())
+
+
+def test_turns_end_generation(folders, tmp_path):
+  write = lambda **how: generation_config(write_gguf(tmp_path / 'm.gguf', folders['llama'], **how))
+  im_start, tool = VOCAB - 2, VOCAB - 1
+  assert write() == {'bos_token_id': 0, 'eos_token_id': 1}
+  fields = {'tokenizer.ggml.eot_token_id': tool, 'tokenizer.ggml.eom_token_id': im_start}
+  assert write(fields=fields)['eos_token_id'] == [1, tool, im_start]
+  fields = {'tokenizer.ggml.eos_token_ids': [tool, 1], 'tokenizer.ggml.eot_token_id': 1}
+  assert write(fields=fields)['eos_token_id'] == [1, tool]
+  for text in ('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|endoftext|>', '<|eom_id|>'):
+    assert write(rename={CONTROL: text})['eos_token_id'] == [1, im_start], text
+  with pytest.raises(InputError, match=r'vocabulary is not usable \(it ends texts at \[1, 999\]\)'):
+    write(fields={'tokenizer.ggml.eot_token_id': 999})
+
+
+def test_an_end_token_and_further_templates(folders, tmp_path):
+  fields = {
+    'tokenizer.ggml.add_eos_token': True, 'tokenizer.ggml.add_bos_token': True, 'tokenizer.chat_templates': ['tool_use'],
+    'tokenizer.chat_template.tool_use': 'tools: {{ messages[0].content }}',
+  }  # fmt: skip
+  open_source(write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields))
+  tokenizer = data.load_tokenizer(str(tmp_path / 'files'))
+  assert tokenizer('a').input_ids == [0, *tokenizer('a', add_special_tokens=False).input_ids, 1]
+  chat = lambda **how: tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False, **how)
+  assert chat() == 'hi' and chat(chat_template='tool_use') == 'tools: hi'
+  assert tokenizer.bos_token == BOS
+
+
+# ---- files of other kinds ----
+
+
+def refused_file(path: pathlib.Path, *parts):
+  with pytest.raises(InputError) as caught:
+    open_source(path)
+  one_sentence(str(caught.value), *parts)
+  assert 'truncated' not in str(caught.value) and 'fetch it again' not in str(caught.value)
+
+
+def test_parts_of_a_split_file_are_one_model(tmp_path):
+  folder = write_tiny_llama(tmp_path / 'in', vocab_size=VOCAB, num_hidden_layers=2)
+  whole = write_gguf(tmp_path / 'whole.gguf', folder)
+  write_gguf(tmp_path / 'm.gguf', folder, split_max_tensors=8)
+  parts = sorted(tmp_path.glob('m-*.gguf'))
+  assert [p.name for p in parts] == [f'm-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
+  expected = open_source(whole)
+  for path in parts:
+    source = open_source(path)
+    assert (source.spec, source.shapes) == (expected.spec, expected.shapes)
+    for name in source.shapes:
+      assert (source.read(name) == expected.read(name)).all(), name
+  shutil.copy(parts[0], tmp_path / 'renamed.gguf')
+  refused_file(tmp_path / 'renamed.gguf', 'renamed.gguf', 'one of 3 parts', 'llama-gguf-split --merge')
+  shutil.copy(parts[1], parts[2])
+  with pytest.raises(InputError, match='3 parts of this split GGUF file do not belong together'):
+    open_source(parts[0])
+  parts[2].unlink()
+  refused_file(parts[0], parts[2], 'is missing', 'one of 3 parts')
+
+
+def test_a_big_endian_file_says_so(folders, tmp_path):
+  path = write_gguf(tmp_path / 'm.gguf', folders['llama'], endianess=gguf.GGUFEndian.BIG)
+  refused_file(path, path, 'big-endian', 'gguf-convert-endian m.gguf little')
+
+
+def test_other_versions_and_formats_say_so(folders, tmp_path):
+  path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
+  octets = path.read_bytes()
+  path.write_bytes(octets[:4] + b'\1\0\0\0' + octets[8:])
+  refused_file(path, 'GGUF version 1')
+  path.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n')
+  refused_file(path, 'Git LFS pointer', 'git lfs pull')
+  path.write_bytes(b'tjgg' + octets[4:])
+  refused_file(path, 'older than GGUF')
+
+
+def test_a_forks_quantisation_says_so(folders, tmp_path):
+  path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
+  name = b'blk.0.ffn_down.weight'
+  octets, after = path.read_bytes(), len(name) + 4 + 2 * 8  # the number of dimensions, both of them; then the type
+  at = octets.index(name) + after
+  assert octets[at : at + 4] == bytes(4)  # F32
+  path.write_bytes(octets[:at] + (144).to_bytes(4, 'little') + octets[at + 4 :])  # one of ik_llama.cpp's
+  refused_file(path, path, 'blk.0.ffn_down.weight', 'quantisation type 144', "a fork's", 'Q8_0')
+
+
+@pytest.mark.parametrize(
+  ('fields', 'architecture', 'what'),
+  [
+    ({'general.type': 'adapter', 'adapter.type': 'lora', 'adapter.lora.alpha': 16.0}, 'llama', 'LoRA adapter'),
+    ({'general.type': 'mmproj'}, 'clip', 'image or audio part'),
+    ({}, 'clip', 'image or audio part'),
+    ({'general.type': 'imatrix', 'imatrix.chunk_count': 1}, 'llama', 'importance matrix'),
+    ({}, 'controlvector', 'control vector'),
+  ],
+)
+def test_what_is_no_model_says_so(fields, architecture, what, tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'm.gguf', architecture)
+  for key, value in fields.items():
+    writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.close()
+  refused_file(tmp_path / 'm.gguf', 'm.gguf', what, 'give the')
+
+
+def test_the_suffix_may_be_in_capitals_and_a_folder_is_none(folders, tmp_path):
+  write_gguf(tmp_path / 'M.GGUF', folders['llama'])
+  assert open_source(tmp_path / 'M.GGUF').num_layers == 1
+  folder = shutil.copytree(folders['llama'], tmp_path / 'folder.gguf')
+  assert not model_folder.is_gguf(str(folder)) and checkpoint_hf.open_source(str(folder), tmp_path / 's').num_layers == 1
