@@ -24,6 +24,7 @@ import numpy as np
 from elder_jax import families
 from elder_jax import gguf_source
 from elder_jax import hosts
+from elder_jax import metrics
 from elder_jax import model_folder
 from elder_jax import preemption
 from elder_jax import safetensors_files
@@ -77,10 +78,20 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     files = model_folder.find('--model', model)
     config = safetensors_files.read_json(files / 'config.json')
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
+  _check_is_lm(model, config)
   spec, num_layers = architecture(model, config)
   source = _with_prefix(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
-  _check_names_and_shapes(source)
-  return source
+  return _only_weights(_with_own_head(source))
+
+
+def _check_is_lm(model: str, config: dict):
+  heads = config.get('architectures')
+  for head in heads if isinstance(heads, list) else []:
+    if re.search(r'For(?!CausalLM)\w+$', str(head)):
+      raise InputError(
+        f'--model={model}: is a {head} by its config.json, which has no head for the next token; give the language model '
+        '(…ForCausalLM) that it was made from.'
+      )
 
 
 def read_config(model: str) -> dict:
@@ -99,11 +110,12 @@ def architecture(model: str, config: dict) -> tuple[Spec, int]:
 
 
 def _with_prefix(source: Source) -> Source:
-  """Old files of some families name the tensors of the model without its head, as transformers, too, accepts."""
-  prefix = getattr(source.family, 'PREFIX', '')
-  if not prefix or any(name.startswith(prefix) for name in source.shapes):
+  """Some files name the tensors of the model without its head, which transformers, too, reads: h.0 for transformer.h.0."""
+  names = source.family.WEIGHTS
+  prefix = next(iter(names)).partition('.')[0] + '.'
+  if any(name.startswith(prefix) for name in source.shapes):
     return source
-  theirs = {name if name == 'lm_head.weight' else prefix + name: name for name in source.shapes}
+  theirs = {name if name in names else prefix + name: name for name in source.shapes}
   by_our_names = lambda table: {ours: table[name] for ours, name in theirs.items()}
   return dataclasses.replace(
     source,
@@ -112,6 +124,52 @@ def _with_prefix(source: Source) -> Source:
     read=lambda name: source.read(theirs[name]),
     pieces=lambda name: source.pieces(theirs[name]),
   )
+
+
+def _with_own_head(source: Source) -> Source:
+  """A head in the files that is not the embedding is kept, whatever tie_word_embeddings says: so reads transformers 5."""
+  entries = [(name, entry[0]) for name, entry in source.family.WEIGHTS.items() if entry]
+  head, embed = (next((name for name, path in entries if path == ours), None) for ours in ('head', 'embed'))
+  if not source.spec.tied or not {head, embed} <= source.shapes.keys() or _equal(source, head, embed):
+    return source
+  metrics.say(
+    f'--model={source.name}: tie_word_embeddings is true, but {head} is not {embed}; it is kept, and the export says false'
+  )
+  return dataclasses.replace(
+    source,
+    config=source.config | {'tie_word_embeddings': False},
+    spec=dataclasses.replace(source.spec, tied=False),
+  )
+
+
+def _equal(source: Source, a: str, b: str) -> bool:
+  if source.shapes[a] != source.shapes[b] or source.dtypes[a] != source.dtypes[b]:
+    return False
+  _check_dtype(source, a)
+  return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in zip(source.pieces(a), source.pieces(b)))
+
+
+def _only_weights(source: Source) -> Source:
+  """Checked, and without the buffers, whose type is of no interest."""
+  _check_names_and_shapes(source)
+  rows = _rows(source.family, source.spec, source.num_layers)
+  for row in rows:
+    _check_dtype(source, row.name)
+  return dataclasses.replace(
+    source,
+    shapes={row.name: source.shapes[row.name] for row in rows},
+    dtypes={row.name: source.dtypes[row.name] for row in rows},
+  )
+
+
+def _check_dtype(source: Source, name: str):
+  if (dtype := source.dtypes[name]) in safetensors_files.DTYPES.values():
+    return
+  if dtype == 'F64':
+    mend = 'is in float64; convert the checkpoint to float32 or bfloat16'
+  else:
+    mend = f'is of type {dtype}; quantised weights are not read, use the unquantised checkpoint'
+  raise InputError(f'--model={source.name}: the tensor {name} {mend}.')
 
 
 # ---- the weight table, both ways ----
@@ -212,24 +270,24 @@ def _check_names_and_shapes(source: Source):
   if source.num_layers > len(source.shapes):  # before a table of so many layers is made
     raise InputError(
       f'{where}: config.json has num_hidden_layers={source.num_layers}, but there are only {len(source.shapes)} '
-      'tensors; fetch both again.'
+      'tensors; use the config.json of these weights.'
     )
   rows = {row.name: row for row in _rows(source.family, source.spec, source.num_layers)}
   if (missing := next((n for n in rows if n not in source.shapes), None)) is not None:
     raise InputError(
-      f'{where}: the tensor {missing} is missing; config.json and weights do not belong together, fetch both again.'
+      f'{where}: the tensor {missing} is missing; config.json is of another model, or a file with weights is not there.'
     )
   ignored = _ignored(source.family, source.spec)
   if (extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None)) is not None:
     raise InputError(
-      f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; '
-      'fetch both again.'
+      f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; use the '
+      'config.json of these weights, or a checkpoint without the tensor.'
     )
   for name, row in rows.items():
     if source.shapes[name] != row.shape:
       raise InputError(
-        f'{where}: the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}; '
-        'fetch both again.'
+        f'{where}: the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}; use '
+        'the config.json of these weights.'
       )
 
 
@@ -318,20 +376,10 @@ def _put(stack, piece, layer, place):
 
 
 def _check_finite(tensor: np.ndarray, source: Source, row: _Row):
-  if not _finite(tensor):
+  if not safetensors_files.finite(tensor):
     raise InputError(
-      f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; fetch the checkpoint again.'
+      f'--model={source.name}: the tensor {row.name} holds NaN or infinite values; use another copy of the checkpoint.'
     )
-
-
-def _finite(tensor: np.ndarray) -> bool:
-  """By the exponent's bits, of which one that is not finite has all; in pieces that stay in the cache."""
-  kind, exponent = {
-    'float32': (np.uint32, 0x7F800000), 'float16': (np.uint16, 0x7C00), 'bfloat16': (np.uint16, 0x7F80)
-  }[str(tensor.dtype)]  # fmt: skip
-  bits = np.ascontiguousarray(tensor).reshape(-1).view(kind)
-  size = 2**18
-  return all(np.bitwise_and(bits[i : i + size], exponent).max() < exponent for i in range(0, len(bits), size))
 
 
 # Row of a family's table -> the tensor as Hugging Face has it, in pieces.
@@ -348,7 +396,10 @@ def from_model(model: Decoder) -> PiecesOf:
       # Turned on the device, so that what to_hf turns back lies in the file's order already.
       theirs = hosts.to_host(_turn(array, _order(part.order), None))
       ours.append(theirs.transpose(part.order))
-    yield row.to_hf(ours)
+    tensor = row.to_hf(ours)
+    if not safetensors_files.finite(tensor):
+      raise InputError(f'the tensor {row.name} of the pruned model holds NaN or infinite values; nothing is exported.')
+    yield tensor
 
   return pieces
 

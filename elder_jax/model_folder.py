@@ -55,6 +55,11 @@ def find(flag: str, name: str, what: str = 'model') -> pathlib.Path:
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', name) or name.startswith(('.', '/')):
       raise InputError(f'{flag}={name}: there is no such folder; check the path, or give a hub id (owner/name).')
     path = _fetch(flag, name, what)
+  if what == 'model' and (path / 'adapter_config.json').is_file() and not any(path.glob('model*.safetensors')):
+    raise InputError(
+      f'{flag}={name}: is a LoRA adapter, not a model; merge it into its base model (merge_and_unload of peft) and give '
+      'the merged folder.'
+    )
   if what != 'tokenizer' and not (path / 'config.json').is_file():
     files = 'is empty' if path.is_dir() and not any(path.iterdir()) else 'has no config.json'
     raise InputError(f'{flag}={name}: the folder {files}; give a folder in Hugging Face format, or a .gguf file.')

@@ -5,6 +5,7 @@ The package gives whole tensors only, and writes a file only from all of its ten
 
 from collections.abc import Iterator
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import math
@@ -33,7 +34,10 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def open_folder(folder: pathlib.Path):
-  """Headers of all shards: ({name: shape}, {name: dtype}, read, pieces)."""
+  """Headers of all shards: ({name: shape}, {name: dtype}, read, pieces).
+
+  A dtype is one of DTYPES' values or, of what `read` does not read, safetensors' own name, such as U8.
+  """
   single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
   where = None
   if single.is_file():
@@ -65,25 +69,21 @@ def open_folder(folder: pathlib.Path):
     with _opened(path) as file:
       for name in file.keys():  # noqa: SIM118 (not a dict)
         if name in home:
-          raise InputError(f'{path}: the tensor {name} is also in {home[name].name}; fetch the checkpoint again.')
+          _check_equal(name, home[name], path)
+          continue
         tensor = file.get_slice(name)
-        if tensor.get_dtype() not in DTYPES:
-          raise InputError(
-            f'{path}: the tensor {name} is of type {tensor.get_dtype()}, only F32, F16 and BF16 are supported; '
-            'use an unquantised checkpoint.'
-          )
         shapes[name], home[name] = tuple(tensor.get_shape()), path
-        dtypes[name] = DTYPES[tensor.get_dtype()]
+        dtypes[name] = DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
   for name, file in (where or {}).items():
-    if name not in home or home[name].name != file:
-      raise InputError(f'{index}: says that {name} is in {file}, but it is not; fetch the checkpoint again.')
+    if name not in home or (home[name].name != file and not _holds(folder / file, name)):
+      raise InputError(f'{index}: says that {name} is in {file}, but it is not; use the index of these files.')
 
   begins = {path: _data_begins(path) for path in paths}
 
   def opened_at(name: str):
-    begin, offsets = begins[home[name]]
+    begin, header = begins[home[name]]
     file = home[name].open('rb', buffering=0)
-    file.seek(begin + offsets[name])
+    file.seek(begin + header[name]['data_offsets'][0])
     return file
 
   def read(name: str) -> np.ndarray:
@@ -91,9 +91,10 @@ def open_folder(folder: pathlib.Path):
     dtype = jnp.dtype(dtypes[name])
     if not (count := math.prod(shapes[name])):
       return np.empty(shapes[name], dtype)
-    begin, offsets = begins[home[name]]
+    begin, header = begins[home[name]]
+    start = begin + header[name]['data_offsets'][0]
     try:
-      octets = np.memmap(home[name], np.uint8, 'r', begin + offsets[name], count * dtype.itemsize)
+      octets = np.memmap(home[name], np.uint8, 'r', start, count * dtype.itemsize)
     except ValueError as e:
       raise _shorter(home[name]) from e
     return np.asarray(octets).view(dtype).reshape(shapes[name])
@@ -112,6 +113,33 @@ def open_folder(folder: pathlib.Path):
   return shapes, dtypes, read, pieces
 
 
+def _check_equal(name: str, first: pathlib.Path, second: pathlib.Path):
+  """A tensor that two files have is no harm where both have the same."""
+  octets = []
+  for path in (first, second):
+    begin, header = _data_begins(path)
+    about = header[name]
+    with path.open('rb') as file:
+      file.seek(begin + about['data_offsets'][0])
+      octets.append((about['dtype'], about['shape'], file.read(about['data_offsets'][1] - about['data_offsets'][0])))
+  if octets[0] != octets[1]:
+    raise InputError(f'{second}: the tensor {name} is also in {first.name}, with other values; remove one of the two.')
+
+
+def _holds(path: pathlib.Path, name: str) -> bool:
+  return name in _data_begins(path)[1]
+
+
+def finite(tensor: np.ndarray) -> bool:
+  """By the exponent's bits, of which one that is not finite has all; in pieces that stay in the cache."""
+  kind, exponent = {
+    'float32': (np.uint32, 0x7F800000), 'float16': (np.uint16, 0x7C00), 'bfloat16': (np.uint16, 0x7F80)
+  }[str(tensor.dtype)]  # fmt: skip
+  bits = np.ascontiguousarray(tensor).reshape(-1).view(kind)
+  size = 2**18
+  return all(np.bitwise_and(bits[i : i + size], exponent).max() < exponent for i in range(0, len(bits), size))
+
+
 def _read_all(file, octets: np.ndarray):
   rest = memoryview(octets)
   while len(rest):
@@ -128,15 +156,19 @@ def _opened(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, framework='np')
   except (safetensors.SafetensorError, OSError) as e:
-    raise InputError(f'{path}: is truncated or not a safetensors file ({reason(e)}); fetch it again.') from e
+    what = f'is truncated or not a safetensors file ({reason(e)})'
+    with contextlib.suppress(OSError), path.open('rb') as file:
+      if file.read(20).startswith(b'version https://git'):
+        raise InputError(f'{path}: {what}: it is a Git LFS pointer; run git lfs pull.') from e
+    raise InputError(f'{path}: {what}; fetch it again.') from e
 
 
-def _data_begins(path: pathlib.Path) -> tuple[int, dict[str, int]]:
-  """(where the tensors begin in a safetensors file, {name: offset from there}); the package has checked the header."""
+def _data_begins(path: pathlib.Path) -> tuple[int, dict[str, dict]]:
+  """(where the tensors begin in a safetensors file, {name: what the header says}); the package has checked the header."""
   with path.open('rb') as file:
     size = int.from_bytes(file.read(8), 'little')
     header = json.loads(file.read(size))
-  return 8 + size, {name: about['data_offsets'][0] for name, about in header.items() if name != '__metadata__'}
+  return 8 + size, {name: about for name, about in header.items() if name != '__metadata__'}
 
 
 def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], pieces_of) -> str:
@@ -145,6 +177,9 @@ def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], p
   Args:
     tensors: (name, shape, dtype) in the order of the file.
     pieces_of: from an index into `tensors` to its arrays, which come one after the other, whatever their type.
+
+  Raises:
+    InputError: a value does not fit the type that it is written in.
   """
   header, end = {'__metadata__': {'format': 'pt'}}, 0
   for name, shape, dtype in tensors:
@@ -160,7 +195,7 @@ def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], p
     _write_all(file, octets)
     for i, (name, _, dtype) in enumerate(tensors):
       for piece in pieces_of(i):
-        octets = np.ascontiguousarray(piece, jnp.dtype(dtype)).reshape(-1).view(np.uint8)
+        octets = _converted(name, piece, dtype).reshape(-1).view(np.uint8)
         hashed.result()
         hashed = thread.submit(digest.update, octets)
         _write_all(file, octets)
@@ -168,6 +203,17 @@ def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], p
     hashed.result()
     os.fsync(file.fileno())
   return digest.hexdigest()
+
+
+def _converted(name: str, piece: np.ndarray, dtype: str) -> np.ndarray:
+  with np.errstate(over='ignore'):  # it is looked at
+    converted = np.ascontiguousarray(piece, jnp.dtype(dtype))
+  if converted.dtype != piece.dtype and not finite(converted):
+    raise InputError(
+      f'the tensor {name} has values of up to {np.max(np.abs(piece)):.3g}, which do not fit {dtype}; use '
+      '--export_dtype=bfloat16 or float32.'
+    )
+  return converted
 
 
 def _write_all(file, octets):

@@ -302,9 +302,11 @@ def test_index_that_disagrees_with_the_files(settings, no_text, sharded):
 
 def test_tensor_in_two_files(settings, no_text, sharded):
   tensors = safetensors.numpy.load_file(sharded / 'a.safetensors')
-  twice = safetensors.numpy.load_file(sharded / 'b.safetensors')
-  safetensors.numpy.save_file(tensors | {Q_PROJ: twice[Q_PROJ]}, sharded / 'a.safetensors')
-  refused(settings, sharded / 'b.safetensors', Q_PROJ, 'also in a.safetensors')
+  other = safetensors.numpy.load_file(sharded / 'b.safetensors')[Q_PROJ]
+  safetensors.numpy.save_file(tensors | {Q_PROJ: other + 1}, sharded / 'a.safetensors')
+  refused(settings, sharded / 'b.safetensors', Q_PROJ, 'also in a.safetensors', 'other values')
+  safetensors.numpy.save_file(tensors | {Q_PROJ: other}, sharded / 'a.safetensors')  # the same twice is no harm
+  assert checkpoint_hf.open_source(str(sharded), sharded / 'scratch').num_layers == 6
 
 
 # ---- tensors ----
@@ -335,9 +337,23 @@ def test_untied_model_without_a_head(settings, no_text, model):
 
 
 @pytest.mark.parametrize('dtype', ['int8', 'uint8', 'int32', 'float64', 'float8_e4m3fn'])
-def test_quantised_tensor(settings, no_text, model, dtype):
+def test_tensor_of_a_type_that_is_not_read(settings, no_text, model, dtype):
   edit_tensors(model, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(jnp.dtype(dtype))}))
-  refused(settings, model / 'model.safetensors', Q_PROJ, 'unquantised')
+  refused(settings, f'--model={model}', Q_PROJ, 'convert' if dtype == 'float64' else 'unquantised')
+
+
+@pytest.mark.parametrize('head', ['LlamaForSequenceClassification', 'LlamaForTokenClassification'])
+def test_classifier(settings, no_text, model, head):
+  edit_json(model / 'config.json', architectures=[head])
+  refused(settings, f'--model={model}', head, 'ForCausalLM')
+
+
+def test_lora_adapter(settings, no_text, model):
+  (model / 'adapter_config.json').write_text('{}')
+  (model / 'model.safetensors').rename(model / 'adapter_model.safetensors')
+  refused(settings, f'--model={model}', 'is a LoRA adapter', 'merge')
+  (model / 'config.json').unlink()
+  refused(settings, f'--model={model}', 'is a LoRA adapter', 'merge')
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])

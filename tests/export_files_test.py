@@ -132,7 +132,8 @@ def test_a_folder_without_a_tokenizer_is_refused(settings, no_text, tmp_path):
 
 
 def exported(settings, model) -> pathlib.Path:
-  settings |= dict(model=str(model), num_remove=None, remove_layers='2,3', recipe='none', compare=(), train_data='', eval_data=())
+  settings |= dict(model=str(model), num_remove=None, remove_layers='2,3', recipe='none', compare=())
+  settings |= dict(train_data='', eval_data=())
   pipeline.run(Config(**settings))
   return pathlib.Path(settings['workdir']) / 'export'
 

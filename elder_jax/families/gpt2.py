@@ -27,7 +27,6 @@ WEIGHTS = {
   'lm_head.weight': ('head', 'V,D->VD'),
 }
 DEPTH = 'n_layer'  # the key of config.json that says how many layers there are
-PREFIX = 'transformer.'  # which old files leave out
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:

@@ -27,7 +27,6 @@ WEIGHTS = {
   'model.decoder.final_layer_norm.bias': ('final_norm.bias', 'D->D'),
   'lm_head.weight': ('head', 'V,D->VD'),
 }
-PREFIX = 'model.'  # which old files leave out
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
