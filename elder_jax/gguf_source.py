@@ -59,6 +59,8 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
     value = fields.get(key, default)
     if isinstance(value, list):
       raise InputError(f'the GGUF field {key} has a value for each layer, only one for all is supported; {_FOLDER}.')
+    if isinstance(value, int) and value > 2**31:  # before a table of that size is made
+      raise InputError(f'the GGUF field {key} is {value}, which is larger than in any model; {_FOLDER}.')
     if value is not missing:
       return value
     if name == 'vocab_size' and 'tokenizer.ggml.tokens' in fields:

@@ -156,6 +156,16 @@ def test_a_value_for_each_layer_is_refused(folders, tmp_path):
     open_source(folder)
 
 
+def test_a_number_that_no_array_can_have_is_refused(folders, tmp_path):
+  path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
+  name = b'llama.embedding_length'
+  at = path.read_bytes().index(name) + len(name) + 4  # the type; then the value
+  octets = path.read_bytes()
+  path.write_bytes(octets[:at] + b'\xff\xff\xff\xff' + octets[at + 4 :])
+  with pytest.raises(InputError, match=f'llama.embedding_length is {2**32 - 1}, which is larger than in any model'):
+    open_source(path)
+
+
 # ---- tokens that end a text ----
 
 
