@@ -76,4 +76,5 @@ def perplexity(
     batch_nll, n = nll(model, put(batch_BT), put(counted_BT), mode)
     total, count = total + float(batch_nll), count + float(n)
     progress(min(i + batch_size, len(rows_NT)), len(rows_NT))
-  return float(np.exp(total / count))
+  with np.errstate(over='ignore'):  # infinite, then
+    return float(np.exp(total / count))

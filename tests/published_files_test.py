@@ -1,0 +1,134 @@
+"""Files as they are out there, not only as transformers 5 writes them: buffers, prefixes, heads, values that do not fit."""
+
+import json
+import pathlib
+import shutil
+
+from families_test import torch_logits
+from families_test import write_model
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from refusal import edit_json
+from refusal import one_sentence
+import safetensors.numpy
+
+from elder_jax import checkpoint_hf
+from elder_jax import families
+from elder_jax import model as model_lib
+from elder_jax import pipeline
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+TOKENS_BT = np.arange(5, 21, dtype=np.int32)[None]
+HEADS = ('lm_head.weight', 'lm_head.bias', 'embed_out.weight')
+
+
+@pytest.fixture(scope='module', params=families.FAMILIES)
+def written(request, tmp_path_factory) -> pathlib.Path:
+  """A model of each family as transformers 5 writes it; read only."""
+  return write_model(tmp_path_factory.mktemp('model'), request.param)
+
+
+@pytest.fixture
+def own(written, tmp_path) -> pathlib.Path:
+  shutil.copytree(written, tmp_path / 'own')
+  return tmp_path / 'own'
+
+
+def edit(folder: pathlib.Path, change):
+  path = folder / 'model.safetensors'
+  safetensors.numpy.save_file(change(safetensors.numpy.load_file(path)), path, metadata={'format': 'pt'})
+
+
+def opened(folder: pathlib.Path) -> checkpoint_hf.Source:
+  return checkpoint_hf.open_source(str(folder), folder / 'scratch')
+
+
+def logits(folder: pathlib.Path) -> np.ndarray:
+  model = checkpoint_hf.load(opened(folder), 'float32')
+  return np.asarray(model_lib.logits(model, model_lib.forward(model, TOKENS_BT)[0]))
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'bool', 'float32', 'float64', 'int64'])
+def test_buffers_of_any_type_are_passed_over_and_change_no_type(own, dtype):
+  edit(own, lambda tensors: {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()})
+  before = opened(own)
+  buffers = [name for name, entry in before.family.WEIGHTS.items() if entry is None]
+  assert buffers or before.config['model_type'] in ('opt',)
+  buffer = np.ones((1, 1, 4, 4), dtype)
+  edit(own, lambda tensors: tensors | {name.format(l=l): buffer for name in buffers for l in range(before.num_layers)})
+  after = opened(own)
+  assert after.dtype == 'bfloat16' and after.shapes == before.shapes
+
+
+def test_names_without_the_prefix_are_read_as_transformers_reads_them(own):
+  before, theirs = logits(own), torch_logits(own, TOKENS_BT)
+  prefix = next(iter(opened(own).family.WEIGHTS)).partition('.')[0] + '.'
+  edit(own, lambda tensors: {n if n in HEADS else n.removeprefix(prefix): t for n, t in tensors.items()})
+  np.testing.assert_array_equal(logits(own), before)
+  np.testing.assert_array_equal(torch_logits(own, TOKENS_BT), theirs)
+
+
+def test_a_tied_model_keeps_a_head_of_its_own(own, settings, capsys):
+  """As transformers 5 reads it; a head that equals the embedding is dropped as it always was."""
+  source = opened(own)
+  head, embed = (next(n for n, e in source.family.WEIGHTS.items() if e and e[0] == ours) for ours in ('head', 'embed'))
+  edit(own, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != head})
+  edit_json(own / 'config.json', tie_word_embeddings=True)
+  tied = logits(own)
+  edit(own, lambda tensors: tensors | {head: tensors[embed]})
+  assert opened(own).spec.tied and head not in opened(own).shapes and not capsys.readouterr().err
+  np.testing.assert_array_equal(logits(own), tied)
+  noise = np.random.default_rng(0).normal(size=source.shapes[embed]).astype(np.float32)
+  edit(own, lambda tensors: tensors | {head: tensors[embed] + 0.1 * noise})
+  assert np.abs(logits(own) - tied).max() > 0.1
+  np.testing.assert_allclose(logits(own), torch_logits(own, TOKENS_BT), atol=2e-5)
+  assert f'{head} is not {embed}; it is kept' in capsys.readouterr().err
+  what = dict(num_remove=0, recipe='none', compare=(), train_data='', eval_data=(), verify='torch')
+  pipeline.run(Config(**settings | what | dict(model=str(own))))
+  export = pathlib.Path(settings['workdir']) / 'export'
+  assert json.loads((export / 'config.json').read_text())['tie_word_embeddings'] is False
+  np.testing.assert_array_equal(torch_logits(export, TOKENS_BT), torch_logits(own, TOKENS_BT))
+
+
+@pytest.mark.parametrize('copies', [True, False])
+def test_a_value_that_does_not_fit_the_exported_type_is_not_exported(settings, model, text, copies):
+  def enlarge(tensors):
+    tensors['model.norm.weight'][3] = 7e4
+    return tensors
+
+  edit(model, enlarge)
+  settings |= dict(num_remove=2, recipe='none', compare=(), method='last', export_dtype='float16')
+  if copies:
+    settings |= dict(num_remove=None, remove_layers='2', train_data='', eval_data=())
+  with pytest.raises(InputError) as caught:
+    pipeline.run(Config(**settings))
+  one_sentence(str(caught.value), 'model.norm.weight', '7e+04', 'float16', '--export_dtype=bfloat16')
+  assert not (pathlib.Path(settings['workdir']) / 'export').exists()
+  assert pipeline.run(Config(**settings | dict(export_dtype='bfloat16')))['kept']  # in the same folder
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_what_is_not_finite_is_not_exported(settings, monkeypatch, value):
+  make = pipeline.apply_recipe
+
+  def poisoned(*args):
+    pruned = make(*args)
+    w = pruned.layers.w_down
+    w.set_value(w.get_value().at[1, 2, 3].set(value))
+    return pruned
+
+  monkeypatch.setattr(pipeline, 'apply_recipe', poisoned)
+  settings |= dict(recipe='none', compare=(), method='last', eval_data=())
+  settings |= dict(train_steps=0)
+  with pytest.raises(InputError) as caught:
+    pipeline.run(Config(**settings | dict(method='cosine_block')))
+  one_sentence(str(caught.value), 'model.layers.1.mlp.down_proj.weight', 'NaN or infinite', 'nothing is exported')
+
+
+def test_a_git_lfs_pointer_is_named(model):
+  (model / 'model.safetensors').write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n')
+  with pytest.raises(InputError, match='is a Git LFS pointer; run git lfs pull'):
+    opened(model)
