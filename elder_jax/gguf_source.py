@@ -11,6 +11,7 @@ import numpy as np
 from elder_jax import families
 from elder_jax import gguf_header
 from elder_jax import gguf_tokenizer
+from elder_jax import metrics
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 
@@ -115,13 +116,12 @@ def _read(path: pathlib.Path) -> tuple[dict, list[gguf_header.Tensor]]:
   fields, tensors = _read_part(path)
   if (count := fields.get('split.count', 1)) in (0, 1):
     return fields, tensors
-  name = re.fullmatch(r'(.*-)\d{5}-of-(\d{5})', path.stem)
-  if not name or int(name[2]) != count:
+  parts = parts_of(path)
+  if len(parts) != count:
     raise InputError(
       f'{path}: is one of {count} parts of a split GGUF file; give it the name that it had, NAME-00001-of-00002.gguf, or '
       'merge the parts with llama-gguf-split --merge.'
     )
-  parts = [path.with_name(f'{name[1]}{i + 1:05d}-of-{name[2]}{path.suffix}') for i in range(count)]
   if (absent := next((p for p in parts if not os.path.isfile(p)), None)) is not None:
     raise InputError(f'{absent}: is missing; {path.name} is one of {count} parts of a split GGUF file, fetch all of them.')
   read = [_read_part(p) for p in parts]
@@ -129,6 +129,14 @@ def _read(path: pathlib.Path) -> tuple[dict, list[gguf_header.Tensor]]:
   if len({t.name for t in tensors}) != fields.get('split.tensors.count', len(tensors)):
     raise InputError(f'{path}: the {count} parts of this split GGUF file do not belong together; fetch all of them again.')
   return read[0][0], tensors
+
+
+def parts_of(path: pathlib.Path) -> list[pathlib.Path]:
+  """All files of a split GGUF file by their names, NAME-00001-of-00002.gguf; of any other file that file."""
+  name = re.fullmatch(r'(.*-)\d{5}-of-(\d{5})', path.stem)
+  if not name:
+    return [path]
+  return [path.with_name(f'{name[1]}{i + 1:05d}-of-{name[2]}{path.suffix}') for i in range(int(name[2]))]
 
 
 def _read_part(path: pathlib.Path) -> tuple[dict, list[gguf_header.Tensor]]:
@@ -154,15 +162,14 @@ def _check_known(fields: dict, architecture: str, asked: set[str]):
 
 def _write_files(scratch: pathlib.Path, config: dict, fields: dict, path: pathlib.Path):
   scratch.mkdir(parents=True, exist_ok=True)
-  dump = lambda name, value: (scratch / name).write_text(
-    json.dumps(value, indent=2, ensure_ascii=False) + '\n', 'utf-8'
-  )
-  dump('config.json', config)
   tokenizer, settings, ends = gguf_tokenizer.build(fields, path)
   generation = {key: config[key] for key in ('bos_token_id',) if key in config}
   if ends:
     generation['eos_token_id'] = ends if len(ends) > 1 else ends[0]
-  dump('generation_config.json', generation)
-  tokenizer.save(str(scratch / 'tokenizer.json'))
   settings['model_max_length'] = config['max_position_embeddings']
-  dump('tokenizer_config.json', settings)
+  made = {'config.json': config, 'generation_config.json': generation, 'tokenizer_config.json': settings}
+  texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + '\n' for name, value in made.items()}
+  for name, text in (texts | {'tokenizer.json': tokenizer.to_str(pretty=True)}).items():
+    file = scratch / name
+    if not file.is_file() or file.read_bytes() != text.encode():  # other processes of the run may be reading it
+      metrics.write_whole(file, text)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+from elder_jax import gguf_source
 from elder_jax import safetensors_files
 from elder_jax.checkpoint_hf import Source
 from elder_jax.errors import InputError
@@ -22,7 +23,7 @@ def named(flag: str, source: str) -> str:
 def of_model(source: Source) -> str:
   """That of the weights and of what says how to read them."""
   if source.is_gguf:
-    return of_files([user_path(source.name)])
+    return of_files(gguf_source.parts_of(user_path(source.name)))
   names = {'config.json', 'model.safetensors', 'model.safetensors.index.json'}
   index = source.files / 'model.safetensors.index.json'
   if index.is_file() and not (source.files / 'model.safetensors').is_file():
