@@ -15,6 +15,7 @@ from elder_jax import evaluate
 from elder_jax import gates
 from elder_jax import hosts
 from elder_jax import importance
+from elder_jax import judge
 from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
@@ -35,7 +36,7 @@ from elder_jax.model import Spec
 
 # What a run may change when it is started again in its work folder.
 _FREE_ON_RESUME = (
-    'workdir', 'checkpoint_every', 'checkpoint_minutes', 'keep_checkpoints', 'verify', 'mesh', 'plan', 'topology'
+    'workdir', 'checkpoint_every', 'checkpoint_minutes', 'keep_checkpoints', 'verify', 'mesh', 'plan', 'force', 'topology'
 )  # fmt: skip
 
 
@@ -90,6 +91,8 @@ def prepare(config: Config) -> Run:
     raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
 
   scores = config.remove_layers is None and any(num_removes)
+  if scores and 'auto' in config.methods():
+    judge.steps(config)
   trains = any(recipe in TRAINED for recipe in config.recipes()) and config.steps() > 0
   refits = any(recipe.startswith(('absorb', 'replace_linear')) for recipe in config.recipes()) and any(num_removes)
   reads = scores or trains or refits
