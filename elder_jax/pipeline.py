@@ -81,16 +81,14 @@ def _run(job: Run) -> dict:
     measured = hosts.agree((work / 'stages' / f'{name}.json').exists())
     last = (method, n, recipe) == exported
     if not job.copies and (last or not measured):
-      uses_up = stages.uses_up(config, recipe, last)
-      start = model.take if uses_up else model.get
-      pruned, taken = _timed(lambda: apply_recipe(job, start(), choice, recipe, checkpoints, name, uses_up))
+      # The row uses the dense model up, the next one loads it again: it would take the place that training needs.
+      pruned, taken = _timed(lambda: apply_recipe(job, model.take(), choice, recipe, checkpoints, name, uses_up=True))
       seconds.setdefault(f'train_{name}', taken)
     figures = stage(name, f'evaluate_{name}', lambda: measure(job, pruned, name))
     rows.append({'method': method, 'recipe': recipe, 'removed': sorted(choice['chosen']), **figures})
     if not last:
       checkpoints.clear()
 
-  model.drop()
   removed = choice['chosen']
   kept = prune.kept_layers(job.source.num_layers, removed)
   trained = config.recipe in TRAINED
@@ -139,13 +137,9 @@ class Dense:
       self._model = self._load()
     return self._model
 
-  def drop(self):
-    self._model = None
-
   def take(self) -> Decoder:
     """For a caller who will use the arrays up: nobody else has the model then."""
-    model = self.get()
-    self.drop()
+    model, self._model = self.get(), None
     return model
 
 
@@ -295,9 +289,9 @@ def apply_recipe(
     uses_up: the arrays of `model` are given back as soon as they are not needed; else it is not changed.
   """
   config, removed, name = job.config, choice['chosen'], name or recipe
-  spare = () if uses_up and not config.distill else model  # a teacher is needed up to the last step
-  free = functools.partial(memory.free, spare=spare)
   kind, trained = recipe.removesuffix('_then_train'), stages.is_trained(config, recipe)
+  spare = () if uses_up and not (trained and config.distill) else model  # a teacher is needed up to the last step
+  free = functools.partial(memory.free, spare=spare)
   if kind in ('absorb', 'replace_linear'):
     # The batches that training sees, or would see, in its first pass: no more tokens than other recipes have.
     one_pass = config.num_sequences // config.batch_size
@@ -308,7 +302,7 @@ def apply_recipe(
     start = prune.with_gates(model, 1.0)
   else:
     start = merging.merge(model, choice['merges']) if 'merges' in choice else prune.prune(model, removed, free)
-  memory.free(model.layers, (start, spare))
+  memory.free(model, (start, spare))
   if not trained:
     return start
 

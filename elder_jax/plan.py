@@ -113,9 +113,12 @@ def _memory(device) -> int:
   return device.memory_stats()['bytes_limit']
 
 
+def gib(size: float) -> str:
+  return f'{size / GIB:.3g}' if size < GIB else f'{size / GIB:.2f}'
+
+
 def table(stages: list[Stage], mesh: Mesh) -> str:
   """What people read: GiB per device, FLOPs and least time of a step."""
-  gib = lambda n: f'{n / GIB:.3g}' if n < GIB else f'{n / GIB:.2f}'
   number = lambda n: '?' if n is None else f'{n:.3g}'
   rows = [
     ['stage', 'parameters', 'optimiser', 'gradients', 'other models', 'activations …', 'peak', 'TFLOP', 'done', 'least s']
@@ -156,7 +159,6 @@ def advice(
   if stage.program.host:
     return ['--verify=jax: the export is read back without PyTorch']
   ways, cut = (mesh.shape[a] * mesh.shape[b] for a, b in (('data', 'fsdp'), ('fsdp', 'tp')))
-  gib = lambda n: f'{n / GIB:.2f}'
 
   def change(**settings) -> str:
     """What parameters, optimiser state and gradients would take; nothing where that is no less, or cannot be."""
@@ -169,7 +171,7 @@ def advice(
       return ''
     states = [Stage(p, 0, 0, None, None, None).state for p in again if p.name.split(', as')[0] == name.split(', as')[0]]
     state = max(states, default=0)
-    flags = ' '.join(f'--{k}={",".join(v) if k == "compare" else v}' for k, v in settings.items())
+    flags = ' '.join(f'--{k}={v}' for k, v in settings.items())
     return f'{flags}: {gib(state)} instead of {gib(stage.state)} without activations' if state < stage.state else ''
 
   found, name = [], stage.program.name
@@ -185,8 +187,6 @@ def advice(
     found.append('--method=cosine_block, or ppl: no gradients are needed')
   elif name.startswith('choosing by ') or name.startswith('judging'):
     found.append('--method=cosine_block: one model and one pass')
-  if config.compare and not name.startswith('choosing by '):
-    found.append(change(compare=()))
   if config.lora_rank and config.dtype != 'float32':
     found.append(change(export_dtype=config.dtype))
   rows = config.batch_size // config.grad_accum // ways
@@ -216,8 +216,8 @@ def tell(
     return 'nothing is computed on the devices', []
   lines, too_large = [table(stages, mesh)], [stage for stage in stages if not stage.fits]
   for stage in too_large:
-    where, needs, has = 'host' if stage.program.host else 'device', stage.peak / GIB, stage.limit / GIB
-    lines.append(f'{stage.program.name} needs {needs:.2f} GiB, the {where} has {has:.2f}. Options:')
+    where = 'host' if stage.program.host else 'device'
+    lines.append(f'{stage.program.name} needs {gib(stage.peak)} GiB, the {where} has {gib(stage.limit)}. Options:')
     lines += [f'  {line}' for line in advice(stage, config, spec, num_layers, num_removes, mesh, source_dtype)]
   if not too_large:
     lines.append('All stages fit.' if compile_it else 'What is known fits.')

@@ -1,12 +1,13 @@
 """The stages of a run, in its order: the heaviest program of each and what is in memory with it, all with abstract arrays.
 
-Shapes come from jax.eval_shape, their parts per device from sharding.py's table. Who holds which model when is said by
-`uses_up` and pipeline.py, and described here; plan.py makes a table of it.
+Shapes come from jax.eval_shape, their parts per device from sharding.py's table. Who holds which model is pipeline.py's
+business and described here; plan.py makes a table of it.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 
 from flax import nnx
 import jax
@@ -44,14 +45,6 @@ BY_DEPTH = ('uidl', 'cosine_block')  # methods whose program is another one for 
 
 def is_trained(config: Config, recipe: str) -> bool:
   return recipe in TRAINED and config.steps() > 0
-
-
-def uses_up(config: Config, recipe: str, last: bool) -> bool:
-  """Whether a recipe gives the dense model's memory back: no row comes after it, or training needs the room.
-
-  Training does not need the dense model, but for distillation; the next row loads it again.
-  """
-  return last or (is_trained(config, recipe) and not config.distill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +102,6 @@ class Given:
     """Of a forward pass."""
     return tokens * sum(forward_flops(self.spec.with_layers([]), num_layers, seq_len))
 
-  def rows(self) -> list[tuple[int, str, bool]]:
-    """(number of layers removed, recipe, whether it is the last row) of each row, as pipeline.py has them."""
-    methods = self.config.methods() if self.config.remove_layers is None else ['given']
-    rows = [(m, n, recipe) for m in methods for n in self.num_removes for recipe in self.config.recipes()]
-    exported = methods[0], self.num_removes[0], self.config.recipe
-    return sorted({(n, recipe, (m, n, recipe) == exported) for m, n, recipe in rows}, key=lambda row: row[2])
 
 
 def programs(
@@ -137,18 +124,18 @@ def programs(
   return list(heaviest.values())
 
 
-def _evaluation(run: Given, model: Decoder, beside: int = 0) -> list[Program]:
-  """Perplexity and tasks of a model that has so many bytes of others beside it."""
+def _evaluation(run: Given, model: Decoder) -> list[Program]:
+  """Perplexity and tasks of a model; no other one is there."""
   config, size, L = run.config, device_bytes(model), model.num_layers
   B, T = config.eval_batch_size, config.eval_seq_len
-  name = f'{L} layers' + (', as trained' if _dtypes(model) - _dtypes(run.dense) else '')
+  name = f'{L} layers' + (', as trained' if _dtypes(model.layers) - _dtypes(run.dense.layers) else '')
   flops, found = run.flops(L, B * T, T), []
   if config.corpora():
     args = model, run.batch(B, T), run.batch(B, T, 'float32'), run.mode
-    found.append(Program(f'evaluation, {name}', evaluate.nll, args, flops, size, beside=beside))
+    found.append(Program(f'evaluation, {name}', evaluate.nll, args, flops, size))
   if config.task_names():  # requests as long as a window; longer ones take more
     args = model, run.batch(B, T), run.batch(B, T), run.mode
-    found.append(Program(f'zero-shot, {name}', zero_shot.token_scores(), args, flops, size, beside=beside))
+    found.append(Program(f'zero-shot, {name}', zero_shot.token_scores(), args, flops, size))
   return found
 
 
@@ -184,7 +171,7 @@ def _choosing(run: Given) -> list[Program]:
     for n in counts:
       pruned = _cut(dense, n)
       args = pruned, run.tokens_BT, None, run.mode
-      found.append(_removing('removing layers beside the dense model', dense, n, keeps=True))
+      found.append(_removing('judging, removing layers', dense, n, keeps=True))
       flops = run.flops(L - n, run.tokens_BT.size, config.seq_len)
       beside = device_bytes(dense.layers)  # all else is shared
       found.append(Program(f'judging, {L - n} layers', evaluate.nll, args, flops, device_bytes(pruned), beside=beside))
@@ -193,9 +180,10 @@ def _choosing(run: Given) -> list[Program]:
 
 def _recipes(run: Given) -> list[Program]:
   config, dense, found = run.config, run.dense, []
-  for n, recipe, last in run.rows():
-    kind, gone = recipe.removesuffix('_then_train'), uses_up(config, recipe, last)
-    trained = is_trained(config, recipe)
+  for n, recipe in itertools.product(run.num_removes, config.recipes()):
+    kind, trained = recipe.removesuffix('_then_train'), is_trained(config, recipe)
+    # A teacher stays, with what is not cut shared by both.
+    teacher = device_bytes(dense.layers) if trained and config.distill else 0
     whole = kind == 'regularize' and trained
     if kind in ('absorb', 'replace_linear') and n:
       found.append(_absorbing(run, kind))
@@ -204,14 +192,13 @@ def _recipes(run: Given) -> list[Program]:
       layers = device_bytes(dense.layers)  # of the merge before, beside the dense model and this one's result
       found.append(Program('merging layers', call, args, 0, device_bytes(dense), beside=layers))
     if not whole:
-      found.append(_removing('removing layers' + ('' if gone else ' beside the dense model'), dense, n, keeps=not gone))
+      found.append(_removing('removing layers', dense, n, keeps=bool(teacher)))
     if trained:
       found += _training(run, dense if whole else _cut(dense, n), whole)
     if whole:
-      beside = 0 if gone else device_bytes(dense.layers)
-      found.append(_removing('removing layers, as trained', _result(run, dense), n, keeps=False, beside=beside))
+      found.append(_removing('removing layers, as trained', _result(run, dense), n, keeps=False, beside=teacher))
     result = _result(run, _cut(dense, n)) if trained else _cut(dense, n)
-    found += _evaluation(run, result, 0 if gone or last else device_bytes(dense.layers))
+    found += _evaluation(run, result)
   return found
 
 
@@ -320,12 +307,12 @@ def _steps(run: Given, name: str, begin, model: Decoder, teacher, terms, flops: 
 
 def _export(run: Given) -> list[Program]:
   """What is written, read back and compared; never two models at a time."""
-  config, (n, recipe, _) = run.config, run.rows()[-1]
-  start = _cut(run.dense, n)
-  pruned = _result(run, start) if is_trained(config, recipe) else start
+  config = run.config
+  start = _cut(run.dense, run.num_removes[0])
+  pruned = _result(run, start) if is_trained(config, config.recipe) else start
   length = config.eval_seq_len if config.corpora() else config.seq_len if config.train_data else 32
-  call, args = verify.program(pruned, run.export_dtype, min(128, length))
-  flops = run.flops(pruned.num_layers, args[1].size, length)
+  call, args = verify.program(pruned, run.export_dtype, T := min(128, length))
+  flops = run.flops(pruned.num_layers, T, T)
   found = [
     Program('export', None, (), 0, device_bytes(pruned)),
     Program('verification', call, args, flops, device_bytes(args[0])),

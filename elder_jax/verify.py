@@ -89,8 +89,8 @@ def check(
     ExportMismatch.
   """
 
-  def rounded(a):
-    if a.dtype == dtype:
+  def rounded(path, a):
+    if a.dtype == dtype or path[0].name == 'gate_L':
       return a
     new = a.astype(dtype)
     if free:
@@ -100,7 +100,7 @@ def check(
 
   source = checkpoint_hf.open_source(str(folder), folder)
   with jax.default_matmul_precision('highest'):
-    model = jax.tree.map(rounded, model)
+    model = jax.tree_util.tree_map_with_path(rounded, model)
     expected = hosts.to_host(_logits(model, tokens_BT))
     if free:
       free(model)
@@ -117,8 +117,9 @@ def check(
 
 def program(model: model_lib.Decoder, dtype: str, num_tokens: int):
   """(jitted function, its arguments) of `check`'s heaviest step, the model being abstract."""
-  rounded = lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding)
-  return _logits, (jax.tree.map(rounded, model), np.zeros((1, num_tokens), np.int32))
+  kind = lambda path, a: a.dtype if path[0].name == 'gate_L' else dtype
+  rounded = lambda path, a: jax.ShapeDtypeStruct(a.shape, kind(path, a), sharding=a.sharding)
+  return _logits, (jax.tree_util.tree_map_with_path(rounded, model), np.zeros((1, num_tokens), np.int32))
 
 
 @jax.jit
