@@ -81,6 +81,7 @@ def _run(job: Run) -> dict:
     measured = hosts.agree((work / 'stages' / f'{name}.json').exists())
     last = (method, n, recipe) == exported
     if not job.copies and (last or not measured):
+      model.get()  # if need be it is loaded now, in time of its own
       # The row uses the dense model up, the next one loads it again: it would take the place that training needs.
       pruned, taken = _timed(lambda: apply_recipe(job, model.take(), choice, recipe, checkpoints, name, uses_up=True))
       seconds.setdefault(f'train_{name}', taken)

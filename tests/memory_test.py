@@ -165,7 +165,8 @@ WITHIN = {'_sums', '_products', '_magnitudes', '_channel_sums'}
 @pytest.mark.parametrize(
   'options',
   [
-    dict(method=','.join(METHODS), recipe='absorb_then_train', compare=list(RECIPES), num_remove=1),
+    dict(method=','.join(METHODS), recipe='none', compare=[], num_remove=1),
+    dict(method='laco', recipe='absorb_then_train', compare=list(RECIPES), num_remove=1),
     dict(method='auto,uidl', ratio='0.12,0.25', recipe='none', compare=[], gate='output'),
     dict(method='last', recipe='regularize', compare=['none'], lora_rank=2, dtype='bfloat16', distill=0.5),
     dict(method='last', recipe='prune_then_train', compare=[], trainable='all', export_dtype='float16', gate='output'),
