@@ -12,6 +12,7 @@ from absl import flags
 from absl import logging
 
 from benchmarks import results
+from benchmarks import results_rows
 from elder_jax import absorb
 from elder_jax import pipeline
 from elder_jax.config import Config
@@ -31,7 +32,7 @@ def main(argv):
   job = pipeline.prepare(Config(
       model=flags.FLAGS.model, workdir=str(work / 'absorb_rounds'), train_data=train,
       eval_data=(f'validation={validation}', f'news={flags.FLAGS.news}'),
-      remove_layers=_REMOVE.value, recipe='absorb', compare=(), **results.BUDGET,
+      remove_layers=_REMOVE.value, recipe='absorb', compare=(), **results_rows.BUDGET,
   ))  # fmt: skip
   model = pipeline.load(job)
   choice = {'chosen': [int(l) for l in _REMOVE.value.split(',')]}

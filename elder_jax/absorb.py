@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax import hosts
+from elder_jax import memory
 from elder_jax import model as model_lib
 from elder_jax import prune
 from elder_jax import sharding
@@ -32,7 +33,7 @@ NORMED_ROUNDS = (0.25, 1.0)
 Batches = Sequence[jax.Array]
 
 
-def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None) -> Decoder:
+def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None, free=None) -> Decoder:
   """The pruned model, in which the layers before the removed runs do these runs' work as far as they can.
 
   Of the layer before a run, f is what the down projection W_FD reads and r = target − (m + f·W) what the pruned stream
@@ -47,18 +48,19 @@ def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode,
   Args:
     batches: tokens [B, T] on the devices.
     log: called with (layer, the run's end, relative squared error before, after) for each run.
+    free: of prune.prune; unset, `model` is left as it is.
   """
   refit = _refit_normed if model.spec.block == 'sandwich' else functools.partial(_refit, kind='features')
-  return _each_run(model, removed, batches, mode, refit, log)
+  return _each_run(model, removed, batches, mode, refit, log, free)
 
 
-def replace_linear(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None) -> Decoder:
+def replace_linear(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None, free=None) -> Decoder:
   """ReplaceMe's least squares (arXiv 2505.02819, section 2.2): a D × D map after the MLP, folded into W.
 
   T = argmin Σ ‖a·T − (target − m)‖², with a = f·W the MLP's output; W becomes W·T. As published: every token counts
   alike, no ridge (the solution of least norm where the map is not determined). Arguments as for `absorb`.
   """
-  return _each_run(model, removed, batches, mode, functools.partial(_refit, kind='outputs'), log)
+  return _each_run(model, removed, batches, mode, functools.partial(_refit, kind='outputs'), log, free)
 
 
 def check(spec: Spec, recipe: str):
@@ -71,7 +73,7 @@ def check(spec: Spec, recipe: str):
     )
 
 
-def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Callable, log: Callable | None):
+def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Callable, log: Callable | None, free):
   """Changes the layer before each removed run by refit(totals, current, l) -> errors, upwards; then removes them."""
   kept = prune.kept_layers(model.num_layers, removed)
   current, changed = jax.tree.map(lambda a: a, model), False
@@ -84,7 +86,8 @@ def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Call
     changed = True
     if log:
       log(l, end, float(before), float(after))
-  return prune.prune(current, removed)
+  # What was refitted is not the model's, and is not needed any more in any case.
+  return prune.prune(current, removed, free or functools.partial(memory.free, spare=model))
 
 
 def _totals(

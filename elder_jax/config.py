@@ -179,6 +179,7 @@ class Config:
     'Only tell what the run would take of each device and how long its steps would take at least, by asking the compiler; '
     'a config.json is enough of a model. Exit status 3 where it does not fit.',
   )
+  force: bool = _flag(False, 'Start a run that does not fit by its plan; else it ends with exit status 3 before loading.')
   topology: str = _flag('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
   checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
   checkpoint_minutes: float = _flag(0.0, 'Minutes after which a checkpoint is written in any case; 0: never by time.')

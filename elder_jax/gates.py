@@ -22,13 +22,20 @@ class GateSettings:
   clip: float = 1.0
   grad_accum: int = 1
 
+  @property
+  def rounds(self) -> int:
+    return self.num_remove if self.iterative else min(1, self.num_remove)
+
 
 def begin(model: Decoder, settings: GateSettings, mode: Mode):
   """(step of train.make_step, its first state, frozen)."""
   mask = train.mask(model, 'gates')
   rate = lambda step: settings.lr + 0.0 * step
   tx = train.optimizer(mask, rate, 0.0, settings.clip)
-  return train.make_step(tx, mode, settings.grad_accum, rate), *train.init(model, mask, tx)
+  state, frozen = train.init(model, mask, tx)
+  ones_RL = np.ones((settings.rounds, model.num_layers), np.float32)
+  state = state._replace(history_RL=train.on_all_devices(ones_RL, state.trained))
+  return train.make_step(tx, mode, settings.grad_accum, rate), state, frozen
 
 
 def terms(alive_L: np.ndarray, lambda1: float) -> dict[str, np.ndarray]:
@@ -62,8 +69,6 @@ def learn(
   """
   step_fn, state, frozen = begin(model, settings, mode)
   L = model.num_layers
-  rounds = settings.num_remove if settings.iterative else min(1, settings.num_remove)
-  state = state._replace(history_RL=train.on_all_devices(np.ones((rounds, L), np.float32), state.trained))
   if checkpoint:
     state = checkpoint.latest(state)
   # The one rule of resume: the step tells the round, and what is chosen and alive follows from the gates at the end of
@@ -73,7 +78,7 @@ def learn(
   history_RL = np.array(state.history_RL)
 
   alive_L, chosen = np.ones(L, bool), []
-  for r in range(rounds):
+  for r in range(settings.rounds):
     if r >= over:
       now, end = terms(alive_L, settings.lambda1), (r + 1) * settings.steps
       log_round = lambda i, m: log(r, i, m)

@@ -17,6 +17,7 @@ from elder_jax import gates
 from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import inputs
+from elder_jax import judge
 from elder_jax import lora
 from elder_jax import merging
 from elder_jax import metrics
@@ -99,6 +100,8 @@ def prepare(config: Config) -> Run:
   checks_source = torch and not source.is_gguf and verify.use_torch(config.verify, prune.num_params(dense))
 
   scores = config.remove_layers is None and any(num_removes)
+  if scores and 'auto' in config.methods():
+    judge.steps(config)
   trains = any(recipe in TRAINED for recipe in config.recipes()) and config.steps() > 0
   refits = any(recipe.startswith(('absorb', 'replace_linear')) for recipe in config.recipes()) and any(num_removes)
   reads = scores or trains or refits

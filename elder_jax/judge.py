@@ -14,6 +14,7 @@ from elder_jax import evaluate
 from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import prune
+from elder_jax.config import Config
 from elder_jax.errors import InputError
 from elder_jax.importance import Batches
 from elder_jax.model import Decoder
@@ -37,6 +38,24 @@ class Candidate:
 def methods(num_layers: int, num_remove: int) -> list[str]:
   """Those of CANDIDATES that have enough layers to choose from; cosine_block always has."""
   return [method for method in CANDIDATES if num_remove <= importance.num_candidates(method, num_layers)]
+
+
+def steps(config: Config) -> int:
+  """Batches to choose and absorb by, the first of the training text; as many more are held out to judge by.
+
+  Training reads the held-out ones, too. That is fine: no figure is reported of them but the losses of the candidates,
+  which all are judged before any is trained.
+
+  Raises:
+    InputError: one pass over the text does not have two batches.
+  """
+  one_pass = config.num_sequences // config.batch_size
+  if one_pass < 2:
+    raise InputError(
+      f'--method=auto: judges by batches that no candidate was fitted on, but --num_sequences={config.num_sequences} and '
+      f'--batch_size={config.batch_size} make only one; give more sequences, a smaller batch, or --method=cosine_block.'
+    )
+  return min(config.score_steps, one_pass // 2)
 
 
 def absorbs(spec: Spec) -> bool:

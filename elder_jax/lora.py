@@ -4,6 +4,7 @@ Matrices are the parameters of model.Block whose names begin with w; each reads 
 see model.py; r is the rank.
 """
 
+from collections.abc import Callable
 import functools
 
 from flax import nnx
@@ -80,16 +81,49 @@ def attach(model, rank: int, alpha: float, seed: int):
   return wrap(model, jax.jit(make, out_shardings=places)(), alpha / rank)
 
 
-def merge(model):
-  """The ordinary Decoder in which each Lora has become W + (alpha / rank)·A·B, in float32."""
+def merged_dtype(dtype: str, export_dtype: str) -> str:
+  """The type to merge to: what is computed and exported in one type can be rounded to it at once."""
+  return dtype if dtype == export_dtype else 'float32'
+
+
+def merge(model, dtype: str = 'float32', free: Callable | None = None):
+  """The ordinary Decoder in which each Lora has become W + (alpha / rank)·A·B, summed in float32.
+
+  Args:
+    dtype: that the sums are rounded to.
+    free: called with each stack W when it has been merged, which memory.free gives back.
+  """
   model = jax.tree.map(lambda a: a, model)
   for name, lora in _matrices(model.layers).items():
-    w, axes = lora.base.get_value(), lora.base.get_metadata()['axes']
-    merged = jax.jit(_merged, static_argnums=(0, 1), out_shardings=w.sharding)(
-      (*_sides(axes), 'L'), lora.scale, w, lora.a.get_value(), lora.b.get_value()
-    )
+    w = lora.base.get_value()
+    call, args = _merge_step(lora, dtype)
+    merged = call(*args)
+    if free:
+      jax.block_until_ready(merged)
+      free(w)
     setattr(model.layers, name, lora.base.replace(merged))
   return model
+
+
+def program(model, dtype: str):
+  """(jitted function, its arguments) of `merge`'s heaviest step; arrays may be abstract."""
+  largest = max(_matrices(model.layers).values(), key=lambda lora: lora.base.get_value().size)
+  return _merge_step(largest, dtype)
+
+
+def _merge_step(lora: Lora, dtype: str):
+  w, axes = lora.base.get_value(), lora.base.get_metadata()['axes']
+  return _jitted_merge(w.sharding), ((*_sides(axes), 'L'), lora.scale, dtype, w, lora.a.get_value(), lora.b.get_value())
+
+
+@functools.lru_cache
+def _jitted_merge(place):
+  """_merge_stack, its result laid out as `place` says."""
+  return jax.jit(_merge_stack, static_argnums=(0, 1, 2), out_shardings=place)
+
+
+def _merge_stack(sides, scale: float, dtype: str, w, a, b):
+  return _merged(sides, scale, w, a, b).astype(dtype)
 
 
 def _merged(sides: tuple[str, str, str], scale: float, w, a, b):

@@ -1,8 +1,8 @@
 """`python -m elder_jax.main --flagfile=configs/….flags`: flags → Config → pipeline.
 
-Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 3 the devices'
-memory does not suffice; 75 stopped by SIGTERM or a notice of preemption, 130 by Ctrl-C, both saved. After 75, 130, and
-after 1 for a full disk, the same command resumes.
+Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 3 it does
+not fit (--plan, or a run without --force); 75 stopped by SIGTERM or a notice of preemption, 130 by Ctrl-C, both saved.
+After 75, 130, and after 1 for a full disk, the same command resumes.
 """
 
 import sys
@@ -46,6 +46,8 @@ def main(argv: list[str]):
     hosts.leave(2, str(e))
   except (NonFiniteLoss, verify.ExportMismatch) as e:
     hosts.leave(1, str(e))
+  except plan.DoesNotFit as e:
+    hosts.leave(plan.DOES_NOT_FIT, str(e))
   except preemption.Preempted as e:
     hosts.leave(preemption.exit_status(), str(e))
   except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elder_jax import memory
 from elder_jax import model as model_lib
 from elder_jax import prune
 from elder_jax import sharding
@@ -108,7 +109,8 @@ def merge(model: Decoder, merges: Sequence[Sequence[int]]) -> Decoder:
   merged = model
   for base, *members in merges:
     merged = _merge(merged, base, _at(members, model.num_layers))
-  return prune.prune(merged, [l for _, *members in merges for l in members])
+  free = functools.partial(memory.free, spare=model)
+  return prune.prune(merged, [l for _, *members in merges for l in members], free)
 
 
 def _at(layers: Sequence[int], num_layers: int) -> np.ndarray:
@@ -144,6 +146,11 @@ def program(model: Decoder, tokens_BT, mode: Mode):
   """(jitted function, its arguments) of `laco`'s heaviest step; arrays may be abstract."""
   all_L = np.ones(model.num_layers, bool)
   return _cosine_sum, (model, model, np.int32(0), all_L, all_L, tokens_BT, mode)
+
+
+def merge_program(model: Decoder):
+  """The same of `merge`."""
+  return _merge, (model, np.int32(0), np.ones(model.num_layers, bool))
 
 
 def _similarity(model, merged, group, left, batches, mode) -> float:

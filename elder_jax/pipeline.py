@@ -24,7 +24,9 @@ from elder_jax import hosts
 from elder_jax import importance
 from elder_jax import job as job_lib
 from elder_jax import judge
+from elder_jax import lora
 from elder_jax import manifest
+from elder_jax import memory
 from elder_jax import merging
 from elder_jax import metrics
 from elder_jax import plan
@@ -33,6 +35,7 @@ from elder_jax import prune
 from elder_jax import regularize
 from elder_jax import report as report_lib
 from elder_jax import sharding
+from elder_jax import stages
 from elder_jax import unused
 from elder_jax import verify
 from elder_jax import workdir
@@ -87,14 +90,12 @@ def _run(job: Run) -> dict:
   for line in unused.told(config):
     metrics.say(line)
 
-  model = None
   if not job.copies:
-    metrics.say(plan.of_run(job))
-    metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
-    model, seconds['load'] = _timed(lambda: load(job))
+    plan.check(job, metrics.say)
+  model = Dense(lambda: None if job.copies else _load(job, seconds))
   if hosts.agree(job.checks_source):
-    stage('source', 'check_source', lambda: check_source(job, model))
-  dense = stage('dense', 'dense', lambda: measure(job, model, 'dense'))
+    stage('source', 'check_source', lambda: check_source(job, model.get()))
+  dense = stage('dense', 'dense', lambda: measure(job, model.get(), 'dense'))
 
   # The first method, number of layers and --recipe are what is exported: its model is the last to be made.
   choices = _choose_all(job, model, stage)
@@ -107,13 +108,16 @@ def _run(job: Run) -> dict:
     name = recipe if len(rivals) == len(config.recipes()) else f'{method}-{n}-{recipe}'
     metrics.say(f'{name}: removing layers {sorted(choice["chosen"])} (0-based) of {job.source.num_layers}')
     checkpoints = _checkpoints(config, name, config.steps())
-    measured = hosts.agree((work / 'stages' / f'{name}.json').exists())
-    if not job.copies and ((method, n, recipe) == exported or not measured):
-      pruned, taken = _timed(lambda: apply_recipe(job, model, choice, recipe, checkpoints, name))
+    measured = hosts.agree(hosts.leads() and _saved(work / 'stages' / f'{name}.json') is not None)
+    last = (method, n, recipe) == exported
+    if not job.copies and (last or not measured):
+      model.get()  # if need be it is loaded now, in time of its own
+      # The row uses the dense model up, the next one loads it again: it would take the place that training needs.
+      pruned, taken = _timed(lambda: apply_recipe(job, model.take(), choice, recipe, checkpoints, name, uses_up=True))
       seconds.setdefault(f'train_{name}', taken)
     figures = stage(name, f'evaluate_{name}', lambda: measure(job, pruned, name))
     rows.append({'method': method, 'recipe': recipe, 'removed': sorted(choice['chosen']), **figures})
-    if (method, n, recipe) != exported:
+    if not last:
       checkpoints.clear()
 
   report = make_report(job, dense, choices, rows)
@@ -178,6 +182,31 @@ def _cosmetic(name: str, write: Callable[[], None]):
     metrics.say(f'{name} could not be written ({reason(e)}); nothing else is missing')
 
 
+class Dense:
+  """The model as it was loaded, there as long as it is needed; where it is needed once more it is loaded again."""
+
+  def __init__(self, load: Callable[[], Decoder]):
+    self._load, self._model = load, None
+
+  def get(self) -> Decoder:
+    if self._model is None:
+      self._model = self._load()
+    return self._model
+
+  def take(self) -> Decoder:
+    """For a caller who will use the arrays up: nobody else has the model then."""
+    model, self._model = self.get(), None
+    return model
+
+
+def _load(job: Run, seconds: dict) -> Decoder:
+  config = job.config
+  metrics.say(f'loading {config.model}, {job.source.num_layers} layers, in {config.dtype} on {report_lib.device()}')
+  model, taken = _timed(lambda: load(job))
+  seconds['load'] = seconds.get('load', 0) + taken
+  return model
+
+
 def measure(job: Run, model: Decoder, name: str) -> dict:
   """{'ppl': {corpus: perplexity}, 'tasks': as zero_shot.run has it}."""
   figures = {'ppl': perplexities(job, model, name), 'tasks': {}}
@@ -223,25 +252,25 @@ def perplexities(job: Run, model: Decoder, name: str) -> dict[str, float]:
   return result
 
 
-def _choose_all(job: Run, model: Decoder, stage: Callable) -> dict[tuple[str, int], dict]:
+def _choose_all(job: Run, model: Dense, stage: Callable) -> dict[tuple[str, int], dict]:
   """{(method, number of layers): choice}. A method whose order holds for any number is asked once, for the most."""
   choices = {}
   for method in job.config.methods() if job.config.remove_layers is None else ['given']:
     for n in job.num_removes:
       most = n if method in CHOOSE_ANEW else max(job.num_removes)
       name = 'gates' if method in ('elder', 'given') else f'choose-{method}-{most}'
-      choices[method, n] = first(stage(name, name, lambda: choose_layers(job, model, method, most)), n)
+      choices[method, n] = first(stage(name, name, lambda: choose_layers(job, model.get(), method, most)), n)
   return choices
 
 
-def choose_layers(job: Run, model: Decoder, method: str, num_remove: int, part: float = 1.0) -> dict:
+def choose_layers(job: Run, model: Decoder, method: str, num_remove: int, steps: int | None = None) -> dict:
   """{'chosen': layers in the order of their choice, and what the method says of them}.
 
-  The latter is 'gates', all gates at the end of each round, for elder, 'candidates', the best first, for auto, 'merges'
-  for laco, 'scores' for others.
+  The latter is 'gates', all gates at the end of each round, for elder, 'candidates', the best first, each with its own
+  scores, for auto, 'merges' for laco, 'scores' for others.
 
   Args:
-    part: of the --score_steps batches, from their start, that the method reads.
+    steps: batches that a method other than elder and auto reads; unset: --score_steps.
   """
   config = job.config
   if method == 'given':
@@ -253,7 +282,7 @@ def choose_layers(job: Run, model: Decoder, method: str, num_remove: int, part: 
   if method == 'auto':
     return _judge(job, model, num_remove)
   metrics.say(f'choosing layers by {method}')
-  batches = _Batches(job.batch(i) for i in range(math.ceil(part * config.score_steps)))
+  batches = _Batches(job.batch(i) for i in range(steps or config.score_steps))
   if method == 'laco':
     collapsed = merging.laco(model, num_remove, batches, job.mode)
     return {'chosen': collapsed.removed, 'merges': [list(group) for group in collapsed.merges]}
@@ -262,14 +291,15 @@ def choose_layers(job: Run, model: Decoder, method: str, num_remove: int, part: 
 
 
 def _judge(job: Run, model: Decoder, num_remove: int) -> dict:
-  choose = lambda method: choose_layers(job, model, method, num_remove, judge.CANDIDATES[method])['chosen']
-  choices = {method: choose(method) for method in judge.methods(model.num_layers, num_remove)}
-  one_pass = job.config.num_sequences // job.config.batch_size
-  steps = min(job.config.score_steps, max(1, one_pass // 2))  # so that what is judged on was not fitted on
+  steps = judge.steps(job.config)
+  part = lambda method: math.ceil(judge.CANDIDATES[method] * steps)
+  found = {m: choose_layers(job, model, m, num_remove, part(m)) for m in judge.methods(model.num_layers, num_remove)}
+  choices = {method: choice['chosen'] for method, choice in found.items()}
   fit, held_out = (_Batches(job.batch(i) for i in range(begin, begin + steps)) for begin in (0, steps))
   say = lambda c: metrics.say(f'without layers {sorted(c.removed)}, which {c.method} chooses: loss {c.loss:.4f}')
   candidates = judge.judge(model, choices, fit, held_out, job.mode, say)
-  return {'chosen': candidates[0].removed, 'candidates': [dataclasses.asdict(c) for c in candidates]}
+  told = [dataclasses.asdict(c) | {'scores': found[c.method]['scores']} for c in candidates]
+  return {'chosen': candidates[0].removed, 'candidates': told}
 
 
 def first(choice: dict, num_remove: int) -> dict:
@@ -302,8 +332,9 @@ def apply_recipe(
   recipe: str,
   checkpoints: Checkpoints | None = None,
   name: str = '',
+  uses_up: bool = False,
 ) -> Decoder:
-  """The pruned model by one of the recipes; all of them see the same steps and batches. `model` is not changed.
+  """The pruned model by one of the recipes; all of them see the same steps and batches.
 
   Layers that were chosen by laco are merged where the recipe just removes layers, before or without training; the
   other recipes have their own way of keeping what the layers did, and start from the layers as they were.
@@ -311,19 +342,23 @@ def apply_recipe(
   Args:
     choice: of `choose_layers`.
     name: of the run in metrics.jsonl; unset: the recipe.
+    uses_up: the arrays of `model` are given back as soon as they are not needed; else it is not changed.
   """
   config, removed, name = job.config, choice['chosen'], name or recipe
-  kind, trained = recipe.removesuffix('_then_train'), recipe in TRAINED and config.steps() > 0
+  kind, trained = recipe.removesuffix('_then_train'), stages.is_trained(config, recipe)
+  spare = () if uses_up and not (trained and config.distill) else model  # a teacher is needed up to the last step
+  free = functools.partial(memory.free, spare=spare)
   if kind in ('absorb', 'replace_linear'):
     # The batches that training sees, or would see, in its first pass: no more tokens than other recipes have.
     one_pass = config.num_sequences // config.batch_size
     batches = _Batches(job.batch(i) for i in range(min(config.steps() or one_pass, one_pass)))
     refit = {'absorb': absorb.absorb, 'replace_linear': absorb.replace_linear}[kind]
-    start = refit(model, removed, batches, job.mode, _say_refit)
+    start = refit(model, removed, batches, job.mode, _say_refit, free)
   elif recipe == 'regularize' and trained:
     start = prune.with_gates(model, 1.0)
   else:
-    start = merging.merge(model, choice['merges']) if 'merges' in choice else prune.prune(model, removed)
+    start = merging.merge(model, choice['merges']) if 'merges' in choice else prune.prune(model, removed, free)
+  memory.free(model, (start, spare))
   if not trained:
     return start
 
@@ -337,11 +372,10 @@ def apply_recipe(
     job.log.write(name, step, values)
     progress(step + 1, settings.steps, f'loss {values["loss"]:.4f}, lm {values["lm_loss"]:.4f}')
 
-  # A gate at 1 is the same network in both places; only at x + g·d can it be annealed.
-  mode = dataclasses.replace(job.mode, gate='residual')
   penalised = removed if recipe == 'regularize' else []
-  result = regularize.fit(start, penalised, settings, mode, job.batch, log, checkpoints, model)
-  return prune.prune(result, removed) if recipe == 'regularize' else result
+  dtype = lora.merged_dtype(config.dtype, config.export_dtype or job.source.dtype)
+  result = regularize.fit(start, penalised, settings, job.mode, job.batch, log, checkpoints, model, dtype, free)
+  return prune.prune(result, removed, free) if recipe == 'regularize' else result
 
 
 def _say_refit(layer: int, end: int, before: float, after: float):
@@ -398,7 +432,8 @@ def export(job: Run, pruned: Decoder | None, report: dict) -> dict:
   if job.copies:
     figures = verify.check_copy(temporary, source.spec.with_layers(kept), len(kept), tokens_BT, job.torch)
   else:
-    figures = verify.check(temporary, pruned, dtype, tokens_BT, job.torch, job.shardings)
+    # Nothing comes after this: the pruned model makes room for the one that is read back.
+    figures = verify.check(temporary, pruned, dtype, tokens_BT, job.torch, job.shardings, memory.free)
   if why := figures.get('torch_error'):
     metrics.say(f'the export is whole, but it could not be checked in PyTorch: {why}')
   hosts.wait('export checked')

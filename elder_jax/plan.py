@@ -1,13 +1,12 @@
 """What a run will need, told before anything is loaded: bytes on each device and time of every stage, and if that fits.
 
-Shapes come from jax.eval_shape, their parts per device from sharding.py's table, what computation needs beside them
-from the compiler, which is asked with abstract arrays. With --topology it compiles for TPUs that need not be there.
+The stages are those of stages.py; what computation needs beside their arrays is reported by the compiler, which is given
+abstract arrays. With --topology it compiles for TPUs that need not be there.
 """
 
 from collections.abc import Callable
 import dataclasses
 import importlib.util
-import itertools
 import math
 import os
 import pathlib
@@ -15,34 +14,25 @@ import re
 import tempfile
 from typing import Any
 
-from flax import nnx
 import jax
 from jax.experimental import topologies
-from jax.extend import core
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-import numpy as np
 
-from elder_jax import absorb
 from elder_jax import checkpoint_hf
-from elder_jax import evaluate
-from elder_jax import gates
 from elder_jax import hosts
-from elder_jax import importance
 from elder_jax import job as job_lib
-from elder_jax import judge
-from elder_jax import merging
-from elder_jax import regularize
+from elder_jax import memory
 from elder_jax import sharding
-from elder_jax.config import TRAINED
 from elder_jax.config import Config
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
 from elder_jax.model import Spec
+from elder_jax.sizes import device_bytes
+from elder_jax.sizes import traced_flops
+from elder_jax.stages import Program
+from elder_jax.stages import programs
 
 GIB = 2**30
 DOES_NOT_FIT = 3  # exit status
@@ -62,19 +52,8 @@ DEVICES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """The heaviest jitted call of a stage and what it is called with; arrays are abstract and know their shardings."""
-
-  name: str
-  call: Callable
-  args: tuple
-  model_flops: float  # of one call on all devices, by formula: no recomputation
-  # Bytes on each device.
-  params: int
-  opt_state: int = 0
-  gradients: int = 0
-  beside: int = 0  # models that are not arguments but there
+class DoesNotFit(RuntimeError):
+  """A run that its devices have too little memory for; nothing was loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,172 +77,6 @@ class Stage:
     return p.params + p.opt_state + p.gradients + p.beside
 
 
-# ---- sizes ----
-
-
-def device_bytes(tree) -> int:
-  """Bytes of a tree's arrays, abstract or not, on each device."""
-  size = lambda a: math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-  return sum(size(a) for a in jax.tree.leaves(tree) if hasattr(a, 'sharding'))
-
-
-def abstract_model(spec: Spec, num_layers: int, dtype: str, mesh: Mesh, flag: str) -> Decoder:
-  """The Decoder as checkpoint_hf.load gives it, without its arrays."""
-  model = checkpoint_hf.abstract(spec, num_layers)
-  places = sharding.for_model(model, mesh, flag)
-  kind = lambda p: 'float32' if p.get_metadata()['axes'] == 'L' else dtype  # gates
-  shape = lambda p, place: p.replace(
-    jax.ShapeDtypeStruct(p.get_value().shape, kind(p), sharding=place.get_value())
-  )
-  return jax.tree.map(shape, model, places, is_leaf=lambda a: isinstance(a, nnx.Variable))
-
-
-def placed(tree, mesh: Mesh):
-  """Abstract arrays of a training state with the shardings that it has."""
-  put = lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-  return jax.tree.map(put, tree, sharding.for_state(tree, mesh))
-
-
-def forward_flops(spec: Spec, num_layers: int, seq_len: int) -> tuple[float, float, float]:
-  """FLOPs per token of a forward pass: (in the layers' matrices, in attention's scores and sums, in the head).
-
-  Two per weight and product; attention as the full square, the convention of model FLOPs utilisation (Chowdhery et al.,
-  arXiv 2204.02311, appendix B).
-  """
-  sizes = spec.sizes(num_layers)
-  D, N, K, H, F = (sizes[a] for a in 'DNKHF')
-  weights = 2 * D * N * H + 2 * D * K * H + (3 if spec.gated_mlp else 2) * D * F
-  return 2.0 * num_layers * weights, 4.0 * num_layers * seq_len * N * H, 2.0 * sizes['V'] * D
-
-
-def training_flops(spec: Spec, num_layers: int, seq_len: int, trained: str) -> float:
-  """FLOPs per token of a step: forward, to the activations, and to the weights that are trained (as train.mask)."""
-  layers, attention, head = forward_flops(spec, num_layers, seq_len)
-  to_weights = {'gates': 0, 'lora': 0, 'blocks': layers, 'all': layers + head}[trained]
-  return 2 * (layers + head) + 3 * attention + to_weights
-
-
-def traced_flops(jaxpr) -> float:
-  """FLOPs of the matrix products in a jaxpr, all devices together; loops as often as they run, of branches the longest."""
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    inner = [traced_flops(j) for j in core.jaxprs_in_params(eqn.params)]
-    if eqn.primitive.name == 'dot_general':
-      (contracted, _), _ = eqn.params['dimension_numbers']
-      shape = eqn.invars[0].aval.shape
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
-    elif eqn.primitive.name == 'cond':
-      total += max(inner)
-    else:
-      total += sum(inner) * eqn.params.get('length', 1)
-  return total
-
-
-# ---- the stages of a run ----
-
-
-def programs(config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh) -> list[Program]:
-  """The stages of a run of these settings. The mesh must be set (jax.set_mesh), or one device is assumed."""
-  mode = job_lib.mode(config)
-  model = abstract_model(spec, num_layers, config.dtype, mesh, config.mesh)
-  batch = lambda B, T, kind='int32': jax.ShapeDtypeStruct((B, T), kind, sharding=NamedSharding(mesh, sharding.BATCH))
-  tokens_BT, tokens = batch(config.batch_size, config.seq_len), config.batch_size * config.seq_len
-  whole = sum(forward_flops(spec, num_layers, config.seq_len))
-  left = num_layers - min(num_removes)  # of runs to several depths the one that takes the most
-  scores = config.remove_layers is None and any(num_removes)
-
-  found, n = [], max(num_removes)
-  several = [judge.methods(num_layers, n) if method == 'auto' else [method] for method in config.methods() if scores]
-  for method in dict.fromkeys(itertools.chain(*several)):
-    if method == 'elder':
-      found.append(_gates(config, model, n, tokens_BT, mesh, mode))
-    elif method == 'laco':
-      call, args = merging.program(model, tokens_BT, mode)
-      size = device_bytes(model)
-      found.append(Program('choosing by laco', call, args, 2 * tokens * whole, size, beside=size))
-    elif (step := importance.program(method, model, tokens_BT, n, mode)) is not None:
-      call, args, passes = step
-      gradients = device_bytes(args[0]) if method == 'taylor' else 0
-      flops = passes * tokens * whole
-      found.append(Program(f'choosing by {method}', call, args, flops, device_bytes(model), gradients=gradients))
-  refits = [recipe.removesuffix('_then_train') for recipe in config.recipes() if any(num_removes)]
-  if scores and 'auto' in config.methods() and judge.absorbs(spec):
-    refits.insert(0, 'absorb')
-  for recipe in dict.fromkeys(r for r in refits if r in ('absorb', 'replace_linear')):
-    call, args = absorb.program(model, tokens_BT, recipe, mode)
-    size = device_bytes(model)
-    changed = device_bytes(model.layers.w_down)  # all else is shared with the dense model
-    found.append(Program(recipe, call, args, tokens * whole, size, beside=changed))
-  trained = [recipe for recipe in config.recipes() if recipe in TRAINED and config.steps() > 0]
-  for whole_model in sorted({recipe == 'regularize' for recipe in trained}):
-    found.append(_training(config, spec, num_layers if whole_model else left, model, tokens_BT, mesh, mode))
-  if config.corpora() or config.task_names():
-    # The pruned model, what was trained in float32, with the dense one beside it.
-    kept = spec.with_layers(list(range(left)))
-    pruned = abstract_model(kept, left, 'float32' if trained else config.dtype, mesh, config.mesh)
-    B, T = config.eval_batch_size, config.eval_seq_len
-    args = pruned, batch(B, T), batch(B, T, 'float32'), mode
-    flops = B * T * sum(forward_flops(kept, left, T))
-    size = device_bytes(pruned)
-    found.append(Program('evaluation', evaluate.nll, args, flops, size, beside=device_bytes(model)))
-  return found
-
-
-def _gates(config: Config, model: Decoder, num_remove: int, tokens_BT, mesh: Mesh, mode: Mode) -> Program:
-  settings = job_lib.gate_settings(config, model.num_layers, num_remove)
-  terms = gates.terms(np.ones(model.num_layers, bool), settings.lambda1)
-  flops = training_flops(model.spec, model.num_layers, config.seq_len, 'gates')
-  begin = lambda model: gates.begin(model, settings, mode)
-  return _steps('stage 1, gates', begin, model, None, tokens_BT, terms, flops, config, mesh)
-
-
-def _training(config: Config, spec, num_layers: int, dense: Decoder, tokens_BT, mesh: Mesh, mode: Mode) -> Program:
-  settings = job_lib.train_settings(config)
-  whole = num_layers == dense.num_layers
-  start = dense if whole else abstract_model(
-    spec.with_layers(list(range(num_layers))), num_layers, config.dtype, mesh, config.mesh
-  )  # fmt: skip
-  name = f'training, {num_layers} layers'
-  trained = 'lora' if config.lora_rank else config.trainable
-  flops = training_flops(spec, num_layers, config.seq_len, trained)
-  if config.distill:
-    flops += sum(forward_flops(spec, dense.num_layers, config.seq_len))
-  terms = regularize.penalty_terms(num_layers, [], settings, 0)
-  begin = lambda model: regularize.begin(model, settings, mode)
-  teacher = dense if config.distill else None
-  program = _steps(name, begin, start, teacher, tokens_BT, terms, flops, config, mesh)
-  # What training began with is still there: its layers, where they train, and the dense model's. The rest is shared.
-  layers, rest = device_bytes(start.layers), device_bytes(start) - device_bytes(start.layers)
-  beside = 0 if trained == 'lora' else layers
-  if not config.distill:
-    beside += (0 if whole else device_bytes(dense.layers)) + (rest if trained == 'all' else 0)
-  elif whole:
-    beside = 0
-  return dataclasses.replace(program, beside=beside)
-
-
-def _steps(name: str, begin, model: Decoder, teacher, tokens_BT, terms, flops: float, config: Config, mesh) -> Program:
-  """Steps of training: begin(model) -> (step, state, frozen)."""
-  made = []
-
-  def shapes(model):
-    step, state, frozen = begin(model)
-    made.append(step)
-    return state, frozen
-
-  state, frozen = placed(jax.eval_shape(shapes, model), mesh)
-  parts = 1 if config.grad_accum == 1 else 2  # the sum, and the part that is added to it
-  return Program(
-    name,
-    made[0],
-    (state, (frozen, teacher), tokens_BT, terms),
-    flops * tokens_BT.size,
-    params=device_bytes((state.trained, frozen, teacher)),
-    opt_state=device_bytes(state.opt_state),
-    gradients=parts * device_bytes(state.trained),
-  )
-
-
 # ---- what the compiler says ----
 
 
@@ -273,8 +86,9 @@ def measure(program: Program, mesh: Mesh, compile_it: bool = True) -> Stage:
   peak_flops, limit = DEVICES.get(device.device_kind, (None, None))
   least = program.model_flops / mesh.size / peak_flops if peak_flops else None
   known = program.params + program.opt_state + program.gradients + program.beside
-  stage = Stage(program, limit or _memory(device), known, None, None, least)
-  if not compile_it:
+  limit = memory.total() if program.host else limit or _memory(device)
+  stage = Stage(program, limit, known, None, None, least)
+  if not compile_it or program.call is None:
     return stage
   traced = program.call.trace(*program.args)
   stage = dataclasses.replace(stage, flops=traced_flops(traced.jaxpr.jaxpr))
@@ -286,33 +100,38 @@ def measure(program: Program, mesh: Mesh, compile_it: bool = True) -> Stage:
       raise
     used = re.search(r'(Used|temporaries) \(?([\d.]+)([KMGT])', str(e))
     peak = float(used[2]) * 1024 ** ('KMGT'.index(used[3]) + 1) if used else 0
-    peak += 0 if used and used[1] == 'Used' else device_bytes(program.args)
+    peak += (0 if used and used[1] == 'Used' else device_bytes(program.args)) - program.twice
     return dataclasses.replace(stage, peak=max(peak, stage.limit + 1) + program.beside)
   m = compiled.memory_analysis()
   taken = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-  return dataclasses.replace(stage, peak=taken + program.beside, compiled=compiled)
+  return dataclasses.replace(stage, peak=taken + program.beside - program.twice, compiled=compiled)
 
 
 def _memory(device) -> int:
   if device.platform == 'cpu':  # simulated devices share it
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // jax.local_device_count()
+    return memory.total() // jax.local_device_count()
   return device.memory_stats()['bytes_limit']
+
+
+def gib(size: float) -> str:
+  return f'{size / GIB:.3g}' if size < GIB else f'{size / GIB:.2f}'
 
 
 def table(stages: list[Stage], mesh: Mesh) -> str:
   """What people read: GiB per device, FLOPs and least time of a step."""
-  gib = lambda n: f'{n / GIB:.3g}' if n < GIB else f'{n / GIB:.2f}'
   number = lambda n: '?' if n is None else f'{n:.3g}'
   rows = [
     ['stage', 'parameters', 'optimiser', 'gradients', 'other models', 'activations …', 'peak', 'TFLOP', 'done', 'least s']
   ]
   for s in stages:
     p = s.program
-    rest = gib(max(0, s.peak - s.state)) if s.compiled or not s.fits else '?'
-    peak = gib(s.peak) if s.compiled or not s.fits else f'> {gib(s.peak)}'
+    exact = s.compiled or p.call is None or not s.fits
+    rest = gib(max(0, s.peak - s.state)) if exact else '?'
+    peak = gib(s.peak) if exact else f'> {gib(s.peak)}'
     sizes = [gib(n) for n in (p.params, p.opt_state, p.gradients, p.beside)]
     done = None if s.flops is None else s.flops / 1e12
-    rows.append([p.name, *sizes, rest, peak, number(p.model_flops / 1e12), number(done), number(s.least_seconds)])
+    work = [number(p.model_flops / 1e12), number(done), number(s.least_seconds)] if p.model_flops else [''] * 3
+    rows.append([p.name, *sizes, rest, peak, *work])
   widths = [max(map(len, column)) for column in zip(*rows)]
   align = lambda row: '  '.join(f'{c:<{w}}' if not i else f'{c:>{w}}' for i, (c, w) in enumerate(zip(row, widths)))
   sizes = ' × '.join(f'{n} {axis}' for axis, n in mesh.shape.items())
@@ -323,7 +142,9 @@ def table(stages: list[Stage], mesh: Mesh) -> str:
     'TFLOP: of the model in one step, all devices together; done: with what is computed again; least: the first at the '
     "devices' full speed.",
   ]
-  if any(s.flops is None for s in stages):
+  if any(s.program.host for s in stages):
+    lines.append(f'verification in PyTorch: in the memory of the host, {gib(memory.total())} GiB.')
+  if any(s.flops is None and s.program.call for s in stages):
     lines.append('What activations take is asked of the compiler by --plan; on a CPU that takes as long as a small run.')
   return '\n'.join(lines)
 
@@ -331,10 +152,13 @@ def table(stages: list[Stage], mesh: Mesh) -> str:
 # ---- what to change ----
 
 
-def advice(stage: Stage, config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh) -> list[str]:
+def advice(
+  stage: Stage, config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh, source_dtype: str
+) -> list[str]:
   """Changes of flags that make a stage take less, the figures from shapes."""
+  if stage.program.host:
+    return ['--verify=jax: the export is read back without PyTorch']
   ways, cut = (mesh.shape[a] * mesh.shape[b] for a, b in (('data', 'fsdp'), ('fsdp', 'tp')))
-  gib = lambda n: f'{n / GIB:.2f}'
 
   def change(**settings) -> str:
     """What parameters, optimiser state and gradients would take; nothing where that is no less, or cannot be."""
@@ -342,31 +166,36 @@ def advice(stage: Stage, config: Config, spec: Spec, num_layers: int, num_remove
     try:
       other = sharding.make_mesh(changed.mesh, mesh.devices.flatten())
       with jax.set_mesh(other):
-        again = programs(changed, spec, num_layers, num_removes, other)
+        again = programs(changed, spec, num_layers, num_removes, other, source_dtype)
     except InputError:
       return ''
-    state = next(Stage(p, 0, 0, None, None, None).state for p in again if p.name == stage.program.name)
+    states = [Stage(p, 0, 0, None, None, None).state for p in again if p.name.split(', as')[0] == name.split(', as')[0]]
+    state = max(states, default=0)
     flags = ' '.join(f'--{k}={v}' for k, v in settings.items())
     return f'{flags}: {gib(state)} instead of {gib(stage.state)} without activations' if state < stage.state else ''
 
-  found = []
+  found, name = [], stage.program.name
   if cut < mesh.size:
     found.append(change(mesh=f'1,{mesh.size // mesh.shape["tp"]},{mesh.shape["tp"]}'))
   if config.dtype == 'float32':
     found.append(change(dtype='bfloat16'))
-  if stage.program.name.startswith('training'):
+  if name.startswith('training'):
     found += [change(optimizer=kind) for kind in ('lion', 'adafactor') if config.moment_dtype == 'float32']
     if config.trainable == 'blocks' and not config.lora_rank:
       found.append(change(lora_rank=16))
-  if stage.program.name == 'choosing by taylor':
+  if name == 'choosing by taylor':
     found.append('--method=cosine_block, or ppl: no gradients are needed')
+  elif name.startswith('choosing by ') or name.startswith('judging'):
+    found.append('--method=cosine_block: one model and one pass')
+  if config.lora_rank and config.dtype != 'float32':
+    found.append(change(export_dtype=config.dtype))
   rows = config.batch_size // config.grad_accum // ways
   if stage.program.opt_state and config.remat != 'full':
     streams = num_layers * max(rows, 1) * config.seq_len * spec.d_model * jnp.dtype(config.dtype).itemsize
     found.append(f'--remat=full: of each layer only its input is kept, {gib(streams)} in all')
   if stage.program.opt_state and rows > 1 and config.batch_size % ways == 0:
     found.append(f'--grad_accum={config.batch_size // ways}: 1 sequence on a device at a time instead of {rows}')
-  if stage.program.name == 'evaluation' and config.eval_batch_size > ways:
+  if name.startswith('evaluation') and config.eval_batch_size > ways:
     found.append(f'--eval_batch_size={ways}: 1 window on a device at a time instead of {config.eval_batch_size // ways}')
   if stage.state > stage.limit:
     found.append(f'at least {math.ceil(stage.state * cut / stage.limit)} devices of this kind that share the weights')
@@ -376,26 +205,41 @@ def advice(stage: Stage, config: Config, spec: Spec, num_layers: int, num_remove
 # ---- the command, and the first lines of a run ----
 
 
-def tell(config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh, compile_it: bool):
-  """(text for people, whether all stages fit)."""
+def tell(
+  config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh, compile_it: bool, source_dtype: str
+) -> tuple[str, list[Stage]]:
+  """(text for people, the stages that do not fit)."""
   with jax.set_mesh(mesh):
-    stages = [measure(p, mesh, compile_it) for p in programs(config, spec, num_layers, num_removes, mesh)]
+    found = programs(config, spec, num_layers, num_removes, mesh, source_dtype)
+    stages = [measure(p, mesh, compile_it) for p in found]
   if not stages:
-    return 'nothing is computed on the devices', True
-  lines = [table(stages, mesh)]
-  for stage in stages:
-    if not stage.fits:
-      lines.append(f'{stage.program.name} does not fit into {stage.limit / GIB:.2f} GiB. Less take:')
-      lines += [f'  {line}' for line in advice(stage, config, spec, num_layers, num_removes, mesh)]
-  if all(stage.fits for stage in stages):
-    lines.append('All stages fit.' if stages[0].compiled else 'What is known fits.')
-  return '\n'.join(lines), all(stage.fits for stage in stages)
+    return 'nothing is computed on the devices', []
+  lines, too_large = [table(stages, mesh)], [stage for stage in stages if not stage.fits]
+  for stage in too_large:
+    where = 'host' if stage.program.host else 'device'
+    lines.append(f'{stage.program.name} needs {gib(stage.peak)} GiB, the {where} has {gib(stage.limit)}. Options:')
+    lines += [f'  {line}' for line in advice(stage, config, spec, num_layers, num_removes, mesh, source_dtype)]
+  if not too_large:
+    lines.append('All stages fit.' if compile_it else 'What is known fits.')
+  return '\n'.join(lines), too_large
 
 
-def of_run(job: job_lib.Run) -> str:
-  """The plan of a run that is about to load its model. On a CPU the compiler would take longer than a small model does."""
-  compile_it = job.mesh.devices.flat[0].platform != 'cpu'
-  return tell(job.config, job.source.spec, job.source.num_layers, job.num_removes, job.mesh, compile_it)[0]
+def check(job: job_lib.Run, say: Callable[[str], None]):
+  """Says the plan of a run that is about to load its model. On a CPU, where the compiler would take longer than a small
+  model does, only what is known without it.
+
+  Raises:
+    DoesNotFit: without --force.
+  """
+  compile_it, source = job.mesh.devices.flat[0].platform != 'cpu', job.source
+  text, too_large = tell(
+    job.config, source.spec, source.num_layers, job.num_removes, job.mesh, compile_it, source.dtype
+  )
+  say(text)
+  if not too_large or job.config.force:
+    return
+  names = ', '.join(stage.program.name for stage in too_large)
+  raise DoesNotFit(f'the run does not fit: {names}; change what the plan above lists, or start it anyway by --force')
 
 
 def main(config: Config) -> int:
@@ -407,14 +251,14 @@ def main(config: Config) -> int:
   if config.topology:
     jax.config.update('jax_platforms', 'cpu')  # the TPUs are only compiled for
   config.check()
-  spec, num_layers = _architecture(config)
+  spec, num_layers, dtype = _architecture(config)
   num_removes = job_lib.count_removed(config, num_layers)
   mesh = sharding.make_mesh(config.mesh, topology(config.topology) if config.topology else None)
   job_lib.check_sizes(config, spec, num_layers, mesh)
-  text, fits = tell(config, spec, num_layers, num_removes, mesh, compile_it=True)
+  text, too_large = tell(config, spec, num_layers, num_removes, mesh, compile_it=True, source_dtype=dtype)
   if hosts.leads():
     print(text)
-  return 0 if fits else DOES_NOT_FIT
+  return DOES_NOT_FIT if too_large else 0
 
 
 def topology(name: str) -> list:
@@ -434,9 +278,11 @@ def topology(name: str) -> list:
     ) from e
 
 
-def _architecture(config: Config) -> tuple[Spec, int]:
+def _architecture(config: Config) -> tuple[Spec, int, str]:
+  """(Spec, number of layers, type of the weights)."""
   if config.model and user_path(config.model).suffix != '.gguf':
-    return checkpoint_hf.architecture(config.model, checkpoint_hf.read_config(config.model))
+    found = checkpoint_hf.read_config(config.model)
+    return *checkpoint_hf.architecture(config.model, found), found.get('dtype') or found.get('torch_dtype') or 'float32'
   with tempfile.TemporaryDirectory() as scratch:
     source = checkpoint_hf.open_source(config.model, pathlib.Path(scratch))
-  return source.spec, source.num_layers
+  return source.spec, source.num_layers, source.dtype

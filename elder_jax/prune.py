@@ -1,5 +1,6 @@
 """Removal of layers: a slice of the stacked arrays."""
 
+from collections.abc import Callable
 import functools
 
 from flax import nnx
@@ -14,10 +15,14 @@ def kept_layers(num_layers: int, removed: list[int]) -> list[int]:
   return [l for l in range(num_layers) if l not in set(removed)]
 
 
-def prune(model: Decoder, removed: list[int]) -> Decoder:
+def prune(model: Decoder, removed: list[int], free: Callable | None = None) -> Decoder:
   """The model without the layers `removed` (0-based), the others in their order, all gates 1.
 
   Its logits are, bit for bit, those of `model` with the gates at 1 and these layers skipped.
+
+  Args:
+    free: called with each stack of `model` when it has been cut; memory.free there means that the two models are never
+      in memory together.
   """
   kept = kept_layers(model.num_layers, removed)
   kept_K = np.array(kept, np.int32)
@@ -26,13 +31,22 @@ def prune(model: Decoder, removed: list[int]) -> Decoder:
     if not param.get_metadata()['axes'].startswith('L'):
       return param
     stack = param.get_value()
-    if isinstance(place := getattr(stack, 'sharding', None), NamedSharding):
-      return param.replace(_take(stack, kept_K, place))
-    return param.replace(stack[kept_K])
+    place = getattr(stack, 'sharding', None)
+    cut_stack = _take(stack, kept_K, place) if isinstance(place, NamedSharding) else stack[kept_K]
+    if free:
+      jax.block_until_ready(cut_stack)
+      free(stack)
+    return param.replace(cut_stack)
 
   model = jax.tree.map(cut, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
   model.spec = model.layers.spec = model.spec.with_layers(kept)
   return with_gates(model, 1.0)
+
+
+def program(model: Decoder, num_left: int):
+  """(jitted function, its arguments) of `prune`'s heaviest step; arrays may be abstract."""
+  largest = max(jax.tree.leaves(model.layers), key=lambda a: a.size)
+  return _take, (largest, np.arange(num_left, dtype=np.int32), largest.sharding)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -57,15 +57,17 @@ def penalty_terms(num_layers: int, layers: list[int], settings: TrainSettings, s
   return {'alive_L': alive_L, 'gate_L': gate_L, 'gate_weight_L': zeros_L, 'delta_weight_L': weight_L}
 
 
-def begin(model: Decoder, settings: TrainSettings, mode: Mode):
-  """(step of train.make_step, its first state, frozen)."""
+def begin(model: Decoder, settings: TrainSettings, mode: Mode, free: Callable | None = None):
+  """(step of train.make_step, its first state, frozen); free: of train.init."""
+  # A gate at 1 is the same network in both places; only at x + g·d can it be annealed.
+  mode = dataclasses.replace(mode, gate='residual')
   if settings.lora_rank:
     model = lora.attach(model, settings.lora_rank, settings.lora_alpha, settings.seed)
   mask = train.mask(model, 'lora' if settings.lora_rank else settings.trainable)
   rate = train.schedule(settings.lr, settings.steps, settings.warmup_ratio)
   tx = train.optimizer(mask, rate, settings.weight_decay, settings.clip, settings.optimizer, settings.moment_dtype)
   step = train.make_step(tx, mode, settings.grad_accum, rate, settings.distill)
-  return step, *train.init(model, mask, tx)
+  return step, *train.init(model, mask, tx, free)
 
 
 def fit(
@@ -77,6 +79,8 @@ def fit(
   log: Callable[[int, dict], None],
   checkpoint=None,
   teacher: Decoder | None = None,
+  merged_dtype: str = 'float32',
+  free: Callable | None = None,
 ) -> Decoder:
   """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
 
@@ -84,15 +88,17 @@ def fit(
     log: called with (step, metrics).
     checkpoint: a checkpoint.Checkpoints to go on from and to write to, or None.
     teacher: the dense model; needed where settings.distill > 0.
+    merged_dtype: of the matrices that take up LoRA's factors (lora.merged_dtype).
+    free: called with the arrays of `model` that are not needed any more, as soon as they are not (memory.free).
 
   Returns:
-    The model with its trained leaves in float32, which with LoRA are the matrices that took up their factors.
+    The model with its trained leaves in float32, or with LoRA its matrices in `merged_dtype`.
   """
-  step_fn, state, frozen = begin(model, settings, mode)
+  step_fn, state, frozen = begin(model, settings, mode, free)
   if checkpoint:
     state = checkpoint.latest(state)
   fixed = frozen, teacher if settings.distill else None
   terms = lambda step: penalty_terms(model.num_layers, layers, settings, step)
   state = train.fit(step_fn, state, fixed, settings.steps, batch, terms, log, checkpoint)
   result = train.combine(state.trained, frozen)
-  return lora.merge(result) if settings.lora_rank else result
+  return lora.merge(result, merged_dtype, free) if settings.lora_rank else result

@@ -98,10 +98,22 @@ def optimizer(mask, rate, weight_decay: float, clip: float, kind: str = 'adamw',
   return optax.masked(optax.chain(optax.clip_by_global_norm(clip), tx), mask)
 
 
-def init(model: Decoder, mask, tx) -> tuple[TrainState, Decoder]:
-  """(state, frozen). The state's arrays are new, so that they can be donated while the model lives on."""
+def init(model: Decoder, mask, tx, free: Callable | None = None) -> tuple[TrainState, Decoder]:
+  """(state, frozen). The state's arrays are new, so that they can be donated while the model lives on.
+
+  Args:
+    free: called with each array of `model` that trains when it has been copied, for a model that need not live on.
+  """
+
+  def copy(a):
+    new = jnp.array(a, jnp.float32, copy=True)
+    if free:
+      jax.block_until_ready(new)
+      free(a)
+    return new
+
   trained, frozen = partition(model, mask)
-  trained = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), trained)
+  trained = jax.tree.map(copy, trained)
   state = TrainState(jnp.int32(0), trained, tx.init(trained))
   if mesh := _mesh(trained):
     # As a step leaves it, counters too: else the second step compiles anew, and a restored state does not run at all.

@@ -5,9 +5,9 @@
 says whether the files of an exported folder are those that were written, and whether they make a model.
 """
 
+from collections.abc import Callable
 import importlib.util
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from elder_jax import checkpoint_hf
 from elder_jax import cli
 from elder_jax import hosts
 from elder_jax import manifest
+from elder_jax import memory
 from elder_jax import metrics
 from elder_jax import model as model_lib
 from elder_jax.errors import InputError
@@ -37,7 +38,12 @@ def has_torch() -> bool:
   return importlib.util.find_spec('torch') is not None
 
 
-def use_torch(wish: str, num_params: int) -> bool:
+def torch_bytes(num_params: int) -> int:
+  """Host memory that the check in PyTorch takes: the model in float32."""
+  return 4 * num_params
+
+
+def use_torch(wish: str, num_params: int, say: Callable[[str], None] = metrics.say) -> bool:
   """Whether a model is loaded in PyTorch, by --verify; auto leaves out a model that would fill the memory.
 
   Raises:
@@ -47,11 +53,11 @@ def use_torch(wish: str, num_params: int) -> bool:
     raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
   if wish != 'auto' or not has_torch():
     return wish == 'torch'
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if 4 * num_params <= memory / 2:
+  size, there = torch_bytes(num_params), memory.total()
+  if size <= there / 2:
     return True
-  metrics.say(
-    f'the check in PyTorch is left out: in float32 the model takes {4 * num_params / 1e9:.0f} GB of {memory / 1e9:.0f}; '
+  say(
+    f'the check in PyTorch is left out: in float32 the model takes {size / 1e9:.0f} GB of {there / 1e9:.0f}; '
     '--verify=torch does it all the same'
   )
   return False
@@ -68,7 +74,13 @@ def check_copy(
 
 
 def check(
-  folder: pathlib.Path, model: model_lib.Decoder, dtype: str, tokens_BT: np.ndarray, torch: bool, shardings=None
+  folder: pathlib.Path,
+  model: model_lib.Decoder,
+  dtype: str,
+  tokens_BT: np.ndarray,
+  torch: bool,
+  shardings=None,
+  free: Callable | None = None,
 ) -> dict:
   """Compares the folder's logits, computed in float32, with the model's (its weights rounded to `dtype`).
 
@@ -76,6 +88,8 @@ def check(
     tokens_BT: real text; T at most 512 keeps it quick.
     shardings: as in checkpoint_hf.load.
     torch: also load it by transformers' AutoModelForCausalLM, and generate with and without a cache.
+    free: called with the model's arrays, each as soon as it is not needed any more: memory.free there means that only
+      one of the models that are compared is in memory at a time. Unset, `model` is left as it is.
 
   Returns:
     {'jax': largest difference of a logit, 'torch': the same, 'generated': token ids}; 'torch_error' where PyTorch
@@ -84,11 +98,24 @@ def check(
   Raises:
     ExportMismatch.
   """
+
+  def rounded(path, a):
+    if a.dtype == dtype or path[0].name == 'gate_L':
+      return a
+    new = a.astype(dtype)
+    if free:
+      jax.block_until_ready(new)
+      free(a)
+    return new
+
   source = checkpoint_hf.open_source(str(folder), folder)
-  read = checkpoint_hf.load(source, dtype, shardings)
   with jax.default_matmul_precision('highest'):
-    expected = hosts.to_host(_logits(jax.tree.map(lambda a: a.astype(dtype), model), tokens_BT))
-    got = hosts.to_host(_logits(read, tokens_BT))
+    model = jax.tree_util.tree_map_with_path(rounded, model)
+    expected = hosts.to_host(_logits(model, tokens_BT))
+    if free:
+      free(model)
+    del model
+    got = hosts.to_host(_logits(checkpoint_hf.load(source, dtype, shardings), tokens_BT))
   result = {'jax': float(np.max(np.abs(got - expected)))}
   tolerance = TOLERANCE * max(1.0, float(expected.std()))
   if not result['jax'] <= tolerance:
@@ -96,6 +123,13 @@ def check(
   if torch:
     result |= _check_torch(folder, expected, tokens_BT, tolerance)
   return result
+
+
+def program(model: model_lib.Decoder, dtype: str, num_tokens: int):
+  """(jitted function, its arguments) of `check`'s heaviest step, the model being abstract."""
+  kind = lambda path, a: a.dtype if path[0].name == 'gate_L' else dtype
+  rounded = lambda path, a: jax.ShapeDtypeStruct(a.shape, kind(path, a), sharding=a.sharding)
+  return _logits, (jax.tree_util.tree_map_with_path(rounded, model), np.zeros((1, num_tokens), np.int32))
 
 
 @jax.jit

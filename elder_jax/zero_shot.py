@@ -116,6 +116,13 @@ def run(
   return figures
 
 
+def token_scores() -> Callable:
+  """The jitted function that scores requests (lm_eval_adapter)."""
+  from elder_jax import lm_eval_adapter
+
+  return lm_eval_adapter.token_scores
+
+
 def table(figures: dict[str, dict[str, float]]) -> str:
   """Markdown: a row per task, accuracies in percent with their standard errors."""
   percent = lambda values, name: (

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from elder_jax import checkpoint_hf
+from elder_jax import memory
 from elder_jax import pipeline
 from elder_jax import safetensors_files
 from elder_jax import verify
@@ -168,6 +169,6 @@ def test_the_command_names_what_is_wrong(damage, parts, export, capsys):
 
 
 def test_pytorch_is_left_out_where_the_model_would_fill_the_memory(monkeypatch, capsys):
-  monkeypatch.setattr(verify.os, 'sysconf', lambda name: {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 10**6}[name])
+  monkeypatch.setattr(memory, 'total', lambda: 4096 * 10**6)
   assert verify.use_torch('auto', 10**8) and not verify.use_torch('auto', 10**9) and verify.use_torch('torch', 10**9)
   assert 'left out' in capsys.readouterr().err and not verify.use_torch('jax', 1)

@@ -63,6 +63,14 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
+  'num_sequences, batch_size, score_steps, expected', [(64, 4, 4, 4), (128, 4, 8, 8), (12, 4, 8, 1), (8, 4, 1, 1)]
+)
+def test_as_many_batches_are_held_out_as_are_read(num_sequences, batch_size, score_steps, expected):
+  config = Config(num_sequences=num_sequences, batch_size=batch_size, score_steps=score_steps)
+  assert judge.steps(config) == expected
+
+
+@pytest.mark.parametrize(
   'num_layers, num_remove, expected',
   [(9, 3, ['cosine_block', 'taylor', 'ppl']), (9, 4, ['cosine_block']), (2, 1, ['cosine_block'])],
 )
@@ -96,27 +104,41 @@ def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
   candidates = choice['candidates']
   assert len(candidates) >= 2 and candidates[0]['loss'] == min(c['loss'] for c in candidates)
   assert choice['chosen'] == candidates[0]['removed'] and report['removed'] == sorted(choice['chosen'])
+  assert all(len(c['scores']) > 2 for c in candidates) and len({str(c['scores']) for c in candidates}) == len(candidates)
   assert f'{candidates[1]["method"]} {sorted(candidates[1]["removed"])}' in (work / 'report.md').read_text()
   assert f'chosen by auto ({candidates[0]["method"]})' in (work / 'export/README.md').read_text()
   for c in candidates:  # each is what its method alone would choose
     alone = pipeline.run(Config(**deep | dict(method=c['method'], workdir=str(tmp_path / c['method']))))
-    assert alone['removed'] == sorted(c['removed'])
+    assert alone['removed'] == sorted(c['removed']) and alone['choices'][0]['scores'] == c['scores']
     if c is candidates[0]:
       assert alone['rows'][0]['ppl'] == report['rows'][0]['ppl']
 
 
-def test_what_is_judged_on_was_not_fitted_on(deep, monkeypatch):
-  seen = {}
+def test_what_is_judged_on_was_neither_fitted_nor_scored_on(deep, monkeypatch):
+  seen = {'scored': set()}
+  rows = lambda batches: {tuple(row) for batch in batches for row in np.asarray(batch).tolist()}
+  choose, judged = importance.choose, judge.judge
 
-  def spy(model, choices, fit, held_out, *more):
-    seen.update(fit=[np.asarray(b).tolist() for b in fit], held_out=[np.asarray(b).tolist() for b in held_out])
+  def spy_choose(method, model, num_remove, batches, *more):
+    seen['scored'] |= rows(batches)
+    return choose(method, model, num_remove, batches, *more)
+
+  def spy_judge(model, choices, fit, held_out, *more):
+    seen.update(fit=rows(fit), held_out=rows(held_out))
     return judged(model, choices, fit, held_out, *more)
 
-  judged = judge.judge
-  monkeypatch.setattr(judge, 'judge', spy)
+  monkeypatch.setattr(importance, 'choose', spy_choose)
+  monkeypatch.setattr(judge, 'judge', spy_judge)
   pipeline.run(Config(**deep | dict(score_steps=8)))  # more than the text has
-  fit, held_out = ({tuple(row) for batch in seen[part] for row in batch} for part in ('fit', 'held_out'))
-  assert len(fit) == len(held_out) == 4 and not fit & held_out
+  assert len(seen['fit']) == len(seen['held_out']) == 4 and seen['scored'] == seen['fit']
+  assert not seen['fit'] & seen['held_out']
+
+
+def test_text_that_is_one_batch_is_refused(deep, no_text):
+  with pytest.raises(InputError) as caught:
+    pipeline.prepare(Config(**deep | dict(batch_size=8)))
+  said = str(caught.value)
+  assert all(flag in said for flag in ('--num_sequences=8', '--batch_size=8', '--method=cosine_block'))
 
 
 def test_each_depth_of_a_sweep_is_judged_anew(deep):
