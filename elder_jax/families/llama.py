@@ -36,13 +36,14 @@ WEIGHTS = {
 }
 
 
-def sizes(fields: Fields) -> dict:
+def sizes(fields: Fields, activation: str = 'hidden_act', default: str = 'silu') -> dict:
   """What all relatives of Llama read alike from config.json, as Spec calls it."""
   return dict(
     vocab_size=fields.size('vocab_size'),
     d_ff=fields.size('intermediate_size'),
     norm_eps=fields.number('rms_norm_eps', 1e-6),
     tied=fields.flag('tie_word_embeddings'),
+    activation=fields.activation(activation, default),
     **fields.heads(),
   )
 
@@ -50,10 +51,8 @@ def sizes(fields: Fields) -> dict:
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
   fields = Fields(config)
-  fields.only('hidden_act', 'silu')
-  fields.only('pretraining_tp', 1)
-  fields.only('rope_interleaved', False)
   fields.only('sliding_window', None)
+  fields.one_kind(0)
   size, bias = sizes(fields), fields.flag('attention_bias')
   rope = fields.rope(size['head_dim'])
   spec = Spec(**size, rope_freq_RH=(rope,), qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag('mlp_bias'))
