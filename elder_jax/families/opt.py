@@ -23,6 +23,7 @@ WEIGHTS = {
   _LAYER + 'fc2.bias': ('layers.b_down', 'D->D'),
   _LAYER + 'final_layer_norm.weight': ('layers.mlp_norm.scale', 'D->D'),
   _LAYER + 'final_layer_norm.bias': ('layers.mlp_norm.bias', 'D->D'),
+  'model.decoder.version': None,  # in old files
   'model.decoder.final_layer_norm.weight': ('final_norm.scale', 'D->D'),
   'model.decoder.final_layer_norm.bias': ('final_norm.bias', 'D->D'),
   'lm_head.weight': ('head', 'V,D->VD'),

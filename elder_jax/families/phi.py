@@ -4,7 +4,7 @@ from elder_jax.families import llama
 from elder_jax.families.fields import Fields
 from elder_jax.model import Spec
 
-_SHARED = ('q_proj', 'k_proj', 'v_proj', 'embed_tokens', 'lm_head')
+_SHARED = ('q_proj', 'k_proj', 'v_proj', 'embed_tokens', 'lm_head', 'rotary_emb')
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if any(part in name for part in _SHARED)} | {
   'model.layers.{l}.input_layernorm.weight': ('layers.attn_norm.scale', 'D->D'),
   'model.layers.{l}.input_layernorm.bias': ('layers.attn_norm.bias', 'D->D'),
