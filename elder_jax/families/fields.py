@@ -1,4 +1,4 @@
-"""config.json, read strictly: what is not understood is refused by name, never ignored."""
+"""config.json, read strictly: what would change the computation and is not understood is refused by name, never ignored."""
 
 import math
 import sys
