@@ -21,6 +21,12 @@ def reason(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def shown(value, most: int = 80) -> str:
+  """A value out of a file as an InputError can quote it: a config.json may hold a list of thousands."""
+  text = repr(value)
+  return text if len(text) <= most else f'{text[: most - 1]}…'
+
+
 def user_path(name: str) -> pathlib.Path:
   """A path as the user typed it; unlike Path.expanduser, a ~name that is nobody's home stays as it is."""
   return pathlib.Path(os.path.expanduser(name))

@@ -297,7 +297,8 @@ def embed(model: Decoder, tokens_BT, mode: Mode = Mode(), position_T=None, batch
     x_BTD = x_BTD * jnp.asarray(spec.embed_scale, mode.dtype)
   if spec.num_positions:
     position_T = jnp.arange(tokens_BT.shape[1]) if position_T is None else position_T
-    p_TD = jnp.take(_whole(model.positions), position_T + spec.position_offset, axis=0)
+    # Padding may lie beyond the table. Without clip it would read NaN, and attention to it of weight 0 is NaN as well.
+    p_TD = jnp.take(_whole(model.positions), position_T + spec.position_offset, axis=0, mode='clip')
     x_BTD = x_BTD + p_TD[None].astype(mode.dtype)
   return x_BTD
 

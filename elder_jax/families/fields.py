@@ -1,4 +1,4 @@
-"""config.json, read strictly: what is not understood is refused by name, never ignored."""
+"""config.json, read strictly: what would change the computation and is not understood is refused by name, never ignored."""
 
 import math
 import sys
@@ -6,16 +6,49 @@ import sys
 import numpy as np
 
 from elder_jax.errors import InputError
+from elder_jax.errors import shown
 
-# Keys that change nothing in the computation of logits, whatever the family.
+# Keys that change nothing in the computation of logits, whatever the family: what a file is, special tokens, dropout and
+# initialisation, defaults of generation, classification heads, and how a library computes.
 NEUTRAL = frozenset(
-  '_name_or_path architectures auto_map model_type torch_dtype dtype transformers_version use_cache initializer_range '
-  'bos_token_id eos_token_id pad_token_id attention_dropout max_position_embeddings is_llama_config prefix '
-  'transformers.js_config _attn_implementation_autoset name_or_path max_sequence_length max_length task_specific_params '
-  'output_attentions output_hidden_states return_dict id2label label2id problem_type chunk_size_feed_forward '
-  'is_encoder_decoder unsloth_fixed unsloth_version cache_implementation'.split()
+  """
+  _name_or_path name_or_path architectures auto_map model_type torch_dtype dtype transformers_version is_llama_config
+  transformers.js_config _commit_hash custom_pipelines unsloth_fixed unsloth_version finetuning_task task_specific_params
+  use_cache max_position_embeddings max_sequence_length model_max_length n_ctx pretraining_tp
+
+  bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id eos_token_ids tokenizer_class
+  prefix n_special predict_special_tokens
+
+  dropout activation_dropout attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob
+  classifier_dropout attn_pdrop embd_pdrop resid_pdrop layerdrop initializer_range init_std neftune_noise_alpha
+
+  max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+  typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+  num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+  remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens cache_implementation
+
+  id2label label2id num_labels _num_labels problem_type summary_type summary_use_proj summary_activation
+  summary_proj_to_labels summary_first_dropout
+
+  output_attentions output_hidden_states output_past return_dict chunk_size_feed_forward is_encoder_decoder is_decoder
+  cross_attention_hidden_size tie_encoder_decoder output_projection torchscript use_bfloat16 tf_legacy_loss xla_device
+  gradient_checkpointing reorder_and_upcast_attn attn_implementation _attn_implementation _attn_implementation_internal
+  _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn use_flash_attention_2
+  """.split()
 )
-_MISSING = object()
+# The value under which a feature is off. Where it is on, only the families that have it read the key.
+OFF = {
+  'add_cross_attention': False, 'attention_bias': False, 'full_attn_mod': 1, 'interpolate_factor': 1, 'is_causal': True,
+  'learned_embeddings': True, 'lm_head_bias': False, 'mlp_bias': False, 'pruned_heads': {}, 'qk_layernorm': False,
+  'rope_interleaved': False, 'scale_embeddings': False, 'use_bidirectional_attention': False, 'use_mrope': False,
+  'use_sliding_window': False,
+}  # fmt: skip
+# Names of config.json's activations -> those of model.ACTIVATIONS.
+ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_python': 'gelu'} | dict.fromkeys(
+  # They write the same formula differently; the largest difference is 2.4e-7.
+  ('gelu_new', 'gelu_fast', 'gelu_accurate', 'gelu_pytorch_tanh', 'gelu_python_tanh'), 'gelu_tanh'
+)
+_QUANTISED = ('quantization_config', 'quantization', 'quantize_config', 'compression_config')
 _LAYER_KINDS = ('full_attention', 'sliding_attention')
 
 
@@ -25,7 +58,11 @@ class Fields:
   def __init__(self, config: dict, neutral: str = ''):
     """neutral: further keys that change nothing, with spaces between them."""
     self.config, self._asked = config, NEUTRAL | set(neutral.split())
-    self.only('quantization_config', None)
+    for key in _QUANTISED:
+      if (how := self._get(key, None)) is not None:
+        method = how.get('quant_method') if isinstance(how, dict) else None
+        by = f' with quant_method {shown(method, 40)}' if method else ''
+        raise InputError(f'config.json: by its {key}, the checkpoint is quantised{by}; use the unquantised one.')
 
   def _get(self, key: str, default):
     self._asked |= {key}
@@ -35,7 +72,7 @@ class Fields:
   def size(self, key: str, default=None) -> int:
     value = self._get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise InputError(f'config.json: {key}={value!r} must be a whole number above 0; mend the file.')
+      raise InputError(f'config.json: {key}={shown(value)} must be a whole number above 0; mend the file.')
     return value
 
   def whole(self, key: str, default=None) -> int:
@@ -54,7 +91,7 @@ class Fields:
   def flag(self, key: str, default: bool = False) -> bool:
     value = self._get(key, default)
     if not isinstance(value, bool):
-      raise InputError(f'config.json: {key}={value!r} must be true or false; mend the file.')
+      raise InputError(f'config.json: {key}={shown(value)} must be true or false; mend the file.')
     return value
 
   def choice(self, key: str, known: dict, default: str):
@@ -62,18 +99,22 @@ class Fields:
     value = self._get(key, default)
     if not isinstance(value, str) or value not in known:
       raise InputError(
-        f'config.json: {key}={value!r} is not supported (only {", ".join(map(repr, known))}); use a checkpoint without it.'
+        f'config.json: {key}={shown(value)} is not supported (only {", ".join(map(repr, known))}); use a checkpoint '
+        'without it.'
       )
     return known[value]
 
-  def only(self, key: str, *values):
-    """A key that may only have the values under which it changes nothing, or be absent."""
-    self._asked |= {key}
-    value = self.config.get(key, _MISSING)
+  def activation(self, key: str, default: str) -> str:
+    """One of model.ACTIVATIONS."""
+    return self.choice(key, ACTIVATIONS, default)
+
+  def only(self, key: str, supported):
+    """A key that may only have the value under which it changes nothing, or be null or absent."""
+    value = self._get(key, supported)
     # By type too: 1 is not True.
-    if value is not _MISSING and not any(value == v and type(value) is type(v) for v in values):
+    if not (value == supported and type(value) is type(supported)):
       raise InputError(
-        f'config.json: {key}={value!r} is not supported (only {values[0]!r} is); use a checkpoint without it.'
+        f'config.json: {key}={shown(value)} is not supported (only {supported!r} is); use a checkpoint without it.'
       )
 
   def window(self, key: str, used: bool = True) -> int:
@@ -96,6 +137,12 @@ class Fields:
       )
     return kinds
 
+  def one_kind(self, window: int):
+    """For families whose layers are all alike: layer_types, which nothing reads there, must say so where it is given."""
+    alike = 'sliding_attention' if window else 'full_attention'
+    if set(self.layer_kinds(lambda l: alike)) != {alike}:
+      raise InputError(f'config.json: layer_types may only have {alike!r} here; use a checkpoint without the others.')
+
   def heads(self, heads='num_attention_heads', kv_heads='num_key_value_heads', width='hidden_size') -> dict:
     """The sizes of attention, as Spec calls them."""
     d_model, N = self.size(width), self.size(heads)
@@ -105,7 +152,7 @@ class Fields:
       raise InputError(f'config.json: head_dim={H} is larger than any model has; mend the file.')
     if N % K:
       raise InputError(f'config.json: {heads}={N} is not a multiple of {kv_heads}={K}; mend the file.')
-    if 'head_dim' not in self.config and d_model != N * H:
+    if self.config.get('head_dim') is None and d_model != N * H:
       raise InputError(f'config.json: {width}={d_model} is not a multiple of {heads}={N}; mend the file.')
     return dict(d_model=d_model, num_heads=N, num_kv_heads=K, head_dim=H)
 
@@ -121,13 +168,13 @@ class Fields:
     for key in ('rope_scaling', 'rope_parameters'):
       table = self._get(key, {})
       if not isinstance(table, dict):
-        raise InputError(f'config.json: {key}={table!r} must be an object or null; mend the file.')
+        raise InputError(f'config.json: {key}={shown(table)} must be an object or null; mend the file.')
       if kinds and table.keys() & set(_LAYER_KINDS):
         if unknown := sorted(set(table) - set(_LAYER_KINDS)):
-          raise InputError(f'config.json: {key} has the unknown kind of layer {unknown[0]!r}; mend the file.')
+          raise InputError(f'config.json: {key} has the unknown kind of layer {shown(unknown[0])}; mend the file.')
         table = table.get(kinds) or {}
         if not isinstance(table, dict):
-          raise InputError(f'config.json: {key}={table!r} must be an object or null; mend the file.')
+          raise InputError(f'config.json: {key}={shown(table)} must be an object or null; mend the file.')
       elif kinds == 'sliding_attention':
         table = {}  # one table for the whole model means the layers without a window
       tables |= table
@@ -146,10 +193,17 @@ class Fields:
   def done(self, family: str, depth: str = 'num_hidden_layers') -> int:
     """The number of layers. Raises InputError for a key that nobody asked for."""
     num_layers = self.size(depth)
-    if (key := next((k for k in self.config if k not in self._asked), None)) is not None:
+    unknown = []
+    for key, value in self.config.items():
+      if key in OFF and key not in self._asked:
+        self.only(key, OFF[key])
+      elif key not in self._asked and value is not None:
+        unknown.append(shown(key, 40))
+    if unknown:
+      names = ', '.join(unknown[:10]) + (f' and {len(unknown) - 10} more' if len(unknown) > 10 else '')
       raise InputError(
-        f'config.json: the key {key!r} is not known for model_type {family}; remove it if it does not change the '
-        'computation.'
+        f'config.json: {"the keys" if unknown[1:] else "the key"} {names} {"are" if unknown[1:] else "is"} not known for '
+        f'model_type {family}; remove what does not change the computation.'
       )
     return num_layers
 
@@ -159,7 +213,7 @@ MOST_LAYERS = 10_000  # of which tables are made before config.json is held agai
 
 def _above_0(key, value) -> float:
   if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-    raise InputError(f'config.json: {key}={value!r} must be a number above 0; mend the file.')
+    raise InputError(f'config.json: {key}={shown(value)} must be a number above 0; mend the file.')
   return float(value)
 
 
@@ -169,15 +223,18 @@ def rope_frequencies(rotated: int, theta: float, scaling: dict) -> tuple[float, 
   rope = dict(scaling)
   kind = rope.pop('rope_type', rope.pop('type', 'default'))
   rope.pop('type', None)
+  rope = {key: value for key, value in rope.items() if value is not None}
   # Rounded to float32 where transformers rounds (torch's power goes through double), so that far positions agree.
   exponent_R = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
   freq_R = np.float32(1) / (theta ** exponent_R.astype(np.float64)).astype(np.float32)
   known = {'default': (), 'linear': ('factor',)}
   known['llama3'] = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
   if kind not in list(known):  # a list: it may be what cannot be hashed
-    raise InputError(f'config.json: rope type {kind!r} is not supported (default, linear and llama3 are).')
+    raise InputError(f'config.json: rope type {shown(kind)} is not supported (default, linear and llama3 are).')
   if unknown := sorted(set(rope) - set(known[kind])):
-    raise InputError(f'config.json: rope scaling key {unknown[0]!r} is not known for rope type {kind!r}; remove it.')
+    raise InputError(
+      f'config.json: rope scaling key {shown(unknown[0])} is not known for rope type {kind!r}; remove it.'
+    )
   p = {key: _above_0(key, rope.get(key)) for key in known[kind]}
   if kind == 'linear':
     freq_R = freq_R / np.float32(p['factor'])

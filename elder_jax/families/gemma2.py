@@ -10,20 +10,19 @@ WEIGHTS = llama.WEIGHTS | {
   f'model.layers.{{l}}.{theirs}.weight': (f'layers.{ours}.scale', 'D->D') for theirs, ours in _NORMS.items()
 }
 # What config.json leaves out has Gemma's defaults, not Llama's.
-_DEFAULTS = dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256)
+DEFAULTS = dict(
+  num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256
+)  # fmt: skip
 BOS_FIRST = True  # no text that it was trained on lacked the token: without, it predicts next to nothing
-ACTIVATIONS = {'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
 
 def common(fields: Fields) -> dict:
   """What Gemma 2 and 3 read alike."""
-  fields.only('use_bidirectional_attention', None, False)
-  # Old files have the exact gelu as hidden_act, which nothing ever read.
-  activation = fields.choice('hidden_activation', ACTIVATIONS, 'gelu_pytorch_tanh')
-  fields.any('hidden_act')
-  size, bias = llama.sizes(fields), fields.flag('attention_bias')
+  size, bias = llama.sizes(fields, 'hidden_activation', 'gelu_pytorch_tanh'), fields.flag('attention_bias')
+  for key in ('hidden_act', 'sliding_window_size'):  # in old files; nothing ever read them
+    fields.any(key)
   return size | dict(
-    norm='rms1', block='sandwich', activation=activation, qkv_bias=bias, out_bias=bias,
+    norm='rms1', block='sandwich', qkv_bias=bias, out_bias=bias,
     embed_scale=size['d_model'] ** 0.5, attn_scale=fields.number('query_pre_attn_scalar') ** -0.5,
     attn_softcap=fields.number('attn_logit_softcapping', optional=True),
     final_softcap=fields.number('final_logit_softcapping', optional=True),
@@ -36,7 +35,7 @@ def layer_kinds(fields: Fields) -> list[str]:
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields(_DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0) | config)
+  fields = Fields(DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0) | config)
   features, window, kinds = common(fields), fields.window('sliding_window'), layer_kinds(fields)
   window_L = tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
   spec = Spec(**features, rope_freq_RH=(fields.rope(features['head_dim']),), window_L=window_L)

@@ -8,7 +8,6 @@ from elder_jax.families.fields import Fields
 from elder_jax.model import Spec
 
 WEIGHTS, BOS_FIRST = gemma2.WEIGHTS, gemma2.BOS_FIRST
-_DEFAULTS = dict(head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256)
 
 
 def layer_kinds(fields: Fields) -> list[str]:
@@ -18,7 +17,7 @@ def layer_kinds(fields: Fields) -> list[str]:
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields(_DEFAULTS | config)
+  fields = Fields(gemma2.DEFAULTS | config)
   features, window, kinds = gemma2.common(fields), fields.window('sliding_window'), layer_kinds(fields)
   H = features['head_dim']
   # The scaling of old files, rope_scaling, is for the layers without a window.

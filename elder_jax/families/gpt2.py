@@ -31,22 +31,15 @@ DEPTH = 'n_layer'  # the key of config.json that says how many layers there are
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields(config, 'resid_pdrop embd_pdrop attn_pdrop reorder_and_upcast_attn n_ctx')
-  for key in config:
-    if key.startswith('summary_'):
-      fields.any(key)
+  fields = Fields(config)
   fields.only('scale_attn_weights', True)
   fields.only('scale_attn_by_inverse_layer_idx', False)
-  fields.only('add_cross_attention', False)
   heads = fields.heads('n_head', None, 'n_embd')
   spec = Spec(
     **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('n_inner', 4 * heads['d_model']),
     norm_eps=fields.number('layer_norm_epsilon', 1e-5), tied=fields.flag('tie_word_embeddings', True),
     rope_freq_RH=((),), norm='layer', gated_mlp=False,
-    activation=fields.choice(
-      'activation_function', {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'},
-      'gelu_new',
-    ),
+    activation=fields.activation('activation_function', 'gelu_new'),
     qkv_bias=True, out_bias=True, mlp_bias=True, num_positions=fields.size('n_positions', 1024),
   )  # fmt: skip
   return spec, fields.done('gpt2', DEPTH)

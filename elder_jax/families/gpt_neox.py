@@ -18,6 +18,7 @@ WEIGHTS = {
   _LAYER + 'attention.bias': None,  # the causal mask and rotary frequencies, in old files
   _LAYER + 'attention.masked_bias': None,
   _LAYER + 'attention.rotary_emb.inv_freq': None,
+  'gpt_neox.rotary_emb.inv_freq': None,
   _LAYER + 'mlp.dense_h_to_4h.weight': ('layers.w_up', 'F,D->DF'),
   _LAYER + 'mlp.dense_h_to_4h.bias': ('layers.b_up', 'F->F'),
   _LAYER + 'mlp.dense_4h_to_h.weight': ('layers.w_down', 'D,F->FD'),
@@ -31,14 +32,14 @@ ROPE_KEYS = ('rotary_emb_base', 'rotary_pct')  # outside of rope_parameters
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields(config, 'hidden_dropout classifier_dropout is_decoder')
+  fields = Fields(config)
   heads, bias = fields.heads(kv_heads=None), fields.flag('attention_bias', True)
   spec = Spec(
     **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('intermediate_size'),
     norm_eps=fields.number('layer_norm_eps', 1e-5), tied=fields.flag('tie_word_embeddings'),
     rope_freq_RH=(fields.rope(heads['head_dim'], part=0.25, keys=ROPE_KEYS),),
     norm='layer', block='parallel' if fields.flag('use_parallel_residual', True) else 'pre', gated_mlp=False,
-    activation=fields.choice('hidden_act', {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'relu': 'relu'}, 'gelu'),
+    activation=fields.activation('hidden_act', 'gelu'),
     qkv_bias=bias, out_bias=bias, mlp_bias=True,
   )  # fmt: skip
   return spec, fields.done('gpt_neox')

@@ -24,6 +24,7 @@ WEIGHTS = {
   'model.layers.{l}.self_attn.o_proj.weight': ('layers.wo', 'D,NH->NHD'),
   'model.layers.{l}.self_attn.o_proj.bias': ('layers.bo', 'D->D'),
   'model.layers.{l}.self_attn.rotary_emb.inv_freq': None,
+  'model.rotary_emb.inv_freq': None,
   'model.layers.{l}.post_attention_layernorm.weight': ('layers.mlp_norm.scale', 'D->D'),
   'model.layers.{l}.mlp.gate_proj.weight': ('layers.w_gate', 'F,D->DF'),
   'model.layers.{l}.mlp.gate_proj.bias': ('layers.b_gate', 'F->F'),
@@ -36,13 +37,14 @@ WEIGHTS = {
 }
 
 
-def sizes(fields: Fields) -> dict:
+def sizes(fields: Fields, activation: str = 'hidden_act', default: str = 'silu') -> dict:
   """What all relatives of Llama read alike from config.json, as Spec calls it."""
   return dict(
     vocab_size=fields.size('vocab_size'),
     d_ff=fields.size('intermediate_size'),
     norm_eps=fields.number('rms_norm_eps', 1e-6),
     tied=fields.flag('tie_word_embeddings'),
+    activation=fields.activation(activation, default),
     **fields.heads(),
   )
 
@@ -50,10 +52,8 @@ def sizes(fields: Fields) -> dict:
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
   fields = Fields(config)
-  fields.only('hidden_act', 'silu')
-  fields.only('pretraining_tp', 1)
-  fields.only('rope_interleaved', False)
   fields.only('sliding_window', None)
+  fields.one_kind(0)
   size, bias = sizes(fields), fields.flag('attention_bias')
   rope = fields.rope(size['head_dim'])
   spec = Spec(**size, rope_freq_RH=(rope,), qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag('mlp_bias'))

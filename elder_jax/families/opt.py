@@ -23,6 +23,7 @@ WEIGHTS = {
   _LAYER + 'fc2.bias': ('layers.b_down', 'D->D'),
   _LAYER + 'final_layer_norm.weight': ('layers.mlp_norm.scale', 'D->D'),
   _LAYER + 'final_layer_norm.bias': ('layers.mlp_norm.bias', 'D->D'),
+  'model.decoder.version': None,  # in old files
   'model.decoder.final_layer_norm.weight': ('final_norm.scale', 'D->D'),
   'model.decoder.final_layer_norm.bias': ('final_norm.bias', 'D->D'),
   'lm_head.weight': ('head', 'V,D->VD'),
@@ -31,9 +32,9 @@ WEIGHTS = {
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields(config, 'dropout activation_dropout layerdrop init_std')
+  fields = Fields(config)
   heads = fields.heads(kv_heads=None)
-  fields.only('word_embed_proj_dim', heads['d_model'], None)  # else there are project_in and project_out
+  fields.only('word_embed_proj_dim', heads['d_model'])  # else there are project_in and project_out
   fields.only('layer_norm_elementwise_affine', True)
   before, bias = fields.flag('do_layer_norm_before', True), fields.flag('enable_bias', True)
   bare = fields.flag('_remove_final_layer_norm')
@@ -41,7 +42,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
     **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('ffn_dim'), norm_eps=1e-5,
     tied=fields.flag('tie_word_embeddings', True), rope_freq_RH=((),), norm='layer', block='pre' if before else 'post',
     final_norm=before and not bare, gated_mlp=False,
-    activation=fields.choice('activation_function', {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}, 'relu'),
+    activation=fields.activation('activation_function', 'relu'),
     qkv_bias=bias, out_bias=bias, mlp_bias=bias,
     num_positions=fields.size('max_position_embeddings', 2048), position_offset=2,
   )  # fmt: skip

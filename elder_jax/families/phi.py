@@ -22,15 +22,14 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if any(part in name 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields(config, 'resid_pdrop embd_pdrop')
-  fields.only('qk_layernorm', False)
+  fields = Fields(config)
   heads = fields.heads()
   spec = Spec(
     **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('intermediate_size'),
     norm_eps=fields.number('layer_norm_eps', 1e-5), tied=fields.flag('tie_word_embeddings'),
     rope_freq_RH=(fields.rope(heads['head_dim'], part=0.5, keys=('rope_theta', 'partial_rotary_factor')),),
     norm='layer', block='parallel', shared_norm=True, gated_mlp=False,
-    activation=fields.choice('hidden_act', {'gelu_new': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}, 'gelu_new'),
+    activation=fields.activation('hidden_act', 'gelu_new'),
     qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True,
   )  # fmt: skip
   return spec, fields.done('phi')

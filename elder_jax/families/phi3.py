@@ -16,10 +16,10 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in n
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields({'rms_norm_eps': 1e-5} | config, 'resid_pdrop embd_pdrop original_max_position_embeddings')
-  fields.only('hidden_act', 'silu')
-  fields.only('attention_bias', False)
+  fields = Fields({'rms_norm_eps': 1e-5} | config, 'original_max_position_embeddings')
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
   rope = fields.rope(size['head_dim'], keys=('rope_theta', 'partial_rotary_factor'))
-  spec = Spec(**size, rope_freq_RH=(rope,), window_L=fields.per_layer(L, fields.window('sliding_window')))
+  window = fields.window('sliding_window')
+  fields.one_kind(window)
+  spec = Spec(**size, rope_freq_RH=(rope,), window_L=fields.per_layer(L, window))
   return spec, fields.done('phi3')

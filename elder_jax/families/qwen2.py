@@ -15,8 +15,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def read(config: dict, family: str, features) -> tuple[Spec, int]:
-  fields = Fields(config)
-  fields.only('hidden_act', 'silu')
+  fields = Fields({'num_key_value_heads': 32, 'sliding_window': 4096} | config)
   size = llama.sizes(fields)
   window = fields.window('sliding_window', fields.flag('use_sliding_window'))
   first = fields.whole('max_window_layers', 28)
@@ -28,7 +27,7 @@ def read(config: dict, family: str, features) -> tuple[Spec, int]:
 
 def pruned(config: dict, kept: list[int]) -> dict:
   """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
-  first = config.get('max_window_layers', 28)
+  first = Fields(config).whole('max_window_layers', 28)
   return {'max_window_layers': sum(l < first for l in kept)}
 
 

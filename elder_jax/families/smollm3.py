@@ -11,9 +11,7 @@ WEIGHTS = llama.WEIGHTS
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
-  fields = Fields({'tie_word_embeddings': True} | config)
-  fields.only('hidden_act', 'silu')
-  fields.only('pretraining_tp', 2, 1)
+  fields = Fields({'tie_word_embeddings': True, 'num_key_value_heads': 4} | config, 'max_window_layers')
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
   has_rope_L = _has_rope(fields, L)
   window = fields.window('sliding_window', fields.flag('use_sliding_window'))
