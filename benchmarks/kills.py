@@ -298,6 +298,7 @@ def left_alone(root: pathlib.Path, processes: int) -> tuple[dict, dict[str, floa
 
 def main(argv):
   del argv
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in the background ignore it
   root = pathlib.Path(_WORKDIR.value).absolute()
   if 'disk' in _HOW.value and os.geteuid():
     raise SystemExit('--how=disk: mounting a tmpfs needs root; run as root or leave it out.')

@@ -174,11 +174,11 @@ def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
   settings |= dict(method='shortgpt,random', compare=['absorb'], recipe='absorb_then_train')
   made, apply = [], pipeline.apply_recipe
 
-  def dying(job, model, choice, recipe, *more):
+  def dying(job, model, choice, recipe, *more, **how):
     if len(made) == 2:
       raise KeyboardInterrupt
     made.append(recipe)
-    return apply(job, model, choice, recipe, *more)
+    return apply(job, model, choice, recipe, *more, **how)
 
   with monkeypatch.context() as patch:
     patch.setattr(pipeline, 'apply_recipe', dying)
@@ -188,7 +188,7 @@ def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
   monkeypatch.setattr(
     pipeline,
     'apply_recipe',
-    lambda job, model, choice, recipe, *more: made.append(recipe) or apply(job, model, choice, recipe, *more),
+    lambda job, model, choice, recipe, *more, **how: made.append(recipe) or apply(job, model, choice, recipe, *more, **how),
   )
   monkeypatch.setattr(pipeline.importance, 'choose', lambda *_: pytest.fail('layers were chosen again'))
   report = run(settings)
@@ -198,10 +198,10 @@ def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
 def test_while_a_model_is_made_the_one_of_the_row_before_is_not_kept(settings, monkeypatch):
   make, made, kept = pipeline.apply_recipe, [], []
 
-  def apply_recipe(*args):
+  def apply_recipe(*args, **how):
     gc.collect()
     kept.extend(model() for model in made if model() is not None)
-    model = make(*args)
+    model = make(*args, **how)
     made.append(weakref.ref(model))
     return model
 

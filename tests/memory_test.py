@@ -208,6 +208,7 @@ def test_a_run_that_does_not_fit_is_not_begun(small, monkeypatch, capsys):
   flags = types.SimpleNamespace(check=lambda: None)
   monkeypatch.setattr(main.config_lib, 'from_flags', lambda: Config(**small))
   monkeypatch.setattr(main.config_lib, 'launch_from_flags', lambda: flags)
+  monkeypatch.setattr(main.config_lib, 'replaced', lambda: '')
   monkeypatch.setattr(main.hosts, 'start', lambda launch: None)
   monkeypatch.setattr(main.preemption, 'listen', lambda: None)
   monkeypatch.setattr(pipeline, 'load', lambda job: pytest.fail('the model was loaded'))

@@ -198,7 +198,7 @@ def test_what_does_not_fit_ends_with_3_and_figures(bare, capsys, monkeypatch):
   monkeypatch.setattr(plan, '_memory', lambda device: 1_000_000)
   assert plan.main(bare) == plan.DOES_NOT_FIT == 3
   out = capsys.readouterr().out
-  assert re.search(r'\ntraining, 4 layers needs 0\.00\d+ GiB, the device has 0\.000931\. Options:\n', out)
+  assert re.search(r'\ntraining, 4 layers needs 0\.0\d+ GiB, the device has 0\.000931\. Options:\n', out)
   for flag in ('--dtype=bfloat16: 0', '--optimizer=lion: 0', '--lora_rank=16: 0', '--remat=full: ', '--grad_accum=8: '):
     assert f'\n  {flag}' in out, out
 

@@ -114,8 +114,8 @@ def test_a_value_that_does_not_fit_the_exported_type_is_not_exported(settings, m
 def test_what_is_not_finite_is_not_exported(settings, monkeypatch, value):
   make = pipeline.apply_recipe
 
-  def poisoned(*args):
-    pruned = make(*args)
+  def poisoned(*args, **how):
+    pruned = make(*args, **how)
     w = pruned.layers.w_down
     w.set_value(w.get_value().at[1, 2, 3].set(value))
     return pruned

@@ -253,7 +253,11 @@ def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) ->
       'PYTHONPATH': os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]),
       'BATCHES': str(batches),
   }  # fmt: skip
-  return subprocess.run([sys.executable, __file__, *args], env=env, capture_output=True, text=True)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in the background ignore it
+  try:
+    return subprocess.run([sys.executable, __file__, *args], env=env, capture_output=True, text=True)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def struck():

@@ -61,7 +61,7 @@ def test_what_pytorch_raises_for_another_reason_costs_no_export(quick, monkeypat
 
 def test_a_mismatch_leaves_nothing_under_the_final_name(quick, monkeypatch):
   monkeypatch.setattr(verify, '_torch_logits', lambda model, tokens_BT: 0.0)
-  monkeypatch.setattr(job.verify, 'use_torch', lambda wish, params: params < 50_000)  # not the dense model
+  monkeypatch.setattr(job.verify, 'use_torch', lambda wish, params, say=None: params < 50_000)  # not the dense model
   with pytest.raises(verify.ExportMismatch):
     pipeline.run(Config(**quick))
   assert not (pathlib.Path(quick['workdir']) / 'export').exists()
