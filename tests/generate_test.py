@@ -278,7 +278,7 @@ def command(monkeypatch, capsys):
   def run(*args):
     monkeypatch.setattr(flags, 'FLAGS', flags.FlagValues())  # those of this process may have the same names already
     gen.define_flags()
-    gen.main(cli.parse(['generate', *args]))
+    cli.run(gen.main, argv=['generate', *args])
     return capsys.readouterr().out
 
   return run
@@ -299,7 +299,7 @@ def test_the_command_prints_what_follows(tiny, model, command):
   [
     ([], '--prompt is missing'),
     (['--prompt=Hello', '--model=missing_folder'], '--model=missing_folder'),
-    (['--prompt=Hello', '--max_new_tokens=252'], 'prompt 0 has 5 tokens, with --max_new_tokens=252 more than the 256'),
+    (['--prompt=Hello', '--max_new_tokens=252'], 'prompt 0 has 5 tokens, with --max_new_tokens=252 more than the 256 positions'),
     (['--prompt=Hello', '--top_p=2'], '--top_p=2.0'),
     (['--prompt=Hello', '--dtype=int8'], '--dtype'),
     (['--prompt=Hello', '--lenght=5'], 'lenght'),
