@@ -26,6 +26,7 @@ from elder_jax.errors import reason
 from elder_jax.errors import user_path
 
 TRACEBACK = 'ELDER_JAX_TRACEBACK'  # set in the environment: an unexpected error also shows where it came from
+MAX_SENTENCE = 1000  # characters; a value out of a flag or a file may have thousands
 HELP = ('h', 'help', 'helpshort', 'helpfull')
 # What shells give a command that Ctrl-C ended, and one whose output nobody reads any more.
 CTRL_C_STATUS, CLOSED_PIPE_STATUS = 130, 141
@@ -76,7 +77,10 @@ def ending(error: BaseException) -> tuple[int, str]:
 
 
 def fail(status: int, sentence: str):
-  print(f'elder_jax: {InputError(sentence)}', file=sys.stderr)  # InputError: one line, whatever a file's name holds
+  line = str(InputError(sentence))  # one line, whatever a file's name holds
+  if len(line) > MAX_SENTENCE:
+    line = f'{line[: MAX_SENTENCE // 2]} … {line[-MAX_SENTENCE // 2 :]}'
+  print(f'elder_jax: {line}', file=sys.stderr)
   sys.exit(status)
 
 

@@ -230,8 +230,10 @@ def generate(
   """
   sampling.check()
   for name, value in (('max_new_tokens', max_new_tokens), ('batch_size', batch_size)):
-    if value < 1:
-      raise InputError(f'--{name}={value} is too small; give at least 1.')
+    if not 1 <= value < 2**31:
+      raise InputError(f'--{name}={value}: must be at least 1 and below 2^31.')
+  if not abs(seed) < 2**63:
+    raise InputError(f'--seed={seed}: must be below 2^63.')
   _check_prompts(prompts, model.spec.vocab_size, max_new_tokens, capacity)
   room, eos_E, key = _padded(max_new_tokens), np.array(eos_ids, np.int32), jax.random.key(seed)
   # No more rows than prompts, but as many as the devices divide.

@@ -57,12 +57,11 @@ class Settings:
   def check(self):
     """Raises InputError."""
     for name in ('prompt_tokens', 'new_tokens', 'context', 'repeats'):
-      if (value := getattr(self, name)) < 1:
-        raise InputError(f'--{name}={value} is too small; give at least 1.')
-    if not self.batch_sizes or min(self.batch_sizes) < 1:
-      raise InputError(
-        f'--batch_sizes={",".join(map(str, self.batch_sizes))}: must be numbers of at least 1, as in 1,16.'
-      )
+      if not 1 <= (value := getattr(self, name)) < 2**31:
+        raise InputError(f'--{name}={value}: must be at least 1 and below 2^31.')
+    if not self.batch_sizes or not all(1 <= size < 2**31 for size in self.batch_sizes):
+      given = ','.join(map(str, self.batch_sizes))
+      raise InputError(f'--batch_sizes={given}: must be numbers of at least 1 and below 2^31, as in 1,16.')
     if self.seed < 0:
       raise InputError(f'--seed={self.seed} is negative; give 0 or more.')
     if bool(self.pruned) == bool(self.remove_layers):

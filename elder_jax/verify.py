@@ -213,6 +213,8 @@ def _figures_in_torch(folder: pathlib.Path, expected_BTV, tokens_BT, tolerance: 
 
 def main(argv: list[str]):
   folder = user_path(argv[1])
+  if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name too long
+    raise InputError(f'{folder}: there is no such folder; check the path.')
   try:
     files = manifest.check(folder)
     source = checkpoint_hf.open_source(str(folder), folder)
