@@ -59,6 +59,12 @@ class Source:
     return kinds.pop() if len(kinds) == 1 else 'float32'
 
   @property
+  def context_length(self) -> int | None:
+    """Positions that the model has for a prompt and what follows it; None where config.json does not limit them."""
+    limits = (self.config.get(name) for name in ('max_position_embeddings', 'n_positions', 'n_ctx'))
+    return self.spec.num_positions or next((n for n in limits if isinstance(n, int) and n > 0), None)
+
+  @property
   def family(self):
     return families.FAMILIES[self.config['model_type']]
 

@@ -16,7 +16,6 @@ import pathlib
 import tempfile
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ from elder_jax.model import Mode
 
 PAD = 64  # prompts and room for new tokens are padded to multiples of it, so that few programs serve all
 END = -1  # in the place of new tokens from the end of the sequence on
+NOT_FINITE = -2  # in the place of a token whose logits are not finite; its sequence ends there
 
 
 class Cache(NamedTuple):
@@ -164,7 +164,9 @@ def sample(logits_BV, key_B, sampling: Sampling):
 
 @functools.partial(jax.jit, static_argnames=('capacity', 'room', 'sampling', 'mode'))
 def run(model, tokens_BT, lengths_B, row_B, eos_E, limit, seed, *, capacity, room, sampling=Sampling(), mode=Mode()):
-  """Prompts in, new tokens_BR out (END from the end of a sequence on), in one program that stops with the last row.
+  """Prompts in, new tokens_BR out (END from the end of a sequence on; NOT_FINITE ends one, too), in one program.
+
+  It stops with the last row.
 
   Args:
     tokens_BT, lengths_B, capacity, mode: as in `prefill`; capacity is at least the longest length + limit.
@@ -178,8 +180,10 @@ def run(model, tokens_BT, lengths_B, row_B, eos_E, limit, seed, *, capacity, roo
 
   def draw(n, logits_BV, tokens_BR, done_B):
     token_B = sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(key_B, n), sampling)
-    done_B = done_B | jnp.any(token_B[:, None] == eos_E[None], -1)
-    return token_B, tokens_BR.at[:, n].set(jnp.where(done_B, END, token_B)), done_B
+    finite_B = jnp.all(jnp.isfinite(logits_BV), -1)
+    new_B = jnp.where(finite_B, token_B, NOT_FINITE)
+    ended_B = done_B | (finite_B & jnp.any(token_B[:, None] == eos_E[None], -1))
+    return token_B, tokens_BR.at[:, n].set(jnp.where(ended_B, END, new_B)), ended_B | ~finite_B
 
   def step(state):
     n, cache, token_B, tokens_BR, done_B = state
@@ -221,12 +225,15 @@ def generate(
     put: brings a host array onto the devices (sharding.put_batch).
 
   Raises:
-    InputError: a setting out of range, an empty prompt, a token that the model does not have, too little capacity.
+    InputError: a setting out of range, an empty prompt, a token that the model does not have, too little capacity, logits
+      that are not finite.
   """
   sampling.check()
   for name, value in (('max_new_tokens', max_new_tokens), ('batch_size', batch_size)):
-    if value < 1:
-      raise InputError(f'--{name}={value} is too small; give at least 1.')
+    if not 1 <= value < 2**31:
+      raise InputError(f'--{name}={value}: must be at least 1 and below 2^31.')
+  if not abs(seed) < 2**63:
+    raise InputError(f'--seed={seed}: must be below 2^63.')
   _check_prompts(prompts, model.spec.vocab_size, max_new_tokens, capacity)
   room, eos_E, key = _padded(max_new_tokens), np.array(eos_ids, np.int32), jax.random.key(seed)
   # No more rows than prompts, but as many as the devices divide.
@@ -247,6 +254,11 @@ def generate(
       capacity=tokens_BT.shape[1] + room, room=room, sampling=sampling, mode=mode,
     )  # fmt: skip
     for i, new_R in zip(numbers, hosts.to_host(tokens_BR)):
+      if NOT_FINITE in new_R:
+        raise InputError(
+          f"the model's logits are not finite at token {len(prompts[i]) + np.argmax(new_R == NOT_FINITE)} of prompt {i}; "
+          'check its weights, or compute with --dtype=float32.'
+        )
       result[i] = new_R[new_R != END].tolist()
   return result
 
@@ -264,8 +276,8 @@ def _check_prompts(prompts, vocab_size: int, max_new_tokens: int, capacity: int 
       raise InputError(f"prompt {i} has the token {wrong}, the model has {vocab_size}; use the model's own tokenizer.")
     if capacity is not None and len(prompt) + max_new_tokens > capacity:
       raise InputError(
-        f'prompt {i} has {len(prompt)} tokens, with --max_new_tokens={max_new_tokens} more than the {capacity} that '
-        'there is room for; shorten it or ask for fewer.'
+        f'prompt {i} has {len(prompt)} tokens, with --max_new_tokens={max_new_tokens} more than the {capacity} positions '
+        'that the model has; shorten it or ask for fewer.'
       )
 
 
@@ -277,7 +289,7 @@ def eos_ids(source: checkpoint_hf.Source) -> tuple[int, ...]:
   if found is None:
     found = source.config.get('eos_token_id')
   ids = found if isinstance(found, list) else [] if found is None else [found]
-  if not all(isinstance(i, int) for i in ids):
+  if not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
     raise InputError(f'{source.files}: eos_token_id={found!r} must be a number or a list of them; mend the file.')
   return tuple(ids)
 
@@ -304,7 +316,7 @@ def continue_text(
     tokens = tok(prompt, verbose=False)['input_ids']
     if not tokens:
       raise InputError('--prompt is missing or empty; give some text.')
-    context = source.config.get('max_position_embeddings')
+    context = source.context_length
     _check_prompts([tokens], source.spec.vocab_size, max_new_tokens, context)  # before the weights are read
     new = generate(
       checkpoint_hf.load(source, dtype), [tokens], max_new_tokens,
@@ -333,13 +345,10 @@ def define_flags():
 def main(argv: list[str]):
   del argv
   f = flags.FLAGS
-  try:
-    sampling = Sampling(f.temperature, f.top_k, f.top_p)
-    print(continue_text(f.model, f.prompt, f.max_new_tokens, sampling, f.seed, f.dtype, f.tokenizer))
-  except InputError as e:
-    cli.fail(2, str(e))
+  sampling = Sampling(f.temperature, f.top_k, f.top_p)
+  print(continue_text(f.model, f.prompt, f.max_new_tokens, sampling, f.seed, f.dtype, f.tokenizer))
 
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main, flags_parser=cli.parse)
+  cli.run(main)

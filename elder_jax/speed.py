@@ -6,18 +6,18 @@ another computer's, so on a CPU only the ratios are given.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 import pathlib
 import statistics
 import tempfile
 import time
 from typing import NamedTuple
 
-from absl import app
 from absl import flags
-from absl import logging
 import jax
 import numpy as np
 
@@ -31,6 +31,7 @@ from elder_jax import verify
 from elder_jax.checkpoint_hf import Source
 from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.errors import reason
 from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Mode
@@ -56,12 +57,11 @@ class Settings:
   def check(self):
     """Raises InputError."""
     for name in ('prompt_tokens', 'new_tokens', 'context', 'repeats'):
-      if (value := getattr(self, name)) < 1:
-        raise InputError(f'--{name}={value} is too small; give at least 1.')
-    if not self.batch_sizes or min(self.batch_sizes) < 1:
-      raise InputError(
-        f'--batch_sizes={",".join(map(str, self.batch_sizes))}: must be numbers of at least 1, as in 1,16.'
-      )
+      if not 1 <= (value := getattr(self, name)) < 2**31:
+        raise InputError(f'--{name}={value}: must be at least 1 and below 2^31.')
+    if not self.batch_sizes or not all(1 <= size < 2**31 for size in self.batch_sizes):
+      given = ','.join(map(str, self.batch_sizes))
+      raise InputError(f'--batch_sizes={given}: must be numbers of at least 1 and below 2^31, as in 1,16.')
     if self.seed < 0:
       raise InputError(f'--seed={self.seed} is negative; give 0 or more.')
     if bool(self.pruned) == bool(self.remove_layers):
@@ -69,15 +69,12 @@ class Settings:
     if self.torch:
       if not verify.has_torch():
         raise InputError('--torch: torch is not installed; install it or leave the flag away.')
-      if self.remove_layers or user_path(self.model).suffix == '.gguf' or user_path(self.pruned).suffix == '.gguf':
+      if self.remove_layers or any(user_path(name).suffix.lower() == '.gguf' for name in (self.model, self.pruned)):
         raise InputError('--torch: reads Hugging Face folders only; export both and name them by --model and --pruned.')
-    out = user_path(self.out)
-    if self.out and (out.is_dir() or not out.parent.is_dir()):
-      raise InputError(f'--out={self.out}: is a folder, or in none that exists; give a file, as in --out=speed.json.')
 
 
 class Timed(NamedTuple):
-  """What is timed of a model; both return when the device is done."""
+  """What is timed of a model; both return when the device is done, and with a call for whether the logits are finite."""
 
   prompt: Callable  # of tokens_BT: fills a cache and gives the logits of the token after each row
   generate: Callable  # of tokens_BT and a number: so many new tokens for each row, greedy
@@ -87,9 +84,10 @@ def measure(settings: Settings, clock: Callable[[], float] = time.perf_counter) 
   """Times both models; what goes into --out.
 
   Raises:
-    InputError, before any weights are read.
+    InputError, before any weights are read where it is not for what they hold.
   """
   settings.check()
+  out = cli.out_file(settings.out)
   with tempfile.TemporaryDirectory() as dense_scratch, tempfile.TemporaryDirectory() as pruned_scratch:
     dense = checkpoint_hf.open_source(settings.model, pathlib.Path(dense_scratch))
     pruned, removed = None, []
@@ -97,6 +95,7 @@ def measure(settings: Settings, clock: Callable[[], float] = time.perf_counter) 
       removed = _removed(settings, dense.num_layers)
     else:
       pruned = _open_pruned(settings, dense, pathlib.Path(pruned_scratch))
+    _check_lengths(settings, [source for source in (dense, pruned) if source])
     metrics.say(f'loading {settings.model} and the pruned model in {settings.dtype}')
     if settings.torch:
       models, about = _in_torch(dense, pruned, settings.dtype)
@@ -107,9 +106,17 @@ def measure(settings: Settings, clock: Callable[[], float] = time.perf_counter) 
   tokens = lambda *shape: draw.integers(0, dense.spec.vocab_size, shape).astype(np.int32)
   depths = dense.num_layers, pruned.num_layers if pruned else dense.num_layers - len(removed)
 
-  def row(what: str, run: Callable[[Timed], None], new_tokens: int = 0):
+  def check(finite: list[Callable[[], bool]]):
+    pruned_flag = 'pruned' if settings.pruned else 'remove_layers'
+    for flag, is_finite in zip(('model', pruned_flag), finite):
+      if not is_finite():
+        raise InputError(
+          f'--{flag}={getattr(settings, flag)}: the logits are not finite; check the weights, or use --dtype=float32.'
+        )
+
+  def row(what: str, run: Callable[[Timed], Callable[[], bool]], new_tokens: int = 0):
     metrics.say(what)
-    seconds = alternate([functools.partial(run, model) for model in models], settings.repeats, clock)
+    seconds = alternate([functools.partial(run, model) for model in models], settings.repeats, clock, check)
     return {'what': what, **figures(*seconds, *depths, new_tokens, about['absolute'])}
 
   prompt_BT = tokens(1, settings.prompt_tokens)
@@ -125,9 +132,23 @@ def measure(settings: Settings, clock: Callable[[], float] = time.perf_counter) 
     'device': about['device'],
     'versions': report_lib.versions() | about['versions'],
   }
-  if settings.out and jax.process_index() == 0:
-    report_lib.write_json(user_path(settings.out), result)
+  if out and jax.process_index() == 0:
+    report_lib.write_json(out, result)
   return result
+
+
+def _check_lengths(settings: Settings, sources: list[Source]):
+  for source in sources:
+    limit = source.context_length or math.inf
+    if settings.prompt_tokens > limit:
+      raise InputError(
+        f'--prompt_tokens={settings.prompt_tokens}: {source.name} has {limit} positions; give at most that many.'
+      )
+    if settings.context + settings.new_tokens > limit:
+      raise InputError(
+        f'--context={settings.context} and --new_tokens={settings.new_tokens}: {source.name} has {limit} positions; '
+        'give at most that many together.'
+      )
 
 
 def _removed(settings: Settings, num_layers: int) -> list[int]:
@@ -164,7 +185,9 @@ def _in_jax(dense: Source, pruned: Source | None, removed: list[int], dtype: str
     lengths_B = lambda tokens_BT: np.full(len(tokens_BT), tokens_BT.shape[1], np.int32)
 
     def prompt(tokens_BT):
-      jax.block_until_ready(_prefill(model, tokens_BT, lengths_B(tokens_BT), tokens_BT.shape[1], mode))
+      logits_BV, cache = _prefill(model, tokens_BT, lengths_B(tokens_BT), tokens_BT.shape[1], mode)
+      jax.block_until_ready((logits_BV, cache))
+      return lambda: bool(np.isfinite(logits_BV).all())
 
     def generate(tokens_BT, n):
       B, T = tokens_BT.shape
@@ -172,6 +195,7 @@ def _in_jax(dense: Source, pruned: Source | None, removed: list[int], dtype: str
       rest = no_end_E, np.int32(n), jax.random.key(0)
       new_BR = gen.run(model, tokens_BT, lengths_B(tokens_BT), rows_B, *rest, capacity=T + n, room=n, mode=mode)
       new_BR.block_until_ready()
+      return lambda: bool((np.asarray(new_BR) != gen.NOT_FINITE).all())
 
     return Timed(prompt, generate)
 
@@ -186,30 +210,40 @@ def _in_torch(dense: Source, pruned: Source, dtype: str):
   import torch  # not a requirement of the package
   import transformers
 
+  @contextlib.contextmanager
+  def in_one_sentence():
+    try:
+      yield
+    except Exception as e:  # of any kind: transformers' own, or a GPU's memory  # noqa: BLE001
+      raise InputError(f'--torch: transformers cannot run a model ({reason(e)}); leave the flag away.') from e
+
   cuda = torch.cuda.is_available()
   where = torch.device('cuda' if cuda else 'cpu')
 
+  @in_one_sentence()
   def timed(source: Source) -> Timed:
     model = transformers.AutoModelForCausalLM.from_pretrained(source.files, dtype=getattr(torch, dtype))
     model = model.to(where).eval()
     last = {'logits_to_keep': 1} if 'logits_to_keep' in inspect.signature(model.forward).parameters else {}
 
     def on_device(run):
+      @in_one_sentence()
       def call(tokens_BT, *args):
         with torch.inference_mode():
-          run(torch.tensor(tokens_BT, dtype=torch.long, device=where), *args)
+          result = run(torch.tensor(tokens_BT, dtype=torch.long, device=where), *args)
         if cuda:
           torch.cuda.synchronize()
+        return lambda: bool(torch.isfinite(result).all())  # tokens always are: the prompt's logits answer for them
 
       return call
 
     def generate(tokens_BT, n):
       mask_BT = torch.ones_like(tokens_BT)
-      model.generate(
+      return model.generate(
         tokens_BT, attention_mask=mask_BT, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0
       )
 
-    return Timed(on_device(lambda tokens_BT: model(tokens_BT, use_cache=True, **last)), on_device(generate))
+    return Timed(on_device(lambda tokens_BT: model(tokens_BT, use_cache=True, **last).logits), on_device(generate))
 
   device = torch.cuda.get_device_name() if cuda else 'cpu'
   about = {'absolute': cuda, 'device': f'{device}, by PyTorch', 'versions': {'torch': torch.__version__}}
@@ -219,10 +253,15 @@ def _in_torch(dense: Source, pruned: Source, dtype: str):
 # ---- the figures ----
 
 
-def alternate(runs: list[Callable[[], None]], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
-  """Seconds of each call of each of `runs`, taken in turn, after one untimed call of each that compiles."""
-  for run in runs:
-    run()
+def alternate(
+  runs: list[Callable], repeats: int, clock: Callable[[], float], check: Callable[[list], None] = lambda results: None
+) -> list[list[float]]:
+  """Seconds of each call of each of `runs`, alternating, after one untimed call of each that compiles.
+
+  Args:
+    check: of the results of the untimed calls.
+  """
+  check([run() for run in runs])
   seconds = [[] for _ in runs]
   for _ in range(repeats):
     for run, taken in zip(runs, seconds):
@@ -302,21 +341,18 @@ def define_flags():
 
 def main(argv: list[str]):
   del argv
-  logging.set_verbosity(logging.WARNING)
   values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
   try:
-    sizes = values['batch_sizes']
-    if not all(size.strip().isdecimal() for size in sizes):
-      raise InputError(f'--batch_sizes={",".join(sizes)}: must be numbers of at least 1, as in 1,16.')
-    if values['torch']:
-      jax.config.update('jax_platforms', 'cpu')  # else JAX takes the GPU's memory
-    result = measure(Settings(**values | {'batch_sizes': tuple(int(size) for size in sizes)}))
-  except InputError as e:
-    cli.fail(2, str(e))
+    sizes = tuple(int(size) for size in values['batch_sizes'])
+  except ValueError as e:
+    raise InputError(f'--batch_sizes={",".join(values["batch_sizes"])}: must be numbers, as in 1,16.') from e
+  if values['torch']:
+    jax.config.update('jax_platforms', 'cpu')  # else JAX takes the GPU's memory
+  result = measure(Settings(**values | {'batch_sizes': sizes}))
   if jax.process_index() == 0:
     print(markdown(result))
 
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main, flags_parser=cli.parse)
+  cli.run(main)

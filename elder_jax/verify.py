@@ -9,7 +9,6 @@ from collections.abc import Callable
 import importlib.util
 import json
 import pathlib
-import sys
 import tempfile
 
 import jax
@@ -24,6 +23,7 @@ from elder_jax import metrics
 from elder_jax import model as model_lib
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
+from elder_jax.errors import user_path
 
 # Largest difference of a logit, both sides in float32, per unit of the logits' standard deviation: PyTorch is as far from
 # its own float64 (1e-5 at 30 layers); a wrong weight is seen at 1e-2 and more.
@@ -246,9 +246,9 @@ def _figures_in_torch(folder: pathlib.Path, expected_BTV, tokens_BT, tolerance: 
 
 
 def main(argv: list[str]):
-  if len(argv) != 2:
-    cli.fail(2, 'give one folder: python -m elder_jax.verify FOLDER')
-  folder = pathlib.Path(argv[1])
+  folder = user_path(argv[1])
+  if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name too long
+    raise InputError(f'{folder}: there is no such folder; check the path.')
   try:
     files = manifest.check(folder)
     source = checkpoint_hf.open_source(str(folder), folder)
@@ -258,4 +258,4 @@ def main(argv: list[str]):
 
 
 if __name__ == '__main__':
-  main(sys.argv)
+  cli.run(main, operand='FOLDER')

@@ -15,9 +15,7 @@ import os
 import pathlib
 import tempfile
 
-from absl import app
 from absl import flags
-from absl import logging
 import jax
 import jax.numpy as jnp
 
@@ -161,9 +159,7 @@ def evaluate_model(settings: Settings) -> dict:
   for name, least in (('limit', 0), ('batch_size', 1)):
     if (value := getattr(settings, name)) < least:
       raise InputError(f'--{name}={value} is too small; give at least {least}.')
-  out = user_path(settings.out) if settings.out else None
-  if out and (out.is_dir() or not out.parent.is_dir()):
-    raise InputError(f'--out={settings.out}: is a folder, or in none that exists; give a file, as in --out=tasks.json.')
+  out = cli.out_file(settings.out)
   mesh = sharding.make_mesh(settings.mesh)
   sharding.check_batch(mesh, settings.mesh, settings.batch_size, '--batch_size')
   with tempfile.TemporaryDirectory() as scratch:
@@ -224,16 +220,12 @@ def define_flags():
 
 def main(argv: list[str]):
   del argv
-  logging.set_verbosity(logging.WARNING)
-  try:
-    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
-    result = evaluate_model(Settings(**values | {'tasks': tuple(values['tasks'])}))
-  except InputError as e:
-    cli.fail(2, str(e))
+  values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+  result = evaluate_model(Settings(**values | {'tasks': tuple(values['tasks'])}))
   if jax.process_index() == 0:
     print(table(result['tasks']))
 
 
 if __name__ == '__main__':
   define_flags()
-  app.run(main, flags_parser=cli.parse)
+  cli.run(main)
