@@ -45,4 +45,7 @@ def told(config: Config) -> list[str]:
     given = [name for name in names.split() if getattr(config, name) != default[name]]
     if given and not reads(config):
       lines.append(f'not used: {", ".join(f"--{name}={getattr(config, name)}" for name in given)}, since {why}')
+  texts = {entry for entry in config.eval_data if entry}
+  if replaced := sorted(texts - {f'{name}={source}' for name, source in config.corpora().items()}):
+    lines.append(f'not used: {", ".join(f"--eval_data={entry}" for entry in replaced)}, since later ones replace them')
   return lines

@@ -8,6 +8,7 @@ says whether the files of an exported folder are those that were written, and wh
 from collections.abc import Callable
 import importlib.util
 import json
+import os
 import pathlib
 import tempfile
 

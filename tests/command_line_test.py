@@ -97,6 +97,8 @@ def test_of_several_ways_to_say_how_much_the_last_one_counts(flag_values, tmp_pa
     (dict(train_steps=0, distill=0.5), '--distill=0.5'),
     (dict(tasks_dir='here', eval_tokens=5), '--eval_tokens=5'),
     (dict(task_limit=5), '--task_limit=5'),
+    (dict(eval_data=('a=b', 'a=a')), '--eval_data=a=b'),
+    (dict(eval_data=('c=b', '', 'a=a')), '--eval_data=c=b'),
     (dict(method='elder', score_steps=3), '--score_steps=3'),
   ],
   ids=str,

@@ -142,7 +142,7 @@ def test_help_of_a_command_without_flags(command):
     (generate, ['--prompt=a', f'--max_new_tokens={2**31}'], f'--max_new_tokens={2**31}'),
     (generate, ['--prompt=a', '--seed=' + '9' * 30], '--seed=999'),
     (generate, ['--prompt=a', '--seed=' + '9' * 5000], '--seed=999'),
-    (generate, ['--prompt=a', '--tokenizer=/nowhere'], 'the tokenizer of /nowhere'),
+    (generate, ['--prompt=a', '--tokenizer=/nowhere'], '--tokenizer=/nowhere: there is no such folder'),
     (generate, ['--prompt=' + 'a' * 5000], 'prompt 0 has 5000 tokens'),
     (generate, ['--prompt'], 'Missing value for flag --prompt'),
     (speed, [], '--pruned or --remove_layers'),
