@@ -29,6 +29,7 @@ from elder_jax import model_folder
 from elder_jax import preemption
 from elder_jax import safetensors_files
 from elder_jax.errors import InputError
+from elder_jax.errors import shown
 from elder_jax.errors import user_path
 from elder_jax.model import Decoder
 from elder_jax.model import Spec
@@ -86,7 +87,7 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
   _check_is_lm(model, config)
   spec, num_layers = architecture(model, config)
-  source = _with_prefix(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
+  source = _with_our_names(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
   return _only_weights(_with_own_head(source))
 
 
@@ -110,18 +111,27 @@ def architecture(model: str, config: dict) -> tuple[Spec, int]:
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
-      f'--model={model}: model_type {model_type!r} is not supported, these are: {", ".join(families.FAMILIES)}.'
+      f'--model={model}: model_type {shown(model_type)} is not supported, these are: {", ".join(families.FAMILIES)}.'
     )
   return families.FAMILIES[model_type].spec_from_config(config)
 
 
-def _with_prefix(source: Source) -> Source:
-  """Some files name the tensors of the model without its head, which transformers, too, reads: h.0 for transformer.h.0."""
-  names = source.family.WEIGHTS
-  prefix = next(iter(names)).partition('.')[0] + '.'
-  if any(name.startswith(prefix) for name in source.shapes):
-    return source
-  theirs = {name if name in names else prefix + name: name for name in source.shapes}
+def _with_our_names(source: Source) -> Source:
+  """Names with the prefix of the whole model left out, or twice, are read as transformers does: h.0 is transformer.h.0."""
+  templates = source.family.WEIGHTS
+  known = re.compile('|'.join(re.escape(n).replace(re.escape('{l}'), r'\d+') for n in templates))
+  prefix = next(iter(templates)).partition('.')[0] + '.'
+
+  def ours(name: str) -> str:
+    ways = name, prefix + name, name.removeprefix(prefix)
+    return next((way for way in ways if known.fullmatch(way)), name)
+
+  theirs = {ours(name): name for name in source.shapes}
+  head, embed = _head_and_embedding(source)
+  if source.spec.tied and head in theirs and embed not in theirs:  # one of the two is enough
+    theirs[embed] = theirs.pop(head)
+  if len(theirs) < len(source.shapes) or all(a == b for a, b in theirs.items()):
+    return source  # what is there twice is told as a tensor too many
   by_our_names = lambda table: {ours: table[name] for ours, name in theirs.items()}
   return dataclasses.replace(
     source,
@@ -132,10 +142,15 @@ def _with_prefix(source: Source) -> Source:
   )
 
 
+def _head_and_embedding(source: Source) -> tuple[str, str]:
+  """Their names in the family's files."""
+  entries = [(name, entry[0]) for name, entry in source.family.WEIGHTS.items() if entry]
+  return tuple(next(name for name, path in entries if path == ours) for ours in ('head', 'embed'))
+
+
 def _with_own_head(source: Source) -> Source:
   """A head in the files that is not the embedding is kept, whatever tie_word_embeddings says: so reads transformers 5."""
-  entries = [(name, entry[0]) for name, entry in source.family.WEIGHTS.items() if entry]
-  head, embed = (next((name for name, path in entries if path == ours), None) for ours in ('head', 'embed'))
+  head, embed = _head_and_embedding(source)
   if not source.spec.tied or not {head, embed} <= source.shapes.keys() or _equal(source, head, embed):
     return source
   metrics.say(
@@ -149,10 +164,15 @@ def _with_own_head(source: Source) -> Source:
 
 
 def _equal(source: Source, a: str, b: str) -> bool:
-  if source.shapes[a] != source.shapes[b] or source.dtypes[a] != source.dtypes[b]:
+  """Whether two matrices have the same values, in whatever types."""
+  if source.shapes[a] != source.shapes[b]:
     return False
-  _check_dtype(source, a)
-  return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in zip(source.pieces(a), source.pieces(b)))
+  for name in (a, b):
+    _check_dtype(source, name)
+  x, y = source.read(a), source.read(b)
+  rows = 1024  # at a time
+  wide = lambda part: part.astype(np.float32)
+  return all(np.array_equal(wide(x[i : i + rows]), wide(y[i : i + rows])) for i in range(0, len(x), rows))
 
 
 def _only_weights(source: Source) -> Source:
@@ -285,15 +305,19 @@ def _check_names_and_shapes(source: Source):
     )
   ignored = _ignored(source.family, source.spec)
   if (extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None)) is not None:
+    for part, what in (('lora_', 'LoRA factors that were not merged'), ('qweight', 'weights quantised by GPTQ or AWQ')):
+      if part in extra:
+        raise InputError(f'{where}: the tensor {extra} has no place in the model: these are {what}; give the plain model.')
     raise InputError(
       f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; use the '
       'config.json of these weights, or a checkpoint without the tensor.'
     )
   for name, row in rows.items():
     if source.shapes[name] != row.shape:
+      keys = ' by its vocab_size and width' if row.parts[0].path in ('embed', 'head') else ''
       raise InputError(
-        f'{where}: the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}; use '
-        'the config.json of these weights.'
+        f'{where}: the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}{keys}; '
+        'use the config.json of these weights.'
       )
 
 

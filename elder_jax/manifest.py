@@ -23,6 +23,8 @@ def check(folder: pathlib.Path) -> int:
     lines = (folder / NAME).read_text(encoding='utf-8').splitlines()
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(f'{folder}: has no readable {NAME}; was it exported by elder_jax?') from e
+  if not lines:
+    raise InputError(f'{folder / NAME}: is empty; export the model again.')
   for line in lines:
     entry = re.fullmatch(r'([0-9a-f]{64})  ([^\\]+)', line)
     if not entry or {'', '.', '..'} & set(entry[2].split('/')):

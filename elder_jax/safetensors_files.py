@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +63,14 @@ def open_folder(folder: pathlib.Path):
       raise InputError(
         f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
       )
-    raise InputError(f'{folder}: has no model.safetensors and no model.safetensors.index.json; fetch the weights.')
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in ('.safetensors', '.gguf'))
+    if any(re.fullmatch(r'model-\d+-of-\d+\.safetensors', name) for name in others):
+      raise InputError(f'{folder}: has {others[0]} but no model.safetensors.index.json; fetch that file, too.')
+    have = f' (but {", ".join(others[:3])})' if others else ''
+    raise InputError(
+      f'{folder}: has no model.safetensors and no model.safetensors.index.json{have}; fetch the weights, or give a '
+      '.gguf file by its own path.'
+    )
 
   shapes, dtypes, home = {}, {}, {}
   for path in paths:

@@ -69,6 +69,22 @@ def test_names_without_the_prefix_are_read_as_transformers_reads_them(own):
   edit(own, lambda tensors: {n if n in HEADS else n.removeprefix(prefix): t for n, t in tensors.items()})
   np.testing.assert_array_equal(logits(own), before)
   np.testing.assert_array_equal(torch_logits(own, TOKENS_BT), theirs)
+  half = lambda tensors: {(prefix + n if i % 2 and n not in HEADS else n): t for i, (n, t) in enumerate(tensors.items())}
+  edit(own, half)  # some with it, some without
+  np.testing.assert_array_equal(logits(own), before)
+  twice = lambda name: name if name in HEADS else f'{prefix}{prefix}{name.removeprefix(prefix)}'
+  edit(own, lambda tensors: {twice(name): tensor for name, tensor in tensors.items()})
+  np.testing.assert_array_equal(logits(own), before)
+
+
+def test_a_tied_model_may_have_its_matrix_under_the_heads_name(own):
+  source = opened(own)
+  head, embed = checkpoint_hf._head_and_embedding(source)
+  edit(own, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != head})
+  edit_json(own / 'config.json', tie_word_embeddings=True)
+  before = logits(own)
+  edit(own, lambda tensors: {head if name == embed else name: tensor for name, tensor in tensors.items()})
+  np.testing.assert_array_equal(logits(own), before)
 
 
 def test_a_tied_model_keeps_a_head_of_its_own(own, settings, capsys):
@@ -80,6 +96,11 @@ def test_a_tied_model_keeps_a_head_of_its_own(own, settings, capsys):
   tied = logits(own)
   edit(own, lambda tensors: tensors | {head: tensors[embed]})
   assert opened(own).spec.tied and head not in opened(own).shapes and not capsys.readouterr().err
+  round_off = lambda tensor: tensor.astype(jnp.bfloat16).astype(np.float32)
+  edit(own, lambda tensors: tensors | {embed: round_off(tensors[embed]), head: tensors[embed].astype(jnp.bfloat16)})
+  assert opened(own).spec.tied and not capsys.readouterr().err  # the same values in another type
+  tied = logits(own)
+  edit(own, lambda tensors: tensors | {head: tensors[embed]})
   np.testing.assert_array_equal(logits(own), tied)
   noise = np.random.default_rng(0).normal(size=source.shapes[embed]).astype(np.float32)
   edit(own, lambda tensors: tensors | {head: tensors[embed] + 0.1 * noise})

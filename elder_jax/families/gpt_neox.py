@@ -18,6 +18,8 @@ WEIGHTS = {
   _LAYER + 'attention.bias': None,  # the causal mask and rotary frequencies, in old files
   _LAYER + 'attention.masked_bias': None,
   _LAYER + 'attention.rotary_emb.inv_freq': None,
+  _LAYER + 'attention.rotary_emb.cos_cached': None,
+  _LAYER + 'attention.rotary_emb.sin_cached': None,
   'gpt_neox.rotary_emb.inv_freq': None,
   _LAYER + 'mlp.dense_h_to_4h.weight': ('layers.w_up', 'F,D->DF'),
   _LAYER + 'mlp.dense_h_to_4h.bias': ('layers.b_up', 'F->F'),

@@ -24,6 +24,8 @@ WEIGHTS = {
   'model.layers.{l}.self_attn.o_proj.weight': ('layers.wo', 'D,NH->NHD'),
   'model.layers.{l}.self_attn.o_proj.bias': ('layers.bo', 'D->D'),
   'model.layers.{l}.self_attn.rotary_emb.inv_freq': None,
+  'model.layers.{l}.self_attn.rotary_emb.cos_cached': None,
+  'model.layers.{l}.self_attn.rotary_emb.sin_cached': None,
   'model.rotary_emb.inv_freq': None,
   'model.layers.{l}.post_attention_layernorm.weight': ('layers.mlp_norm.scale', 'D->D'),
   'model.layers.{l}.mlp.gate_proj.weight': ('layers.w_gate', 'F,D->DF'),
