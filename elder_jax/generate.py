@@ -228,12 +228,7 @@ def generate(
     InputError: a setting out of range, an empty prompt, a token that the model does not have, too little capacity, logits
       that are not finite.
   """
-  sampling.check()
-  for name, value in (('max_new_tokens', max_new_tokens), ('batch_size', batch_size)):
-    if not 1 <= value < 2**31:
-      raise InputError(f'--{name}={value}: must be at least 1 and below 2^31.')
-  if not abs(seed) < 2**63:
-    raise InputError(f'--seed={seed}: must be below 2^63.')
+  _check_settings(sampling, seed, max_new_tokens=max_new_tokens, batch_size=batch_size)
   _check_prompts(prompts, model.spec.vocab_size, max_new_tokens, capacity)
   room, eos_E, key = _padded(max_new_tokens), np.array(eos_ids, np.int32), jax.random.key(seed)
   # No more rows than prompts, but as many as the devices divide.
@@ -265,6 +260,15 @@ def generate(
 
 def _padded(length: int) -> int:
   return -(-int(length) // PAD) * PAD
+
+
+def _check_settings(sampling: Sampling, seed: int, **sizes: int):
+  sampling.check()
+  if not abs(seed) < 2**63:
+    raise InputError(f'--seed={seed}: must be below 2^63.')
+  for name, value in sizes.items():
+    if not 1 <= value < 2**31:
+      raise InputError(f'--{name}={value}: must be at least 1 and below 2^31.')
 
 
 def _check_prompts(prompts, vocab_size: int, max_new_tokens: int, capacity: int | None):
@@ -308,7 +312,7 @@ def continue_text(
   Raises:
     InputError.
   """
-  sampling.check()
+  _check_settings(sampling, seed, max_new_tokens=max_new_tokens)
   with tempfile.TemporaryDirectory() as scratch:
     source = checkpoint_hf.open_source(model, pathlib.Path(scratch))
     tok = data.load_tokenizer(tokenizer or str(source.files))

@@ -8,6 +8,8 @@ import sys
 
 from absl import flags
 import conftest
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
@@ -162,7 +164,8 @@ def test_help_of_a_command_without_flags(command):
     (zero_shot, ['--mesh=x'], '--mesh=x'),
   ],
 )
-def test_bad_input(command, tiny, module, args, part):
+def test_bad_input(command, tiny, monkeypatch, module, args, part):
+  monkeypatch.setattr(checkpoint_hf, 'load', lambda *args: pytest.fail('weights were read'))
   one_sentence(command(module, f'--model={tiny}', *args), 2, part)
 
 
@@ -289,6 +292,24 @@ def test_padding_beyond_the_positions_changes_nothing(learned):
   theirs = transformers.AutoModelForCausalLM.from_pretrained(learned)
   expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, eos_token_id=None, do_sample=False)[0, 70:]
   assert generate.generate(model, [prompt], 30, capacity=100) == [expected.tolist()]
+
+
+def test_nan_at_a_later_token_is_no_text(learned):
+  model = checkpoint_hf.load(checkpoint_hf.open_source(str(learned), learned), 'float32')
+  prompts = [[5 + i % 250 for i in range(length)] for length in (64, 50)]  # the longer is not padded
+  offset = model.spec.position_offset
+  model.positions.set_value(model.positions[...].at[offset + 75].set(float('nan')))
+  assert [len(new) for new in generate.generate(model, prompts, 12)] == [12, 12]
+  with pytest.raises(InputError, match='not finite at token 76 of prompt 0;'):  # the one after position 75
+    generate.generate(model, prompts, 13)
+
+
+def test_tokens_that_are_none_are_not_timed(tiny, monkeypatch):
+  source, prompt_BT = checkpoint_hf.open_source(str(tiny), tiny), np.zeros((1, 8), np.int32)
+  (model, _), _ = speed._in_jax(source, None, [2], 'float32')
+  assert model.generate(prompt_BT, 2)()
+  monkeypatch.setattr(generate, 'run', lambda *args, **kwargs: jnp.array([[5, generate.NOT_FINITE]]))
+  assert not model.generate(prompt_BT, 2)()
 
 
 def overflow(folder: pathlib.Path):
