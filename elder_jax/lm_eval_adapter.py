@@ -7,6 +7,7 @@ Dimension names: see model.py. R is a request's row: context and continuation, c
 
 from collections.abc import Callable
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,16 @@ def bucket(length: int) -> int:
   return -(-length // step) * step
 
 
+def _check_finite(requests, scores: list[float]):
+  for request, score in zip(requests, scores):
+    if not math.isfinite(score):
+      task = getattr(request, 'task_name', None) or 'a task'
+      raise InputError(
+        f'{task}: the model gives {score} for the log-probability of a text, so its answers mean nothing; check its '
+        'weights, or use --dtype=float32.'
+      )
+
+
 class JaxLM(TemplateLM):
   """A Decoder as the harness sees it; every process of a run makes one, and all give the same answers.
 
@@ -103,6 +114,11 @@ class JaxLM(TemplateLM):
     if add_special_tokens is None:
       add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
     return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+  def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    answers = super().loglikelihood(requests, disable_tqdm)
+    _check_finite(requests, [logp for logp, _ in answers])
+    return answers
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """(sum over the continuation of log p, whether greedy decoding gives it) of ((texts), context, continuation)s."""
@@ -155,6 +171,7 @@ class JaxLM(TemplateLM):
     totals = [0.0] * len(requests)
     for i, (logp, _) in zip(owner_W, self._loglikelihood_tokens(windows)):
       totals[i] += logp
+    _check_finite(requests, totals)
     for request, total in zip(requests, totals):
       self.cache_hook.add_partial('loglikelihood_rolling', request.args, total)
     return totals
@@ -176,9 +193,10 @@ class JaxLM(TemplateLM):
       # A string that is one token ends a row like an end-of-sequence token; the others are looked for in the text.
       encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in until]
       ends = {ids[0] for ids, text in zip(encoded, until) if len(ids) == 1 and self.tokenizer.decode(ids) == text}
+      contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in numbers]
       outputs = generate.generate(
         self.model,
-        [self.tok_encode(requests[i].args[0])[-room:] for i in numbers],
+        contexts,
         length,
         eos_ids=tuple(sorted({self.eot_token_id, *self.eos_ids, *ends} - {None})),
         sampling=sampling,
@@ -186,6 +204,9 @@ class JaxLM(TemplateLM):
         batch_size=self.batch_size,
         put=self.put,
       )
+      # The score of what was written, and of any token after it, is NaN where the logits were.
+      written = [(None, context, [*tokens, self.prefix_token_id]) for context, tokens in zip(contexts, outputs)]
+      _check_finite([requests[i] for i in numbers], [logp for logp, _ in self._loglikelihood_tokens(written)])
       for i, tokens in zip(numbers, outputs):
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         for end in until:
