@@ -1,17 +1,34 @@
 """Text in: read, tokenised once, packed to [N, T]. A batch is a pure function of (seed, step)."""
 
+from collections.abc import Callable
 import dataclasses
 import hashlib
+import json
 import os
+import pathlib
+import re
 
 import numpy as np
 
+from elder_jax import metrics
 from elder_jax import model_folder
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
 
-_BUILDERS = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet'}
+_KINDS = ('.txt', '.jsonl', '.json', '.parquet')
+_MAGIC = {  # how files of other kinds begin, whatever they are called
+  b'\x1f\x8b': 'compressed by gzip',
+  b'BZh': 'compressed by bzip2',
+  b'\xfd7zXZ\0': 'compressed by xz',
+  b'\x28\xb5\x2f\xfd': 'compressed by zstd',
+  b'PK\x03\x04': 'a zip archive',
+  b'PAR1': 'a Parquet file',
+  b'%PDF-': 'a PDF',
+  b'\xff\xfe\0\0': 'UTF-32',
+  b'\xff\xfe': 'UTF-16',
+  b'\xfe\xff': 'UTF-16',
+}
 
 
 def load_tokenizer(name: str):
@@ -27,31 +44,114 @@ def load_tokenizer(name: str):
 
 
 def read_text(flag: str, source: str, column: str) -> str:
-  """The documents of a local file or hub data set, joined by an empty line (the WikiText protocol).
+  """The documents of a local file, folder or hub data set, joined by an empty line (the WikiText protocol).
+
+  A path is opened as it is: `datasets` would take brackets, stars and colons in it for a pattern.
 
   Args:
     flag: what to name in an error, e.g. --train_data.
-    source: path of a .txt (one document), .jsonl or .parquet file, or a hub id as id[:configuration][:split].
+    source: path of a .txt (one document), .jsonl, .json or .parquet file or of a folder of such files, all of one kind,
+      or a hub id as id[:configuration][:split].
   """
+  path = user_path(source)
+  if source and os.path.isdir(path):
+    documents = [text for file in _files(flag, source, path) for text in _documents(flag, str(file), file, column)]
+  elif os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
+    documents = _documents(flag, source, path, column)
+  elif path.suffix.lower() in _KINDS:
+    raise InputError(f'{flag}={source}: there is no such file; check the path.')
+  else:
+    documents = _hub_documents(flag, source, column)
+  text = '\n\n'.join(documents)
+  if not text:
+    raise InputError(f'{flag}={source}: is empty; give a file with text.')
+  try:
+    text.encode()
+  except UnicodeEncodeError as e:  # JSON can hold it
+    raise InputError(f'{flag}={source}: holds half of a surrogate pair, which is no character; remove it.') from e
+  return text
+
+
+def _files(flag: str, source: str, folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a folder, sorted by name; hidden ones do not count."""
+  try:
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
+  except OSError as e:
+    raise InputError(f'{flag}={source}: cannot be read ({reason(e)}); check its permissions.') from e
+  found = sorted({'folders' if p.is_dir() else p.suffix.lower() or 'files without a suffix' for p in files})
+  if len(found) != 1 or found[0] not in _KINDS:
+    raise InputError(
+      f'{flag}={source}: a folder must hold .txt, .jsonl, .json or .parquet files, all of one kind, this one holds '
+      f'{", ".join(found[:8]) or "no files"}; give a folder of one kind, or a file.'
+    )
+  metrics.say(f'{flag}={source}: reading {len(files)} {found[0]} files, {files[0].name} to {files[-1].name}')
+  return files
+
+
+def _documents(flag: str, source: str, path: pathlib.Path, column: str) -> list[str]:
+  """The documents of one file."""
+  kind = path.suffix.lower()
+  try:
+    with path.open('rb') as file:
+      head = file.read(1024)
+    if not head:
+      return []
+    what = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
+    if kind == '.parquet' and what in (None, _MAGIC[b'PAR1']):
+      import pyarrow.parquet  # here, as above
+
+      with path.open('rb') as file:
+        table = pyarrow.parquet.ParquetFile(file)
+        return _texts(flag, source, column, table.schema_arrow.names, lambda: table.read([column])[column].to_pylist())
+    if what is None and kind in _KINDS and b'\0' in head:
+      what = 'binary data or UTF-16'
+    if what:
+      raise InputError(f'{flag}={source}: is {what}; give UTF-8 text as .txt or .jsonl, or Parquet as .parquet.')
+    if kind not in _KINDS:
+      raise InputError(f'{flag}={source}: is of no kind that can be read; give a .txt, .jsonl or .parquet file.')
+    text = path.read_bytes().decode('utf-8-sig')  # -sig: without the byte order mark that some editors write
+    if kind == '.txt':
+      return [text]
+    rows = _json_rows(text)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _texts(flag, source, column, names, lambda: [row.get(column) for row in rows])
+  except InputError:
+    raise
+  except Exception as e:  # of a damaged file any kind  # noqa: BLE001
+    raise InputError(f'{flag}={source}: cannot be read ({reason(e)}); give a .txt, .jsonl or .parquet file.') from e
+
+
+def _json_rows(text: str) -> list[dict]:
+  """The objects of one JSON array, or of a line each."""
+  if text.lstrip().startswith('['):
+    rows = json.loads(text)
+  else:
+    rows = []
+    for number, line in enumerate(text.split('\n'), 1):  # splitlines would cut at U+2028 inside a text
+      try:
+        rows += [json.loads(line)] if line.strip() else []
+      except ValueError as e:
+        raise ValueError(f'line {number}: {e}') from e
+  if not all(isinstance(row, dict) for row in rows):
+    raise ValueError('a row is no JSON object such as {"text": "…"}')
+  return rows
+
+
+def _hub_documents(flag: str, source: str, column: str) -> list[str]:
   import datasets  # here, as above
 
+  hub_id, *rest = source.split(':', 2)
+  # `datasets` takes other names for URLs, patterns, local folders, or its own readers, which read the current folder.
+  is_id = re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', hub_id) and not os.path.exists(hub_id)
+  if not is_id or hub_id in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+    raise InputError(
+      f'{flag}={source}: is no file or folder here and no id of a hub data set; give a .txt, .jsonl or .parquet file, a '
+      'folder of them, or a hub id as owner/name.'
+    )
   datasets.disable_progress_bars()
-  path = user_path(source)
   try:
-    if path.suffix == '.txt' or path.suffix in _BUILDERS:
-      if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
-        raise InputError(f'{flag}={source}: there is no such file; check the path.')
-      if not path.stat().st_size:
-        raise InputError(f'{flag}={source}: is empty; give a file with text.')
-      if path.suffix == '.txt':  # datasets' reader makes every line's end a \n
-        return path.read_bytes().decode()
-      rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path.resolve()), split='train')
-    elif os.path.isfile(path):
-      raise InputError(f'{flag}={source}: is of no kind that can be read; give a .txt, .jsonl or .parquet file.')
-    else:
-      hub_id, *rest = source.split(':', 2)
-      split = rest.pop() if rest else 'train'
-      rows = datasets.load_dataset(hub_id, *rest, split=split)
+    rows = datasets.load_dataset(hub_id, *rest[:-1], split=rest[-1] if rest else 'train')
+    return _texts(flag, source, column, rows.column_names, lambda: rows[column])
   except InputError:
     raise
   except Exception as e:  # datasets raises many kinds, all mean the same here  # noqa: BLE001
@@ -59,12 +159,16 @@ def read_text(flag: str, source: str, column: str) -> str:
     raise InputError(
       f'{flag}={source}: cannot be read ({reason(why)}); give a .txt, .jsonl or .parquet file or a hub id.'
     ) from e
-  if column not in rows.column_names:
-    raise InputError(f'{flag}={source}: has no column {column!r} but {rows.column_names}; name it with --text_column.')
-  texts = [text for text in rows[column] if text is not None]
+
+
+def _texts(flag: str, source: str, column: str, names: list[str], values: Callable[[], list]) -> list[str]:
+  """The values of a column; a row without one has no text."""
+  if column not in names:
+    raise InputError(f'{flag}={source}: has no column {column!r} but {names[:20]}; name it with --text_column.')
+  texts = [text for text in values() if text is not None]
   if not all(isinstance(text, str) for text in texts):
     raise InputError(f'{flag}={source}: the column {column!r} holds no text; name another with --text_column.')
-  return '\n\n'.join(texts)
+  return texts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,15 @@ class InputError(Exception):
     super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
-def reason(error: Exception) -> str:
-  """What a library said, in one line that an InputError can quote."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason(error: BaseException) -> str:
+  """What a library said, in one line of at most 300 characters that an InputError can quote."""
+  text = str(error)
+  if isinstance(error, OSError) and error.strerror:
+    text = f'{error.strerror}: {error.filename}' if error.filename else str(error.strerror)
+  elif isinstance(error, KeyError):  # says the key and nothing else
+    text = f'KeyError: {text}'
+  text = ' '.join(text.split()).rstrip('.') or type(error).__name__
+  return text if len(text) <= 300 else text[:299] + '…'
 
 
 def shown(value, most: int = 80) -> str:

@@ -7,6 +7,7 @@ Dimension names: see model.py. R is a request's row: context and continuation, c
 
 from collections.abc import Callable
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,16 @@ def bucket(length: int) -> int:
   return -(-length // step) * step
 
 
+def _check_finite(requests, scores: list[float]):
+  for request, score in zip(requests, scores):
+    if not math.isfinite(score):
+      task = getattr(request, 'task_name', None) or 'a task'
+      raise InputError(
+        f'{task}: the model gives {score} for the log-probability of a text, so its answers mean nothing; check its '
+        'weights, or use --dtype=float32.'
+      )
+
+
 class JaxLM(TemplateLM):
   """A Decoder as the harness sees it; every process of a run makes one, and all give the same answers.
 
@@ -103,6 +114,11 @@ class JaxLM(TemplateLM):
     if add_special_tokens is None:
       add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
     return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+  def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    answers = super().loglikelihood(requests, disable_tqdm)
+    _check_finite(requests, [logp for logp, _ in answers])
+    return answers
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """(sum over the continuation of log p, whether greedy decoding gives it) of ((texts), context, continuation)s."""
@@ -155,6 +171,7 @@ class JaxLM(TemplateLM):
     totals = [0.0] * len(requests)
     for i, (logp, _) in zip(owner_W, self._loglikelihood_tokens(windows)):
       totals[i] += logp
+    _check_finite(requests, totals)
     for request, total in zip(requests, totals):
       self.cache_hook.add_partial('loglikelihood_rolling', request.args, total)
     return totals

@@ -43,6 +43,7 @@ from elder_jax import zero_shot
 from elder_jax.checkpoint import Checkpoints
 from elder_jax.config import TRAINED
 from elder_jax.config import Config
+from elder_jax.errors import InputError
 from elder_jax.errors import disk_is_full
 from elder_jax.errors import reason
 from elder_jax.job import Run
@@ -208,14 +209,22 @@ def _load(job: Run, seconds: dict) -> Decoder:
 
 
 def measure(job: Run, model: Decoder, name: str) -> dict:
-  """{'ppl': {corpus: perplexity}, 'tasks': as zero_shot.run has it}."""
+  """{'ppl': {corpus: perplexity}, 'tasks': as zero_shot.run has it}.
+
+  Tasks that fail on the dense model end the run, since nothing is lost yet; after that they cost a row its figures.
+  """
   figures = {'ppl': perplexities(job, model, name), 'tasks': {}}
   if job.tasks:
     context = zero_shot.context_length(job.source.config, job.tokenizer)
-    figures['tasks'] = zero_shot.run(
-      model, job.tokenizer, job.tasks, job.mode, job.config.eval_batch_size, context, _put(job),
-      job.config.task_limit or None, generate.eos_ids(job.source), metrics.Progress(f'zero-shot tasks of {name}'),
-    )  # fmt: skip
+    try:
+      figures['tasks'] = zero_shot.run(
+        model, job.tokenizer, job.tasks, job.mode, job.config.eval_batch_size, context, _put(job),
+        job.config.task_limit or None, generate.eos_ids(job.source), metrics.Progress(f'zero-shot tasks of {name}'),
+      )  # fmt: skip
+    except InputError as e:
+      if name == 'dense':
+        raise
+      metrics.say(f'{name} has no figures of tasks: {e}')
   return figures
 
 

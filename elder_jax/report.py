@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -46,28 +47,85 @@ def peak_bytes() -> int | None:
 
 
 def write_json(path: pathlib.Path, value: dict):
-  metrics.write_whole(path, json.dumps(value, indent=2) + '\n')
+  """Writes what JSON can hold: NaN and infinities become null, which the tables show as "—"."""
+  metrics.write_whole(path, json.dumps(_finite_or_none(value), indent=2, allow_nan=False) + '\n')
+
+
+def _finite_or_none(value):
+  if isinstance(value, dict):
+    return {key: _finite_or_none(v) for key, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite_or_none(v) for v in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- figures, any of which may be missing, no number, or not finite ----
+
+
+def number(value) -> float:
+  """The value, or NaN for what is no finite number."""
+  return value if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
+
+def figure(value, digits: int = 2, limit: float = 1e4) -> str:
+  """With `digits` after the point; from `limit` on as in 1.2e+05."""
+  value = number(value)
+  if math.isnan(value):
+    return '—'
+  return f'{value:.{digits}f}' if abs(value) < limit else f'{value:.2g}'
+
+
+def millions(report: dict, which: str) -> str:
+  return f'{figure(number(report["params"].get(which)) / 1e6, 1, limit=1e9)} M'
+
+
+def task_metrics(values: dict) -> list[str]:
+  """The metrics of a task, without their standard errors; 'exact_match,strict' is exact_match by the filter strict."""
+  return [metric for metric in values if metric != 'n' and not metric.partition(',')[0].endswith('_stderr')]
+
+
+def is_fraction(metric: str) -> bool:
+  """Whether a metric is a fraction of right answers, which is shown in percent."""
+  name = metric.partition(',')[0]
+  return name.startswith(('acc', 'exact_match', 'pass@')) or name in ('em', 'f1')
+
+
+def metric_head(metric: str) -> str:
+  name, _, answers = metric.partition(',')
+  return name + (f' ({answers})' if answers else '') + (', %' if is_fraction(metric) else '')
+
+
+def metric_figure(values: dict, metric: str, digits: int = 2) -> str:
+  """value ± standard error, as far as there are such; fractions in percent with `digits`, others with two."""
+  name, comma, answers = metric.partition(',')
+  scale, digits = (100, digits) if is_fraction(metric) else (1, 2)
+  value, stderr = (scale * number(values.get(key)) for key in (metric, f'{name}_stderr{comma}{answers}'))
+  return figure(value, digits) + ('' if math.isnan(value + stderr) else f' ± {figure(stderr, digits)}')
+
+
+# ---- report.md ----
 
 
 def table(report: dict) -> str:
-  """Markdown: a row per model, perplexity on each corpus and accuracy in each task."""
-  corpora, tasks = list(report['ppl']), [t for t, v in report['tasks']['dense'].items() if 'acc' in v]
+  """Markdown: a row per model, perplexity on each corpus and accuracy in each task, or else the task's first metric."""
+  corpora, dense = list(report['ppl']), report['tasks']['dense']
+  tasks = {t: 'acc' if 'acc' in names else names[0] for t, v in dense.items() if (names := task_metrics(v))}
   methods = len({row['method'] for row in report['rows']}) > 1
-  head = ['model', *(['layers chosen by'] if methods else []), 'layers']
-  head += [f'PPL {c}' for c in corpora] + [f'{t}, %' for t in tasks]
+  head = ['model', *(['layers chosen by'] if methods else []), 'layers', *(f'PPL {c}' for c in corpora)]
+  head += [f'{t}, %' if metric == 'acc' else f'{t} {metric_head(metric)}' for t, metric in tasks.items()]
   lines = [head, ['---'] * (2 if methods else 1) + ['---:'] * (1 + len(corpora) + len(tasks))]
-  figure = lambda value: f'{value:.2f}' if value < 1e4 else f'{value:.2g}'
-  percent = lambda value: f'{100 * value["acc"]:.1f} ± {100 * value["acc_stderr"]:.1f}'
-  dense = [figure(report['ppl'][c]['dense']) for c in corpora] + [percent(report['tasks']['dense'][t]) for t in tasks]
-  lines.append([NAMES['dense'], *([''] if methods else []), str(report['num_layers']), *dense])
+
+  def line(name: str, method: str, layers: int, ppl: dict, values: dict):
+    figures = [figure(ppl.get(c)) for c in corpora] + [metric_figure(values.get(t, {}), m, 1) for t, m in tasks.items()]
+    lines.append([name, *([method] if methods else []), str(layers), *figures])
+
+  line(NAMES['dense'], '', report['num_layers'], {c: report['ppl'][c].get('dense') for c in corpora}, dense)
   methods_in_order = list(dict.fromkeys(row['method'] for row in [report['rows'][-1], *report['rows']]))
   place = lambda row: (len(row['removed']), methods_in_order.index(row['method']), list(NAMES).index(row['recipe']))
   for row in sorted(report['rows'], key=place):
     name = NAMES[row['recipe']] + (' (exported)' if row is report['rows'][-1] else '')
-    figures = [figure(row['ppl'][c]) for c in corpora] + [percent(row['tasks'][t]) for t in tasks]
-    layers = str(report['num_layers'] - len(row['removed']))
-    lines.append([name, *([row['method']] if methods else []), layers, *figures])
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    line(name, row['method'], report['num_layers'] - len(row['removed']), row['ppl'], row['tasks'])
+  return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
 
 
 def verdict(report: dict) -> list[str]:
@@ -77,11 +135,16 @@ def verdict(report: dict) -> list[str]:
   methods = len({row['method'] for row in rivals}) > 1
   name = lambda row: NAMES[row['recipe']] + (f', layers chosen by {row["method"]}' if methods else '')
   for corpus in report['ppl']:
-    best = min(rivals, key=lambda row: row['ppl'][corpus])
-    if best['ppl'][corpus] < exported['ppl'][corpus]:
+
+    def ppl(row: dict) -> float:
+      value = number(row['ppl'].get(corpus))
+      return math.inf if math.isnan(value) else value
+
+    best = min(rivals, key=ppl)
+    if ppl(best) < ppl(exported):
       lines.append(
         f'On {corpus}, "{name(best)}" is better than the exported "{name(exported)}": '
-        f'{best["ppl"][corpus]:.2f} against {exported["ppl"][corpus]:.2f}.'
+        f'{figure(ppl(best))} against {figure(ppl(exported))}.'
       )
   return lines
 
@@ -100,7 +163,7 @@ def plot(report: dict, path: pathlib.Path):
     for (method, recipe), rows in sorted(lines.items()):
       rows = sorted(rows, key=depth)
       layers = [depth(row) for row in rows] + [report['num_layers']]
-      ppl = [row['ppl'][corpus] for row in rows] + [report['ppl'][corpus]['dense']]
+      ppl = [number(row['ppl'].get(corpus)) for row in rows] + [number(report['ppl'][corpus].get('dense'))]
       axes.plot(layers, ppl, marker='o', label=f'{method}: {NAMES[recipe]}')
     axes.set(title=corpus, xlabel='layers', ylabel='perplexity', yscale='log')
     axes.legend()
@@ -110,13 +173,12 @@ def plot(report: dict, path: pathlib.Path):
 
 
 def markdown(report: dict) -> str:
-  params = report['params']
+  fewer = 1 - number(report['params'].get('pruned')) / number(report['params'].get('dense'))
   lines = [
     f'# {report["model"]}: {report["num_layers"]} → {len(report["kept"])} layers',
     '',
     f'Removed (0-based, numbers of the dense model): {report["removed"]}. Kept: {report["kept"]}.',
-    f'Parameters: {params["dense"] / 1e6:.1f} M → {params["pruned"] / 1e6:.1f} M '
-    f'({100 * (1 - params["pruned"] / params["dense"]):.1f}% fewer).',
+    f'Parameters: {millions(report, "dense")} → {millions(report, "pruned")} ({figure(100 * fewer, 1)}% fewer).',
     '',
   ]
   if report['ppl'] or report['tasks']['dense']:
@@ -136,17 +198,18 @@ def markdown(report: dict) -> str:
       merged = '; '.join(f'{base} ← {", ".join(map(str, members))}' for base, *members in choice['merges'])
       lines += [f'Layers merged by {choice["method"]}, {choice["num_remove"]} fewer: {merged}.', '']
     if choice.get('candidates'):
-      judged = '; '.join(f'{c["method"]} {sorted(c["removed"])}, {c["loss"]:.4f}' for c in choice['candidates'])
+      judged = '; '.join(f'{c["method"]} {sorted(c["removed"])}, {figure(c.get("loss"), 4)}' for c in choice['candidates'])
       lines += [f'Loss that each choice of {choice["num_remove"]} layers would leave: {judged}.', '']
   if report['gates']:
     final = report['gates'][-1]
-    lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {g:.3f}' for l, g in enumerate(final)) + '.', '']
+    lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {figure(g, 3)}' for l, g in enumerate(final)) + '.', '']
   if unverified := verification(report):
     lines += [unverified, '']
-  seconds = ', '.join(f'{stage} {s:.0f}' for stage, s in report['seconds'].items())
-  peak = report['peak_bytes']
+  seconds = ', '.join(f'{stage} {figure(s, 0, limit=1e9)}' for stage, s in report['seconds'].items())
+  peak = number(report.get('peak_bytes')) / 2**30
   lines += [
-    f'Seconds: {seconds}. Device: {report["device"]}.' + (f' Peak memory of one: {peak / 2**30:.2f} GiB.' if peak else ''),
+    f'Seconds: {seconds}. Device: {report["device"]}.'
+    + ('' if math.isnan(peak) else f' Peak memory of one: {figure(peak)} GiB.'),
     'Versions: ' + ', '.join(f'{k} {v}' for k, v in report['versions'].items()) + '.',
   ]
   return '\n'.join(lines) + '\n'
@@ -164,7 +227,6 @@ def model_card(report: dict, config: dict) -> str:
   hub_id = not pathlib.Path(report['model']).exists() and report['model'].count('/') == 1
   lines = ['---', 'library_name: transformers', 'tags: [pruned, elder_jax]']
   lines += [f'base_model: {report["model"]}', '---', ''] if hub_id else ['---', '']
-  params = report['params']
   chosen = 'given' if config['remove_layers'] is not None else f'chosen by {report["method"]}'
   if candidates := report['choices'][0].get('candidates'):
     chosen += f' ({candidates[0]["method"]})'
@@ -173,7 +235,7 @@ def model_card(report: dict, config: dict) -> str:
     '',
     f'Made from {report["model"] if hub_id else name} by elder_jax {report["versions"]["elder_jax"]}.',
     f'Removed layers (0-based, numbers of the original): {report["removed"]}. Kept: {report["kept"]}.',
-    f'Parameters: {params["dense"] / 1e6:.1f} M → {params["pruned"] / 1e6:.1f} M.',
+    f'Parameters: {millions(report, "dense")} → {millions(report, "pruned")}.',
     '',
     f'The layers were {chosen}; recipe: `{report["recipe"]}` ({NAMES[report["recipe"]]}).',
   ]

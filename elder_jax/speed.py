@@ -301,8 +301,8 @@ def markdown(result: dict) -> str:
   head = ['what', *absolute, 'ratio', 'L/(L − n)', 'ratio / ideal']
   cells = [head, ['---', *('---:' for _ in head[1:])]]
   for row in rows:
-    values = [f'{row[name]:.1f} {row["unit"]}' for name in absolute]
-    cells.append([row['what'], *values, f'{row["ratio"]:.3f}', f'{row["ideal"]:.3f}', f'{row["of_ideal"]:.3f}'])
+    values = [f'{report_lib.figure(row.get(name), 1, limit=1e9)} {row["unit"]}' for name in absolute]
+    cells.append([row['what'], *values, *(report_lib.figure(row.get(name), 3) for name in ('ratio', 'ideal', 'of_ideal'))])
   layers, settings = result['layers'], result['settings']
   return '\n'.join(
     [

@@ -13,7 +13,9 @@ import importlib.metadata
 import math
 import os
 import pathlib
+import re
 import tempfile
+import traceback
 
 from absl import flags
 import jax
@@ -39,7 +41,7 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
   """The harness's TaskDict of tasks, groups or tags by name, questions loaded; the slow or failing part of `run`.
 
   Raises:
-    InputError: lm_eval is missing, a task is unknown, or its questions cannot be had.
+    InputError: lm_eval is missing, a task is unknown or its file is broken, or its questions cannot be loaded.
   """
   try:
     import lm_eval.tasks  # here: it is optional and takes a second
@@ -54,6 +56,8 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
   if not tasks:
     raise InputError('--tasks is empty; name a task, as in --tasks=piqa.')
   for task in tasks:
+    if folder:
+      _check_task_file(manager, task, folder)
     if task not in manager.all_tasks:
       raise InputError(f'--tasks={task}: the harness has no such task; check the name, or give --tasks_dir.')
   try:
@@ -61,8 +65,26 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
       return manager.load(list(dict.fromkeys(tasks)))
   except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
     raise InputError(
-      f'--tasks={",".join(tasks)}: the questions cannot be loaded ({reason(e)}); give local task files with --tasks_dir.'
+      f'--tasks={",".join(tasks)}: the questions cannot be loaded ({reason(e)}); correct the task file, or give one '
+      'with --tasks_dir where the hub is not reached.'
     ) from e
+
+
+def _check_task_file(manager, task: str, folder: pathlib.Path):
+  """Raises InputError for a file of a task that the harness passes over in silence: it would take its own, or none."""
+  entry = manager.task_index.get(task)
+  if entry and (entry.yaml_path is None or entry.yaml_path.resolve().is_relative_to(folder)):
+    return
+  named = re.compile(rf'^\s*(task|group)\s*:\s*["\']?{re.escape(task)}["\']?\s*$', re.MULTILINE)
+  for path in sorted(p for p in folder.rglob('*') if p.suffix.lower() in ('.yaml', '.yml') and p.is_file()):
+    if path.stem != task and not named.search(path.read_text(encoding='utf-8', errors='replace')):
+      continue
+    if path.suffix != '.yaml':
+      raise InputError(f'--tasks={task}: the harness reads .yaml files only; rename {path}.')
+    try:
+      manager.load([str(path)])
+    except Exception as e:  # any kind  # noqa: BLE001
+      raise InputError(f'--tasks={task}: the harness cannot read {path} ({reason(e)}); correct the file.') from e
 
 
 def run(
@@ -76,7 +98,7 @@ def run(
   limit: int | None = None,
   eos_ids: tuple[int, ...] = (),
   progress: Callable[[int, int], None] = lambda done, of: None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
   """Evaluates a model, without examples in the prompt unless a task's own file asks for them.
 
   Args:
@@ -85,17 +107,17 @@ def run(
     Others: see lm_eval_adapter.JaxLM.
 
   Returns:
-    {task: {'acc': a fraction, 'acc_stderr': its standard error, …, 'n': questions}}, whatever the task measures; a
-    group has no n.
+    {task: {'acc': a fraction, 'acc_stderr': its standard error, …, 'n': questions}}, whatever the task measures, None
+    for what is no finite number; a group has no n.
 
   Raises:
-    InputError: a task asks for what the adapter cannot do.
+    InputError: a task asks for what the adapter cannot do, its file is broken, or the model's scores are not finite.
   """
   from lm_eval import evaluator
 
-  from elder_jax.lm_eval_adapter import JaxLM
+  from elder_jax import lm_eval_adapter
 
-  lm = JaxLM(model, tokenizer, mode, batch_size, max_length, put, eos_ids, progress)
+  lm = lm_eval_adapter.JaxLM(model, tokenizer, mode, batch_size, max_length, put, eos_ids, progress)
   for task in loaded['tasks'].values():
     if task.get_config('num_fewshot') is None:
       task.set_config(key='num_fewshot', value=0)
@@ -103,12 +125,17 @@ def run(
   # Means have a standard error in closed form. Others are bootstrapped, by default in forked processes, which JAX does
   # not go well with.
   os.environ.setdefault('DISABLE_MULTIPROC', '1')
-  results = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+  try:
+    results = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+  except Exception as e:
+    if any(frame.f_code.co_filename == lm_eval_adapter.__file__ for frame, _ in traceback.walk_tb(e.__traceback__)):
+      raise  # of the model; the rest is the harness's, which runs what a task's file says
+    names = ','.join(loaded['tasks'])
+    raise InputError(f'--tasks={names}: the harness fails ({reason(e)}); correct the task or leave it out.') from e
   figures = {}
   for task, values in results['results'].items():
     # 'acc,none' is acc without a filter on the answers.
-    plain = {k.removesuffix(',none'): v for k, v in values.items() if ',' in k}
-    figures[task] = {k: float(v) for k, v in plain.items() if isinstance(v, (int, float))}
+    figures[task] = {k.removesuffix(',none'): _number(v) for k, v in values.items() if ',' in k}
     if task in results['n-samples']:
       figures[task]['n'] = results['n-samples'][task]['effective']
   return figures
@@ -121,14 +148,23 @@ def token_scores() -> Callable:
   return lm_eval_adapter.token_scores
 
 
-def table(figures: dict[str, dict[str, float]]) -> str:
-  """Markdown: a row per task, accuracies in percent with their standard errors."""
-  percent = lambda values, name: (
-    f'{100 * values[name]:.2f} ± {100 * values.get(f"{name}_stderr", math.nan):.2f}' if name in values else ''
-  )
-  rows = [['task', 'questions', 'acc, %', 'acc_norm, %'], ['---', '---:', '---:', '---:']]
+def _number(value) -> float | None:
+  """None for what is no finite number: the harness gives 'N/A' for a standard error that it does not know."""
+  try:
+    value = float(value)
+  except (TypeError, ValueError):
+    return None
+  return value if math.isfinite(value) else None
+
+
+def table(figures: dict[str, dict[str, float | None]]) -> str:
+  """Markdown: a row per task, all that it measures with standard errors; fractions of right answers in percent."""
+  metrics_in_order = list(dict.fromkeys(m for values in figures.values() for m in report_lib.task_metrics(values)))
+  rows = [['task', 'questions', *map(report_lib.metric_head, metrics_in_order)]]
+  rows.append(['---'] + ['---:'] * (1 + len(metrics_in_order)))
   for task, values in figures.items():
-    rows.append([task, str(values.get('n', '')), percent(values, 'acc'), percent(values, 'acc_norm')])
+    cells = [report_lib.metric_figure(values, metric) for metric in metrics_in_order]
+    rows.append([task, report_lib.figure(values.get('n'), 0, limit=1e9), *cells])
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 

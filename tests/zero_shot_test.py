@@ -11,6 +11,7 @@ from elder_jax import cli
 from elder_jax import data
 from elder_jax import generate
 from elder_jax import pipeline
+from elder_jax import report as report_lib
 from elder_jax import sharding
 from elder_jax import zero_shot
 from elder_jax.config import Config
@@ -143,6 +144,23 @@ def test_the_command_and_a_run_give_one_figure(tasks_dir, tiny, settings, tmp_pa
   assert report['tasks']['dense'] == command['tasks']
   assert report['tasks']['pruned'] == report['rows'][-1]['tasks'] != report['tasks']['dense']
   assert '| sums, % |' in (tmp_path / 'work' / 'report.md').read_text()
+
+
+def test_tasks_that_fail_after_training_cost_a_row_its_figures_alone(tasks_dir, settings, monkeypatch, capsys):
+  settings |= dict(tasks='sums', tasks_dir=str(tasks_dir), recipe='none', compare=(), method='last', mesh='1,1,1')
+  evaluate, calls = zero_shot.run, []
+
+  def fails_later(*args):
+    calls.append(1)
+    if len(calls) > 1:
+      raise InputError('sums: the model gives nan.')
+    return evaluate(*args)
+
+  monkeypatch.setattr(zero_shot, 'run', fails_later)
+  report = pipeline.run(Config(**settings))
+  assert report['tasks']['dense']['sums']['n'] and report['tasks']['pruned'] == {}
+  assert 'none has no figures of tasks: sums: the model gives nan.' in capsys.readouterr().err
+  assert '| direct removal (exported) | 4 |' in report_lib.table(report) and report_lib.table(report).endswith(' — |')
 
 
 def test_bad_tasks_are_told_in_a_sentence(tasks_dir, tmp_path):
