@@ -116,7 +116,7 @@ class JaxLM(TemplateLM):
     return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
   def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    answers = super().loglikelihood(requests, disable_tqdm)
+    answers = super().loglikelihood(requests, disable_tqdm=True)  # `progress` is what people see
     _check_finite(requests, [logp for logp, _ in answers])
     return answers
 

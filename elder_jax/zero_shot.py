@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import logging as python_logging
 import math
 import os
 import pathlib
@@ -52,28 +53,50 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
   folder = user_path(tasks_dir).resolve() if tasks_dir else None
   if folder and not folder.is_dir():
     raise InputError(f'--tasks_dir={tasks_dir}: there is no such folder; check the path.')
+  if folder and re.search(r'[][*?]|::', str(folder)):
+    raise InputError(f'--tasks_dir={folder}: the harness takes [, ], *, ? and :: for a pattern; rename the folder.')
+  _quiet()
   manager = lm_eval.tasks.TaskManager(include_path=folder)
   if not tasks:
     raise InputError('--tasks is empty; name a task, as in --tasks=piqa.')
-  for task in tasks:
-    if folder:
-      _check_task_file(manager, task, folder)
-    if task not in manager.all_tasks:
-      raise InputError(f'--tasks={task}: the harness has no such task; check the name, or give --tasks_dir.')
-  try:
-    with contextlib.chdir(folder or '.'):  # a task file may name its questions from where it lies
-      return manager.load(list(dict.fromkeys(tasks)))
-  except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
-    raise InputError(
-      f'--tasks={",".join(tasks)}: the questions cannot be loaded ({reason(e)}); correct the task file, or give one '
-      'with --tasks_dir where the hub is not reached.'
-    ) from e
+  # A task file may name its questions from where it lies; a hub id is not to be found in the current folder.
+  with tempfile.TemporaryDirectory() as empty, contextlib.chdir(folder or empty):
+    for task in tasks:
+      if folder:
+        _check_task_file(manager, task, folder)
+      if task not in manager.all_tasks:
+        raise InputError(f'--tasks={task}: the harness has no such task; check the name, or give --tasks_dir.')
+    try:
+      loaded = manager.load(list(dict.fromkeys(tasks)))
+    except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
+      raise InputError(
+        f'--tasks={",".join(tasks)}: the questions cannot be loaded ({reason(e)}); correct --tasks or the task file, or '
+        'give a local one with --tasks_dir where the hub is not reached.'
+      ) from e
+  for name, task in loaded['tasks'].items():
+    if not len(task.eval_docs):
+      raise InputError(f'--tasks={name}: the task has no questions; correct its file, or leave it out.')
+  return loaded
+
+
+def _quiet():
+  """Without the harness's notes on each metric of which a task file leaves something to its default, and other bars."""
+  import datasets
+
+  datasets.disable_progress_bars()
+  logger = python_logging.getLogger('lm_eval.api.task')
+  if _no_default not in logger.filters:
+    logger.addFilter(_no_default)
+
+
+def _no_default(record: python_logging.LogRecord) -> bool:
+  return 'using default' not in record.getMessage()
 
 
 def _check_task_file(manager, task: str, folder: pathlib.Path):
   """Raises InputError for a file of a task that the harness passes over in silence: it would take its own, or none."""
   entry = manager.task_index.get(task)
-  if entry and (entry.yaml_path is None or entry.yaml_path.resolve().is_relative_to(folder)):
+  if entry and (entry.yaml_path is None or entry.yaml_path.is_relative_to(folder)):
     return
   named = re.compile(rf'^\s*(task|group)\s*:\s*["\']?{re.escape(task)}["\']?\s*$', re.MULTILINE)
   for path in sorted(p for p in folder.rglob('*') if p.suffix.lower() in ('.yaml', '.yml') and p.is_file()):
