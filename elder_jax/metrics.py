@@ -35,15 +35,14 @@ class Metrics:
     """A stage starts at `step`: what an earlier, killed run wrote of it from there on goes."""
     if jax.process_index() or not self._path.exists():
       return
-    lines = self._path.read_text().splitlines()
     keep = []
-    for line in lines:
+    for line in self._path.read_text(encoding='utf-8', errors='replace').splitlines():
       try:
         row = json.loads(line)
-      except ValueError:
+        if row['stage'] != stage or row['step'] < step:
+          keep.append(line + '\n')
+      except (ValueError, TypeError, KeyError):
         continue  # half a line, of a run that was killed while it wrote
-      if row['stage'] != stage or row['step'] < step:
-        keep.append(line + '\n')
     write_whole(self._path, ''.join(keep))
 
   def write(self, stage: str, step: int, metrics: dict, **more):

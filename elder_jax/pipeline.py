@@ -61,7 +61,7 @@ def run(config: Config) -> dict:
   with workdir.held(config):
     hosts.lead_first(lambda: workdir.claim(config) if hosts.leads() else None)
     if report := workdir.finished(config):
-      metrics.say(f'{config.path()} holds a finished run')
+      metrics.say(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
       return report
     job = prepare(config)
     with workdir.noting_failure(config), jax.set_mesh(job.mesh):

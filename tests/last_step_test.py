@@ -1,0 +1,91 @@
+"""No run dies at its last step: every file that an export takes over or a run writes, in every state that it may have."""
+
+import json
+import pathlib
+
+import pytest
+
+from elder_jax import checkpoint_hf
+from elder_jax import pipeline
+from elder_jax import verify
+from elder_jax.config import Config
+from elder_jax.errors import InputError
+
+pytestmark = pytest.mark.usefixtures('quick_compiler')
+
+SMALL = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja', 'LICENSE')
+WRITTEN = ('config.json', 'model.safetensors', 'README.md', 'SHA256SUMS', *SMALL)  # by an export
+LOADED = 'the model was loaded, or more'
+
+
+def missing(path: pathlib.Path):
+  path.unlink()
+
+
+def folder(path: pathlib.Path):
+  path.unlink()
+  path.mkdir()
+
+
+def link_to_nothing(path: pathlib.Path):
+  path.unlink()
+  path.symlink_to('nowhere')
+
+
+def not_utf8(path: pathlib.Path):
+  path.write_bytes(b'\xff\xfe\x80' * 10)
+
+
+def empty(path: pathlib.Path):
+  path.write_bytes(b'')
+
+
+def json_of_another_kind(path: pathlib.Path):
+  path.write_text('["N/A", NaN]')
+
+
+@pytest.mark.parametrize('state', [missing, folder, link_to_nothing, not_utf8, empty, json_of_another_kind])
+@pytest.mark.parametrize('name', SMALL)
+def test_a_small_file_of_the_source(settings, model, monkeypatch, name, state):
+  """Refused in one sentence before the model is loaded, or a whole export: nothing between."""
+  state(model / name)
+  load, loaded = pipeline.load, []
+  monkeypatch.setattr(pipeline, 'load', lambda job: loaded.append(1) or load(job))
+  settings |= dict(recipe='none', compare=(), method='last', verify='torch')
+  try:
+    pipeline.run(Config(**settings))
+  except InputError as e:
+    assert not loaded, f'refused only after {LOADED}: {e}'
+    assert name in str(e) or 'tokenizer' in str(e), e
+    return
+  export = pathlib.Path(settings['workdir']) / 'export'
+  assert verify.manifest.check(export) and checkpoint_hf.open_source(str(export), export).num_layers == 4
+  if state is not missing and state is not folder:
+    assert (export / name).read_bytes() == (model / name).read_bytes()
+
+
+@pytest.mark.parametrize('name', WRITTEN)
+def test_a_folder_that_an_earlier_attempt_left(settings, name):
+  """export.partial and export of a killed run may hold anything under the names that are written."""
+  work = pathlib.Path(settings['workdir'])
+  settings |= dict(recipe='none', compare=(), method='last')
+  pipeline.prepare(Config(**settings))
+  for there in ('export', 'export.partial'):
+    (work / there / name).mkdir(parents=True)
+  pipeline.run(Config(**settings))
+  assert verify.manifest.check(work / 'export') and (work / 'export' / name).is_file()
+  assert not (work / 'export.partial').exists()
+
+
+@pytest.mark.parametrize(
+  'content', [b'', b'\xff\xfe', b'{"stage"', b'NaN\n[]\n3\n"x"\n', b'{"stage": "none"}\n{"step": 1}\n'], ids=str
+)
+def test_a_damaged_line_of_metrics_costs_nothing(settings, content):
+  work = pathlib.Path(settings['workdir'])
+  settings |= dict(recipe='prune_then_train', compare=(), method='last')
+  pipeline.prepare(Config(**settings))
+  (work / 'metrics.jsonl').write_bytes(content)
+  report = pipeline.run(Config(**settings))
+  assert report['verify']['jax'] <= 1e-4
+  lines = [json.loads(line) for line in (work / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines if line.get('stage') == 'prune_then_train' and 'loss' in line] == [0, 1, 2]
