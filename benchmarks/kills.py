@@ -43,8 +43,8 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the moments.')
 
 # A phase begins with the first line on stderr that holds its mark; before the first mark Python imports and reads text.
 PHASES = {
-    'start': '', 'loading': ': loading ', 'dense evaluation': ': perplexity of dense', 'stage 1': ': stage 1, gates: ',
-    'stage 2': ': removing layers', 'evaluation': ': perplexity of regularize', 'export': ': writing and checking',
+    'start': '', 'loading': ': loading /', 'dense evaluation': ': perplexity of dense', 'stage 1': ': stage 1, gates: ',
+    'stage 2': ': removing layers [', 'evaluation': ': perplexity of regularize', 'export': ': writing and checking',
 }  # fmt: skip
 NAMES = list(PHASES)
 FILES = {'dense evaluation': 'dense.json', 'stage 1': 'gates.json', 'evaluation': 'regularize.json'}  # a phase that is over

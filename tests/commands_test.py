@@ -69,7 +69,7 @@ def one_sentence(ended, status: int, *parts):
     (MemoryError('Unable to allocate 3 TiB'), 3, ['not enough memory (Unable to allocate 3 TiB)']),
     (RuntimeError('RESOURCE_EXHAUSTED: Out of memory\n(allocator)'), 3, ['not enough memory']),
     (KeyError('acc'), 1, ["KeyError: 'acc'", 'a fault of elder_jax', 'ELDER_JAX_TRACEBACK=1']),
-    (RuntimeError('two\nlines'), 1, ['RuntimeError: two;', 'report it']),
+    (RuntimeError('two\nlines'), 1, ['RuntimeError: two lines;', 'report it']),
     (RecursionError(), 1, ['RecursionError: RecursionError']),
   ],
   ids=lambda v: type(v).__name__,
@@ -353,5 +353,5 @@ def test_whatever_transformers_raises_is_one_sentence(command, tiny, tmp_path, m
     monkeypatch.setattr(owner, name, fails)
     ended = command(speed, '--torch', f'--model={tiny}', f'--pruned={fewer}', *QUICK)
     assert ended[0] == 2 and ended[2].endswith(
-      'elder_jax: --torch: transformers cannot run a model (index out of range); leave the flag away.\n'
+      'elder_jax: --torch: transformers cannot run a model (index out of range in self); leave the flag away.\n'
     )
