@@ -163,7 +163,8 @@ def plot(report: dict, path: pathlib.Path):
     for (method, recipe), rows in sorted(lines.items()):
       rows = sorted(rows, key=depth)
       layers = [depth(row) for row in rows] + [report['num_layers']]
-      ppl = [number(row['ppl'].get(corpus)) for row in rows] + [number(report['ppl'][corpus].get('dense'))]
+      values = [*(row['ppl'].get(corpus) for row in rows), report['ppl'][corpus].get('dense')]
+      ppl = [value if (value := number(v)) < 1e100 else math.nan for v in values]  # an axis overflows beyond
       axes.plot(layers, ppl, marker='o', label=f'{method}: {NAMES[recipe]}')
     axes.set(title=corpus, xlabel='layers', ylabel='perplexity', yscale='log')
     axes.legend()
