@@ -222,7 +222,7 @@ def test_a_report_that_cannot_be_made_is_known_before_the_model_is_loaded(settin
   monkeypatch.setattr(pipeline, 'load', load)
   with pytest.raises(Loading):
     run(settings)
-  assert "report.md could not be written ('acc_stderr')" in capsys.readouterr().err
+  assert "report.md could not be written (KeyError: 'acc_stderr')" in capsys.readouterr().err
   monkeypatch.setattr(pipeline.report_lib, 'model_card', lambda report, config: broken(report))
   with pytest.raises(KeyError):
     run(settings)
