@@ -64,7 +64,8 @@ class Config:
   )
   # Data.
   train_data: str = _flag(
-    '', 'Text to train on: a .txt, .jsonl or .parquet file, or a hub id with configuration and split, id:config:split.'
+    '', 'Text to train on: a .txt, .jsonl or .parquet file, a folder of files of one of these kinds, or a hub id with '
+    'configuration and split, id:config:split.',
   )
   eval_data: tuple[str, ...] = _flag(
     (),
