@@ -37,7 +37,11 @@ from elder_jax.model import Decoder
 from elder_jax.model import Mode
 from elder_jax.model import Spec
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+pytestmark = [
+  pytest.mark.usefixtures('quick_compiler'),
+  # Of damaged checkpoints Orbax's own threads may complain to an event loop that is closed, after the test is over.
+  pytest.mark.filterwarnings('ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning'),
+]
 
 SPEC = Spec(
     vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
