@@ -32,6 +32,7 @@ from absl import app
 from absl import flags
 import numpy as np
 
+from elder_jax import cli
 from elder_jax import manifest
 from elder_jax import preemption
 from tests import conftest
@@ -253,7 +254,7 @@ class Trial:
     if number != signal.SIGKILL:
       # It imports or reads text, with nothing to save, or all is done and it ends.
       python = run.phase() == 'start' or (workdir / 'report.json').exists()
-      saved = preemption.CTRL_C_STATUS if number == signal.SIGINT else preemption.EXIT_STATUS
+      saved = cli.CTRL_C_STATUS if number == signal.SIGINT else preemption.EXIT_STATUS
       if set(status) == {saved} and not python:
         one_sentence(run, 'stopped by Ctrl-C' if number == signal.SIGINT else 'stopped by SIGTERM', status)
       elif any(status) and not ({-number, saved} & set(status) and python):

@@ -51,7 +51,7 @@ def main(argv: list[str]):
   except preemption.Preempted as e:
     hosts.leave(preemption.exit_status(), str(e))
   except KeyboardInterrupt:
-    hosts.leave(preemption.CTRL_C_STATUS, 'aborted by Ctrl-C; rerun the same command to resume')
+    hosts.leave(cli.CTRL_C_STATUS, 'aborted by Ctrl-C; rerun the same command to resume')
   except Exception as e:
     if disk_is_full(e):
       hosts.leave(1, f'--workdir={config.workdir}: the disk is full; free some space and rerun the same command to resume')

@@ -6,8 +6,9 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
+from elder_jax import cli
+
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command will do later what it could not do now
-CTRL_C_STATUS = 130  # what shells give a command that Ctrl-C ended: scripts that start a run again leave it at that
 
 
 class Preempted(BaseException):
@@ -61,7 +62,7 @@ def _on_sigint(number, frame):
 
 def exit_status() -> int:
   """That of a run that was `Preempted`."""
-  return CTRL_C_STATUS if _by_ctrl_c else EXIT_STATUS
+  return cli.CTRL_C_STATUS if _by_ctrl_c else EXIT_STATUS  # scripts that restart a run after 75 leave it at the other
 
 
 def by() -> str:

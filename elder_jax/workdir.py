@@ -230,6 +230,9 @@ def _differences(before: dict, config: Config) -> dict[str, tuple]:
   now = json.loads(json.dumps(dataclasses.asdict(config)))
   default = {field.name: field.default for field in dataclasses.fields(Config)}  # of what that run did not know yet
   was = default | before
+  for settings in (was, now):  # the default is as good as unset, and was written out by earlier versions
+    if settings['ratio'] == '0.25':
+      settings['ratio'] = None
   return {
     key: (was[key], now[key]) for key in now if key not in FREE_ON_RESUME and not _same(was[key], now[key])
   }

@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from elder_jax import checkpoint
 from elder_jax import checkpoint_hf
+from elder_jax import cli
 from elder_jax import gates
 from elder_jax import job
 from elder_jax import main
@@ -326,7 +327,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypat
 def test_ctrl_c_saves_and_the_run_goes_on_exactly(settings, tmp_path):
   straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
   done = in_a_process(settings, 1, batches=6, number=signal.SIGINT)
-  assert done.returncode == preemption.CTRL_C_STATUS == 130, done.stderr[-3000:]
+  assert done.returncode == cli.CTRL_C_STATUS == 130, done.stderr[-3000:]
   told = done.stderr.splitlines()
   assert told[-1] == 'elder_jax: stopped by Ctrl-C after step 2 of regularize; saved; rerun the same command to resume'
   assert 'elder_jax: stopping at the next step; press Ctrl-C again to abort at once' in told

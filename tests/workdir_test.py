@@ -192,6 +192,14 @@ def test_a_stage_that_cannot_be_read_is_done_again(settings, monkeypatch, capsys
   assert f'{path}: cannot be read' in capsys.readouterr().err
 
 
+def test_the_default_ratio_is_as_good_as_unset(settings):
+  settings |= dict(num_remove=None)
+  for before, after in (('0.25', None), (None, '0.25')):  # earlier versions wrote it out
+    pipeline.prepare(Config(**settings | dict(ratio=before)))
+    pipeline.prepare(Config(**settings | dict(ratio=after)))
+  refused(settings, '--ratio=None, not 0.3', ratio='0.3')
+
+
 def test_a_finished_report_that_cannot_be_read_is_told(settings):
   run(settings, recipe='none')
   path = pathlib.Path(settings['workdir']) / 'report.json'
