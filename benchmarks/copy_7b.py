@@ -27,11 +27,21 @@ import safetensors.numpy
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the folders are made.', required=True)
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Runs of each.')
 CONFIG = {
-    'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'vocab_size': 32000, 'hidden_size': 4096,
-    'intermediate_size': 11008, 'num_hidden_layers': 32, 'num_attention_heads': 32, 'num_key_value_heads': 32,
-    'hidden_act': 'silu', 'max_position_embeddings': 4096, 'rms_norm_eps': 1e-5, 'rope_theta': 10000.0,
-    'tie_word_embeddings': False, 'torch_dtype': 'bfloat16',
-}  # fmt: skip
+  'architectures': ['LlamaForCausalLM'],
+  'model_type': 'llama',
+  'vocab_size': 32000,
+  'hidden_size': 4096,
+  'intermediate_size': 11008,
+  'num_hidden_layers': 32,
+  'num_attention_heads': 32,
+  'num_key_value_heads': 32,
+  'hidden_act': 'silu',
+  'max_position_embeddings': 4096,
+  'rms_norm_eps': 1e-5,
+  'rope_theta': 10000.0,
+  'tie_word_embeddings': False,
+  'torch_dtype': 'bfloat16',
+}
 REMOVED = '21,22,23,24,25,26,27,28'
 
 
@@ -39,10 +49,16 @@ def write_model(folder: pathlib.Path, num_layers: int = 32):
   folder.mkdir(parents=True)
   D, F, V = 4096, 11008, 32000
   layer = {
-      'self_attn.q_proj': (D, D), 'self_attn.k_proj': (D, D), 'self_attn.v_proj': (D, D), 'self_attn.o_proj': (D, D),
-      'mlp.gate_proj': (F, D), 'mlp.up_proj': (F, D), 'mlp.down_proj': (D, F), 'input_layernorm': (D,),
-      'post_attention_layernorm': (D,),
-  }  # fmt: skip
+    'self_attn.q_proj': (D, D),
+    'self_attn.k_proj': (D, D),
+    'self_attn.v_proj': (D, D),
+    'self_attn.o_proj': (D, D),
+    'mlp.gate_proj': (F, D),
+    'mlp.up_proj': (F, D),
+    'mlp.down_proj': (D, F),
+    'input_layernorm': (D,),
+    'post_attention_layernorm': (D,),
+  }
   shards = [{'model.embed_tokens.weight': (V, D), 'lm_head.weight': (V, D), 'model.norm.weight': (D,)}]
   for start in range(0, num_layers, 8):
     layers = range(start, min(start + 8, num_layers))

@@ -44,17 +44,40 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the moments.')
 
 # A phase begins with the first line on stderr that holds its mark; before the first mark Python imports and reads text.
 PHASES = {
-    'start': '', 'loading': ': loading /', 'dense evaluation': ': perplexity of dense', 'stage 1': ': stage 1, gates: ',
-    'stage 2': ': removing layers [', 'evaluation': ': perplexity of regularize', 'export': ': writing and checking',
-}  # fmt: skip
+  'start': '',
+  'loading': ': loading /',
+  'dense evaluation': ': perplexity of dense',
+  'stage 1': ': stage 1, gates: ',
+  'stage 2': ': removing layers [',
+  'evaluation': ': perplexity of regularize',
+  'export': ': writing and checking',
+}
 NAMES = list(PHASES)
-FILES = {'dense evaluation': 'dense.json', 'stage 1': 'gates.json', 'evaluation': 'regularize.json'}  # a phase that is over
+FILES = {
+  'dense evaluation': 'dense.json',
+  'stage 1': 'gates.json',
+  'evaluation': 'regularize.json',
+}  # a phase that is over
 FLAGS = [
-    '--method=elder', '--selection=iterative', '--recipe=regularize', '--compare=', '--order=joint', '--num_remove=2',
-    '--gate_steps=30', '--train_steps=60', '--checkpoint_every=5', '--seq_len=32', '--num_sequences=40',
-    '--batch_size=4', '--eval_seq_len=32', '--eval_tokens=8192', '--protect_first=1', '--protect_last=1', '--lr=1e-3',
-    '--verify=jax',
-]  # fmt: skip
+  '--method=elder',
+  '--selection=iterative',
+  '--recipe=regularize',
+  '--compare=',
+  '--order=joint',
+  '--num_remove=2',
+  '--gate_steps=30',
+  '--train_steps=60',
+  '--checkpoint_every=5',
+  '--seq_len=32',
+  '--num_sequences=40',
+  '--batch_size=4',
+  '--eval_seq_len=32',
+  '--eval_tokens=8192',
+  '--protect_first=1',
+  '--protect_last=1',
+  '--lr=1e-3',
+  '--verify=jax',
+]
 DISK_MB = 64
 PROCESSES = {'process': 2, 'term_one': 2}
 SIGNALS = {'term': signal.SIGTERM, 'term_one': signal.SIGTERM, 'int': signal.SIGINT}  # SIGKILL otherwise
@@ -67,9 +90,10 @@ class Run:
     command = [sys.executable, '-m', 'elder_jax.main', f'--model={root / "model"}', f'--workdir={workdir}', *FLAGS]
     command += [f'--train_data={root / "text.txt"}', f'--eval_data=text={root / "text.txt"}']
     env = os.environ | {
-        'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': str(root / 'cache'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }  # fmt: skip
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_COMPILATION_CACHE_DIR': str(root / 'cache'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
     together = [[]]
     if processes > 1:
       with socket.socket() as s:
@@ -133,12 +157,13 @@ def result(workdir: pathlib.Path) -> dict:
   page = [line for line in (workdir / 'report.md').read_text().splitlines() if not line.startswith('Seconds: ')]
   manifest.check(workdir / 'export')
   return {
-      'files': sorted(str(p.relative_to(workdir)) for p in workdir.rglob('*')),
-      'report': {k: v for k, v in report.items() if k != 'seconds'}, 'page': page,
-      'config': {k: v for k, v in config.items() if k not in ('workdir', 'coordinator', 'process_id')},
-      'metrics': (workdir / 'metrics.jsonl').read_text(),
-      'export': {p.name: p.read_bytes() for p in (workdir / 'export').iterdir()},
-  }  # fmt: skip
+    'files': sorted(str(p.relative_to(workdir)) for p in workdir.rglob('*')),
+    'report': {k: v for k, v in report.items() if k != 'seconds'},
+    'page': page,
+    'config': {k: v for k, v in config.items() if k not in ('workdir', 'coordinator', 'process_id')},
+    'metrics': (workdir / 'metrics.jsonl').read_text(),
+    'export': {p.name: p.read_bytes() for p in (workdir / 'export').iterdir()},
+  }
 
 
 def compare(workdir: pathlib.Path, expected: dict):
@@ -293,7 +318,9 @@ def left_alone(root: pathlib.Path, processes: int) -> tuple[dict, dict[str, floa
   assert results[0] == results[1]
   ends = [*list(run.began.values())[1:], time.monotonic()]
   took = {name: end - began for (name, began), end in zip(run.began.items(), ends)}
-  print(f'left alone, {processes} process(es): ' + ', '.join(f'{name} {s:.1f} s' for name, s in took.items()), flush=True)
+  print(
+    f'left alone, {processes} process(es): ' + ', '.join(f'{name} {s:.1f} s' for name, s in took.items()), flush=True
+  )
   return results[1], took
 
 

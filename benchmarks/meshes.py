@@ -42,14 +42,36 @@ LAYOUTS = {
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {'losses': 1e-5, 'gates': 1e-5, 'weights': 1e-6}
 MODEL = dict(
-    vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=8,
-    num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2,
-)  # fmt: skip
+  vocab_size=264,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=6,
+  num_attention_heads=8,
+  num_key_value_heads=8,
+  max_position_embeddings=256,
+  tie_word_embeddings=True,
+  initializer_range=0.2,
+)
 SETTINGS = dict(
-    method='elder', selection='iterative', gate_steps=3, protect_first=1, protect_last=1, num_remove=2,
-    recipe='regularize', order='joint', train_steps=4, lr=3e-4, compare='absorb_then_train', seq_len=32,
-    num_sequences=32, batch_size=8, eval_batch_size=8, eval_seq_len=32, eval_tokens=512, verify='jax',
-)  # fmt: skip
+  method='elder',
+  selection='iterative',
+  gate_steps=3,
+  protect_first=1,
+  protect_last=1,
+  num_remove=2,
+  recipe='regularize',
+  order='joint',
+  train_steps=4,
+  lr=3e-4,
+  compare='absorb_then_train',
+  seq_len=32,
+  num_sequences=32,
+  batch_size=8,
+  eval_batch_size=8,
+  eval_seq_len=32,
+  eval_tokens=512,
+  verify='jax',
+)
 
 
 def make_model(folder: pathlib.Path):
@@ -63,7 +85,9 @@ def make_model(folder: pathlib.Path):
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-  (folder / 'text.txt').write_text(''.join(f'{i} times {i % 7} is {i * (i % 7)}, and not {i + 1}.\n' for i in range(999)))
+  (folder / 'text.txt').write_text(
+    ''.join(f'{i} times {i % 7} is {i * (i % 7)}, and not {i + 1}.\n' for i in range(999))
+  )
 
 
 def run(name: str, work: pathlib.Path) -> dict:

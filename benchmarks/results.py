@@ -142,10 +142,16 @@ def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:
   train, validation = split(pathlib.Path(_WIKITEXT.value), work)
   texts = {'validation': validation, 'WikiText-2 test': f'{_WIKITEXT.value}/test.txt', 'news': _NEWS.value}
   settings = {
-      'model': _MODEL.value, 'workdir': str(work / 'rows' / file_name(name).removesuffix('.json')),
-      'train_data': train, 'eval_data': tuple(f'{k}={v}' for k, v in texts.items()), 'compare': [],
-      'checkpoint_every': 0, **results_rows.BUDGET, **results_rows.START, **settings,
-  }  # fmt: skip
+    'model': _MODEL.value,
+    'workdir': str(work / 'rows' / file_name(name).removesuffix('.json')),
+    'train_data': train,
+    'eval_data': tuple(f'{k}={v}' for k, v in texts.items()),
+    'compare': [],
+    'checkpoint_every': 0,
+    **results_rows.BUDGET,
+    **results_rows.START,
+    **settings,
+  }
   if _TASKS_DIR.value and results_rows.has_tasks(name):
     settings |= dict(tasks=_TASKS.value, tasks_dir=_TASKS_DIR.value, task_limit=_TASK_LIMIT.value, eval_batch_size=8)
   return Config(**settings)

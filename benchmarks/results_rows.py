@@ -5,20 +5,26 @@ from collections.abc import Iterator
 from elder_jax.config import METHODS
 
 BUDGET = dict(
-    seq_len=256, num_sequences=64, batch_size=4, train_steps=16, score_steps=4, eval_seq_len=512, eval_tokens=6144
-)  # fmt: skip
+  seq_len=256, num_sequences=64, batch_size=4, train_steps=16, score_steps=4, eval_seq_len=512, eval_tokens=6144
+)
 # What a row has where its name does not say otherwise; written out, so that the rows do not follow the defaults about.
 START = dict(
-    gate='residual', selection='one_shot', gate_lr=0.005, gate_steps=28, lambda2=1e-3, order='sequential', lr=3e-4
-)  # fmt: skip
+  gate='residual', selection='one_shot', gate_lr=0.005, gate_steps=28, lambda2=1e-3, order='sequential', lr=3e-4
+)
 # The paper's own setting (ELDeR, arXiv 2505.18232), its number of steps apart.
 PAPER = dict(gate='output', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
 # All of the training text once; tokens of texts and batches of scorers that a GPU takes seconds for.
 PASS = 'one pass'
 PASS_BUDGET = dict(
-    seq_len=512, num_sequences=400, batch_size=4, train_steps=100, score_steps=16, eval_seq_len=2048, eval_tokens=0,
-    dtype='bfloat16',
-)  # fmt: skip
+  seq_len=512,
+  num_sequences=400,
+  batch_size=4,
+  train_steps=100,
+  score_steps=16,
+  eval_seq_len=2048,
+  eval_tokens=0,
+  dtype='bfloat16',
+)
 PASS_START = dict(gate_steps=100)  # gates see what training sees
 PASS_PAPER = dict(gate_steps=14)  # the same for seven rounds
 LEARNING_RATES = (1e-4, 3e-4, 6e-4)
@@ -52,11 +58,15 @@ def pass_rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
   ready = lambda rows: ((f'{PASS}/{name}', PASS_START | how) for name, how in rows.items())
   seven = dict(method=CHOICE, num_remove=7)
   how = {
-      'prune_then_train': {}, 'absorb_then_train': {}, 'replace_linear_then_train': {}, 'regularize': {},
-      # The gates annealed instead of the penalty.
-      'regularize, annealed': dict(lambda2=0.0, order='joint', anneal=0.3),
-      'prune_then_train, distilled': dict(distill=0.5), 'absorb_then_train, distilled': dict(distill=0.5),
-  }  # fmt: skip
+    'prune_then_train': {},
+    'absorb_then_train': {},
+    'replace_linear_then_train': {},
+    'regularize': {},
+    # The gates annealed instead of the penalty.
+    'regularize, annealed': dict(lambda2=0.0, order='joint', anneal=0.3),
+    'prune_then_train, distilled': dict(distill=0.5),
+    'absorb_then_train, distilled': dict(distill=0.5),
+  }
   how = {name: dict(recipe=name.split(', ')[0], **more) for name, more in how.items()}
   yield from ready({'final/dense': dict(method=CHOICE, num_remove=0, recipe='none')})
   yield from ready(

@@ -34,31 +34,51 @@ DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 BEGIN, END = '<!-- benchmarks/scale.py begins -->\n', '<!-- benchmarks/scale.py ends -->\n'
 
 LLAMA = dict(
-    model_type='llama', rms_norm_eps=1e-5, hidden_act='silu', tie_word_embeddings=False, max_position_embeddings=4096,
-)  # fmt: skip
+  model_type='llama',
+  rms_norm_eps=1e-5,
+  hidden_act='silu',
+  tie_word_embeddings=False,
+  max_position_embeddings=4096,
+)
 MODELS = {
-    'LLaMA-2-7B': LLAMA | dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32,
-    ),
-    'LLaMA-3-8B': LLAMA | dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, rope_theta=500000.0,
-    ),
-    'LLaMA-2-70B': LLAMA | dict(
-        vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-}  # fmt: skip
+  'LLaMA-2-7B': LLAMA
+  | dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+  ),
+  'LLaMA-3-8B': LLAMA
+  | dict(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    rope_theta=500000.0,
+  ),
+  'LLaMA-2-70B': LLAMA
+  | dict(
+    vocab_size=32000,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+  ),
+}
 # What all rows have: both stages of the paper's method, in bfloat16, trained weights in float32.
 SETTINGS = dict(method='elder', recipe='regularize', compare=(), seq_len=2048, dtype='bfloat16', remat='full')
 SLICES = {
-    'LLaMA-2-7B, v5e-16': dict(topology='v5e:4x4', mesh='1,16,1', batch_size=16),
-    'LLaMA-2-7B, v4-16': dict(topology='v4:2x2x2', mesh='1,8,1', batch_size=16, grad_accum=2),
-    'LLaMA-3-8B, v6e-16': dict(topology='v6e:4x4', mesh='1,16,1', batch_size=16),
-    'LLaMA-2-70B, v5p-128': dict(topology='v5p:4x4x4', mesh='1,16,4', batch_size=64),
-    'LLaMA-2-70B, v5e-256': dict(topology='v5e:16x16', mesh='1,32,8', batch_size=32),
-}  # fmt: skip
+  'LLaMA-2-7B, v5e-16': dict(topology='v5e:4x4', mesh='1,16,1', batch_size=16),
+  'LLaMA-2-7B, v4-16': dict(topology='v4:2x2x2', mesh='1,8,1', batch_size=16, grad_accum=2),
+  'LLaMA-3-8B, v6e-16': dict(topology='v6e:4x4', mesh='1,16,1', batch_size=16),
+  'LLaMA-2-70B, v5p-128': dict(topology='v5p:4x4x4', mesh='1,16,4', batch_size=64),
+  'LLaMA-2-70B, v5e-256': dict(topology='v5e:16x16', mesh='1,32,8', batch_size=32),
+}
 # A TPU core's cycles per second, as its published peak is that of its matrix units at full occupancy: v4 and v5p two
 # cores of four 128 × 128 units, v5e one; v6e as v5p.
 CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
@@ -84,7 +104,9 @@ def compile_row(name: str) -> dict:
     (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config))
     config = Config(model=folder, plan=True, num_sequences=settings['batch_size'], **SETTINGS, **settings)
     config.check()
-    spec, num_layers = checkpoint_hf.architecture(folder, json.loads((pathlib.Path(folder) / 'config.json').read_text()))
+    spec, num_layers = checkpoint_hf.architecture(
+      folder, json.loads((pathlib.Path(folder) / 'config.json').read_text())
+    )
   mesh = sharding.make_mesh(config.mesh, plan.topology(config.topology))
   job.check_sizes(config, spec, num_layers, mesh)
   with jax.set_mesh(mesh):
@@ -95,13 +117,22 @@ def compile_row(name: str) -> dict:
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
   kind = mesh.devices.flat[0].device_kind
   row = {
-    'name': name, 'flags': ' '.join(f'--{k}={v}' for k, v in (SETTINGS | settings).items() if v != ()),
-    'chips': mesh.size, 'tokens': config.batch_size * config.seq_len,
-    'parameters': program.params, 'optimiser': program.opt_state, 'gradients': program.gradients,
-    'beside': program.beside, 'peak': measured.peak, 'limit': measured.limit,
-    'model_flops': program.model_flops, 'flops': measured.flops, 'least_s': measured.least_seconds,
-    'compile_s': wall, 'compile_cpu_s': cpu,
-  }  # fmt: skip
+    'name': name,
+    'flags': ' '.join(f'--{k}={v}' for k, v in (SETTINGS | settings).items() if v != ()),
+    'chips': mesh.size,
+    'tokens': config.batch_size * config.seq_len,
+    'parameters': program.params,
+    'optimiser': program.opt_state,
+    'gradients': program.gradients,
+    'beside': program.beside,
+    'peak': measured.peak,
+    'limit': measured.limit,
+    'model_flops': program.model_flops,
+    'flops': measured.flops,
+    'least_s': measured.least_seconds,
+    'compile_s': wall,
+    'compile_cpu_s': cpu,
+  }
   if measured.compiled:
     text = measured.compiled.as_text()
     row |= {'cycles': hlo.cycles(text), 'compute_s': hlo.cycles(text) / CLOCK[kind]}
@@ -159,7 +190,9 @@ def tables(results: dict[str, dict]) -> str:
   gib = lambda n: f'{n / plan.GIB:.2f}'
   done = [results[name] for name in rows() if name in results]
   main = [r for r in done if not r['name'].endswith(' layers')]
-  memory = [['GiB per chip', 'parameters', 'optimiser', 'gradients', 'other models', 'activations …', 'peak', 'of', 'fits']]
+  memory = [
+    ['GiB per chip', 'parameters', 'optimiser', 'gradients', 'other models', 'activations …', 'peak', 'of', 'fits']
+  ]
   for r in main:
     state = [r[k] for k in ('parameters', 'optimiser', 'gradients', 'beside')]
     rest = max(0, r['peak'] - sum(state))
@@ -170,15 +203,30 @@ def tables(results: dict[str, dict]) -> str:
   for r in [r for r in main if 'cycles' in r]:
     low, high = max(r['compute_s'], r['links_s']), r['compute_s'] + r['links_s']
     mfu = [f'{100 * r["least_s"] / s:.0f}' for s in (high, low)]
-    steps.append([
-      r['name'], f'{r["tokens"]:,}', f'{r["model_flops"] / 1e15:.2f}', f'{r["least_s"]:.2f}', f'{r["compute_s"]:.2f}',
-      f'{r["links_s"]:.2f}', f'{low:.2f} … {high:.2f}', ' … '.join(dict.fromkeys(mfu)), f'{r["compile_cpu_s"]:.0f}',
-    ])  # fmt: skip
+    steps.append(
+      [
+        r['name'],
+        f'{r["tokens"]:,}',
+        f'{r["model_flops"] / 1e15:.2f}',
+        f'{r["least_s"]:.2f}',
+        f'{r["compute_s"]:.2f}',
+        f'{r["links_s"]:.2f}',
+        f'{low:.2f} … {high:.2f}',
+        ' … '.join(dict.fromkeys(mfu)),
+        f'{r["compile_cpu_s"]:.0f}',
+      ]
+    )
     counts = [r['collectives'].get(kind, [0, 0]) for kind in hlo.KINDS]
-    moves.append([
-      r['name'], *(f'{n} ({runs:,})' if n else '0' for n, runs, *_ in counts), f'{r["received"] / 1e9:.1f}',
-      f'`{r["largest"]}`', f'`{r["largest_in_layers"]}`', ', '.join(r['whole_stacks']) or 'none',
-    ])  # fmt: skip
+    moves.append(
+      [
+        r['name'],
+        *(f'{n} ({runs:,})' if n else '0' for n, runs, *_ in counts),
+        f'{r["received"] / 1e9:.1f}',
+        f'`{r["largest"]}`',
+        f'`{r["largest_in_layers"]}`',
+        ', '.join(r['whole_stacks']) or 'none',
+      ]
+    )
   lines = table(memory) + table(steps) + table(moves)
   for r in done:
     if r['name'].endswith(' layers') and (whole := results.get(r['name'].rpartition(',')[0])):

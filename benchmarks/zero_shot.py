@@ -70,9 +70,15 @@ def main(argv):
     load = lambda: zero_shot.load_tasks([task], _TASKS_DIR.value)
     progress = metrics.Progress(f'{task} in JAX')
     figures = zero_shot.run(
-      model, tokenizer, load(), batch_size=16, max_length=length, limit=_LIMIT.value or None,
-      eos_ids=generate.eos_ids(source), progress=progress,
-    )[task]  # fmt: skip
+      model,
+      tokenizer,
+      load(),
+      batch_size=16,
+      max_length=length,
+      limit=_LIMIT.value or None,
+      eos_ids=generate.eos_ids(source),
+      progress=progress,
+    )[task]
     peer = evaluator.evaluate(theirs, load(), limit=_LIMIT.value or None, log_samples=False)['results'][task]
     peer = {k.removesuffix(',none'): v for k, v in peer.items()}
     accuracies = {k: {'elder_jax': figures[k], 'hf': peer[k]} for k in ('acc', 'acc_norm') if k in figures}

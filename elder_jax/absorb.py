@@ -54,7 +54,9 @@ def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode,
   return _each_run(model, removed, batches, mode, refit, log, free)
 
 
-def replace_linear(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None, free=None) -> Decoder:
+def replace_linear(
+  model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None, free=None
+) -> Decoder:
   """ReplaceMe's least squares (arXiv 2505.02819, section 2.2): a D × D map after the MLP, folded into W.
 
   T = argmin Σ ‖a·T − (target − m)‖², with a = f·W the MLP's output; W becomes W·T. As published: every token counts
@@ -250,4 +252,6 @@ def _channel_sums(dense, current, tokens_BT, below_L, l, end, mode: Mode, change
   t_SD = _rows(target_BTD)
   w_S1 = _weights(t_SD)
   of_D = lambda a_SD, b_SD: jnp.sum(w_S1 * a_SD * b_SD, 0)
-  return sharding.replicate((of_D(r_SD, r_SD), of_D(r_SD, y_SD), of_D(y_SD, y_SD), jnp.sum(w_S1 * t_SD**2), jnp.sum(w_S1)))
+  return sharding.replicate(
+    (of_D(r_SD, r_SD), of_D(r_SD, y_SD), of_D(y_SD, y_SD), jnp.sum(w_S1 * t_SD**2), jnp.sum(w_S1))
+  )

@@ -307,7 +307,9 @@ def _check_names_and_shapes(source: Source):
   if (extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None)) is not None:
     for part, what in (('lora_', 'LoRA factors that were not merged'), ('qweight', 'weights quantised by GPTQ or AWQ')):
       if part in extra:
-        raise InputError(f'{where}: the tensor {extra} has no place in the model: these are {what}; give the plain model.')
+        raise InputError(
+          f'{where}: the tensor {extra} has no place in the model: these are {what}; give the plain model.'
+        )
     raise InputError(
       f'{where}: the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; use the '
       'config.json of these weights, or a checkpoint without the tensor.'

@@ -64,7 +64,8 @@ class Config:
   )
   # Data.
   train_data: str = _flag(
-    '', 'Text to train on: a .txt, .jsonl or .parquet file, a folder of files of one of these kinds, or a hub id with '
+    '',
+    'Text to train on: a .txt, .jsonl or .parquet file, a folder of files of one of these kinds, or a hub id with '
     'configuration and split, id:config:split.',
   )
   eval_data: tuple[str, ...] = _flag(
@@ -96,9 +97,10 @@ class Config:
     'residual', 'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.', ('residual', 'output')
   )
   selection: str = _flag(
-      'one_shot', 'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
-      ('iterative', 'one_shot'),
-  )  # fmt: skip
+    'one_shot',
+    'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
+    ('iterative', 'one_shot'),
+  )
   lambda1: float = _flag(5e-3, 'Weight of the L1 penalty on the gates.')
   gate_lr: float = _flag(0.005, 'Learning rate of the gates (Adam).')
   gate_steps: int = _flag(
@@ -119,9 +121,10 @@ class Config:
     0.0, 'Ramp of lambda2: it is lambda2 * f^power at the fraction f of the steps; 0: constant, 1: linear, 2: square.'
   )
   order: str = _flag(
-      'sequential', 'joint: all chosen layers are penalised together; sequential: one after another, each switched off '
-      'after its turn.', ('joint', 'sequential'),
-  )  # fmt: skip
+    'sequential',
+    'joint: all chosen layers are penalised together; sequential: one after another, each switched off after its turn.',
+    ('joint', 'sequential'),
+  )
   anneal: float = _flag(
     0.0,
     'Fraction of the steps of regularize in which the gates of the chosen layers go from 1 to 0; 0: they stay at 1.',
@@ -170,30 +173,37 @@ class Config:
     'float32', 'Type of computation and of frozen weights; what is trained is kept in float32.', ('float32', 'bfloat16')
   )
   remat: str = _flag(
-      'dots', 'What the backward pass computes again, to save memory: none; dots, all but matrix products; dots_no_batch, '
-      "attention's products as well, which grow with the square of --seq_len; full.",
-      ('none', 'dots', 'dots_no_batch', 'full'),
-  )  # fmt: skip
+    'dots',
+    'What the backward pass computes again, to save memory: none; dots, all but matrix products; dots_no_batch, '
+    "attention's products as well, which grow with the square of --seq_len; full.",
+    ('none', 'dots', 'dots_no_batch', 'full'),
+  )
   mesh: str = _flag('-1,1,1', 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.')
   plan: bool = _flag(
     False,
     'Only tell what the run would take of each device and how long its steps would take at least, by asking the compiler; '
     'a config.json is enough of a model. Exit status 3 where it does not fit.',
   )
-  force: bool = _flag(False, 'Start a run that does not fit by its plan; else it ends with exit status 3 before loading.')
+  force: bool = _flag(
+    False, 'Start a run that does not fit by its plan; else it ends with exit status 3 before loading.'
+  )
   topology: str = _flag('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
   checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
   checkpoint_minutes: float = _flag(0.0, 'Minutes after which a checkpoint is written in any case; 0: never by time.')
-  keep_checkpoints: int = _flag(2, 'Checkpoints of a stage that stay; where the newest is damaged the one before is used.')
+  keep_checkpoints: int = _flag(
+    2, 'Checkpoints of a stage that stay; where the newest is damaged the one before is used.'
+  )
   # Output.
   export_dtype: str = _flag(
     '', "Type of the exported weights; unset: the model's own.", ('', 'float32', 'bfloat16', 'float16')
   )
   shard_gb: float = _flag(5.0, 'Largest size of an exported file, in GB (1e9 bytes).')
   verify: str = _flag(
-      'auto', 'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are '
-      'installed; jax: JAX only; torch: both, an error if they are missing.', ('auto', 'jax', 'torch'),
-  )  # fmt: skip
+    'auto',
+    'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are '
+    'installed; jax: JAX only; torch: both, an error if they are missing.',
+    ('auto', 'jax', 'torch'),
+  )
 
   def check(self):
     """Raises InputError for settings that no run can have. What depends on the model is checked in the pipeline."""
@@ -224,10 +234,23 @@ class Config:
       if getattr(self, name) < least:
         raise InputError(f'--{name}={getattr(self, name)} is too small; give at least {least}.')
     for name in (
-        'lambda1', 'lambda2', 'lambda2_power', 'gate_lr', 'lr', 'weight_decay', 'protect_first', 'protect_last',
-        'eval_tokens', 'seed', 'task_limit', 'checkpoint_every', 'checkpoint_minutes', 'train_steps', 'num_remove',
-        'lora_rank',
-    ):  # fmt: skip
+      'lambda1',
+      'lambda2',
+      'lambda2_power',
+      'gate_lr',
+      'lr',
+      'weight_decay',
+      'protect_first',
+      'protect_last',
+      'eval_tokens',
+      'seed',
+      'task_limit',
+      'checkpoint_every',
+      'checkpoint_minutes',
+      'train_steps',
+      'num_remove',
+      'lora_rank',
+    ):
       value = getattr(self, name)
       if value is not None and not 0 <= value < math.inf:
         raise InputError(f'--{name}={value} is negative or not finite; give 0 or more.')

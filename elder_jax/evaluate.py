@@ -40,9 +40,14 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
       f'{flag}: has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.'
     )
   about = {
-      'source': corpus.source, 'sha256': corpus.sha256, 'window': window, 'windows': count,
-      'tokens_predicted': count * (tokens_NT.shape[1] - 1), 'bos': bos, 'protocol': PROTOCOL,
-  }  # fmt: skip
+    'source': corpus.source,
+    'sha256': corpus.sha256,
+    'window': window,
+    'windows': count,
+    'tokens_predicted': count * (tokens_NT.shape[1] - 1),
+    'bos': bos,
+    'protocol': PROTOCOL,
+  }
   return Windows(tokens_NT, about)
 
 

@@ -245,9 +245,18 @@ def generate(
       tokens_T[: len(row)] = row
     row_B = np.array(numbers + [-1] * filling, np.int32)
     tokens_BR = run(
-      model, put(tokens_BT), put(lengths_B), put(row_B), eos_E, np.int32(max_new_tokens), key,
-      capacity=tokens_BT.shape[1] + room, room=room, sampling=sampling, mode=mode,
-    )  # fmt: skip
+      model,
+      put(tokens_BT),
+      put(lengths_B),
+      put(row_B),
+      eos_E,
+      np.int32(max_new_tokens),
+      key,
+      capacity=tokens_BT.shape[1] + room,
+      room=room,
+      sampling=sampling,
+      mode=mode,
+    )
     for i, new_R in zip(numbers, hosts.to_host(tokens_BR)):
       if NOT_FINITE in new_R:
         raise InputError(
@@ -323,9 +332,15 @@ def continue_text(
     context = source.context_length
     _check_prompts([tokens], source.spec.vocab_size, max_new_tokens, context)  # before the weights are read
     new = generate(
-      checkpoint_hf.load(source, dtype), [tokens], max_new_tokens,
-      eos_ids=ends, sampling=sampling, seed=seed, mode=Mode(dtype=dtype), capacity=context,
-    )[0]  # fmt: skip
+      checkpoint_hf.load(source, dtype),
+      [tokens],
+      max_new_tokens,
+      eos_ids=ends,
+      sampling=sampling,
+      seed=seed,
+      mode=Mode(dtype=dtype),
+      capacity=context,
+    )[0]
   return tok.decode(new, skip_special_tokens=True)
 
 

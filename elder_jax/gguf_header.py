@@ -24,7 +24,7 @@ _ALIGNMENT = 32  # where general.alignment says nothing
 _NOT_GGUF = {
   b'version https://git-lfs': 'is a Git LFS pointer, not the file itself; run git lfs pull.',
   **dict.fromkeys((b'lmgg', b'fmgg', b'tjgg', b'algg'), 'is older than GGUF; convert the original model again.'),
-}  # fmt: skip
+}
 
 
 class Tensor(NamedTuple):
@@ -44,7 +44,7 @@ def read(path: pathlib.Path) -> tuple[dict, list[Tensor]]:
     ValueError, EOFError, OSError: it cannot be what it says.
   """
   octets = np.asarray(np.memmap(path, np.uint8, 'r'))
-  if (what := next((what for begin, what in _NOT_GGUF.items() if octets[:32].tobytes().startswith(begin)), None)):
+  if what := next((what for begin, what in _NOT_GGUF.items() if octets[:32].tobytes().startswith(begin)), None):
     raise InputError(f'{path}: {what}')
   walk = _Walk(octets)
   if walk.take(4) != b'GGUF':

@@ -26,7 +26,9 @@ _NO_MODEL = {
 }
 # Fields of an architecture that change nothing, and those that change nothing with this value. Every other one is refused
 # if config_from_gguf does not ask for it.
-_NEUTRAL = 'attention.layer_norm_epsilon pooling_type rope.scaling.finetuned rope.scaling.original_context_length'.split()
+_NEUTRAL = (
+  'attention.layer_norm_epsilon pooling_type rope.scaling.finetuned rope.scaling.original_context_length'.split()
+)
 _OFF = {
   **dict.fromkeys(
     'expert_count expert_used_count expert_shared_count expert_group_count expert_group_used_count nextn_predict_layers '
@@ -123,11 +125,15 @@ def _read(path: pathlib.Path) -> tuple[dict, list[gguf_header.Tensor]]:
       'merge the parts with llama-gguf-split --merge.'
     )
   if (absent := next((p for p in parts if not os.path.isfile(p)), None)) is not None:
-    raise InputError(f'{absent}: is missing; {path.name} is one of {count} parts of a split GGUF file, fetch all of them.')
+    raise InputError(
+      f'{absent}: is missing; {path.name} is one of {count} parts of a split GGUF file, fetch all of them.'
+    )
   read = [_read_part(p) for p in parts]
   tensors = [t for _, of_part in read for t in of_part]
   if len({t.name for t in tensors}) != fields.get('split.tensors.count', len(tensors)):
-    raise InputError(f'{path}: the {count} parts of this split GGUF file do not belong together; fetch all of them again.')
+    raise InputError(
+      f'{path}: the {count} parts of this split GGUF file do not belong together; fetch all of them again.'
+    )
   return read[0][0], tensors
 
 

@@ -23,8 +23,9 @@ _PATTERN = (
 )
 _byte_level = lambda **how: pre_tokenizers.ByteLevel(add_prefix_space=False, **how)
 _cut_by = lambda digits: [
-  pre_tokenizers.Split(tokenizers.Regex(_PATTERN.replace('DIGITS', digits)), 'isolated'), _byte_level(use_regex=False)
-]  # fmt: skip
+  pre_tokenizers.Split(tokenizers.Regex(_PATTERN.replace('DIGITS', digits)), 'isolated'),
+  _byte_level(use_regex=False),
+]
 _PRE_TOKENIZERS = {
   'gpt-2': lambda: [_byte_level()],
   'smollm': lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level()],

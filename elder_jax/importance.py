@@ -181,9 +181,16 @@ def last(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: in
 
 
 METHODS: dict[str, Callable[[Decoder, int, Batches, Mode, int], Choice]] = {
-    'shortgpt': shortgpt, 'sleb': sleb, 'uidl': uidl, 'taylor': taylor, 'ppl': ppl, 'cosine_block': cosine_block,
-    'magnitude': magnitude, 'random': random, 'last': last,
-}  # fmt: skip
+  'shortgpt': shortgpt,
+  'sleb': sleb,
+  'uidl': uidl,
+  'taylor': taylor,
+  'ppl': ppl,
+  'cosine_block': cosine_block,
+  'magnitude': magnitude,
+  'random': random,
+  'last': last,
+}
 
 
 def num_candidates(method: str, num_layers: int) -> int:
@@ -354,4 +361,6 @@ def _products(gradients, weights) -> list:
 @jax.jit
 def _magnitudes(weights) -> list:
   """Σ |w| per layer, for each matrix."""
-  return sharding.replicate([_sum_over_all_but_layers(jnp.abs(w.astype(jnp.float32))) for w in jax.tree.leaves(weights)])
+  return sharding.replicate(
+    [_sum_over_all_but_layers(jnp.abs(w.astype(jnp.float32))) for w in jax.tree.leaves(weights)]
+  )

@@ -140,9 +140,21 @@ def prepare(config: Config) -> Run:
   hosts.lead_first(claim)
   log = metrics.Metrics(work / 'metrics.jsonl')
   return Run(
-    config, source, num_removes, rows_NT, windows, tokenizer, tasks, mesh, shardings, mode(config), log, torch,
-    checks_source, tokenizer_folder,
-  )  # fmt: skip
+    config,
+    source,
+    num_removes,
+    rows_NT,
+    windows,
+    tokenizer,
+    tasks,
+    mesh,
+    shardings,
+    mode(config),
+    log,
+    torch,
+    checks_source,
+    tokenizer_folder,
+  )
 
 
 def _check_nothing_removed(config: Config, num_removes: list[int]):
@@ -153,7 +165,9 @@ def _check_nothing_removed(config: Config, num_removes: list[int]):
       '--compare= to copy it, or remove layers (--num_remove, --ratio or --remove_layers).'
     )
   if trains and config.distill and not all(num_removes):
-    raise InputError(f'--distill={config.distill}: where no layer is removed it distils a model from itself; leave out 0.')
+    raise InputError(
+      f'--distill={config.distill}: where no layer is removed it distils a model from itself; leave out 0.'
+    )
 
 
 def _check_export(config: Config, source: checkpoint_hf.Source, num_remove: int):

@@ -54,7 +54,9 @@ def main(argv: list[str]):
     hosts.leave(cli.CTRL_C_STATUS, 'aborted by Ctrl-C; rerun the same command to resume')
   except Exception as e:
     if disk_is_full(e):
-      hosts.leave(1, f'--workdir={config.workdir}: the disk is full; free some space and rerun the same command to resume')
+      hosts.leave(
+        1, f'--workdir={config.workdir}: the disk is full; free some space and rerun the same command to resume'
+      )
     if jax.process_count() == 1:
       if (kept := config.path() / workdir.FAILED).exists():
         print(f'elder_jax: this is a fault of elder_jax; please report it with {kept}', file=sys.stderr)

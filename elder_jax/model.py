@@ -66,9 +66,15 @@ class Spec:
 
   def sizes(self, num_layers: int) -> dict[str, int]:
     return {
-        'L': num_layers, 'V': self.vocab_size, 'D': self.d_model, 'N': self.num_heads, 'K': self.num_kv_heads,
-        'H': self.head_dim, 'F': self.d_ff, 'P': self.num_positions + self.position_offset,
-    }  # fmt: skip
+      'L': num_layers,
+      'V': self.vocab_size,
+      'D': self.d_model,
+      'N': self.num_heads,
+      'K': self.num_kv_heads,
+      'H': self.head_dim,
+      'F': self.d_ff,
+      'P': self.num_positions + self.position_offset,
+    }
 
   def scores(self) -> tuple[float | None, float | None]:
     """`attention`'s scale and cap."""
@@ -467,9 +473,14 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
     implementation = 'cudnn' if fused else 'xla'
     local = None if window is None or window >= T else (window - 1, 0)
     return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=scale, local_window_size=local,
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      is_causal=True,
+      scale=scale,
+      local_window_size=local,
       implementation=implementation,
-    )  # fmt: skip
+    )
   # Without a fused kernel: blocks of queries that do not read the keys after them take half the time of the square.
   size = QUERY_BLOCK.get(backend, T)
   blocks = []

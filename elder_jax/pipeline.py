@@ -218,9 +218,17 @@ def measure(job: Run, model: Decoder, name: str) -> dict:
     context = zero_shot.context_length(job.source.config, job.tokenizer)
     try:
       figures['tasks'] = zero_shot.run(
-        model, job.tokenizer, job.tasks, job.mode, job.config.eval_batch_size, context, _put(job),
-        job.config.task_limit or None, generate.eos_ids(job.source), metrics.Progress(f'zero-shot tasks of {name}'),
-      )  # fmt: skip
+        model,
+        job.tokenizer,
+        job.tasks,
+        job.mode,
+        job.config.eval_batch_size,
+        context,
+        _put(job),
+        job.config.task_limit or None,
+        generate.eos_ids(job.source),
+        metrics.Progress(f'zero-shot tasks of {name}'),
+      )
     except InputError as e:
       if name == 'dense':
         raise

@@ -121,7 +121,18 @@ def table(stages: list[Stage], mesh: Mesh) -> str:
   """What people read: GiB per device, FLOPs and least time of a step."""
   number = lambda n: '?' if n is None else f'{n:.3g}'
   rows = [
-    ['stage', 'parameters', 'optimiser', 'gradients', 'other models', 'activations …', 'peak', 'TFLOP', 'done', 'least s']
+    [
+      'stage',
+      'parameters',
+      'optimiser',
+      'gradients',
+      'other models',
+      'activations …',
+      'peak',
+      'TFLOP',
+      'done',
+      'least s',
+    ]
   ]
   for s in stages:
     p = s.program
@@ -145,7 +156,9 @@ def table(stages: list[Stage], mesh: Mesh) -> str:
   if any(s.program.host for s in stages):
     lines.append(f'verification in PyTorch: in the memory of the host, {gib(memory.total())} GiB.')
   if any(s.flops is None and s.program.call for s in stages):
-    lines.append('What activations take is asked of the compiler by --plan; on a CPU that takes as long as a small run.')
+    lines.append(
+      'What activations take is asked of the compiler by --plan; on a CPU that takes as long as a small run.'
+    )
   return '\n'.join(lines)
 
 
@@ -196,7 +209,9 @@ def advice(
   if stage.program.opt_state and rows > 1 and config.batch_size % ways == 0:
     found.append(f'--grad_accum={config.batch_size // ways}: 1 sequence on a device at a time instead of {rows}')
   if name.startswith('evaluation') and config.eval_batch_size > ways:
-    found.append(f'--eval_batch_size={ways}: 1 window on a device at a time instead of {config.eval_batch_size // ways}')
+    found.append(
+      f'--eval_batch_size={ways}: 1 window on a device at a time instead of {config.eval_batch_size // ways}'
+    )
   if stage.state > stage.limit:
     found.append(f'at least {math.ceil(stage.state * cut / stage.limit)} devices of this kind that share the weights')
   return [line for line in found if line]
@@ -266,7 +281,11 @@ def topology(name: str) -> list:
   if importlib.util.find_spec('libtpu') is None:
     raise InputError(f"--topology={name}: the TPU compiler is missing; install it with pip install 'elder_jax[tpu]'.")
   # No questions to a cloud that this machine may not be in, and no lines on what they did not find.
-  for variable, value in (('SKIP_MDS_QUERY', '1'), ('WORKER_HOSTNAMES', 'localhost'), ('ACCELERATOR_TYPE', 'v5litepod-4')):
+  for variable, value in (
+    ('SKIP_MDS_QUERY', '1'),
+    ('WORKER_HOSTNAMES', 'localhost'),
+    ('ACCELERATOR_TYPE', 'v5litepod-4'),
+  ):
     os.environ.setdefault(f'TPU_{variable}', value)
   # Of v4's two cores a program sees one device, as on the real machine.
   options = {'chip_config_name': 'megacore'} if name.startswith('v4') else {}

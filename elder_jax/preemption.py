@@ -53,7 +53,9 @@ def _on_sigint(number, frame):
   global _by_ctrl_c
   _by_ctrl_c = True
   signal.signal(signal.SIGINT, signal.default_int_handler)
-  os.write(2, b'\nelder_jax: stopping at the next step; press Ctrl-C again to abort at once\n')  # print is not reentrant
+  os.write(
+    2, b'\nelder_jax: stopping at the next step; press Ctrl-C again to abort at once\n'
+  )  # print is not reentrant
   if jax.distributed.is_initialized():
     os.kill(os.getpid(), signal.SIGTERM)
   else:

@@ -199,11 +199,16 @@ def markdown(report: dict) -> str:
       merged = '; '.join(f'{base} ← {", ".join(map(str, members))}' for base, *members in choice['merges'])
       lines += [f'Layers merged by {choice["method"]}, {choice["num_remove"]} fewer: {merged}.', '']
     if choice.get('candidates'):
-      judged = '; '.join(f'{c["method"]} {sorted(c["removed"])}, {figure(c.get("loss"), 4)}' for c in choice['candidates'])
+      judged = '; '.join(
+        f'{c["method"]} {sorted(c["removed"])}, {figure(c.get("loss"), 4)}' for c in choice['candidates']
+      )
       lines += [f'Loss that each choice of {choice["num_remove"]} layers would leave: {judged}.', '']
   if report['gates']:
     final = report['gates'][-1]
-    lines += ['Gates at the end of stage 1: ' + ', '.join(f'{l}: {figure(g, 3)}' for l, g in enumerate(final)) + '.', '']
+    lines += [
+      'Gates at the end of stage 1: ' + ', '.join(f'{l}: {figure(g, 3)}' for l, g in enumerate(final)) + '.',
+      '',
+    ]
   if unverified := verification(report):
     lines += [unverified, '']
   seconds = ', '.join(f'{stage} {figure(s, 0, limit=1e9)}' for stage, s in report['seconds'].items())

@@ -141,8 +141,10 @@ def _holds(path: pathlib.Path, name: str) -> bool:
 def finite(tensor: np.ndarray) -> bool:
   """By the exponent's bits, of which one that is not finite has all; in pieces that stay in the cache."""
   kind, exponent = {
-    'float32': (np.uint32, 0x7F800000), 'float16': (np.uint16, 0x7C00), 'bfloat16': (np.uint16, 0x7F80)
-  }[str(tensor.dtype)]  # fmt: skip
+    'float32': (np.uint32, 0x7F800000),
+    'float16': (np.uint16, 0x7C00),
+    'bfloat16': (np.uint16, 0x7F80),
+  }[str(tensor.dtype)]
   bits = np.ascontiguousarray(tensor).reshape(-1).view(kind)
   size = 2**18
   return all(np.bitwise_and(bits[i : i + size], exponent).max() < exponent for i in range(0, len(bits), size))

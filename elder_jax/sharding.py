@@ -56,7 +56,9 @@ def for_model(model, mesh: Mesh, flag: str):
   """A model of shardings: each parameter's NamedSharding in its place. A size that does not divide is refused."""
 
   params = jax.tree.leaves(model, is_leaf=_is_param)
-  cuts = [cut for p in params for cut in zip(p.get_metadata()['axes'], p.get_value().shape, spec(p.get_metadata()['axes']))]
+  cuts = [
+    cut for p in params for cut in zip(p.get_metadata()['axes'], p.get_value().shape, spec(p.get_metadata()['axes']))
+  ]
   for letter, size, axis in cuts:
     if axis and size % mesh.shape[axis]:
       common = math.gcd(*(n for _, n, a in cuts if a == axis))

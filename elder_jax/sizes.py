@@ -24,9 +24,7 @@ def abstract_model(spec: Spec, num_layers: int, dtype: str, mesh: Mesh, flag: st
   model = checkpoint_hf.abstract(spec, num_layers)
   places = sharding.for_model(model, mesh, flag)
   kind = lambda p: 'float32' if p.get_metadata()['axes'] == 'L' else dtype  # gates
-  shape = lambda p, place: p.replace(
-    jax.ShapeDtypeStruct(p.get_value().shape, kind(p), sharding=place.get_value())
-  )
+  shape = lambda p, place: p.replace(jax.ShapeDtypeStruct(p.get_value().shape, kind(p), sharding=place.get_value()))
   return jax.tree.map(shape, model, places, is_leaf=lambda a: isinstance(a, nnx.Variable))
 
 

@@ -302,7 +302,9 @@ def markdown(result: dict) -> str:
   cells = [head, ['---', *('---:' for _ in head[1:])]]
   for row in rows:
     values = [f'{report_lib.figure(row.get(name), 1, limit=1e9)} {row["unit"]}' for name in absolute]
-    cells.append([row['what'], *values, *(report_lib.figure(row.get(name), 3) for name in ('ratio', 'ideal', 'of_ideal'))])
+    cells.append(
+      [row['what'], *values, *(report_lib.figure(row.get(name), 3) for name in ('ratio', 'ideal', 'of_ideal'))]
+    )
   layers, settings = result['layers'], result['settings']
   return '\n'.join(
     [

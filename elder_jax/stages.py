@@ -103,7 +103,6 @@ class Given:
     return tokens * sum(forward_flops(self.spec.with_layers([]), num_layers, seq_len))
 
 
-
 def programs(
   config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh, source_dtype: str = 'float32'
 ) -> list[Program]:
@@ -264,7 +263,9 @@ def _training(run: Given, start: Decoder, whole: bool) -> list[Program]:
     flops += sum(forward_flops(run.spec, run.num_layers, config.seq_len))
   terms = regularize.penalty_terms(num_layers, [], settings, 0)
   begin = lambda model: regularize.begin(model, settings, run.mode)
-  program = _steps(run, f'training, {num_layers} layers', begin, start, run.dense if config.distill else None, terms, flops)
+  program = _steps(
+    run, f'training, {num_layers} layers', begin, start, run.dense if config.distill else None, terms, flops
+  )
   state, (frozen, teacher), *_ = program.args
   if config.distill:  # what is frozen and not cut is the teacher's own
     layers = jax.tree.leaves((frozen.layers, frozen.gate_L))

@@ -145,6 +145,7 @@ def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
 
   def step(state: TrainState, fixed, batch_BT, terms):
     B, T = batch_BT.shape
+
     def of_part(tokens_bT):
       (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, tokens_bT, terms)
       return sharding.replicate({'loss': loss, **parts}), sharding.constrain_state(grads)

@@ -29,7 +29,11 @@ _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     '--recipe=regularize is not run',
     lambda c: 'regularize' in c.recipes() and c.steps() > 0,
   ),
-  ('lr warmup_ratio weight_decay trainable optimizer moment_dtype lora_rank lora_alpha distill', 'nothing trains', _trains),
+  (
+    'lr warmup_ratio weight_decay trainable optimizer moment_dtype lora_rank lora_alpha distill',
+    'nothing trains',
+    _trains,
+  ),
   ('grad_clip grad_accum', 'nothing trains', lambda c: _trains(c) or _elder(c)),
   ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.corpora())),
   ('eval_batch_size', '--eval_data and --tasks are empty', lambda c: bool(c.corpora() or c.task_names())),

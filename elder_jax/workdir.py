@@ -161,9 +161,7 @@ def claim(config: Config):
   differ = _differences(before, config)
   if differ and not _may_change(work):
     told = '; '.join(f'--{key}={_shown(was)}, not {_shown(now)}' for key, (was, now) in differ.items())
-    raise InputError(
-      f'--workdir={config.workdir}: holds a run with {told}; give what it had or choose another folder.'
-    )
+    raise InputError(f'--workdir={config.workdir}: holds a run with {told}; give what it had or choose another folder.')
 
 
 def record(config: Config, inputs: dict[str, str]):
@@ -233,9 +231,7 @@ def _differences(before: dict, config: Config) -> dict[str, tuple]:
   for settings in (was, now):  # the default is as good as unset, and was written out by earlier versions
     if settings['ratio'] == '0.25':
       settings['ratio'] = None
-  return {
-    key: (was[key], now[key]) for key in now if key not in FREE_ON_RESUME and not _same(was[key], now[key])
-  }
+  return {key: (was[key], now[key]) for key in now if key not in FREE_ON_RESUME and not _same(was[key], now[key])}
 
 
 def _same(before, now) -> bool:

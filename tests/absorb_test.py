@@ -21,9 +21,17 @@ BATCHES = list(np.random.default_rng(0).integers(0, 40, (3, 4, 16), np.int32))
 
 def tiny(**features) -> Decoder:
   spec = Spec(
-      vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-      rope_freq_RH=((1.0, 0.1),), **features,
-  )  # fmt: skip
+    vocab_size=40,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    norm_eps=1e-5,
+    tied=True,
+    rope_freq_RH=((1.0, 0.1),),
+    **features,
+  )
   return Decoder(spec, L, jax.random.key(0))
 
 

@@ -436,7 +436,7 @@ def test_tensor_that_is_not_finite(settings, model, tmp_path, value):
           'low_freq_factor': 4.0,
           'high_freq_factor': 1.0,
           'original_max_position_embeddings': 64,
-        }  # fmt: skip
+        }
       ),
       ['high_freq_factor=1.0', 'low_freq_factor=4.0'],
     ),

@@ -112,17 +112,32 @@ def write_gguf(path: pathlib.Path, architecture='llama', drop=(), fields=(), ten
   """A one-layer model of width 32, or that with changes: fields and tensors dropped, set or added."""
   d, f = 32, 64
   values = {
-      'llama.context_length': 64, 'llama.embedding_length': d, 'llama.block_count': 1, 'llama.feed_forward_length': f,
-      'llama.attention.head_count': 4, 'llama.attention.layer_norm_rms_epsilon': 1e-5,
-      'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'smollm', 'tokenizer.ggml.tokens': ['<s>', 'a', 'b', 'ab'],
-      'tokenizer.ggml.token_type': [3, 1, 1, 1], 'tokenizer.ggml.merges': ['a b'], 'tokenizer.ggml.bos_token_id': 0,
-  }  # fmt: skip
+    'llama.context_length': 64,
+    'llama.embedding_length': d,
+    'llama.block_count': 1,
+    'llama.feed_forward_length': f,
+    'llama.attention.head_count': 4,
+    'llama.attention.layer_norm_rms_epsilon': 1e-5,
+    'tokenizer.ggml.model': 'gpt2',
+    'tokenizer.ggml.pre': 'smollm',
+    'tokenizer.ggml.tokens': ['<s>', 'a', 'b', 'ab'],
+    'tokenizer.ggml.token_type': [3, 1, 1, 1],
+    'tokenizer.ggml.merges': ['a b'],
+    'tokenizer.ggml.bos_token_id': 0,
+  }
   shapes = {
-      'token_embd.weight': (4, d), 'output_norm.weight': (d,), 'blk.0.attn_norm.weight': (d,),
-      'blk.0.attn_q.weight': (d, d), 'blk.0.attn_k.weight': (d, d), 'blk.0.attn_v.weight': (d, d),
-      'blk.0.attn_output.weight': (d, d), 'blk.0.ffn_norm.weight': (d,), 'blk.0.ffn_gate.weight': (f, d),
-      'blk.0.ffn_up.weight': (f, d), 'blk.0.ffn_down.weight': (d, f),
-  }  # fmt: skip
+    'token_embd.weight': (4, d),
+    'output_norm.weight': (d,),
+    'blk.0.attn_norm.weight': (d,),
+    'blk.0.attn_q.weight': (d, d),
+    'blk.0.attn_k.weight': (d, d),
+    'blk.0.attn_v.weight': (d, d),
+    'blk.0.attn_output.weight': (d, d),
+    'blk.0.ffn_norm.weight': (d,),
+    'blk.0.ffn_gate.weight': (f, d),
+    'blk.0.ffn_up.weight': (f, d),
+    'blk.0.ffn_down.weight': (d, f),
+  }
   values = {k: v for k, v in (values | dict(fields)).items() if k not in drop}
   arrays = {k: np.ones(s, dict(types).get(k, np.float32)) for k, s in (shapes | dict(tensors)).items() if k not in drop}
   writer = gguf.GGUFWriter(path, architecture)
@@ -144,9 +159,14 @@ def write_gguf(path: pathlib.Path, architecture='llama', drop=(), fields=(), ten
 def small_gguf(tmp_path, settings) -> pathlib.Path:
   """Where to write a GGUF file to; `settings` point there and need no text."""
   settings |= dict(
-    model=str(tmp_path / 'small.gguf'), num_remove=None, remove_layers='', recipe='none', compare=[], train_data='',
+    model=str(tmp_path / 'small.gguf'),
+    num_remove=None,
+    remove_layers='',
+    recipe='none',
+    compare=[],
+    train_data='',
     eval_data=(),
-  )  # fmt: skip
+  )
   return tmp_path / 'small.gguf'
 
 

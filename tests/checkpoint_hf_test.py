@@ -185,13 +185,22 @@ def test_pruned_folder_is_the_pruned_model(mild, tmp_path):
 
 def test_pruned_config_slices_what_is_given_per_layer():
   config = {
-      'num_hidden_layers': 4, 'layer_types': ['a', 'b', 'c', 'd'], 'no_rope_layers': [1, 0, 1, 0],
-      'eos_token_id': [1, 2, 3, 4], 'some_layers': [7], 'torch_dtype': 'bfloat16', 'hidden_size': 32,
-  }  # fmt: skip
+    'num_hidden_layers': 4,
+    'layer_types': ['a', 'b', 'c', 'd'],
+    'no_rope_layers': [1, 0, 1, 0],
+    'eos_token_id': [1, 2, 3, 4],
+    'some_layers': [7],
+    'torch_dtype': 'bfloat16',
+    'hidden_size': 32,
+  }
   before = json.loads(json.dumps(config))
   assert checkpoint_hf.pruned_config(llama, config, [0, 3], 'float32') == {
-      **before, 'num_hidden_layers': 2, 'layer_types': ['a', 'd'], 'no_rope_layers': [1, 0], 'torch_dtype': 'float32',
-  }  # fmt: skip
+    **before,
+    'num_hidden_layers': 2,
+    'layer_types': ['a', 'd'],
+    'no_rope_layers': [1, 0],
+    'torch_dtype': 'float32',
+  }
   assert config == before
   del config['torch_dtype']
   got = checkpoint_hf.pruned_config(llama, {**config, 'dtype': 'bfloat16'}, [1], 'float32')

@@ -349,7 +349,10 @@ def test_whatever_transformers_raises_is_one_sentence(command, tiny, tmp_path, m
   def fails(*args, **kwargs):
     raise IndexError('index out of range\nin self')
 
-  for owner, name in ((transformers.LlamaForCausalLM, 'forward'), (transformers.AutoModelForCausalLM, 'from_pretrained')):
+  for owner, name in (
+    (transformers.LlamaForCausalLM, 'forward'),
+    (transformers.AutoModelForCausalLM, 'from_pretrained'),
+  ):
     monkeypatch.setattr(owner, name, fails)
     ended = command(speed, '--torch', f'--model={tiny}', f'--pruned={fewer}', *QUICK)
     assert ended[0] == 2 and ended[2].endswith(

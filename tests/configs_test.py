@@ -19,40 +19,73 @@ LLAMA2 = dict(model_type='llama', vocab_size=32000, rms_norm_eps=1e-5)
 OPT = dict(model_type='opt', vocab_size=50272, max_position_embeddings=2048)
 # What the models' own config.json files say of sizes.
 LLAMA_7B = dict(
-    LLAMA2, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32,
-)  # fmt: skip
+  LLAMA2,
+  hidden_size=4096,
+  intermediate_size=11008,
+  num_hidden_layers=32,
+  num_attention_heads=32,
+  num_key_value_heads=32,
+)
 MODELS = {
   'meta-llama/Llama-2-7b-hf': LLAMA_7B,
   'meta-llama/Llama-2-13b-hf': dict(
-      LLAMA2, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
-      num_key_value_heads=40,
+    LLAMA2,
+    hidden_size=5120,
+    intermediate_size=13824,
+    num_hidden_layers=40,
+    num_attention_heads=40,
+    num_key_value_heads=40,
   ),
   'meta-llama/Llama-2-70b-hf': dict(
-      LLAMA2, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-      num_key_value_heads=8,
+    LLAMA2,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
   ),
   'meta-llama/Meta-Llama-3-8B': dict(
-      LLAMA2, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-      num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0,
+    LLAMA2,
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    rope_theta=500000.0,
   ),
   'facebook/opt-2.7b': dict(
-      OPT, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32
+    OPT, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32
   ),
   'facebook/opt-13b': dict(
-      OPT, hidden_size=5120, word_embed_proj_dim=5120, ffn_dim=20480, num_hidden_layers=40, num_attention_heads=40
+    OPT, hidden_size=5120, word_embed_proj_dim=5120, ffn_dim=20480, num_hidden_layers=40, num_attention_heads=40
   ),
   'microsoft/phi-2': dict(
-      model_type='phi', vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
-      num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048, partial_rotary_factor=0.4,
-      layer_norm_eps=1e-5,
+    model_type='phi',
+    vocab_size=51200,
+    hidden_size=2560,
+    intermediate_size=10240,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=2048,
+    partial_rotary_factor=0.4,
+    layer_norm_eps=1e-5,
   ),
   'Qwen/Qwen2-7B': dict(
-      model_type='qwen2', vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-      num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=1e6, max_window_layers=28,
-      use_sliding_window=False,
+    model_type='qwen2',
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_window_layers=28,
+    use_sliding_window=False,
   ),
-}  # fmt: skip
+}
 # config: (slice that it is for, its chips). A v4 and a v5p slice is named after its cores, two to a chip.
 SLICES = {
   'llama7b': ('v5e-16', 16),

@@ -13,10 +13,19 @@ from elder_jax import pipeline
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 TINY = dict(
-    vocab_size=263, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
+  vocab_size=263,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=6,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+  rms_norm_eps=1e-5,
+  rope_theta=10000.0,
+  tie_word_embeddings=True,
+  bos_token_id=0,
+  eos_token_id=1,
+)
 
 
 def write_tokenizer(folder: pathlib.Path):
@@ -87,12 +96,27 @@ def text(tmp_path_factory) -> pathlib.Path:
 def settings(tiny, text, tmp_path) -> dict:
   """Settings of a whole run that takes seconds."""
   return dict(
-      model=str(tiny), method='elder', recipe='regularize', workdir=str(tmp_path / 'work'),
-      train_data=str(text), eval_data=(f'text={text}',),
-      seq_len=32, num_sequences=8, batch_size=4, eval_seq_len=32, eval_tokens=256, num_remove=2,
-      selection='iterative', gate_steps=2, order='joint', protect_first=1, protect_last=1, train_steps=3, lr=1e-3,
-      verify='jax',
-  )  # fmt: skip
+    model=str(tiny),
+    method='elder',
+    recipe='regularize',
+    workdir=str(tmp_path / 'work'),
+    train_data=str(text),
+    eval_data=(f'text={text}',),
+    seq_len=32,
+    num_sequences=8,
+    batch_size=4,
+    eval_seq_len=32,
+    eval_tokens=256,
+    num_remove=2,
+    selection='iterative',
+    gate_steps=2,
+    order='joint',
+    protect_first=1,
+    protect_last=1,
+    train_steps=3,
+    lr=1e-3,
+    verify='jax',
+  )
 
 
 @pytest.fixture

@@ -54,8 +54,14 @@ def test_report_and_work_folder(settings):
   markdown = (work / 'report.md').read_text()
   assert 'direct removal' in markdown and str(report['removed']) in markdown
   assert sorted(p.name for p in work.iterdir()) == [
-      'config.json', 'export', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'stages'
-  ]  # fmt: skip
+    'config.json',
+    'export',
+    'inputs.json',
+    'metrics.jsonl',
+    'report.json',
+    'report.md',
+    'stages',
+  ]
 
 
 def test_one_seed_gives_one_report_and_another_seed_another(settings, tmp_path):
@@ -188,7 +194,9 @@ def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
   monkeypatch.setattr(
     pipeline,
     'apply_recipe',
-    lambda job, model, choice, recipe, *more, **how: made.append(recipe) or apply(job, model, choice, recipe, *more, **how),
+    lambda job, model, choice, recipe, *more, **how: (
+      made.append(recipe) or apply(job, model, choice, recipe, *more, **how)
+    ),
   )
   monkeypatch.setattr(pipeline.importance, 'choose', lambda *_: pytest.fail('layers were chosen again'))
   report = run(settings)

@@ -19,9 +19,16 @@ pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 V = 40
 SPEC = Spec(
-    vocab_size=V, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=V,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=True,
+  rope_freq_RH=((1.0, 0.1),),
+)
 
 
 @functools.cache
@@ -89,9 +96,14 @@ def test_windows_follow_each_other_and_the_rest_is_dropped():
   windows = evaluate.make_windows(text, '--eval_data=x', 9, 0, 'tokenizer', None)
   np.testing.assert_array_equal(windows.tokens_NT, text.tokens_N[:45].reshape(5, 9))
   assert windows.about == {
-      'source': 'text.txt', 'sha256': 'sha', 'window': 9, 'windows': 5, 'tokens_predicted': 40, 'bos': 'tokenizer',
-      'protocol': evaluate.PROTOCOL,
-  }  # fmt: skip
+    'source': 'text.txt',
+    'sha256': 'sha',
+    'window': 9,
+    'windows': 5,
+    'tokens_predicted': 40,
+    'bos': 'tokenizer',
+    'protocol': evaluate.PROTOCOL,
+  }
 
 
 def test_bos_stands_inside_the_window():

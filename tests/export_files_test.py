@@ -109,11 +109,16 @@ def test_another_tokenizer_takes_the_place_of_the_sources(settings, model, tmp_p
   export = pathlib.Path(settings['workdir']) / 'export'
   files = {p.relative_to(export).as_posix() for p in export.rglob('*') if p.is_file()}
   of_tokenizer = {
-    'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'additional_chat_templates/other.jinja'
-  }  # fmt: skip
-  assert files == {
-    'README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'generation_config.json', 'LICENSE'
-  } | of_tokenizer  # fmt: skip
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'chat_template.jinja',
+    'additional_chat_templates/other.jinja',
+  }
+  assert (
+    files
+    == {'README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'generation_config.json', 'LICENSE'}
+    | of_tokenizer
+  )
   for name in of_tokenizer:
     assert (export / name).read_bytes() == (tmp_path / 'tokenizer' / name).read_bytes(), name
   for name in ('LICENSE', 'generation_config.json'):

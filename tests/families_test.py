@@ -21,23 +21,45 @@ from elder_jax.config import Config
 
 V, T = 131, 40
 SMALL = dict(
-    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
-    pad_token_id=None,
-)  # fmt: skip
+  vocab_size=V,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=5,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=64,
+  initializer_range=0.1,
+  bos_token_id=0,
+  eos_token_id=1,
+  pad_token_id=None,
+)
 LARGE = SMALL | dict(hidden_size=40, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=1, head_dim=12)
 FULL = {k: v for k, v in SMALL.items() if k != 'num_key_value_heads'}
 GPT2 = dict(
-    vocab_size=V, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.1, bos_token_id=0, eos_token_id=1
-)  # fmt: skip
+  vocab_size=V, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.1, bos_token_id=0, eos_token_id=1
+)
 OPT = dict(
-    vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=5, num_attention_heads=4, max_position_embeddings=64,
-    word_embed_proj_dim=32, init_std=0.1, bos_token_id=0, eos_token_id=1, pad_token_id=None, dropout=0.0,
-)  # fmt: skip
+  vocab_size=V,
+  hidden_size=32,
+  ffn_dim=48,
+  num_hidden_layers=5,
+  num_attention_heads=4,
+  max_position_embeddings=64,
+  word_embed_proj_dim=32,
+  init_std=0.1,
+  bos_token_id=0,
+  eos_token_id=1,
+  pad_token_id=None,
+  dropout=0.0,
+)
 LLAMA3 = {
-    'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-    'original_max_position_embeddings': 16,
-}  # fmt: skip
+  'rope_type': 'llama3',
+  'rope_theta': 10000.0,
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 16,
+}
 LINEAR = {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0}
 KINDS = ['sliding_attention', 'full_attention', 'sliding_attention', 'sliding_attention', 'full_attention']
 GEMMA = dict(hidden_activation='gelu_pytorch_tanh', query_pre_attn_scalar=20, sliding_window=7)
@@ -53,16 +75,22 @@ CASES = {
   'gemma2': SMALL | GEMMA | dict(head_dim=12, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
   'gemma2, layer types': LARGE | GEMMA | dict(num_hidden_layers=5, layer_types=KINDS, attn_logit_softcapping=None),
   'gemma3_text': SMALL | GEMMA | dict(head_dim=12, sliding_window_pattern=3),
-  'gemma3_text, scaled': LARGE | GEMMA | dict(
-      num_hidden_layers=5, layer_types=KINDS,
-      rope_parameters={'full_attention': LINEAR, 'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0}},
+  'gemma3_text, scaled': LARGE
+  | GEMMA
+  | dict(
+    num_hidden_layers=5,
+    layer_types=KINDS,
+    rope_parameters={'full_attention': LINEAR, 'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0}},
   ),
   'phi': FULL | dict(partial_rotary_factor=0.5),
   'phi, grouped': SMALL | dict(hidden_size=48, partial_rotary_factor=0.67, hidden_act='gelu'),
   'phi3': SMALL | dict(sliding_window=7),
-  'phi3, partial': SMALL | dict(
-      hidden_size=48, num_hidden_layers=6, tie_word_embeddings=True,
-      rope_parameters={'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.67},
+  'phi3, partial': SMALL
+  | dict(
+    hidden_size=48,
+    num_hidden_layers=6,
+    tie_word_embeddings=True,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 500.0, 'partial_rotary_factor': 0.67},
   ),
   'opt': OPT,
   'opt, post-norm': OPT | dict(do_layer_norm_before=False, num_hidden_layers=6, hidden_size=40, word_embed_proj_dim=40),
@@ -70,13 +98,20 @@ CASES = {
   'gpt2': GPT2,
   'gpt2, wide': GPT2 | dict(n_inner=50, n_layer=6, activation_function='relu', tie_word_embeddings=False),
   'gpt_neox': FULL | dict(rotary_pct=0.5),
-  'gpt_neox, in turn': FULL | dict(
-      hidden_size=40, num_attention_heads=2, num_hidden_layers=6, use_parallel_residual=False, attention_bias=False,
-      rotary_emb_base=100, rotary_pct=0.5,
+  'gpt_neox, in turn': FULL
+  | dict(
+    hidden_size=40,
+    num_attention_heads=2,
+    num_hidden_layers=6,
+    use_parallel_residual=False,
+    attention_bias=False,
+    rotary_emb_base=100,
+    rotary_pct=0.5,
   ),
-  'smollm3': SMALL | dict(no_rope_layers=[1, 0, 1, 1, 0], use_sliding_window=True, sliding_window=7, num_hidden_layers=5),
+  'smollm3': SMALL
+  | dict(no_rope_layers=[1, 0, 1, 1, 0], use_sliding_window=True, sliding_window=7, num_hidden_layers=5),
   'smollm3, interval': LARGE | dict(no_rope_layer_interval=3, tie_word_embeddings=False, attention_bias=True),
-}  # fmt: skip
+}
 
 
 def write_model(path: pathlib.Path, case: str) -> pathlib.Path:

@@ -27,7 +27,13 @@ def report() -> dict:
     'piqa': {'acc': 0.7, 'acc_stderr': 0.011, 'n': 9},
     'wiki': {'word_perplexity': 20.0, 'word_perplexity_stderr': 0.5, 'n': 3},
   }
-  made = sweep() | {'peak_bytes': 2**30, 'steps': 2, 'tokens_per_step': 128, 'gates': [[1.0, 0.9, 0.1]], 'method': 'sleb'}
+  made = sweep() | {
+    'peak_bytes': 2**30,
+    'steps': 2,
+    'tokens_per_step': 128,
+    'gates': [[1.0, 0.9, 0.1]],
+    'method': 'sleb',
+  }
   made['tasks'] = {'dense': tasks, 'pruned': tasks}
   made['versions'] |= {'elder_jax': '1'}
   for row in made['rows']:
@@ -70,7 +76,9 @@ def test_every_figure_of_a_report(tmp_path, bad):
       assert 'nan' not in text and 'inf' not in text and 'None' not in text and 'N/A' not in text, path
     report_lib.verdict(made)
     report_lib.write_json(tmp_path / 'report.json', made)
-    read = json.loads((tmp_path / 'report.json').read_text(), parse_constant=lambda name: pytest.fail(f'{path}: {name}'))
+    read = json.loads(
+      (tmp_path / 'report.json').read_text(), parse_constant=lambda name: pytest.fail(f'{path}: {name}')
+    )
     assert report_lib.table(read) == report_lib.table(made), path
 
 
@@ -92,9 +100,12 @@ def test_every_figure_of_the_other_commands(bad):
     assert 'nan' not in zero_shot.table(spoiled(tasks, path, bad))
   rows = [speed.figures([2.0], [1.0], 8, 6, new_tokens, absolute=True) | {'what': 'x'} for new_tokens in (0, 9)]
   result = {
-    'rows': rows, 'settings': {'dtype': 'float32', 'repeats': 5}, 'layers': {'dense': 8, 'pruned': 6}, 'device': 'x',
+    'rows': rows,
+    'settings': {'dtype': 'float32', 'repeats': 5},
+    'layers': {'dense': 8, 'pruned': 6},
+    'device': 'x',
     'versions': {},
-  }  # fmt: skip
+  }
   for path in figures(result):
     assert 'nan' not in speed.markdown(spoiled(result, path, bad)), path
 

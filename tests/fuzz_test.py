@@ -38,9 +38,12 @@ def little_memory():
 
 def fuzz(cases: int):
   return hypothesis.settings(
-      max_examples=cases, deadline=None, database=None,
-      suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-  )  # fmt: skip
+    max_examples=cases,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+  )
 
 
 class Hangs(BaseException):
@@ -88,19 +91,39 @@ def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 
 SCALARS = (
-  st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.integers(-4, 70) | st.floats() | st.text(max_size=12)
+  st.none()
+  | st.booleans()
+  | st.integers(-(2**70), 2**70)
+  | st.integers(-4, 70)
+  | st.floats()
+  | st.text(max_size=12)
   | st.sampled_from(['silu', 'gelu', 'full_attention', 'sliding_attention', 'linear', 'llama3', 'default', 10**400])
-)  # fmt: skip
+)
 VALUES = st.recursive(
   SCALARS,
   lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
   max_leaves=8,
 )
 MORE_KEYS = [
-    'rope_scaling', 'rope_parameters', 'rope_theta', 'head_dim', 'layer_types', 'sliding_window', 'max_window_layers',
-    'use_sliding_window', 'no_rope_layers', 'no_rope_layer_interval', 'sliding_window_pattern', 'rotary_pct',
-    'partial_rotary_factor', 'query_pre_attn_scalar', 'quantization_config', 'model_type', 'n_inner', 'num_experts',
-]  # fmt: skip
+  'rope_scaling',
+  'rope_parameters',
+  'rope_theta',
+  'head_dim',
+  'layer_types',
+  'sliding_window',
+  'max_window_layers',
+  'use_sliding_window',
+  'no_rope_layers',
+  'no_rope_layer_interval',
+  'sliding_window_pattern',
+  'rotary_pct',
+  'partial_rotary_factor',
+  'query_pre_attn_scalar',
+  'quantization_config',
+  'model_type',
+  'n_inner',
+  'num_experts',
+]
 ROPES = st.fixed_dictionaries(
   {'rope_type': st.sampled_from(['default', 'linear', 'llama3', 'yarn', [], None])},
   optional={

@@ -19,9 +19,16 @@ from elder_jax.model import Spec
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 SPEC = Spec(
-    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=40,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=True,
+  rope_freq_RH=((1.0, 0.1),),
+)
 L = 5
 BATCH_BT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (4, 9), np.int32)
 MAKE_STEP = train.make_step
@@ -128,9 +135,10 @@ def test_loss_adds_lambda1_times_the_gates_that_are_alive():
   model = with_gates(1, -2, 4, 8, 16)
   alive_L = np.array([True, True, False, True, False])
   terms = {
-      'alive_L': alive_L, 'gate_weight_L': np.where(alive_L, np.float32(0.25), np.float32(0)),
-      'delta_weight_L': np.zeros(L, np.float32),
-  }  # fmt: skip
+    'alive_L': alive_L,
+    'gate_weight_L': np.where(alive_L, np.float32(0.25), np.float32(0)),
+    'delta_weight_L': np.zeros(L, np.float32),
+  }
   loss, parts = losses.loss(model, BATCH_BT, terms, Mode())
   assert float(parts['gate_l1']) == 0.25 * (1 + 2 + 8)
   np.testing.assert_allclose(float(loss), float(parts['lm_loss']) + 0.25 * 11, rtol=1e-6)

@@ -25,10 +25,15 @@ from elder_jax.model import Mode
 GGUF = pathlib.Path('~/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf').expanduser()
 LENGTHS = (1, 3, 7, 20, 33, 63, 64, 65)  # of prompts, about the border of the padding
 ENGLISH = (
-    'The capital of France is', 'Once upon a time, there was a little girl who', 'Water boils at',
-    'In 1969, two men landed on the moon. Their names were', 'def fibonacci(n):\n', 'My favourite food is',
-    'The difference between a cat and a dog is that', 'List three reasons to read books:\n1.',
-)  # fmt: skip
+  'The capital of France is',
+  'Once upon a time, there was a little girl who',
+  'Water boils at',
+  'In 1969, two men landed on the moon. Their names were',
+  'def fibonacci(n):\n',
+  'My favourite food is',
+  'The difference between a cat and a dog is that',
+  'List three reasons to read books:\n1.',
+)
 
 
 def load(folder) -> Decoder:
@@ -332,10 +337,8 @@ def test_ids_that_end_a_sequence(tiny, tmp_path):
 def test_smollm2_pruned_writes_what_transformers_writes(tmp_path):
   """8 prompts, 64 tokens each, from an export without two of the 30 layers."""
   pipeline.run(
-    Config(
-      model=str(GGUF), workdir=str(tmp_path), remove_layers='14,17', recipe='none', compare=(), verify='jax'
-    )
-  )  # fmt: skip
+    Config(model=str(GGUF), workdir=str(tmp_path), remove_layers='14,17', recipe='none', compare=(), verify='jax')
+  )
   folder = tmp_path / 'export'
   tokenizer = data.load_tokenizer(str(folder))
   prompts = [tokenizer(text)['input_ids'] for text in ENGLISH]

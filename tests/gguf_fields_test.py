@@ -42,33 +42,74 @@ def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 # The fields of files that convert_hf_to_gguf.py and those who publish its files make of Llama 3, Qwen2.5, Qwen3, Gemma 3.
 ANYWHERE = {
-  'general.type': 'model', 'general.name': 'Tiny', 'general.finetune': 'Instruct', 'general.basename': 'Tiny',
-  'general.size_label': '1B', 'general.license': 'llama3.1', 'general.license.name': 'x', 'general.license.link': 'x',
-  'general.base_model.count': 1, 'general.base_model.0.name': 'Tiny', 'general.base_model.0.organization': 'Own',
-  'general.base_model.0.repo_url': 'x', 'general.tags': ['a', 'b'], 'general.languages': ['en'], 'general.author': 'x',
-  'general.version': 'v1', 'general.organization': 'x', 'general.description': 'x', 'general.quantized_by': 'x',
-  'general.repo_url': 'x', 'general.url': 'x', 'general.source.url': 'x', 'general.source.huggingface.repository': 'x',
-  'general.datasets': ['a'], 'general.sampling.top_k': 20, 'general.sampling.temp': 0.7, 'general.file_type': 7,
-  'general.quantization_version': 2, 'general.uuid': 'x', 'quantize.imatrix.file': 'x', 'quantize.imatrix.dataset': 'x',
-  'quantize.imatrix.entries_count': 1, 'quantize.imatrix.chunks_count': 1, 'mradermacher.quantize_version': '2',
-  'tokenizer.ggml.scores': [0.0] * VOCAB, 'tokenizer.ggml.padding_token_id': 1, 'tokenizer.ggml.eot_token_id': 1,
-  'tokenizer.ggml.eom_token_id': 1, 'tokenizer.ggml.add_eos_token': False, 'tokenizer.ggml.add_sep_token': False,
-  'tokenizer.ggml.add_bos_token': False, 'tokenizer.ggml.add_space_prefix': False, 'tokenizer.ggml.unknown_token_id': 0,
-  'tokenizer.ggml.seperator_token_id': 1, 'tokenizer.ggml.mask_token_id': 1, 'tokenizer.ggml.prefix_token_id': 1,
-  'tokenizer.ggml.fim_pre_token_id': 1, 'tokenizer.ggml.fim_rep_token_id': 1, 'tokenizer.huggingface.json': '{}',
-}  # fmt: skip
+  'general.type': 'model',
+  'general.name': 'Tiny',
+  'general.finetune': 'Instruct',
+  'general.basename': 'Tiny',
+  'general.size_label': '1B',
+  'general.license': 'llama3.1',
+  'general.license.name': 'x',
+  'general.license.link': 'x',
+  'general.base_model.count': 1,
+  'general.base_model.0.name': 'Tiny',
+  'general.base_model.0.organization': 'Own',
+  'general.base_model.0.repo_url': 'x',
+  'general.tags': ['a', 'b'],
+  'general.languages': ['en'],
+  'general.author': 'x',
+  'general.version': 'v1',
+  'general.organization': 'x',
+  'general.description': 'x',
+  'general.quantized_by': 'x',
+  'general.repo_url': 'x',
+  'general.url': 'x',
+  'general.source.url': 'x',
+  'general.source.huggingface.repository': 'x',
+  'general.datasets': ['a'],
+  'general.sampling.top_k': 20,
+  'general.sampling.temp': 0.7,
+  'general.file_type': 7,
+  'general.quantization_version': 2,
+  'general.uuid': 'x',
+  'quantize.imatrix.file': 'x',
+  'quantize.imatrix.dataset': 'x',
+  'quantize.imatrix.entries_count': 1,
+  'quantize.imatrix.chunks_count': 1,
+  'mradermacher.quantize_version': '2',
+  'tokenizer.ggml.scores': [0.0] * VOCAB,
+  'tokenizer.ggml.padding_token_id': 1,
+  'tokenizer.ggml.eot_token_id': 1,
+  'tokenizer.ggml.eom_token_id': 1,
+  'tokenizer.ggml.add_eos_token': False,
+  'tokenizer.ggml.add_sep_token': False,
+  'tokenizer.ggml.add_bos_token': False,
+  'tokenizer.ggml.add_space_prefix': False,
+  'tokenizer.ggml.unknown_token_id': 0,
+  'tokenizer.ggml.seperator_token_id': 1,
+  'tokenizer.ggml.mask_token_id': 1,
+  'tokenizer.ggml.prefix_token_id': 1,
+  'tokenizer.ggml.fim_pre_token_id': 1,
+  'tokenizer.ggml.fim_rep_token_id': 1,
+  'tokenizer.huggingface.json': '{}',
+}
 OF_FAMILY = {
   'llama': {
-    'ARCH.rope.dimension_count': 16, 'ARCH.tensor_data_layout': 'Meta AI original pth', 'ARCH.rope.scaling.type': 'none',
-    'ARCH.expert_count': 0, 'ARCH.expert_used_count': 0, 'ARCH.rope.scaling.finetuned': False,
+    'ARCH.rope.dimension_count': 16,
+    'ARCH.tensor_data_layout': 'Meta AI original pth',
+    'ARCH.rope.scaling.type': 'none',
+    'ARCH.expert_count': 0,
+    'ARCH.expert_used_count': 0,
+    'ARCH.rope.scaling.finetuned': False,
   },
   'qwen2': {'ARCH.rope.dimension_count': 16, 'ARCH.rope.scaling.factor': 1.0},
   'qwen3': {'ARCH.rope.dimension_count': 24, 'ARCH.pooling_type': 3},
   'gemma3_text': {
-    'ARCH.rope.freq_base_swa': 10000.0, 'ARCH.rope.scaling.factor': 0.0, 'ARCH.final_logit_softcapping': 0.0,
+    'ARCH.rope.freq_base_swa': 10000.0,
+    'ARCH.rope.scaling.factor': 0.0,
+    'ARCH.final_logit_softcapping': 0.0,
     'ARCH.attention.sliding_window_pattern': 6,
   },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('kind', FAMILIES)
@@ -77,10 +118,16 @@ def test_fields_of_published_files_are_known(kind, folders, tmp_path):
   assert source.spec == open_folder(folders[kind]).spec
 
 
-@pytest.mark.parametrize('fields', [
-  {'ARCH.rope.scaling.type': 'linear', 'ARCH.rope.scaling.factor': 4.0}, {'ARCH.rope.scaling.factor': 4.0},
-  {'ARCH.rope.scale_linear': 4.0}, {'ARCH.rope.scale_linear': 9.0, 'ARCH.rope.scaling.factor': 4.0},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'ARCH.rope.scaling.type': 'linear', 'ARCH.rope.scaling.factor': 4.0},
+    {'ARCH.rope.scaling.factor': 4.0},
+    {'ARCH.rope.scale_linear': 4.0},
+    {'ARCH.rope.scale_linear': 9.0, 'ARCH.rope.scaling.factor': 4.0},
+  ],
+  ids=str,
+)
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_a_rope_factor_is_linear(kind, fields, folders, tmp_path):
   """llama.cpp's default type, and the old name of the factor."""
@@ -105,8 +152,10 @@ def test_gemma_3_says_its_window_pattern_local_base_and_cap(folders, tmp_path):
   rope['sliding_attention']['rope_theta'] = 5000.0
   edit_json(folder / 'config.json', **config, rope_parameters=rope)
   fields = {
-    'ARCH.attention.sliding_window_pattern': 2, 'ARCH.final_logit_softcapping': 30.0, 'ARCH.rope.freq_base_swa': 5000.0
-  }  # fmt: skip
+    'ARCH.attention.sliding_window_pattern': 2,
+    'ARCH.final_logit_softcapping': 30.0,
+    'ARCH.rope.freq_base_swa': 5000.0,
+  }
   spec = open_source(write_gguf(tmp_path / 'm.gguf', folders['gemma3_text'], fields=fields)).spec
   assert spec == open_folder(folder).spec != open_folder(folders['gemma3_text']).spec
 
@@ -119,15 +168,32 @@ def test_the_width_of_a_head_is_llama_cpps_default(folders, tmp_path):
 
 
 REFUSED = {
-  'ARCH.rope.scaling.type': 'yarn', 'ARCH.rope.scaling.attn_factor': 1.5, 'ARCH.rope.scaling.yarn_ext_factor': 1.0,
-  'ARCH.rope.dimension_count': 8, 'ARCH.attention.value_length': 8, 'ARCH.rope.global.freq_base': 1e6,
-  'ARCH.expert_count': 8, 'ARCH.attention.sliding_window': 4096, 'ARCH.attention.causal': False,
-  'ARCH.attn_logit_softcapping': 50.0, 'ARCH.final_logit_softcapping': 30.0, 'ARCH.attention.scale': 0.5,
-  'ARCH.logit_scale': 0.5, 'ARCH.residual_scale': 0.5, 'ARCH.embedding_scale': 12.0, 'ARCH.use_parallel_residual': True,
-  'ARCH.tensor_data_layout': 'other', 'ARCH.nextn_predict_layers': 1, 'ARCH.rope.freq_base_swa': 1e4,
-  'ARCH.classifier.output_labels': ['a', 'b'], 'ARCH.not_yet_invented': 1, 'tokenizer.ggml.not_yet_invented': 1,
-  'tokenizer.ggml.add_sep_token': True, 'tokenizer.ggml.remove_extra_whitespaces': True, 'tokenizer.other': 'x',
-}  # fmt: skip
+  'ARCH.rope.scaling.type': 'yarn',
+  'ARCH.rope.scaling.attn_factor': 1.5,
+  'ARCH.rope.scaling.yarn_ext_factor': 1.0,
+  'ARCH.rope.dimension_count': 8,
+  'ARCH.attention.value_length': 8,
+  'ARCH.rope.global.freq_base': 1e6,
+  'ARCH.expert_count': 8,
+  'ARCH.attention.sliding_window': 4096,
+  'ARCH.attention.causal': False,
+  'ARCH.attn_logit_softcapping': 50.0,
+  'ARCH.final_logit_softcapping': 30.0,
+  'ARCH.attention.scale': 0.5,
+  'ARCH.logit_scale': 0.5,
+  'ARCH.residual_scale': 0.5,
+  'ARCH.embedding_scale': 12.0,
+  'ARCH.use_parallel_residual': True,
+  'ARCH.tensor_data_layout': 'other',
+  'ARCH.nextn_predict_layers': 1,
+  'ARCH.rope.freq_base_swa': 1e4,
+  'ARCH.classifier.output_labels': ['a', 'b'],
+  'ARCH.not_yet_invented': 1,
+  'tokenizer.ggml.not_yet_invented': 1,
+  'tokenizer.ggml.add_sep_token': True,
+  'tokenizer.ggml.remove_extra_whitespaces': True,
+  'tokenizer.other': 'x',
+}
 
 
 @pytest.mark.parametrize('key', REFUSED)
@@ -190,9 +256,11 @@ def test_turns_end_generation(folders, tmp_path):
 
 def test_an_end_token_and_further_templates(folders, tmp_path):
   fields = {
-    'tokenizer.ggml.add_eos_token': True, 'tokenizer.ggml.add_bos_token': True, 'tokenizer.chat_templates': ['tool_use'],
+    'tokenizer.ggml.add_eos_token': True,
+    'tokenizer.ggml.add_bos_token': True,
+    'tokenizer.chat_templates': ['tool_use'],
     'tokenizer.chat_template.tool_use': 'tools: {{ messages[0].content }}',
-  }  # fmt: skip
+  }
   open_source(write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields))
   tokenizer = data.load_tokenizer(str(tmp_path / 'files'))
   assert tokenizer('a').input_ids == [0, *tokenizer('a', add_special_tokens=False).input_ids, 1]
@@ -282,4 +350,6 @@ def test_the_suffix_may_be_in_capitals_and_a_folder_is_none(folders, tmp_path):
   write_gguf(tmp_path / 'M.GGUF', folders['llama'])
   assert open_source(tmp_path / 'M.GGUF').num_layers == 1
   folder = shutil.copytree(folders['llama'], tmp_path / 'folder.gguf')
-  assert not model_folder.is_gguf(str(folder)) and checkpoint_hf.open_source(str(folder), tmp_path / 's').num_layers == 1
+  assert (
+    not model_folder.is_gguf(str(folder)) and checkpoint_hf.open_source(str(folder), tmp_path / 's').num_layers == 1
+  )

@@ -35,14 +35,27 @@ def _vocabulary():
 
 VOCAB = len(_vocabulary()[0])
 SIZES = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
-    pad_token_id=None, tie_word_embeddings=True,
-)  # fmt: skip
+  vocab_size=VOCAB,
+  hidden_size=64,
+  intermediate_size=256,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+  initializer_range=0.1,
+  bos_token_id=0,
+  eos_token_id=1,
+  pad_token_id=None,
+  tie_word_embeddings=True,
+)
 LLAMA3 = {
-    'rope_type': 'llama3', 'rope_theta': 500000.0, 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-    'original_max_position_embeddings': 8192,
-}  # fmt: skip
+  'rope_type': 'llama3',
+  'rope_theta': 500000.0,
+  'factor': 32.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
 CASES = {
   'llama': dict(rope_theta=500000.0),
   'llama, untied': dict(tie_word_embeddings=False),
@@ -53,27 +66,40 @@ CASES = {
   'qwen3': dict(head_dim=24),
   'gemma3_text': dict(head_dim=24, query_pre_attn_scalar=24, num_hidden_layers=7, sliding_window=8),
   'gemma3_text, scaled': dict(
-      head_dim=24, query_pre_attn_scalar=24, num_hidden_layers=7, sliding_window=8,
-      rope_parameters={
-          'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6},
-          'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
-      },
+    head_dim=24,
+    query_pre_attn_scalar=24,
+    num_hidden_layers=7,
+    sliding_window=8,
+    rope_parameters={
+      'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6},
+      'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+    },
   ),
-}  # fmt: skip
+}
 ARCHITECTURES = {'gemma3_text': 'gemma3'}
 
 # What gguf-py's converter calls them.
 COMMON = {
-    'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v',
-    'self_attn.o_proj': 'attn_output', 'self_attn.q_norm': 'attn_q_norm', 'self_attn.k_norm': 'attn_k_norm',
-    'input_layernorm': 'attn_norm', 'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down',
-    'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output',
-}  # fmt: skip
+  'self_attn.q_proj': 'attn_q',
+  'self_attn.k_proj': 'attn_k',
+  'self_attn.v_proj': 'attn_v',
+  'self_attn.o_proj': 'attn_output',
+  'self_attn.q_norm': 'attn_q_norm',
+  'self_attn.k_norm': 'attn_k_norm',
+  'input_layernorm': 'attn_norm',
+  'mlp.gate_proj': 'ffn_gate',
+  'mlp.up_proj': 'ffn_up',
+  'mlp.down_proj': 'ffn_down',
+  'model.embed_tokens': 'token_embd',
+  'model.norm': 'output_norm',
+  'lm_head': 'output',
+}
 LLAMA_NAMES = COMMON | {'post_attention_layernorm': 'ffn_norm'}
 GEMMA_NAMES = COMMON | {
-    'post_attention_layernorm': 'post_attention_norm', 'pre_feedforward_layernorm': 'ffn_norm',
-    'post_feedforward_layernorm': 'post_ffw_norm',
-}  # fmt: skip
+  'post_attention_layernorm': 'post_attention_norm',
+  'pre_feedforward_layernorm': 'ffn_norm',
+  'post_feedforward_layernorm': 'post_ffw_norm',
+}
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -315,9 +341,10 @@ def test_the_head_is_read_as_the_gguf_package_reads_it(tmp_path, alignment):
 @pytest.mark.parametrize('alignment', [0, 24, -32, 'wide'])
 def test_an_alignment_that_is_none_is_refused(tmp_path, alignment):
   writer = gguf.GGUFWriter(tmp_path / 'm.gguf', 'llama')
-  writer.add_key_value('general.alignment', *(
-    (alignment, gguf.GGUFValueType.STRING) if alignment == 'wide' else (alignment, gguf.GGUFValueType.INT32)
-  ))  # fmt: skip
+  writer.add_key_value(
+    'general.alignment',
+    *((alignment, gguf.GGUFValueType.STRING) if alignment == 'wide' else (alignment, gguf.GGUFValueType.INT32)),
+  )
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.close()
@@ -391,12 +418,18 @@ def test_gguf_tokenizer_round_trip(pre, tokenizer_of):
 
 
 @pytest.mark.parametrize(
-    'pre, add_bos, expected',
-    [
-        ('smollm', True, True), ('smollm', False, False), ('smollm', None, False), ('gpt-2', None, False),
-        ('llama-bpe', True, True), ('llama-bpe', False, False), ('llama-bpe', None, True), ('qwen2', None, False),
-    ],
-)  # fmt: skip
+  'pre, add_bos, expected',
+  [
+    ('smollm', True, True),
+    ('smollm', False, False),
+    ('smollm', None, False),
+    ('gpt-2', None, False),
+    ('llama-bpe', True, True),
+    ('llama-bpe', False, False),
+    ('llama-bpe', None, True),
+    ('qwen2', None, False),
+  ],
+)
 def test_gguf_begin_of_sequence(pre, add_bos, expected, tokenizer_of):
   tokenizer = tokenizer_of(pre=pre, add_bos=add_bos)
   ids = tokenizer('hello').input_ids

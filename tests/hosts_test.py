@@ -42,7 +42,9 @@ def test_two_processes_are_the_same_run_as_one(tmp_path):
   layout = '2 processes × 2 devices, data 2 × tp 2'
   command = [sys.executable, '-m', 'benchmarks.meshes', f'--workdir={tmp_path}', f'--only="{layout}"']
   done = subprocess.run(command, env=environment(1), capture_output=True, text=True, cwd=ROOT)
-  assert done.returncode == 0, done.stdout + done.stderr + ''.join(p.read_text()[-3000:] for p in tmp_path.glob('*.log'))
+  assert done.returncode == 0, (
+    done.stdout + done.stderr + ''.join(p.read_text()[-3000:] for p in tmp_path.glob('*.log'))
+  )
   assert f'| {layout} | the same |' in done.stdout
   report = json.loads(next(tmp_path.glob('2_processes*/report.json')).read_text())
   assert report['device'] == '4 × cpu, 2 process(es)'

@@ -29,17 +29,28 @@ GGUF = ASSETS / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 NEWS = ASSETS / 'lee_news.txt'
 
 SPEC = Spec(
-    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=40,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=True,
+  rope_freq_RH=((1.0, 0.1),),
+)
 L = 9
 BATCHES = list(np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 8, 9), np.int32))
 NESTED = ['shortgpt', 'taylor', 'ppl', 'sleb', 'magnitude', 'random']
 # How near to PyTorch: absolute for cosines and angles, relative for sums over weights, perplexities and losses.
 TOLERANCE = {
-    'shortgpt': dict(rtol=0, atol=1e-4), 'cosine_block': dict(rtol=0, atol=1e-4), 'uidl': dict(rtol=0, atol=1e-4),
-    'taylor': dict(rtol=1e-4), 'ppl': dict(rtol=1e-4), 'sleb': dict(rtol=1e-4),
-}  # fmt: skip
+  'shortgpt': dict(rtol=0, atol=1e-4),
+  'cosine_block': dict(rtol=0, atol=1e-4),
+  'uidl': dict(rtol=0, atol=1e-4),
+  'taylor': dict(rtol=1e-4),
+  'ppl': dict(rtol=1e-4),
+  'sleb': dict(rtol=1e-4),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -142,9 +153,11 @@ def compare_states_and_gradients(model: Decoder, batches, reference: Reference, 
   """Of shortgpt, cosine_block, uidl and taylor: the scores, and the order of all layers or the run of n."""
   layers = range(model.num_layers)
   expected = {
-      'shortgpt': reference.shortgpt(), 'cosine_block': reference.cosine_block(n), 'uidl': reference.uidl(n),
-      'taylor': reference.taylor(),
-  }  # fmt: skip
+    'shortgpt': reference.shortgpt(),
+    'cosine_block': reference.cosine_block(n),
+    'uidl': reference.uidl(n),
+    'taylor': reference.taylor(),
+  }
   sizes = {'shortgpt': len(layers), 'cosine_block': n, 'uidl': n, 'taylor': len(middle(len(layers)))}
   for method, size in sizes.items():
     choice = importance.choose(method, model, size, batches, Mode())
@@ -388,9 +401,10 @@ def worker(out: pathlib.Path):
 def test_eight_devices_choose_as_one_does(tmp_path):
   root = str(pathlib.Path(__file__).parents[1])
   env = os.environ | {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-  }  # fmt: skip
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+  }
   command = [sys.executable, '-W', 'error::UserWarning', __file__, str(tmp_path / 'out.json')]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]

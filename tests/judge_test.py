@@ -104,7 +104,9 @@ def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
   candidates = choice['candidates']
   assert len(candidates) >= 2 and candidates[0]['loss'] == min(c['loss'] for c in candidates)
   assert choice['chosen'] == candidates[0]['removed'] and report['removed'] == sorted(choice['chosen'])
-  assert all(len(c['scores']) > 2 for c in candidates) and len({str(c['scores']) for c in candidates}) == len(candidates)
+  assert all(len(c['scores']) > 2 for c in candidates) and len({str(c['scores']) for c in candidates}) == len(
+    candidates
+  )
   assert f'{candidates[1]["method"]} {sorted(candidates[1]["removed"])}' in (work / 'report.md').read_text()
   assert f'chosen by auto ({candidates[0]["method"]})' in (work / 'export/README.md').read_text()
   for c in candidates:  # each is what its method alone would choose

@@ -88,7 +88,9 @@ def test_no_place_of_ours():
   """Nothing that names a project, zone, bucket or address stands in the scripts."""
   for path in SCRIPTS:
     code = '\n'.join(line for line in path.read_text().splitlines() if not line.lstrip().startswith('#'))
-    assert not re.search(r'(us|europe|asia)-[a-z]+\d|gs://[a-z]|\d+\.\d+\.\d+\.\d+', code.replace('127.0.0.1', '')), path
+    assert not re.search(r'(us|europe|asia)-[a-z]+\d|gs://[a-z]|\d+\.\d+\.\d+\.\d+', code.replace('127.0.0.1', '')), (
+      path
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,14 +120,16 @@ def test_no_place_of_ours():
     ('gke_jobset.sh', [*JOBSET, '--', *FLAGS, '--workdir=/tmp/x'], '--workdir=/tmp/x is not on the storage'),
     ('gke_jobset.sh', [*JOBSET, '--', '--prompt=a\nb'], 'control character'),
   ],
-)  # fmt: skip
+)
 def test_bad_arguments(tmp_path, script, args, part):
   """One sentence, exit status 2, and no command was run: there is none to be found but those of the script itself."""
   for name in 'bash basename dirname sed'.split():
     (tmp_path / name).symlink_to(shutil.which(name))
   result = launch(script, *args, PATH=str(tmp_path))
   assert result.returncode == 2 and not result.stdout
-  assert re.fullmatch(rf'launch/{script}: [^\n]+ \(see launch/{script} --help\)\n', result.stderr) and part in result.stderr
+  assert (
+    re.fullmatch(rf'launch/{script}: [^\n]+ \(see launch/{script} --help\)\n', result.stderr) and part in result.stderr
+  )
 
 
 @pytest.mark.parametrize(
@@ -151,10 +155,18 @@ def test_local_dry_run():
   port = re.search(r'127\.0\.0\.1:(\d+)', ' '.join(shown[0])).group(1)
   for i, command in enumerate(shown):
     assert command == [
-        'env', 'JAX_PLATFORMS=cpu', 'JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo',
-        'XLA_FLAGS=--xla_force_host_platform_device_count=4', sys.executable, '-m', 'elder_jax.main',
-        f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}', *FLAGS,
-    ]  # fmt: skip
+      'env',
+      'JAX_PLATFORMS=cpu',
+      'JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo',
+      'XLA_FLAGS=--xla_force_host_platform_device_count=4',
+      sys.executable,
+      '-m',
+      'elder_jax.main',
+      f'--coordinator=127.0.0.1:{port}',
+      '--num_processes=2',
+      f'--process_id={i}',
+      *FLAGS,
+    ]
   assert len(shown) == 2 and 1024 < int(port) < 65536
 
 
@@ -216,9 +228,13 @@ def test_local_signal_reaches_all(local, tmp_path, sent):
 
 def test_local_says_why_another_process_failed(local):
   result = subprocess.run(
-    ['bash', 'launch/local.sh', '2', *FLAGS], cwd=REPO, env=local | {'ENDS': 'forever,echo what was wrong; exit 2'},
-    capture_output=True, text=True, timeout=60,
-  )  # fmt: skip
+    ['bash', 'launch/local.sh', '2', *FLAGS],
+    cwd=REPO,
+    env=local | {'ENDS': 'forever,echo what was wrong; exit 2'},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
   assert result.returncode == 2 and 'what was wrong' in result.stderr
 
 
@@ -228,10 +244,22 @@ def test_local_says_why_another_process_failed(local):
 def test_slurm_dry_run():
   submit, run, requeue = commands(launch('slurm.sh', '--dry-run', *SLURM, '--sbatch=--partition=gpu', '--', *FLAGS))
   assert submit == [
-      'sbatch', '--job-name=elder_jax', '--nodes=2', '--ntasks=16', '--ntasks-per-node=8', '--gpus-per-node=8',
-      '--time=4:00:00', '--requeue', '--open-mode=append', '--signal=TERM@180', '--output=elder_jax-%j.log',
-      '--partition=gpu', 'launch/slurm.sh', '--in-job', *FLAGS,
-  ]  # fmt: skip
+    'sbatch',
+    '--job-name=elder_jax',
+    '--nodes=2',
+    '--ntasks=16',
+    '--ntasks-per-node=8',
+    '--gpus-per-node=8',
+    '--time=4:00:00',
+    '--requeue',
+    '--open-mode=append',
+    '--signal=TERM@180',
+    '--output=elder_jax-%j.log',
+    '--partition=gpu',
+    'launch/slurm.sh',
+    '--in-job',
+    *FLAGS,
+  ]
   assert run == ['srun', '--kill-on-bad-exit=0', '--gpu-bind=none', 'python', '-m', 'elder_jax.main', *FLAGS]
   assert requeue == ['scontrol', 'requeue', '$SLURM_JOB_ID']
 
@@ -262,9 +290,17 @@ def test_pod_dry_run():
   queued = ['gcloud', 'compute', 'tpus', 'queued-resources']
   assert describe == [*queued, 'describe', 'my-pod', *where, '--format=value(state.state)']
   assert create == [
-      *queued, 'create', 'my-pod', '--node-id=my-pod', *where, '--accelerator-type=v5p-128',
-      '--runtime-version=v2-alpha-tpuv5', '--spot', '--labels=a=b', '--quiet',
-  ]  # fmt: skip
+    *queued,
+    'create',
+    'my-pod',
+    '--node-id=my-pod',
+    *where,
+    '--accelerator-type=v5p-128',
+    '--runtime-version=v2-alpha-tpuv5',
+    '--spot',
+    '--labels=a=b',
+    '--quiet',
+  ]
   assert pack[0] == 'tar' and all((REPO / name).exists() for name in pack[pack.index('-C') + 2 :])
   assert copy[:5] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'scp'] and '--worker=all' in copy
   for command in (setup, run):
@@ -272,7 +308,12 @@ def test_pod_dry_run():
   on_host = next(arg for arg in setup if arg.startswith('--command=')).partition('=')[2]
   assert shlex.split(on_host)[-3:] == ['~/elder/src/launch/tpu_host.sh', 'setup', 'gs://my-bucket']
   on_host = next(arg for arg in run if arg.startswith('--command=')).partition('=')[2]
-  assert shlex.split(on_host)[1:] == ['~/elder/src/launch/tpu_host.sh', 'run', *FLAGS, '--workdir=/mnt/elder/runs/my-pod']
+  assert shlex.split(on_host)[1:] == [
+    '~/elder/src/launch/tpu_host.sh',
+    'run',
+    *FLAGS,
+    '--workdir=/mnt/elder/runs/my-pod',
+  ]
   assert delete == [*queued, 'delete', 'my-pod', *where, '--force', '--quiet']
 
 
@@ -322,7 +363,7 @@ esac
     ([], 'FAILED ABSENT ACTIVE', '0', '0', 'delete create setup run', 0),
     ([], 'DENIED', '0', '0', '', 1),
   ],
-)  # fmt: skip
+)
 def test_pod_loop(tmp_path, options, states, runs, setups, did, status):
   bin_ = tmp_path / 'bin'
   program(bin_, 'gcloud', GCLOUD)
@@ -343,7 +384,9 @@ def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
   home = tmp_path / 'home'
   (home / 'elder/src').mkdir(parents=True)
   (home / 'elder/venv').mkdir()
-  body = 'printf "%s\\n" "$@" >>"$HOME/args"; echo begun; until [[ -e $HOME/go ]]; do sleep 0.1; done; echo ended; exit 75'
+  body = (
+    'printf "%s\\n" "$@" >>"$HOME/args"; echo begun; until [[ -e $HOME/go ]]; do sleep 0.1; done; echo ended; exit 75'
+  )
   program(home / 'elder/venv/bin', 'python', body)
   program(tmp_path / 'bin', 'curl', f'echo >>"$HOME/asked"; echo {worker}')
   env = environment(HOME=str(home), PATH=f'{tmp_path}/bin:{os.environ["PATH"]}')
@@ -394,7 +437,15 @@ def check_schema(made: dict):
   'options',
   [
     JOBSET,
-    [*JOBSET[:-1], '--bucket=gs://b', '--service-account=me', '--spot', '--max-restarts=5', '--grace=60', '--namespace=ns'],
+    [
+      *JOBSET[:-1],
+      '--bucket=gs://b',
+      '--service-account=me',
+      '--spot',
+      '--max-restarts=5',
+      '--grace=60',
+      '--namespace=ns',
+    ],
     [*JOBSET, '--topology=2x4', '--chips-per-host=8', '--accelerator=tpu-v5-lite-podslice'],
   ],
   ids=['claim', 'bucket', 'one-host'],
@@ -442,8 +493,12 @@ def test_manifest_runs_the_flags_as_given(tmp_path):
   path = f'{tmp_path}:{os.environ["PATH"]}'
   result = subprocess.run(expanded, env=environment(PATH=path), capture_output=True, text=True)
   assert result.stdout.splitlines() == [
-      '-m', 'elder_jax.main', *FLAGS, r'--prompt=back\slash: #no "comment"', '--workdir=/mnt/elder/runs/my-run',
-  ]  # fmt: skip
+    '-m',
+    'elder_jax.main',
+    *FLAGS,
+    r'--prompt=back\slash: #no "comment"',
+    '--workdir=/mnt/elder/runs/my-run',
+  ]
 
 
 def test_schema_sees_mistakes():

@@ -35,14 +35,30 @@ pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 L, RANK, ALPHA = 3, 2, 6.0
 SPEC = Spec(
-    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=40,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=True,
+  rope_freq_RH=((1.0, 0.1),),
+)
 # Another kind of block: biases, LayerNorm, no gate in the MLP, attention and MLP side by side.
 PARALLEL = dataclasses.replace(
-    SPEC, norm='layer', block='parallel', shared_norm=True, gated_mlp=False, activation='gelu', qkv_bias=True,
-    out_bias=True, mlp_bias=True, head_bias=True, tied=False,
-)  # fmt: skip
+  SPEC,
+  norm='layer',
+  block='parallel',
+  shared_norm=True,
+  gated_mlp=False,
+  activation='gelu',
+  qkv_bias=True,
+  out_bias=True,
+  mlp_bias=True,
+  head_bias=True,
+  tied=False,
+)
 MATRICES = {'wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down'}
 BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (8, 4, 9), np.int32)
 
@@ -305,9 +321,10 @@ def memory(num_layers: int, rank: int, remat: str):
   tx = train.optimizer(mask, rate, 0.0, 1.0)
   state, frozen = jax.eval_shape(lambda m: train.init(m, mask, tx), model)
   terms = {
-      'alive_L': np.ones(num_layers, bool), 'gate_weight_L': np.zeros(num_layers, np.float32),
-      'delta_weight_L': np.zeros(num_layers, np.float32),
-  }  # fmt: skip
+    'alive_L': np.ones(num_layers, bool),
+    'gate_weight_L': np.zeros(num_layers, np.float32),
+    'delta_weight_L': np.zeros(num_layers, np.float32),
+  }
   step = train.make_step(tx, Mode(remat=remat), 1, rate)
   return step.lower(state, (frozen, None), np.zeros((1, 16), np.int32), terms).compile().memory_analysis()
 
@@ -352,8 +369,10 @@ def worker(out: pathlib.Path):
   )
   batches = np.random.default_rng(0).integers(0, WIDE.vocab_size, (2, 8, 9), np.int32)
   terms = {
-      'alive_L': np.ones(2, bool), 'gate_weight_L': np.zeros(2, np.float32), 'delta_weight_L': np.zeros(2, np.float32)
-  }  # fmt: skip
+    'alive_L': np.ones(2, bool),
+    'gate_weight_L': np.zeros(2, np.float32),
+    'delta_weight_L': np.zeros(2, np.float32),
+  }
   for flag in ('1,1,1', '2,2,2'):
     for kind, rank in (('adamw', 2), ('adafactor', 0)):
       mesh = sharding.make_mesh(flag, jax.devices()[: 1 if flag == '1,1,1' else 8])
@@ -384,9 +403,10 @@ def worker(out: pathlib.Path):
 def test_eight_devices_train_as_one_does(tmp_path):
   root = str(pathlib.Path(__file__).parents[1])
   env = os.environ | {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-  }  # fmt: skip
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+  }
   done = subprocess.run([sys.executable, __file__, tmp_path], env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
   facts = json.loads((tmp_path / 'facts.json').read_text())

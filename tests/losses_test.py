@@ -61,7 +61,9 @@ def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monke
     return 3 * total / count
 
   def plain(x_BTD):
-    logp_BTV, teacher_BTV = (jax.nn.log_softmax(model_lib.logits(*a)[:, :-1]) for a in ((model, x_BTD), (teacher, y_BTD)))
+    logp_BTV, teacher_BTV = (
+      jax.nn.log_softmax(model_lib.logits(*a)[:, :-1]) for a in ((model, x_BTD), (teacher, y_BTD))
+    )
     kl_BT = jnp.sum(jnp.exp(teacher_BTV) * (teacher_BTV - logp_BTV), -1)
     nll, count = plain_nll(model, x_BTD, tokens_BT)
     return 3 * ((1 - distill) * nll / count + distill * jnp.mean(kl_BT))

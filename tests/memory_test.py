@@ -141,7 +141,9 @@ class Compiled(logging.Handler):
     self.least, self.found = least, set()
 
   def emit(self, record):
-    if not (match := re.match(r'Compiling jit\((\w+)\) with global shapes and types \((.*?)\)\. Arg', record.getMessage())):
+    if not (
+      match := re.match(r'Compiling jit\((\w+)\) with global shapes and types \((.*?)\)\. Arg', record.getMessage())
+    ):
       return
     shapes = re.findall(r'(\w+)\[([\d,]*)\]', match[2])
     if sum(math.prod(map(int, filter(None, shape.split(',')))) for _, shape in shapes) >= self.least:

@@ -15,9 +15,16 @@ from elder_jax.model import Spec
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 SPEC = Spec(
-    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=40,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=True,
+  rope_freq_RH=((1.0, 0.1),),
+)
 L = 10
 BATCHES = list(np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 3, 9), np.int32))
 

@@ -19,9 +19,16 @@ from elder_jax.model import Mode
 from elder_jax.model import Spec
 
 SPEC = Spec(
-    vocab_size=37, d_model=16, num_heads=4, num_kv_heads=2, head_dim=6, d_ff=20, norm_eps=1e-5, tied=False,
-    rope_freq_RH=((1.0, 0.3, 0.05),),
-)  # fmt: skip
+  vocab_size=37,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=6,
+  d_ff=20,
+  norm_eps=1e-5,
+  tied=False,
+  rope_freq_RH=((1.0, 0.3, 0.05),),
+)
 LAYERS = 5
 B, T = 2, 11
 ALL_NORMS = [(p, s) for p in ('l2', 'l1') for s in ('token', 'relative', 'none')]
@@ -100,9 +107,13 @@ def plain_norm(d_BTD, x_BTD, penalty, scale):
 # ---- against transformers ----
 
 LLAMA3 = {
-    'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-    'original_max_position_embeddings': 16,
-}  # fmt: skip
+  'rope_type': 'llama3',
+  'rope_theta': 10000.0,
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 16,
+}
 LINEAR = {'rope_type': 'linear', 'rope_theta': 10000.0, 'factor': 4.0}
 TORCH_CASES = {
   'mha_untied': dict(num_key_value_heads=4, tie_word_embeddings=False),

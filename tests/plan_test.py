@@ -24,15 +24,35 @@ from elder_jax.errors import InputError
 from elder_jax.model import Spec
 
 SPEC = Spec(
-    vocab_size=320, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=128, norm_eps=1e-5, tied=False,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=320,
+  d_model=64,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  d_ff=128,
+  norm_eps=1e-5,
+  tied=False,
+  rope_freq_RH=((1.0, 0.1),),
+)
 L = 4
 CONFIG = Config(
-    model='m', plan=True, method='elder', recipe='regularize', compare=(), train_steps=2, seq_len=32, eval_seq_len=32,
-    num_sequences=8, batch_size=8, eval_batch_size=8, remat='none', eval_data=('a=b',), protect_first=1, protect_last=1,
-    verify='jax',
-)  # fmt: skip
+  model='m',
+  plan=True,
+  method='elder',
+  recipe='regularize',
+  compare=(),
+  train_steps=2,
+  seq_len=32,
+  eval_seq_len=32,
+  num_sequences=8,
+  batch_size=8,
+  eval_batch_size=8,
+  remat='none',
+  eval_data=('a=b',),
+  protect_first=1,
+  protect_last=1,
+  verify='jax',
+)
 
 
 def live_bytes() -> list[int]:
@@ -64,10 +84,18 @@ def worker(mesh_flag: str, changes: dict):
     stage = plan.measure(planned, mesh)
     m = stage.compiled.memory_analysis()
   arguments = sizes.device_bytes(planned.args)
-  print(json.dumps({
-    'planned': planned.params + planned.opt_state + planned.beside + sizes.device_bytes(batch), 'held': held,
-    'arguments': arguments, 'compiler': m.argument_size_in_bytes, 'peak': stage.peak, 'state': stage.state,
-  }))  # fmt: skip
+  print(
+    json.dumps(
+      {
+        'planned': planned.params + planned.opt_state + planned.beside + sizes.device_bytes(batch),
+        'held': held,
+        'arguments': arguments,
+        'compiler': m.argument_size_in_bytes,
+        'peak': stage.peak,
+        'state': stage.state,
+      }
+    )
+  )
 
 
 @pytest.mark.parametrize(
@@ -76,9 +104,10 @@ def worker(mesh_flag: str, changes: dict):
 def test_the_plans_bytes_are_those_that_the_devices_hold(mesh, changes):
   root = str(pathlib.Path(__file__).parents[1])
   env = os.environ | {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=4', 'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-  }  # fmt: skip
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+  }
   command = [sys.executable, __file__, mesh, json.dumps(changes)]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
@@ -105,11 +134,17 @@ def test_formula_and_program_agree_on_flops(changes, one_device):
   found = programs(one_device, recipe='prune_then_train', **changes)
   computed = [p for p in found.values() if p.model_flops]
   assert [p.name for p in computed] == [
-    'evaluation, 4 layers', 'stage 1, gates', 'training, 3 layers', 'evaluation, 3 layers', 'verification'
-  ]  # fmt: skip
+    'evaluation, 4 layers',
+    'stage 1, gates',
+    'training, 3 layers',
+    'evaluation, 3 layers',
+    'verification',
+  ]
   for p in computed:
     traced = plan.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr)
-    head_again = 2 * SPEC.d_model * SPEC.vocab_size * 8 * 32  # where the head is trained a loss's logits are computed again
+    head_again = (
+      2 * SPEC.d_model * SPEC.vocab_size * 8 * 32
+    )  # where the head is trained a loss's logits are computed again
     again = head_again if 'trainable' in changes and 'training' in p.name else 0
     assert traced - again == p.model_flops, p.name
 
@@ -127,11 +162,22 @@ def test_every_method_and_recipe_has_a_plan(one_device):
   recipes = ('none', 'absorb', 'replace_linear_then_train', 'regularize', 'prune_then_train')
   found = programs(one_device, method=methods, recipe=recipes[0], compare=recipes, verify='torch')
   assert list(found) == [
-    'loading', 'evaluation, 4 layers', *(f'choosing by {m}' for m in ('shortgpt', 'sleb', 'uidl', 'cosine_block', 'laco')),
-    'stage 1, gates', 'absorb', 'removing layers', 'evaluation, 3 layers', 'replace_linear', 'training, 3 layers',
-    'training, 4 layers', 'removing layers, as trained', 'merging layers', 'export', 'verification',
+    'loading',
+    'evaluation, 4 layers',
+    *(f'choosing by {m}' for m in ('shortgpt', 'sleb', 'uidl', 'cosine_block', 'laco')),
+    'stage 1, gates',
+    'absorb',
+    'removing layers',
+    'evaluation, 3 layers',
+    'replace_linear',
+    'training, 3 layers',
+    'training, 4 layers',
+    'removing layers, as trained',
+    'merging layers',
+    'export',
+    'verification',
     'verification in PyTorch',
-  ]  # fmt: skip
+  ]
   for p in found.values():
     assert p.params > 0
     if p.call:
@@ -140,13 +186,21 @@ def test_every_method_and_recipe_has_a_plan(one_device):
 
 @pytest.mark.parametrize('block, refits', [('pre', ['absorb']), ('post', [])])
 def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block, refits):
-  config = dataclasses.replace(CONFIG, method='auto', recipe='prune_then_train' if block == 'post' else 'absorb_then_train')
+  config = dataclasses.replace(
+    CONFIG, method='auto', recipe='prune_then_train' if block == 'post' else 'absorb_then_train'
+  )
   found = plan.programs(config, dataclasses.replace(SPEC, block=block), 8, [1], one_device)
   choosing = [f'choosing by {method}' for method in ('cosine_block', 'taylor', 'ppl')]
   judging = [*refits, 'judging, removing layers', 'judging, 7 layers', 'removing layers', 'training, 7 layers']
   assert [p.name for p in found] == [
-    'loading', 'evaluation, 8 layers', *choosing, *judging, 'evaluation, 7 layers', 'export', 'verification'
-  ]  # fmt: skip
+    'loading',
+    'evaluation, 8 layers',
+    *choosing,
+    *judging,
+    'evaluation, 7 layers',
+    'export',
+    'verification',
+  ]
   taylor = next(stage for stage in found if stage.name == 'choosing by taylor')
   stage = plan.measure(dataclasses.replace(taylor, gradients=1 << 60), one_device, compile_it=False)
   advice = plan.advice(stage, config, SPEC, 8, [1], one_device, 'float32')
@@ -173,9 +227,17 @@ def test_bytes_of_each_kind(one_device):
 def bare(tmp_path):
   """A config.json without weights."""
   config = dict(
-      model_type='llama', vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-      num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, hidden_act='silu', tie_word_embeddings=False,
-  )  # fmt: skip
+    model_type='llama',
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    hidden_act='silu',
+    tie_word_embeddings=False,
+  )
   (tmp_path / 'config.json').write_text(json.dumps(config))
   return dataclasses.replace(CONFIG, model=str(tmp_path), method='random', mesh='1,1,1')
 
@@ -211,7 +273,9 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
     jaxpr = jax.make_jaxpr(lambda: 1)()
     lower = compile = lambda self: self
 
-  sentence = 'RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (51.25G) exceeds available HBM (15.75G).'
+  sentence = (
+    'RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (51.25G) exceeds available HBM (15.75G).'
+  )
 
   def refuse(self):
     raise jax.errors.JaxRuntimeError(sentence)
@@ -226,7 +290,10 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
 @pytest.mark.parametrize(
   'changes, sentence',
   [
-    ({'topology': 'v5e:4x4'}, "--topology=v5e:4x4: the TPU compiler is missing; install it with pip install 'elder_jax"),
+    (
+      {'topology': 'v5e:4x4'},
+      "--topology=v5e:4x4: the TPU compiler is missing; install it with pip install 'elder_jax",
+    ),
     ({'topology': 'v5e:4x4', 'plan': False}, '--topology=v5e:4x4: is only compiled for; add --plan.'),
     ({'mesh': '3,1,1'}, '--mesh=3,1,1: makes 3 devices, there are 1'),
   ],

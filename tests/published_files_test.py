@@ -69,7 +69,9 @@ def test_names_without_the_prefix_are_read_as_transformers_reads_them(own):
   edit(own, lambda tensors: {n if n in HEADS else n.removeprefix(prefix): t for n, t in tensors.items()})
   np.testing.assert_array_equal(logits(own), before)
   np.testing.assert_array_equal(torch_logits(own, TOKENS_BT), theirs)
-  half = lambda tensors: {(prefix + n if i % 2 and n not in HEADS else n): t for i, (n, t) in enumerate(tensors.items())}
+  half = lambda tensors: {
+    (prefix + n if i % 2 and n not in HEADS else n): t for i, (n, t) in enumerate(tensors.items())
+  }
   edit(own, half)  # some with it, some without
   np.testing.assert_array_equal(logits(own), before)
   twice = lambda name: name if name in HEADS else f'{prefix}{prefix}{name.removeprefix(prefix)}'

@@ -100,7 +100,9 @@ def test_every_field_of_transformers_is_read(kind):
   config = config_class(kind)().to_dict()
   assert set(inspect.signature(config_class(kind)).parameters) <= set(config) | NEUTRAL | {'kwargs'}
   spec, num_layers = read(config)
-  assert num_layers == config.get('num_hidden_layers', config.get('n_layer')) and spec.vocab_size == config['vocab_size']
+  assert (
+    num_layers == config.get('num_hidden_layers', config.get('n_layer')) and spec.vocab_size == config['vocab_size']
+  )
 
 
 @pytest.mark.parametrize('kind', families.FAMILIES)
@@ -146,7 +148,9 @@ def test_what_changes_nothing(kind):
   for key, off in OFF.items():
     if (kind, key) != ('gpt_neox', 'attention_bias'):  # on, where the key is absent
       assert read(config | {key: config.get(key, off)}) == asked
-  nulls = {key: None for key in (*OFF, 'quantization_config', 'rope_scaling', 'head_dim', 'layer_types', 'not_known_here')}
+  nulls = {
+    key: None for key in (*OFF, 'quantization_config', 'rope_scaling', 'head_dim', 'layer_types', 'not_known_here')
+  }
   assert read(nulls | config) == asked
 
 

@@ -32,9 +32,16 @@ MAKE_STEP, STEPS = train.make_step, {}
 @functools.cache
 def random_model(tied: bool) -> Decoder:
   spec = Spec(
-      vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=tied,
-      rope_freq_RH=((1.0, 0.1),),
-  )  # fmt: skip
+    vocab_size=40,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    norm_eps=1e-5,
+    tied=tied,
+    rope_freq_RH=((1.0, 0.1),),
+  )
   return Decoder(spec, L, jax.random.key(0))
 
 
@@ -163,9 +170,15 @@ def test_the_penalty_alone_drives_the_updates_to_zero(penalty, scale):
   model.head.set_value(jnp.zeros_like(model.head.get_value()))  # the LM loss is log V whatever the layers do
   metrics = []
   trained = fit(
-      model, [1, 2], Mode(penalty=penalty, penalty_scale=scale), lambda i, m: metrics.append(m),
-      batch=lambda i: BATCHES_SBT[0], steps=60, lr=0.02, lambda2=10.0,
-  )  # fmt: skip
+    model,
+    [1, 2],
+    Mode(penalty=penalty, penalty_scale=scale),
+    lambda i, m: metrics.append(m),
+    batch=lambda i: BATCHES_SBT[0],
+    steps=60,
+    lr=0.02,
+    lambda2=10.0,
+  )
   np.testing.assert_allclose([m['lm_loss'] for m in metrics], np.log(40), rtol=1e-5)
   ratio_L = metrics[-1]['delta_L'] / metrics[0]['delta_L']
   assert ratio_L[1] < 0.05 and ratio_L[2] < 0.05, ratio_L

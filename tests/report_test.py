@@ -12,35 +12,40 @@ from elder_jax.metrics import Metrics
 
 def row(recipe, wiki, news, method='elder', removed=(2, 3), tasks=None) -> dict:
   return {
-      'method': method, 'recipe': recipe, 'removed': list(removed), 'ppl': {'wiki': wiki, 'news': news},
-      'tasks': tasks or {},
-  }  # fmt: skip
+    'method': method,
+    'recipe': recipe,
+    'removed': list(removed),
+    'ppl': {'wiki': wiki, 'news': news},
+    'tasks': tasks or {},
+  }
 
 
 def make(recipe='regularize', **changes) -> dict:
   return {
-      'model': 'some/model',
-      'num_layers': 6,
-      'removed': [2, 3],
-      'kept': [0, 1, 4, 5],
-      'recipe': recipe,
-      'gates': [[1.0] * 6, [1.0, 0.9, 0.1234, -0.05, 1.0, 1.0]],
-      'ppl': {'wiki': {'dense': 10.126, 'pruned': 20.5}, 'news': {'dense': 7.0, 'pruned': 9999.994}},
-      'rows': [  # the exported one is the last
-          row('none', 123456.0, 10000.0), row('prune_then_train', 21.0, 10001.0), row('regularize', 20.5, 9999.994)
-      ],
-      'tasks': {'dense': {}, 'pruned': {}},
-      'choices': [{'method': 'elder', 'num_remove': 2, 'chosen': [2, 3]}],
-      'corpora': {
-          c: {'source': f'{c}.txt', 'sha256': c[0] * 64, 'windows': 8, 'window': 32, 'bos': 'tokenizer', 'protocol': 'P/1'}
-          for c in ('wiki', 'news')
-      },
-      'params': {'dense': 12_340_000, 'pruned': 9_255_000},
-      'seconds': {'load': 1.2, 'gates': 61.7},
-      'device': '1 × cpu',
-      'peak_bytes': None,
-      'versions': {'python': '3.11', 'jax': '0.10'},
-  } | changes  # fmt: skip
+    'model': 'some/model',
+    'num_layers': 6,
+    'removed': [2, 3],
+    'kept': [0, 1, 4, 5],
+    'recipe': recipe,
+    'gates': [[1.0] * 6, [1.0, 0.9, 0.1234, -0.05, 1.0, 1.0]],
+    'ppl': {'wiki': {'dense': 10.126, 'pruned': 20.5}, 'news': {'dense': 7.0, 'pruned': 9999.994}},
+    'rows': [  # the exported one is the last
+      row('none', 123456.0, 10000.0),
+      row('prune_then_train', 21.0, 10001.0),
+      row('regularize', 20.5, 9999.994),
+    ],
+    'tasks': {'dense': {}, 'pruned': {}},
+    'choices': [{'method': 'elder', 'num_remove': 2, 'chosen': [2, 3]}],
+    'corpora': {
+      c: {'source': f'{c}.txt', 'sha256': c[0] * 64, 'windows': 8, 'window': 32, 'bos': 'tokenizer', 'protocol': 'P/1'}
+      for c in ('wiki', 'news')
+    },
+    'params': {'dense': 12_340_000, 'pruned': 9_255_000},
+    'seconds': {'load': 1.2, 'gates': 61.7},
+    'device': '1 × cpu',
+    'peak_bytes': None,
+    'versions': {'python': '3.11', 'jax': '0.10'},
+  } | changes
 
 
 def test_table():
@@ -163,8 +168,12 @@ def test_metrics_begin_drops_what_will_be_written_again(tmp_path):
     for i in range(4):
       metrics.write(stage, i, {'loss': np.float32(i).item(), 'delta_L': np.arange(2.0)}, round=0)
   assert json.loads(path.read_text().splitlines()[1]) == {
-      'stage': 'gates', 'step': 1, 'round': 0, 'loss': 1.0, 'delta_L': [0.0, 1.0]
-  }  # fmt: skip
+    'stage': 'gates',
+    'step': 1,
+    'round': 0,
+    'loss': 1.0,
+    'delta_L': [0.0, 1.0],
+  }
   gates = [('gates', i) for i in range(4)]
   metrics.begin('regularize', 2)
   assert steps(path) == gates + [('regularize', 0), ('regularize', 1)]

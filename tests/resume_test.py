@@ -45,9 +45,16 @@ pytestmark = [
 ]
 
 SPEC = Spec(
-    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=40,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=True,
+  rope_freq_RH=((1.0, 0.1),),
+)
 L = 5
 BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (9, 4, 9), np.int32)
 SETTINGS = gates.GateSettings(3, True, 3, 0.02, 1e-4, (1, 2, 3), clip=1e9)
@@ -147,7 +154,12 @@ def data_files(folder: pathlib.Path, where: str = '*') -> list[pathlib.Path]:
 @pytest.mark.parametrize('where', ['state', 'ocdbt.process_0'])
 @pytest.mark.parametrize(
   'damage',
-  [lambda file: os.truncate(file, file.stat().st_size // 2), lambda file: os.truncate(file, 0), damage_content, os.unlink],
+  [
+    lambda file: os.truncate(file, file.stat().st_size // 2),
+    lambda file: os.truncate(file, 0),
+    damage_content,
+    os.unlink,
+  ],
   ids=['half', 'empty', 'changed', 'gone'],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, damage, where):
@@ -252,12 +264,13 @@ def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) ->
   args = [f'--{k}={v}' for k, v in settings.items() if k != 'eval_data']
   args += [f'--eval_data={text}' for text in settings['eval_data']]
   env = os.environ | {
-      'SIGNAL': str(int(number)),
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'JAX_PLATFORMS': 'cpu',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-      'PYTHONPATH': os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]),
-      'BATCHES': str(batches),
-  }  # fmt: skip
+    'SIGNAL': str(int(number)),
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'PYTHONPATH': os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]),
+    'BATCHES': str(batches),
+  }
   before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in the background ignore it
   try:
     return subprocess.run([sys.executable, __file__, *args], env=env, capture_output=True, text=True)
@@ -395,7 +408,9 @@ def test_sigterm_outside_training_ends_the_run_at_the_next_batch(settings, monke
 def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text, tmp_path, monkeypatch):
   settings |= dict(recipe='none', eval_data=(f'text={text}',), num_remove=None, remove_layers='2')
   whole_run(settings)
-  message = refused(settings, '--lr=0.001, not 0.5', '--seed=0, not 7', '--compare=none, not ', lr=0.5, seed=7, compare=[])
+  message = refused(
+    settings, '--lr=0.001, not 0.5', '--seed=0, not 7', '--compare=none, not ', lr=0.5, seed=7, compare=[]
+  )
   assert message.count(', not ') == 3
   other = tmp_path / 'other.txt'
   other.write_text('a')
@@ -404,9 +419,16 @@ def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text,
   monkeypatch.chdir(tmp_path)
   near = lambda path: os.path.relpath(path, tmp_path)
   free = dict(
-      checkpoint_every=7, checkpoint_minutes=3.0, keep_checkpoints=5, mesh='1,-1,1', verify='auto',
-      model=near(tiny), train_data=near(text), eval_data=(f'text={near(text)}',), workdir='work',
-  )  # fmt: skip
+    checkpoint_every=7,
+    checkpoint_minutes=3.0,
+    keep_checkpoints=5,
+    mesh='1,-1,1',
+    verify='auto',
+    model=near(tiny),
+    train_data=near(text),
+    eval_data=(f'text={near(text)}',),
+    workdir='work',
+  )
   assert whole_run(settings, **free)['removed'] == [2]
   # A setting that the earlier run's version did not know had its default.
   record = pathlib.Path(settings['workdir']) / 'config.json'
@@ -425,8 +447,12 @@ def test_a_full_disk_is_told_from_other_failures():
   except ValueError as e:
     assert disk_is_full(e)
   assert disk_is_full(full) and disk_is_full(OSError(errno.EDQUOT, 'quota'))
-  assert disk_is_full(ValueError('RESOURCE_EXHAUSTED: Failed to write 83 bytes to file 20: No space left on device [os_e'))
-  assert not disk_is_full(OSError(errno.EACCES, 'no')) and not disk_is_full(ValueError('RESOURCE_EXHAUSTED: out of memory'))
+  assert disk_is_full(
+    ValueError('RESOURCE_EXHAUSTED: Failed to write 83 bytes to file 20: No space left on device [os_e')
+  )
+  assert not disk_is_full(OSError(errno.EACCES, 'no')) and not disk_is_full(
+    ValueError('RESOURCE_EXHAUSTED: out of memory')
+  )
 
 
 def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, capsys):

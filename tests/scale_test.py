@@ -3,7 +3,7 @@
 from benchmarks import hlo
 
 # A loop of 5 with a branch, in which weights are gathered in three steps that are one collective, and a nested loop of 2.
-TEXT = '''HloModule jit_step
+TEXT = """HloModule jit_step
 
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -65,7 +65,7 @@ ENTRY %main (m: f32[8]) -> f32[] {
   %start.2 = (f32[8]{0}, f32[32]{0}) all-gather-start(%m), channel_id=9, dimensions={0}
   ROOT %all-reduce = f32[8]{0} all-reduce(%m), channel_id=10, to_apply=%add, backend_config={"estimated_cycles":"1000"}
 }
-'''
+"""
 
 
 def test_collectives_count_once_and_run_as_often_as_their_loops():

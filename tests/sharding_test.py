@@ -21,15 +21,26 @@ from elder_jax.model import Mode
 from elder_jax.model import Spec
 
 SPEC = Spec(
-    vocab_size=48, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=True,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=48,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=True,
+  rope_freq_RH=((1.0, 0.1),),
+)
 L = 3
 # Mesh -> remat and grad_accum, which change no number.
 MESHES = {
-    '1,1,1': ('none', 2), '8,1,1': ('none', 2), '4,2,1': ('dots', 2), '2,4,1': ('full', 2), '1,8,1': ('none', 1),
-    '2,2,2': ('none', 2),
-}  # fmt: skip
+  '1,1,1': ('none', 2),
+  '8,1,1': ('none', 2),
+  '4,2,1': ('dots', 2),
+  '2,4,1': ('full', 2),
+  '1,8,1': ('none', 1),
+  '2,2,2': ('none', 2),
+}
 CUT = [flag for flag in MESHES if flag not in ('1,1,1', '8,1,1')]
 
 
@@ -47,8 +58,10 @@ def worker(out: pathlib.Path):
   )
   batches = np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 16, 9), np.int32)
   terms = {
-      'alive_L': np.ones(L, bool), 'gate_weight_L': np.zeros(L, np.float32), 'delta_weight_L': np.float32([0, 0.1, 0])
-  }  # fmt: skip
+    'alive_L': np.ones(L, bool),
+    'gate_weight_L': np.zeros(L, np.float32),
+    'delta_weight_L': np.float32([0, 0.1, 0]),
+  }
   facts, arrays, whole = {}, {}, Decoder(SPEC, L, jax.random.key(0))
   arrays |= {f'start/{k}': np.asarray(a) for k, a in named(whole).items()}
   for flag, (remat, grad_accum) in MESHES.items():
@@ -76,12 +89,17 @@ def worker(out: pathlib.Path):
     restored = checkpoints.latest(train.init(model, mask, tx)[0])
     resumed, _ = step(restored, (frozen, None), batch, terms)
     facts[flag] = {
-        'losses': losses, 'before': before, 'after': lies(state), 'again': again,
-        'replicated': all(m.is_fully_replicated for m in metrics.values()),
-        'stacks': len(whole_stacks), 'whole_stacks': [s for s in whole_stacks if s in program],
-        'gathers': program.count(' all-gather('), 'batch': batch.sharding.shard_shape((16, 9)),
-        'resumed': all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(state))),
-    }  # fmt: skip
+      'losses': losses,
+      'before': before,
+      'after': lies(state),
+      'again': again,
+      'replicated': all(m.is_fully_replicated for m in metrics.values()),
+      'stacks': len(whole_stacks),
+      'whole_stacks': [s for s in whole_stacks if s in program],
+      'gathers': program.count(' all-gather('),
+      'batch': batch.sharding.shard_shape((16, 9)),
+      'resumed': all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(state))),
+    }
     if flag in ('1,1,1', '2,2,2'):  # fewer prompts than devices
       put = lambda a, mesh=mesh: sharding.put_batch(a, mesh)
       facts[flag]['written'] = generate.generate(model, [[1, 2, 3], [4], [5, 6]], 5, put=put)
@@ -95,9 +113,10 @@ def result():
   root = str(pathlib.Path(__file__).parents[1])
   with tempfile.TemporaryDirectory() as folder:
     env = os.environ | {
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
-        'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-    }  # fmt: skip
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
+    }
     done = subprocess.run([sys.executable, __file__, folder], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     with np.load(pathlib.Path(folder) / 'arrays.npz') as file:
@@ -216,9 +235,12 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_constraints_are_nothing_without_a_mesh():
   model, x = Decoder(SPEC, L, jax.random.key(0)), np.ones((4, 2))
   for held, a in (
-    (sharding.constrain(x, 'fsdp', 'tp'), x), (sharding.constrain_batch(x), x), (sharding.gather(x, 'LDF'), x),
-    (sharding.replicate(x), x), (sharding.constrain_state(model), model),
-  ):  # fmt: skip
+    (sharding.constrain(x, 'fsdp', 'tp'), x),
+    (sharding.constrain_batch(x), x),
+    (sharding.gather(x, 'LDF'), x),
+    (sharding.replicate(x), x),
+    (sharding.constrain_state(model), model),
+  ):
     assert held is a
   assert sharding.batch_ways() == 1 and sharding.platform() == jax.default_backend()
 

@@ -26,9 +26,16 @@ def whole(tmp_path_factory):
 
 def export(work, model, remove_layers, **more):
   settings = dict(
-      model=str(model), workdir=str(work), eval_data=(f'news={NEWS}',), eval_seq_len=256, eval_tokens=256,
-      remove_layers=remove_layers, recipe='none', compare=[], verify='torch',
-  )  # fmt: skip
+    model=str(model),
+    workdir=str(work),
+    eval_data=(f'news={NEWS}',),
+    eval_seq_len=256,
+    eval_tokens=256,
+    remove_layers=remove_layers,
+    recipe='none',
+    compare=[],
+    verify='torch',
+  )
   report = pipeline.run(Config(**{**settings, **more}))
   return report, work / 'export'
 

@@ -18,9 +18,16 @@ from elder_jax.model import Spec
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 SPEC = Spec(
-    vocab_size=40, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, norm_eps=1e-5, tied=False,
-    rope_freq_RH=((1.0, 0.1),),
-)  # fmt: skip
+  vocab_size=40,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  norm_eps=1e-5,
+  tied=False,
+  rope_freq_RH=((1.0, 0.1),),
+)
 L = 3
 BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (8, 4, 9), np.int32)
 NORMS = {'.final_norm.scale.value', '.layers.attn_norm.scale.value', '.layers.mlp_norm.scale.value'}
@@ -56,9 +63,10 @@ def tiny(dtype=jnp.float32) -> Decoder:
 
 def terms(**more) -> dict:
   return {
-      'alive_L': np.ones(L, bool), 'gate_weight_L': np.full(L, 0.01, np.float32),
-      'delta_weight_L': np.full(L, 0.1, np.float32),
-  } | more  # fmt: skip
+    'alive_L': np.ones(L, bool),
+    'gate_weight_L': np.full(L, 0.01, np.float32),
+    'delta_weight_L': np.full(L, 0.1, np.float32),
+  } | more
 
 
 @functools.cache
@@ -142,10 +150,14 @@ def test_the_callers_model_outlives_donation():
 def test_changed_terms_do_not_recompile():
   step, state, frozen = begin('blocks')
   losses = []
-  for i, change in enumerate((
-      {}, {'alive_L': np.array([True, False, True])}, {'delta_weight_L': np.zeros(L, np.float32)},
+  for i, change in enumerate(
+    (
+      {},
+      {'alive_L': np.array([True, False, True])},
+      {'delta_weight_L': np.zeros(L, np.float32)},
       {'gate_weight_L': np.ones(L, np.float32)},
-  )):  # fmt: skip
+    )
+  ):
     state, metrics = step(state, (frozen, None), BATCHES_SBT[0], terms(**change))
     losses.append(float(metrics['loss']))
     if not i:
@@ -289,9 +301,15 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(due):
   logged, recorder = [], Recorder(*due)
   with pytest.raises(train.NonFiniteLoss, match='loss of step 3 is nan'):
     train.fit(
-        step, state, (frozen, None), 5, lambda i: BATCHES_SBT[i], lambda i: bad if i == 2 else terms(),
-        lambda i, m: logged.append(i), recorder,
-    )  # fmt: skip
+      step,
+      state,
+      (frozen, None),
+      5,
+      lambda i: BATCHES_SBT[i],
+      lambda i: bad if i == 2 else terms(),
+      lambda i, m: logged.append(i),
+      recorder,
+    )
   assert recorder.saved == [s for s in due if s < 3] and logged == [0, 1]
 
 

@@ -63,7 +63,9 @@ with workdir.held(Config(workdir=sys.argv[1])):
 
 def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_gone(settings):
   env = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[1]), 'JAX_PLATFORMS': 'cpu'}
-  holder = subprocess.Popen([sys.executable, '-c', HOLDER, settings['workdir']], stdout=subprocess.PIPE, env=env, text=True)
+  holder = subprocess.Popen(
+    [sys.executable, '-c', HOLDER, settings['workdir']], stdout=subprocess.PIPE, env=env, text=True
+  )
   assert holder.stdout.readline() == 'held\n'
   message = refused(settings, f'--workdir={settings["workdir"]}', 'a run is going on here', f'process {holder.pid} on ')
   assert f'since {time.strftime("%Y")}' in message
@@ -130,7 +132,13 @@ def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkey
   path = tmp_path / 'a'
   seen = set()
   content = bytes(range(200))
-  for changed in (content, content[:-1], content[:-1] + b'x', b'x' + content[1:], content[:70] + b'xxxxxx' + content[76:]):
+  for changed in (
+    content,
+    content[:-1],
+    content[:-1] + b'x',
+    b'x' + content[1:],
+    content[:70] + b'xxxxxx' + content[76:],
+  ):
     path.write_bytes(changed)
     seen.add(inputs.of_files([path]))
   assert len(seen) == 5
@@ -256,7 +264,9 @@ def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
   assert not (work / file).exists() and not (work / 'export' / file).exists()
 
 
-def test_a_disk_without_room_for_the_export_is_known_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
+def test_a_disk_without_room_for_the_export_is_known_before_the_text_is_read(
+  settings, no_text, no_long_work, monkeypatch
+):
   usage = pipeline.shutil.disk_usage
   monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: usage(path)._replace(free=100))
   refused(settings, f'--workdir={settings["workdir"]}', 'the export needs', 'GB are free')

@@ -139,7 +139,9 @@ def test_the_command_and_a_run_give_one_figure(tasks_dir, tiny, settings, tmp_pa
   values = dict(model=str(tiny), tokenizer='', tasks=('sums',), tasks_dir=str(tasks_dir), limit=0, batch_size=4)
   command = zero_shot.evaluate_model(zero_shot.Settings(**values, dtype='float32', mesh='1,1,1', out=str(out)))
   assert json.loads(out.read_text())['tasks'] == command['tasks'] and 'lm_eval' in command['versions']
-  settings |= dict(tasks='sums', tasks_dir=str(tasks_dir), num_remove=None, remove_layers='2', recipe='none', mesh='1,1,1')
+  settings |= dict(
+    tasks='sums', tasks_dir=str(tasks_dir), num_remove=None, remove_layers='2', recipe='none', mesh='1,1,1'
+  )
   report = pipeline.run(Config(**settings))
   assert report['tasks']['dense'] == command['tasks']
   assert report['tasks']['pruned'] == report['rows'][-1]['tasks'] != report['tasks']['dense']

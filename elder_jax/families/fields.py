@@ -38,15 +38,27 @@ NEUTRAL = frozenset(
 )
 # The value under which a feature is off. Where it is on, only the families that have it read the key.
 OFF = {
-  'add_cross_attention': False, 'attention_bias': False, 'full_attn_mod': 1, 'interpolate_factor': 1, 'is_causal': True,
-  'learned_embeddings': True, 'lm_head_bias': False, 'mlp_bias': False, 'pruned_heads': {}, 'qk_layernorm': False,
-  'rope_interleaved': False, 'scale_embeddings': False, 'use_bidirectional_attention': False, 'use_mrope': False,
+  'add_cross_attention': False,
+  'attention_bias': False,
+  'full_attn_mod': 1,
+  'interpolate_factor': 1,
+  'is_causal': True,
+  'learned_embeddings': True,
+  'lm_head_bias': False,
+  'mlp_bias': False,
+  'pruned_heads': {},
+  'qk_layernorm': False,
+  'rope_interleaved': False,
+  'scale_embeddings': False,
+  'use_bidirectional_attention': False,
+  'use_mrope': False,
   'use_sliding_window': False,
-}  # fmt: skip
+}
 # Names of config.json's activations -> those of model.ACTIVATIONS.
 ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_python': 'gelu'} | dict.fromkeys(
   # They write the same formula differently; the largest difference is 2.4e-7.
-  ('gelu_new', 'gelu_fast', 'gelu_accurate', 'gelu_pytorch_tanh', 'gelu_python_tanh'), 'gelu_tanh'
+  ('gelu_new', 'gelu_fast', 'gelu_accurate', 'gelu_pytorch_tanh', 'gelu_python_tanh'),
+  'gelu_tanh',
 )
 _QUANTISED = ('quantization_config', 'quantization', 'quantize_config', 'compression_config')
 _LAYER_KINDS = ('full_attention', 'sliding_attention')

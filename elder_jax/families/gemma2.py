@@ -12,7 +12,7 @@ WEIGHTS = llama.WEIGHTS | {
 # What config.json leaves out has Gemma's defaults, not Llama's.
 DEFAULTS = dict(
   num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256
-)  # fmt: skip
+)
 BOS_FIRST = True  # no text that it was trained on lacked the token: without, it predicts next to nothing
 
 
@@ -22,11 +22,15 @@ def common(fields: Fields) -> dict:
   for key in ('hidden_act', 'sliding_window_size'):  # in old files; nothing ever read them
     fields.any(key)
   return size | dict(
-    norm='rms1', block='sandwich', qkv_bias=bias, out_bias=bias,
-    embed_scale=size['d_model'] ** 0.5, attn_scale=fields.number('query_pre_attn_scalar') ** -0.5,
+    norm='rms1',
+    block='sandwich',
+    qkv_bias=bias,
+    out_bias=bias,
+    embed_scale=size['d_model'] ** 0.5,
+    attn_scale=fields.number('query_pre_attn_scalar') ** -0.5,
     attn_softcap=fields.number('attn_logit_softcapping', optional=True),
     final_softcap=fields.number('final_logit_softcapping', optional=True),
-  )  # fmt: skip
+  )
 
 
 def layer_kinds(fields: Fields) -> list[str]:

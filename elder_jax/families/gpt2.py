@@ -36,10 +36,18 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   fields.only('scale_attn_by_inverse_layer_idx', False)
   heads = fields.heads('n_head', None, 'n_embd')
   spec = Spec(
-    **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('n_inner', 4 * heads['d_model']),
-    norm_eps=fields.number('layer_norm_epsilon', 1e-5), tied=fields.flag('tie_word_embeddings', True),
-    rope_freq_RH=((),), norm='layer', gated_mlp=False,
+    **heads,
+    vocab_size=fields.size('vocab_size'),
+    d_ff=fields.size('n_inner', 4 * heads['d_model']),
+    norm_eps=fields.number('layer_norm_epsilon', 1e-5),
+    tied=fields.flag('tie_word_embeddings', True),
+    rope_freq_RH=((),),
+    norm='layer',
+    gated_mlp=False,
     activation=fields.activation('activation_function', 'gelu_new'),
-    qkv_bias=True, out_bias=True, mlp_bias=True, num_positions=fields.size('n_positions', 1024),
-  )  # fmt: skip
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    num_positions=fields.size('n_positions', 1024),
+  )
   return spec, fields.done('gpt2', DEPTH)

@@ -37,11 +37,18 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   fields = Fields(config)
   heads, bias = fields.heads(kv_heads=None), fields.flag('attention_bias', True)
   spec = Spec(
-    **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('intermediate_size'),
-    norm_eps=fields.number('layer_norm_eps', 1e-5), tied=fields.flag('tie_word_embeddings'),
+    **heads,
+    vocab_size=fields.size('vocab_size'),
+    d_ff=fields.size('intermediate_size'),
+    norm_eps=fields.number('layer_norm_eps', 1e-5),
+    tied=fields.flag('tie_word_embeddings'),
     rope_freq_RH=(fields.rope(heads['head_dim'], part=0.25, keys=ROPE_KEYS),),
-    norm='layer', block='parallel' if fields.flag('use_parallel_residual', True) else 'pre', gated_mlp=False,
+    norm='layer',
+    block='parallel' if fields.flag('use_parallel_residual', True) else 'pre',
+    gated_mlp=False,
     activation=fields.activation('hidden_act', 'gelu'),
-    qkv_bias=bias, out_bias=bias, mlp_bias=True,
-  )  # fmt: skip
+    qkv_bias=bias,
+    out_bias=bias,
+    mlp_bias=True,
+  )
   return spec, fields.done('gpt_neox')

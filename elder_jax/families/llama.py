@@ -95,7 +95,9 @@ def config_from_gguf(field, tensors: dict) -> dict:
   }
   if GGUF_DERIVED in tensors:
     if config['rope_scaling']:
-      raise InputError(f'{GGUF_DERIVED} beside rope scaling is not supported; use the Hugging Face folder of this model.')
+      raise InputError(
+        f'{GGUF_DERIVED} beside rope scaling is not supported; use the Hugging Face folder of this model.'
+      )
     config['rope_scaling'] = _llama3_scaling(config, tensors[GGUF_DERIVED].data)
   return config
 
@@ -150,9 +152,12 @@ def gguf_head_dim(field) -> int | None:
 def _llama3_scaling(config: dict, divisor_R: np.ndarray) -> dict:
   """Llama 3.1's rope scaling, of which the file has only what each frequency is divided by; its settings are published."""
   scaling = {
-    'rope_type': 'llama3', 'factor': float(divisor_R.max()), 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+    'rope_type': 'llama3',
+    'factor': float(divisor_R.max()),
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
     'original_max_position_embeddings': 8192,
-  }  # fmt: skip
+  }
   plain_R, scaled_R = (np.array(rope_frequencies(config['head_dim'], config['rope_theta'], s)) for s in ({}, scaling))
   if divisor_R.shape != plain_R.shape or not np.allclose(plain_R / scaled_R, divisor_R, rtol=1e-5):
     raise InputError(f"{GGUF_DERIVED} is not Llama 3.1's; use the Hugging Face folder of this model.")

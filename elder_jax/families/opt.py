@@ -39,11 +39,21 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   before, bias = fields.flag('do_layer_norm_before', True), fields.flag('enable_bias', True)
   bare = fields.flag('_remove_final_layer_norm')
   spec = Spec(
-    **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('ffn_dim'), norm_eps=1e-5,
-    tied=fields.flag('tie_word_embeddings', True), rope_freq_RH=((),), norm='layer', block='pre' if before else 'post',
-    final_norm=before and not bare, gated_mlp=False,
+    **heads,
+    vocab_size=fields.size('vocab_size'),
+    d_ff=fields.size('ffn_dim'),
+    norm_eps=1e-5,
+    tied=fields.flag('tie_word_embeddings', True),
+    rope_freq_RH=((),),
+    norm='layer',
+    block='pre' if before else 'post',
+    final_norm=before and not bare,
+    gated_mlp=False,
     activation=fields.activation('activation_function', 'relu'),
-    qkv_bias=bias, out_bias=bias, mlp_bias=bias,
-    num_positions=fields.size('max_position_embeddings', 2048), position_offset=2,
-  )  # fmt: skip
+    qkv_bias=bias,
+    out_bias=bias,
+    mlp_bias=bias,
+    num_positions=fields.size('max_position_embeddings', 2048),
+    position_offset=2,
+  )
   return spec, fields.done('opt')

@@ -25,11 +25,20 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   fields = Fields(config)
   heads = fields.heads()
   spec = Spec(
-    **heads, vocab_size=fields.size('vocab_size'), d_ff=fields.size('intermediate_size'),
-    norm_eps=fields.number('layer_norm_eps', 1e-5), tied=fields.flag('tie_word_embeddings'),
+    **heads,
+    vocab_size=fields.size('vocab_size'),
+    d_ff=fields.size('intermediate_size'),
+    norm_eps=fields.number('layer_norm_eps', 1e-5),
+    tied=fields.flag('tie_word_embeddings'),
     rope_freq_RH=(fields.rope(heads['head_dim'], part=0.5, keys=('rope_theta', 'partial_rotary_factor')),),
-    norm='layer', block='parallel', shared_norm=True, gated_mlp=False,
+    norm='layer',
+    block='parallel',
+    shared_norm=True,
+    gated_mlp=False,
     activation=fields.activation('hidden_act', 'gelu_new'),
-    qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True,
-  )  # fmt: skip
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    head_bias=True,
+  )
   return spec, fields.done('phi')

@@ -8,10 +8,12 @@ _FUSED = 'q_proj k_proj v_proj gate_proj up_proj q_norm k_norm'.split()
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _FUSED)} | {
   # '+': the parts lie one after the other in this dimension.
   'model.layers.{l}.self_attn.qkv_proj.weight': (
-    ('layers.wq', '+NH,D->DNH'), ('layers.wk', '+KH,D->DKH'), ('layers.wv', '+KH,D->DKH'),
+    ('layers.wq', '+NH,D->DNH'),
+    ('layers.wk', '+KH,D->DKH'),
+    ('layers.wv', '+KH,D->DKH'),
   ),
   'model.layers.{l}.mlp.gate_up_proj.weight': (('layers.w_gate', '+F,D->DF'), ('layers.w_up', '+F,D->DF')),
-}  # fmt: skip
+}
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:

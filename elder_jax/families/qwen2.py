@@ -34,7 +34,7 @@ def pruned(config: dict, kept: list[int]) -> dict:
 GGUF_ARCHITECTURE = 'qwen2'
 GGUF_NAMES = llama.GGUF_NAMES | {
   f'model.layers.{{l}}.self_attn.{p}_proj.bias': f'blk.{{l}}.attn_{p}.bias' for p in 'qkv'
-}  # fmt: skip
+}
 
 
 def config_from_gguf(field, tensors: dict) -> dict:

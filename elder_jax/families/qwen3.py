@@ -22,7 +22,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 GGUF_ARCHITECTURE = 'qwen3'
 GGUF_NAMES = llama.GGUF_NAMES | {
   f'model.layers.{{l}}.self_attn.{p}_norm.weight': f'blk.{{l}}.attn_{p}_norm.weight' for p in 'qk'
-}  # fmt: skip
+}
 from_gguf = qwen2.from_gguf
 
 

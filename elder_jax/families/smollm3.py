@@ -18,10 +18,14 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   kinds = fields.layer_kinds(lambda l: 'full_attention' if has_rope_L[l] or not window else 'sliding_attention')
   bias, rope = fields.flag('attention_bias'), fields.rope(size['head_dim'], theta=2e6)
   spec = Spec(
-    **size, rope_freq_RH=(rope, (0.0,) * len(rope)), rope_L=tuple(int(not has) for has in has_rope_L),
+    **size,
+    rope_freq_RH=(rope, (0.0,) * len(rope)),
+    rope_L=tuple(int(not has) for has in has_rope_L),
     window_L=tuple(window if kind == 'sliding_attention' else 0 for kind in kinds),
-    qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag('mlp_bias'),
-  )  # fmt: skip
+    qkv_bias=bias,
+    out_bias=bias,
+    mlp_bias=fields.flag('mlp_bias'),
+  )
   return spec, fields.done('smollm3')
 
 
