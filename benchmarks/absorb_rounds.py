@@ -13,9 +13,9 @@ from absl import logging
 
 from benchmarks import results
 from benchmarks import results_rows
-from elder_jax import absorb
-from elder_jax import pipeline
-from elder_jax.config import Config
+from elder_jax.recipes import absorb
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 _REMOVE = flags.DEFINE_string('remove_layers', '14,15,16,17', 'The layers that go.')
 

@@ -17,13 +17,13 @@ import gguf
 import jax
 import numpy as np
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import generate
-from elder_jax import gguf_header
-from elder_jax import model as model_lib
-from elder_jax import pipeline
-from elder_jax.config import Config
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf.gguf import header
+from elder_jax.model import decoder
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
+from elder_jax.text import data
+from elder_jax.text import generation
 
 _MODEL = flags.DEFINE_string('model', None, 'A .gguf file.', required=True)
 _TEXT = flags.DEFINE_string('text', None, 'A text file.', required=True)
@@ -33,12 +33,12 @@ PROMPTS = ('The history of the city of London', 'Photosynthesis is the process b
 
 
 def logits(model, tokens_BT) -> np.ndarray:
-  return np.asarray(jax.jit(lambda m, t: model_lib.logits(m, model_lib.forward(m, t)[0]))(model, tokens_BT))
+  return np.asarray(jax.jit(lambda m, t: decoder.logits(m, decoder.forward(m, t)[0]))(model, tokens_BT))
 
 
 def compare_heads(path: pathlib.Path):
   start = time.monotonic()
-  fields, tensors = gguf_header.read(path)
+  fields, tensors = header.read(path)
   ours = time.monotonic() - start
   start = time.monotonic()
   reader = gguf.GGUFReader(path)
@@ -90,7 +90,7 @@ def main(argv):
     f'without {report["removed"]}, exported: largest difference {np.abs(logits(again, tokens_BT) - expected).max():.1e}'
   )
   for prompt in PROMPTS:
-    print(prompt + ours.decode(generate.generate(again, [ours(prompt).input_ids], 40)[0]))
+    print(prompt + ours.decode(generation.generate(again, [ours(prompt).input_ids], 40)[0]))
 
 
 if __name__ == '__main__':

@@ -32,9 +32,9 @@ from absl import app
 from absl import flags
 import numpy as np
 
-from elder_jax import cli
-from elder_jax import manifest
-from elder_jax import preemption
+from elder_jax.commands import cli
+from elder_jax.devices import preemption
+from elder_jax.hf import manifest
 from tests import conftest
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for model, text and runs; made anew.', required=True)

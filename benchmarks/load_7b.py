@@ -16,8 +16,8 @@ from absl import flags
 import jax
 
 from benchmarks import copy_7b
-from elder_jax import checkpoint_hf
-from elder_jax import report
+from elder_jax.hf import checkpoint_hf
+from elder_jax.run import report as report_lib
 
 _LAYERS = flags.DEFINE_integer('layers', 3, 'Layers of the model.')
 
@@ -43,7 +43,7 @@ def main(argv):
   for name, seconds in (('load', loads), ('save', saves)):
     shown = ', '.join(f'{s:.1f}' for s in seconds)
     print(f'{name}: {size:.1f} GB, seconds {shown}; median {size / statistics.median(seconds):.2f} GB/s')
-  print(f'Device: {report.device()}; ' + ', '.join(f'{k} {v}' for k, v in report.versions().items()))
+  print(f'Device: {report_lib.device()}; ' + ', '.join(f'{k} {v}' for k, v in report_lib.versions().items()))
 
 
 if __name__ == '__main__':

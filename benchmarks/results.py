@@ -28,14 +28,14 @@ import jax
 
 from benchmarks import results_rows
 from benchmarks import results_table
-from elder_jax import absorb
-from elder_jax import metrics
-from elder_jax import pipeline
-from elder_jax import prune
-from elder_jax import report as report_lib
-from elder_jax import zero_shot
-from elder_jax.config import TRAINED
-from elder_jax.config import Config
+from elder_jax import log as log_lib
+from elder_jax.model import pruning
+from elder_jax.recipes import absorb
+from elder_jax.run import pipeline
+from elder_jax.run import report as report_lib
+from elder_jax.run.config import TRAINED
+from elder_jax.run.config import Config
+from elder_jax.text import zero_shot
 
 _MODEL = flags.DEFINE_string('model', None, 'Model, as for elder_jax.main.', required=True)
 _WIKITEXT = flags.DEFINE_string('wikitext', None, "Folder with WikiText-2's valid.txt and test.txt.", required=True)
@@ -64,7 +64,7 @@ def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
   for path, part in zip(paths, (text[:cut], text[cut:])):
     if not path.exists():
       with locked(work / 'texts.lock'):
-        metrics.write_whole(path, part)
+        log_lib.write_whole(path, part)
   return str(paths[0]), str(paths[1])
 
 
@@ -112,7 +112,7 @@ def teraflops(job, model, removed: list[int]) -> float:
   tokens, total = config.batch_size * config.seq_len, 0.0
   kind = config.recipe.removesuffix('_then_train')
   if kind in ('absorb', 'replace_linear'):
-    left, shared = prune.kept_layers(L, removed), True
+    left, shared = pruning.kept_layers(L, removed), True
     for place, (l, end) in enumerate(zip(left, [*left[1:], L])):
       if (
         end > l + 1
@@ -215,12 +215,12 @@ def main(argv):
   for i, (name, settings) in enumerate(results_rows.rows(found, _GEMMA.value, one_pass)):
     asked = not _TABLE.value and i % parts == part and name.startswith(tuple(_ONLY.value))
     if asked and not _kept(name, found):
-      metrics.say(f'row {name}')
+      log_lib.say(f'row {name}')
       config = config_of(name, settings, work)
       found[name] = same(config, found) or do(config, name, work)
       append(kept, {'name': name, **found[name]}, work)
       jax.clear_caches()
-      metrics.say(f'{name}: {found[name]["ppl"]}')
+      log_lib.say(f'{name}: {found[name]["ppl"]}')
   if parts > 1:
     return  # the others' rows are not here
   keys = [_kept(name, found) for name, _ in results_rows.rows(found, gemma='any', one_pass=True)]
@@ -228,7 +228,7 @@ def main(argv):
   out = pathlib.Path(_OUT.value)
   text = out.read_text(encoding='utf-8') if out.exists() else BEGIN + END
   head, tail = text.split(BEGIN)[0], text.split(END)[1]
-  metrics.write_whole(out, head + BEGIN + results_table.document(done) + END + tail)
+  log_lib.write_whole(out, head + BEGIN + results_table.document(done) + END + tail)
 
 
 def _kept(name: str, found: dict[str, dict]) -> str | None:

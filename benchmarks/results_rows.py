@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from elder_jax.config import METHODS
+from elder_jax.run.config import METHODS
 
 BUDGET = dict(
   seq_len=256, num_sequences=64, batch_size=4, train_steps=16, score_steps=4, eval_seq_len=512, eval_tokens=6144

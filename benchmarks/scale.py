@@ -22,11 +22,11 @@ from absl import flags
 import jax
 
 from benchmarks import hlo
-from elder_jax import checkpoint_hf
-from elder_jax import job
-from elder_jax import plan
-from elder_jax import sharding
-from elder_jax.config import Config
+from elder_jax.devices import sharding
+from elder_jax.hf import checkpoint_hf
+from elder_jax.run import prepare as prepare_lib
+from elder_jax.run.config import Config
+from elder_jax.run.plan import compile as plan
 
 _ROWS = flags.DEFINE_multi_string('row', [], 'Row to compile, by name; repeatable; none: all that are missing.')
 _AGAIN = flags.DEFINE_boolean('again', False, 'Compile rows that are there already, too.')
@@ -108,7 +108,7 @@ def compile_row(name: str) -> dict:
       folder, json.loads((pathlib.Path(folder) / 'config.json').read_text())
     )
   mesh = sharding.make_mesh(config.mesh, plan.topology(config.topology))
-  job.check_sizes(config, spec, num_layers, mesh)
+  prepare_lib.check_sizes(config, spec, num_layers, mesh)
   with jax.set_mesh(mesh):
     programs = plan.programs(config, spec, num_layers, [min(8, num_layers - 7)], mesh)
     program = next(p for p in programs if p.name.startswith({'stage 1': 'stage 1', 'stage 2': 'training'}[stage]))

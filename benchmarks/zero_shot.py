@@ -14,12 +14,12 @@ from absl import flags
 from absl import logging
 import numpy as np
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import generate
-from elder_jax import metrics
-from elder_jax import report as report_lib
-from elder_jax import zero_shot
+from elder_jax import log as log_lib
+from elder_jax.hf import checkpoint_hf
+from elder_jax.run import report as report_lib
+from elder_jax.text import data
+from elder_jax.text import generation
+from elder_jax.text import zero_shot
 
 _MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder.', required=True)
 _TEXT = flags.DEFINE_string('text', None, 'Text to cut the requests from.', required=True)
@@ -46,14 +46,14 @@ def main(argv):
   from lm_eval import evaluator
   from lm_eval.models.huggingface import HFLM
 
-  from elder_jax.lm_eval_adapter import JaxLM
+  from elder_jax.text.lm_eval_adapter import JaxLM
 
   folder = _MODEL.value
   source = checkpoint_hf.open_source(folder, None)
   model = checkpoint_hf.load(source, 'float32')
   tokenizer = data.load_tokenizer(folder)
   length = zero_shot.context_length(source.config, tokenizer)
-  ours = JaxLM(model, tokenizer, max_length=length, progress=metrics.Progress('requests in JAX'))
+  ours = JaxLM(model, tokenizer, max_length=length, progress=log_lib.Progress('requests in JAX'))
   theirs = HFLM(pretrained=folder, device='cpu', dtype='float32', batch_size=16)
 
   with open(_TEXT.value, encoding='utf-8') as file:
@@ -68,7 +68,7 @@ def main(argv):
   print(json.dumps(result), flush=True)
   for task in filter(None, _TASKS.value):
     load = lambda: zero_shot.load_tasks([task], _TASKS_DIR.value)
-    progress = metrics.Progress(f'{task} in JAX')
+    progress = log_lib.Progress(f'{task} in JAX')
     figures = zero_shot.run(
       model,
       tokenizer,
@@ -76,7 +76,7 @@ def main(argv):
       batch_size=16,
       max_length=length,
       limit=_LIMIT.value or None,
-      eos_ids=generate.eos_ids(source),
+      eos_ids=generation.eos_ids(source),
       progress=progress,
     )[task]
     peer = evaluator.evaluate(theirs, load(), limit=_LIMIT.value or None, log_samples=False)['results'][task]

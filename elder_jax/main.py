@@ -12,20 +12,20 @@ from absl import app
 from absl import logging
 import jax
 
-from elder_jax import cli
-from elder_jax import config as config_lib
-from elder_jax import hosts
-from elder_jax import metrics
-from elder_jax import pipeline
-from elder_jax import plan
-from elder_jax import preemption
-from elder_jax import report as report_lib
-from elder_jax import verify
-from elder_jax import workdir
+from elder_jax import log as log_lib
+from elder_jax.commands import cli
+from elder_jax.devices import hosts
+from elder_jax.devices import preemption
 from elder_jax.errors import InputError
 from elder_jax.errors import disk_is_full
 from elder_jax.errors import user_path
-from elder_jax.train import NonFiniteLoss
+from elder_jax.hf import verify
+from elder_jax.run import config as config_lib
+from elder_jax.run import pipeline
+from elder_jax.run import report as report_lib
+from elder_jax.run import workdir
+from elder_jax.run.plan import compile as plan
+from elder_jax.training.loop import NonFiniteLoss
 
 
 def main(argv: list[str]):
@@ -37,7 +37,7 @@ def main(argv: list[str]):
     hosts.start(config_lib.launch_from_flags())
     preemption.listen()
     if line := config_lib.replaced():
-      metrics.say(line)
+      log_lib.say(line)
     if config.plan:
       sys.exit(plan.main(config))
     _keep_programs()

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elder_jax import absorb
-from elder_jax import model as model_lib
-from elder_jax import prune
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.recipes import absorb
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -96,8 +96,8 @@ def plain_replace(model, l, end) -> np.ndarray:
 def test_one_run_is_the_formula_and_changes_nothing_else(refit, plain, removed, l):
   model = tiny()
   pruned = refit(model, removed, BATCHES, Mode())
-  expected = prune.prune(model, removed)
-  kept = prune.kept_layers(L, removed)
+  expected = pruning.prune(model, removed)
+  kept = pruning.kept_layers(L, removed)
   np.testing.assert_allclose(w_down(pruned, kept.index(l)), plain(model, l, max(removed) + 1), atol=3e-4)
   for i in range(len(kept)):
     assert (w_down(pruned, i) == w_down(expected, i)).all() == (i != kept.index(l))
@@ -180,7 +180,7 @@ def test_before_a_norm_it_is_the_formula_and_changes_nothing_else(removed, l):
     W = W + np.linalg.solve(gram + ridge, (w[part] * g).T @ (r[part] / kappa - unit(u)))
   n = unit(f @ W)
   s = (w * r * n).sum(0) / (w * n * n).sum(0)
-  place = prune.kept_layers(L, removed).index(l)
+  place = pruning.kept_layers(L, removed).index(l)
   np.testing.assert_allclose(w_down(pruned, place), W, atol=2e-3 * np.abs(W).max())
   np.testing.assert_allclose(1 + pruned.layers.post_mlp_norm.scale[...][place], s, atol=2e-3 * np.abs(s).max())
   tokens = len(f)
@@ -189,7 +189,7 @@ def test_before_a_norm_it_is_the_formula_and_changes_nothing_else(removed, l):
   np.testing.assert_allclose(seen[0][3], (w * (s * n - r) ** 2).sum() / tokens, rtol=1e-2)
   assert seen[0][3] < 0.8 * seen[0][2]
 
-  expected = prune.prune(model, removed)
+  expected = pruning.prune(model, removed)
   for weight in (lambda m: m.layers.w_down, lambda m: m.layers.post_mlp_norm.scale):
     same = weight(expected).get_value()
     weight(expected).set_value(same.at[place].set(weight(pruned).get_value()[place]))
@@ -218,14 +218,14 @@ def test_where_the_stream_is_normed_there_is_nothing_to_fold_into():
 def test_the_stream_comes_nearer_to_the_dense_one(refit):
   model, removed = tiny(), [2, 3]
   distance = lambda m: sum(float(jnp.sum((streams(m, b)[-1] - streams(model, b)[-1]) ** 2)) for b in BATCHES)
-  assert distance(refit(model, removed, BATCHES, Mode())) < 0.8 * distance(prune.prune(model, removed))
+  assert distance(refit(model, removed, BATCHES, Mode())) < 0.8 * distance(pruning.prune(model, removed))
 
 
 def test_a_run_at_the_bottom_has_no_layer_before_it():
   model, seen = tiny(), []
   pruned = absorb.absorb(model, [0, 1], BATCHES, Mode(), lambda *a: seen.append(a))
   assert seen == []
-  jax.tree.map(np.testing.assert_array_equal, pruned, prune.prune(model, [0, 1]))
+  jax.tree.map(np.testing.assert_array_equal, pruned, pruning.prune(model, [0, 1]))
 
 
 def test_bfloat16():

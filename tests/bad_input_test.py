@@ -13,12 +13,12 @@ from refusal import one_sentence
 from refusal import refused
 import safetensors.numpy
 
-from elder_jax import checkpoint_hf
-from elder_jax import pipeline
-from elder_jax import sharding
-from elder_jax import verify
-from elder_jax.config import Config
+from elder_jax.devices import sharding
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import verify
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 Q_PROJ = 'model.layers.3.self_attn.q_proj.weight'
 pytestmark = pytest.mark.usefixtures('no_long_work')

@@ -10,10 +10,10 @@ import pytest
 from refusal import edit_json
 from refusal import refused
 
-from elder_jax import families
-from elder_jax import job
-from elder_jax import pipeline
-from elder_jax.config import Config
+from elder_jax.hf import families
+from elder_jax.run import pipeline
+from elder_jax.run import prepare as prepare_lib
+from elder_jax.run.config import Config
 
 pytestmark = pytest.mark.usefixtures('no_long_work')
 
@@ -101,8 +101,8 @@ def test_window_bos_without_such_a_token(settings, model):
 @pytest.mark.parametrize('kind, first', [('gemma3_text', 7), ('gemma2', 7), ('llama', None), ('qwen3', None)])
 def test_a_family_that_needs_it_has_bos_in_every_window(kind, first):
   source, tokenizer = types.SimpleNamespace(family=families.FAMILIES[kind]), types.SimpleNamespace(bos_token_id=7)
-  assert job._bos(Config(), source, tokenizer) == ('window' if first else 'tokenizer', first)
-  assert job._bos(Config(bos='none'), source, tokenizer) == ('none', None)
+  assert prepare_lib._bos(Config(), source, tokenizer) == ('window' if first else 'tokenizer', first)
+  assert prepare_lib._bos(Config(bos='none'), source, tokenizer) == ('none', None)
 
 
 # ---- GGUF ----

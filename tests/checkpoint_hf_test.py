@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from elder_jax import checkpoint_hf
-from elder_jax import model as model_lib
-from elder_jax import pipeline
-from elder_jax import prune
-from elder_jax import verify
-from elder_jax.config import Config
-from elder_jax.families import llama
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import verify
+from elder_jax.hf.families import llama
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import pruning
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 BIG = int(5e9)
 COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'LICENSE', 'generation_config.json')
@@ -54,12 +54,12 @@ def resave(folder: pathlib.Path, change):
 def save(folder: pathlib.Path, out: pathlib.Path, removed=(), dtype='float32', shard_bytes=BIG):
   """Load, remove, save; returns the model that was saved."""
   source = open_folder(folder)
-  model = prune.prune(checkpoint_hf.load(source, dtype), list(removed))
+  model = pruning.prune(checkpoint_hf.load(source, dtype), list(removed))
   out.mkdir()
   checkpoint_hf.save(
     checkpoint_hf.from_model(model),
     source,
-    prune.kept_layers(source.num_layers, list(removed)),
+    pruning.kept_layers(source.num_layers, list(removed)),
     out,
     dtype,
     shard_bytes,

@@ -10,11 +10,11 @@ from absl import flags
 import jax
 import pytest
 
-from elder_jax import cli
-from elder_jax import config as config_lib
 from elder_jax import main
-from elder_jax import unused
-from elder_jax.config import Config
+from elder_jax.commands import cli
+from elder_jax.run import config as config_lib
+from elder_jax.run import unused
+from elder_jax.run.config import Config
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from elder_jax import checkpoint_hf
-from elder_jax import cli
-from elder_jax import generate
-from elder_jax import speed
-from elder_jax import verify
-from elder_jax import zero_shot
+from elder_jax.commands import cli
+from elder_jax.commands import speed
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import verify
+from elder_jax.text import generation
+from elder_jax.text import zero_shot
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 QUICK = ('--prompt_tokens=24', '--new_tokens=3', '--context=5', '--batch_sizes=1', '--repeats=1')
@@ -117,7 +117,7 @@ def test_a_process_whose_output_has_no_room():
 # ---- help ----
 
 
-@pytest.mark.parametrize('module', [generate, speed, zero_shot], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('module', [generation, speed, zero_shot], ids=lambda m: m.__name__)
 @pytest.mark.parametrize('flag', ['--help', '-h', '--helpfull', '-help'])
 def test_help(command, module, flag):
   status, out, err = command(module, '--model=x', flag)
@@ -137,16 +137,16 @@ def test_help_of_a_command_without_flags(command):
 @pytest.mark.parametrize(
   'module, args, part',
   [
-    (generate, [], '--prompt is missing'),
-    (generate, ['--prompt', 'caf\udce9'], '--prompt=caf\\udce9: holds bytes that are not UTF-8'),
-    (generate, ['caf\udce9'], 'caf\\udce9: holds bytes'),
-    (generate, ['--prompt=a', '--max_new_tokens=0'], '--max_new_tokens=0'),
-    (generate, ['--prompt=a', f'--max_new_tokens={2**31}'], f'--max_new_tokens={2**31}'),
-    (generate, ['--prompt=a', '--seed=' + '9' * 30], '--seed=999'),
-    (generate, ['--prompt=a', '--seed=' + '9' * 5000], '--seed=999'),
-    (generate, ['--prompt=a', '--tokenizer=/nowhere'], '--tokenizer=/nowhere: there is no such folder'),
-    (generate, ['--prompt=' + 'a' * 5000], 'prompt 0 has 5000 tokens'),
-    (generate, ['--prompt'], 'Missing value for flag --prompt'),
+    (generation, [], '--prompt is missing'),
+    (generation, ['--prompt', 'caf\udce9'], '--prompt=caf\\udce9: holds bytes that are not UTF-8'),
+    (generation, ['caf\udce9'], 'caf\\udce9: holds bytes'),
+    (generation, ['--prompt=a', '--max_new_tokens=0'], '--max_new_tokens=0'),
+    (generation, ['--prompt=a', f'--max_new_tokens={2**31}'], f'--max_new_tokens={2**31}'),
+    (generation, ['--prompt=a', '--seed=' + '9' * 30], '--seed=999'),
+    (generation, ['--prompt=a', '--seed=' + '9' * 5000], '--seed=999'),
+    (generation, ['--prompt=a', '--tokenizer=/nowhere'], '--tokenizer=/nowhere: there is no such folder'),
+    (generation, ['--prompt=' + 'a' * 5000], 'prompt 0 has 5000 tokens'),
+    (generation, ['--prompt'], 'Missing value for flag --prompt'),
     (speed, [], '--pruned or --remove_layers'),
     (speed, ['--remove_layers=1'], '--prompt_tokens=2048'),
     (speed, ['--remove_layers=1', *QUICK[1:], '--prompt_tokens=257'], '--prompt_tokens=257'),
@@ -194,7 +194,7 @@ def parsed(command, *args):
 
 
 def define_flags():
-  generate.define_flags()
+  generation.define_flags()
   flags.DEFINE_boolean('cache', None, 'A boolean.', flag_values=flags.FLAGS)
   flags.DEFINE_multi_string('data', [], 'A multi flag.', flag_values=flags.FLAGS)
 
@@ -276,7 +276,7 @@ def test_learned_positions_are_a_limit(command, learned, monkeypatch):
   monkeypatch.setattr(checkpoint_hf, 'load', lambda *args: pytest.fail('weights were read'))
   text = 'one two three four five six seven eight nine ten ' * 2  # 98 tokens
   args = f'--model={learned}', f'--prompt={text}', '--max_new_tokens=3'
-  one_sentence(command(generate, *args), 2, 'prompt 0 has 98 tokens', 'the 100 positions')
+  one_sentence(command(generation, *args), 2, 'prompt 0 has 98 tokens', 'the 100 positions')
   args = f'--model={learned}', '--remove_layers=1', '--new_tokens=8'
   one_sentence(command(speed, *args), 2, '--prompt_tokens=2048', 'has 100 positions')
   one_sentence(command(speed, *args, '--prompt_tokens=8', '--context=93'), 2, '--context=93 and --new_tokens=8')
@@ -291,7 +291,7 @@ def test_padding_beyond_the_positions_changes_nothing(learned):
   model = checkpoint_hf.load(checkpoint_hf.open_source(str(learned), learned), 'float32')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(learned)
   expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, eos_token_id=None, do_sample=False)[0, 70:]
-  assert generate.generate(model, [prompt], 30, capacity=100) == [expected.tolist()]
+  assert generation.generate(model, [prompt], 30, capacity=100) == [expected.tolist()]
 
 
 def test_nan_at_a_later_token_is_no_text(learned):
@@ -299,16 +299,16 @@ def test_nan_at_a_later_token_is_no_text(learned):
   prompts = [[5 + i % 250 for i in range(length)] for length in (64, 50)]  # the longer is not padded
   offset = model.spec.position_offset
   model.positions.set_value(model.positions[...].at[offset + 75].set(float('nan')))
-  assert [len(new) for new in generate.generate(model, prompts, 12)] == [12, 12]
+  assert [len(new) for new in generation.generate(model, prompts, 12)] == [12, 12]
   with pytest.raises(InputError, match='not finite at token 76 of prompt 0;'):  # the one after position 75
-    generate.generate(model, prompts, 13)
+    generation.generate(model, prompts, 13)
 
 
 def test_tokens_that_are_none_are_not_timed(tiny, monkeypatch):
   source, prompt_BT = checkpoint_hf.open_source(str(tiny), tiny), np.zeros((1, 8), np.int32)
   (model, _), _ = speed._in_jax(source, None, [2], 'float32')
   assert model.generate(prompt_BT, 2)()
-  monkeypatch.setattr(generate, 'run', lambda *args, **kwargs: jnp.array([[5, generate.NOT_FINITE]]))
+  monkeypatch.setattr(generation, 'run', lambda *args, **kwargs: jnp.array([[5, generation.NOT_FINITE]]))
   assert not model.generate(prompt_BT, 2)()
 
 
@@ -323,7 +323,7 @@ def overflow(folder: pathlib.Path):
 @pytest.mark.parametrize('sampling', [(), ('--temperature=1',)])
 def test_nan_is_no_text(command, model, sampling):
   overflow(model)
-  ended = command(generate, f'--model={model}', '--prompt=Hello', *sampling)
+  ended = command(generation, f'--model={model}', '--prompt=Hello', *sampling)
   assert ended[1] == ''
   one_sentence(ended, 2, 'logits are not finite at token 5 of prompt 0', '--dtype=float32')
 

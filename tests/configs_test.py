@@ -8,10 +8,10 @@ import jax
 from jax.sharding import AbstractMesh
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import config as config_lib
-from elder_jax import families
-from elder_jax import sharding
+from elder_jax.devices import sharding
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import families
+from elder_jax.run import config as config_lib
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
 

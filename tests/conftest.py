@@ -6,9 +6,9 @@ import shutil
 import jax
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import pipeline
+from elder_jax.hf import checkpoint_hf
+from elder_jax.run import pipeline
+from elder_jax.text import data
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

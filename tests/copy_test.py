@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from elder_jax import checkpoint_hf
-from elder_jax import memory
-from elder_jax import pipeline
-from elder_jax import safetensors_files
-from elder_jax import verify
-from elder_jax.config import Config
+from elder_jax.devices import memory
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import safetensors_files
+from elder_jax.hf import verify
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from elder_jax import data
 from elder_jax.errors import InputError
+from elder_jax.text import data
 
 TEXT = '\n First line \n\n\nünïcode: 漢字 🙂 \u2028 \x0c end\r\nof Windows, \r of a Mac\n\n'
 DOCUMENTS = ['a first\nof two lines', '', ' ünïcode 漢字 🙂 ', 'the last\n']

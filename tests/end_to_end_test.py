@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from elder_jax import pipeline
-from elder_jax import train
-from elder_jax.config import Config
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
+from elder_jax.training import loop
 
 
 def run(settings, **more):
@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage):
   settings |= dict(checkpoint_every=2, train_steps=5)
   straight = run(settings, workdir=str(tmp_path / 'straight'))
 
-  fit, calls = train.fit, []
+  fit, calls = loop.fit, []
 
   class Killed(BaseException):
     pass
@@ -93,11 +93,11 @@ def test_a_killed_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage):
 
     return fit(step_fn, state, fixed, steps, dying_batch, terms, log, *save)
 
-  monkeypatch.setattr(train, 'fit', dying_fit)
+  monkeypatch.setattr(loop, 'fit', dying_fit)
   with pytest.raises(Killed):
     run(settings)
   assert calls == [3] and not (pathlib.Path(settings['workdir']) / 'export').exists()
-  monkeypatch.setattr(train, 'fit', fit)
+  monkeypatch.setattr(loop, 'fit', fit)
   resumed = run(settings)
   assert without_time(resumed) == without_time(straight)
   for name, tensor in exported(tmp_path / 'straight').items():

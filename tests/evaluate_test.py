@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elder_jax import evaluate
-from elder_jax import model as model_lib
-from elder_jax.data import Corpus
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.model import decoder as model_lib
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.text import perplexity as perplexity_lib
+from elder_jax.text.data import Corpus
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -65,9 +65,9 @@ def plain(model, tokens_NT) -> float:
 @pytest.mark.parametrize('batch_size', [2, 5, 8])
 def test_perplexity_is_the_plain_one_for_any_batch_size(batch_size):
   text, model = corpus(5 * 9 + 4), sharp()
-  windows = evaluate.make_windows(text, '--eval_data=x', 9, 0, 'tokenizer', None)
+  windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, 0, 'tokenizer', None)
   done = []
-  ppl = evaluate.perplexity(model, windows, Mode(), batch_size, progress=lambda i, of: done.append((i, of)))
+  ppl = perplexity_lib.perplexity(model, windows, Mode(), batch_size, progress=lambda i, of: done.append((i, of)))
   expected = plain(model, text.tokens_N[:45].reshape(5, 9))  # the rest is dropped
   np.testing.assert_allclose(ppl, expected, rtol=1e-5)
   assert abs(plain(model, text.tokens_N[:36].reshape(4, 9)) / expected - 1) > 1e-2  # the last window matters
@@ -75,10 +75,10 @@ def test_perplexity_is_the_plain_one_for_any_batch_size(batch_size):
 
 
 def test_gates_count_as_they_stand():
-  windows = evaluate.make_windows(corpus(45), '--eval_data=x', 9, 0, 'none', None)
+  windows = perplexity_lib.make_windows(corpus(45), '--eval_data=x', 9, 0, 'none', None)
   model = sharp()
   model.gate_L.set_value(jnp.array([1, 0.5, 0], jnp.float32))
-  ppl = evaluate.perplexity(model, windows, Mode(), 5)
+  ppl = perplexity_lib.perplexity(model, windows, Mode(), 5)
   np.testing.assert_allclose(ppl, plain(model, windows.tokens_NT), rtol=1e-5)
   assert abs(ppl / plain(sharp(), windows.tokens_NT) - 1) > 1e-3
 
@@ -87,13 +87,13 @@ def test_gates_count_as_they_stand():
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(bos):
   model = jax.tree.map(lambda a: a, random_model())
   model.embed.set_value(jnp.zeros_like(model.embed.get_value()))
-  windows = evaluate.make_windows(corpus(30), '--eval_data=x', 9, 0, bos, 0)
-  np.testing.assert_allclose(evaluate.perplexity(model, windows, Mode(), 2), V, rtol=1e-6)
+  windows = perplexity_lib.make_windows(corpus(30), '--eval_data=x', 9, 0, bos, 0)
+  np.testing.assert_allclose(perplexity_lib.perplexity(model, windows, Mode(), 2), V, rtol=1e-6)
 
 
 def test_windows_follow_each_other_and_the_rest_is_dropped():
   text = corpus(49)
-  windows = evaluate.make_windows(text, '--eval_data=x', 9, 0, 'tokenizer', None)
+  windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, 0, 'tokenizer', None)
   np.testing.assert_array_equal(windows.tokens_NT, text.tokens_N[:45].reshape(5, 9))
   assert windows.about == {
     'source': 'text.txt',
@@ -102,30 +102,32 @@ def test_windows_follow_each_other_and_the_rest_is_dropped():
     'windows': 5,
     'tokens_predicted': 40,
     'bos': 'tokenizer',
-    'protocol': evaluate.PROTOCOL,
+    'protocol': perplexity_lib.PROTOCOL,
   }
 
 
 def test_bos_stands_inside_the_window():
   text = corpus(49)
-  windows = evaluate.make_windows(text, '--eval_data=x', 9, 0, 'window', 0)
+  windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, 0, 'window', 0)
   assert windows.tokens_NT.shape == (6, 9) and (windows.tokens_NT[:, 0] == 0).all()
   np.testing.assert_array_equal(windows.tokens_NT[:, 1:], text.tokens_N[:48].reshape(6, 8))
   assert windows.tokens_NT.dtype == np.int32
   about = windows.about
   assert (about['window'], about['windows'], about['tokens_predicted'], about['bos']) == (9, 6, 48, 'window')
   model = sharp()
-  np.testing.assert_allclose(evaluate.perplexity(model, windows, Mode(), 5), plain(model, windows.tokens_NT), rtol=1e-5)
+  np.testing.assert_allclose(
+    perplexity_lib.perplexity(model, windows, Mode(), 5), plain(model, windows.tokens_NT), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize('max_tokens, count', [(0, 5), (18, 2), (20, 2), (9, 1), (1000, 5)])
 def test_max_tokens_are_the_first(max_tokens, count):
   text = corpus(49)
-  windows = evaluate.make_windows(text, '--eval_data=x', 9, max_tokens, 'none', None)
+  windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, max_tokens, 'none', None)
   np.testing.assert_array_equal(windows.tokens_NT, text.tokens_N[: 9 * count].reshape(count, 9))
   assert windows.about['windows'] == count and windows.about['tokens_predicted'] == 8 * count
 
 
 def test_what_cannot_be_cut_is_refused():
   with pytest.raises(InputError, match='--eval_data=x.*8 tokens.*--eval_seq_len=9'):
-    evaluate.make_windows(corpus(8), '--eval_data=x', 9, 0, 'tokenizer', None)
+    perplexity_lib.make_windows(corpus(8), '--eval_data=x', 9, 0, 'tokenizer', None)

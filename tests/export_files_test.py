@@ -11,11 +11,11 @@ from refusal import edit_json
 from refusal import refused
 import transformers
 
-from elder_jax import manifest
-from elder_jax import model_folder
-from elder_jax import pipeline
-from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.hf import folder as model_folder
+from elder_jax.hf import manifest
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 TAKEN_OVER = (
   'tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model '

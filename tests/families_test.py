@@ -12,12 +12,12 @@ import safetensors.numpy
 import torch
 import transformers
 
-from elder_jax import checkpoint_hf
-from elder_jax import generate
-from elder_jax import model as model_lib
-from elder_jax import pipeline
-from elder_jax import prune
-from elder_jax.config import Config
+from elder_jax.hf import checkpoint_hf
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import pruning
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
+from elder_jax.text import generation
 
 V, T = 131, 40
 SMALL = dict(
@@ -184,7 +184,7 @@ def test_the_round_trip_changes_no_byte(folder, tmp_path):
 def test_two_layers_less(folder, tmp_path):
   source, model = opened(folder)
   kept = [l for l in range(source.num_layers) if l not in (1, 2)]
-  pruned = prune.prune(model, [1, 2])
+  pruned = pruning.prune(model, [1, 2])
   checkpoint_hf.save(checkpoint_hf.from_model(pruned), source, kept, tmp_path, 'float32', int(5e9))
   expected = np.asarray(logits(pruned, tokens()))
   close(torch_logits(tmp_path, tokens().astype(np.int64)), expected)
@@ -200,7 +200,7 @@ def test_two_layers_less(folder, tmp_path):
 def test_generation_with_a_cache_equals_that_without(folder):
   _, model = opened(folder)
   prompts = [tokens()[0, :n].tolist() for n in (3, 11)]
-  got = generate.generate(model, prompts, 20)
+  got = generation.generate(model, prompts, 20)
   for prompt, new in zip(prompts, got):
     rows = np.zeros((1, T), np.int32)
     for token in new:
@@ -247,7 +247,7 @@ def test_old_names_without_the_prefix(case, prefix, tmp_path):
   out.mkdir()
   checkpoint_hf.save(checkpoint_hf.from_source(source, [0, 2]), source, [0, 2], out, '', int(5e9))
   assert tensors_of(out).keys() <= before.keys()
-  close(torch_logits(out, tokens().astype(np.int64)), logits(prune.prune(model, [1, 3, 4]), tokens()))
+  close(torch_logits(out, tokens().astype(np.int64)), logits(pruning.prune(model, [1, 3, 4]), tokens()))
 
 
 @pytest.mark.parametrize('kind', ['gemma2', 'gemma3_text'])

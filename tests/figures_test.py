@@ -8,9 +8,9 @@ import pytest
 from report_test import make
 from report_test import sweep
 
-from elder_jax import report as report_lib
-from elder_jax import speed
-from elder_jax import zero_shot
+from elder_jax.commands import speed
+from elder_jax.run import report as report_lib
+from elder_jax.text import zero_shot
 
 MISSING = object()
 BAD = [MISSING, None, 'N/A', math.nan, math.inf, -math.inf, 1e300]

@@ -19,8 +19,8 @@ import pytest
 import torch
 import transformers
 
-from elder_jax import checkpoint_hf
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
 
 SECONDS = 20  # for one case, at a machine under load
 MEMORY = 4 * 2**30  # beyond what the process has

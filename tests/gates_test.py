@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import gates
-from elder_jax import losses
-from elder_jax import prune
-from elder_jax import regularize
-from elder_jax import train
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.methods import elder
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.training import loop
+from elder_jax.training import losses
+from elder_jax.training import regularize
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -31,14 +31,14 @@ SPEC = Spec(
 )
 L = 5
 BATCH_BT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (4, 9), np.int32)
-MAKE_STEP = train.make_step
+MAKE_STEP = loop.make_step
 
 
 @functools.cache
 def step_of(lr: float):
   """learn's own step, which depends on nothing but the learning rate here: compiled once for all tests."""
   rate = lambda step: lr + 0.0 * step
-  return MAKE_STEP(train.optimizer(train.mask(random_model(), 'gates'), rate, 0.0, 1e9), Mode(), 1, rate)
+  return MAKE_STEP(loop.optimizer(loop.mask(random_model(), 'gates'), rate, 0.0, 1e9), Mode(), 1, rate)
 
 
 @functools.cache
@@ -53,11 +53,11 @@ def with_gates(*values: float) -> Decoder:
 
 
 def learn(model, num_remove=2, iterative=True, steps=2, lambda1=1e-4, candidates=(1, 2, 3), lr=0.02):
-  settings = gates.GateSettings(num_remove, iterative, steps, lr, lambda1, candidates, clip=1e9)
+  settings = elder.GateSettings(num_remove, iterative, steps, lr, lambda1, candidates, clip=1e9)
   log = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'make_step', lambda *_: step_of(lr))
-    chosen, history = gates.learn(model, settings, Mode(), lambda i: BATCH_BT, lambda r, i, m: log.append((r, i, m)))
+    patch.setattr(loop, 'make_step', lambda *_: step_of(lr))
+    chosen, history = elder.learn(model, settings, Mode(), lambda i: BATCH_BT, lambda r, i, m: log.append((r, i, m)))
   return chosen, np.array(history), log
 
 
@@ -143,7 +143,7 @@ def test_loss_adds_lambda1_times_the_gates_that_are_alive():
   assert float(parts['gate_l1']) == 0.25 * (1 + 2 + 8)
   np.testing.assert_allclose(float(loss), float(parts['lm_loss']) + 0.25 * 11, rtol=1e-6)
   # What is skipped is as good as removed.
-  cut = prune.prune(model, [2, 4])
+  cut = pruning.prune(model, [2, 4])
   cut.gate_L.set_value(np.float32([1, -2, 8]))
   none = {
     'alive_L': np.ones(3, bool),

@@ -20,10 +20,10 @@ from refusal import one_sentence
 import torch
 import transformers
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import model_folder
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import folder as model_folder
+from elder_jax.text import data
 
 FAMILIES = ['llama', 'qwen2', 'qwen3', 'gemma3_text']
 

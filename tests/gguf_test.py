@@ -12,11 +12,11 @@ import safetensors.numpy
 import torch
 import transformers
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import gguf_header
-from elder_jax import model as model_lib
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf.gguf import header
+from elder_jax.model import decoder as model_lib
+from elder_jax.text import data
 
 BOS, EOS, CONTROL, USER = '<s>', '</s>', '<|im_start|>', '<|tool|>'
 TEXT = "He said: it's 1234567 naïve\n\n  cafés — 東京 🙂\t x1y22"
@@ -325,7 +325,7 @@ def test_the_head_is_read_as_the_gguf_package_reads_it(tmp_path, alignment):
   writer.write_tensors_to_file()
   writer.close()
 
-  fields, tensors = gguf_header.read(path)
+  fields, tensors = header.read(path)
   reader = gguf.GGUFReader(path)
   assert fields == {name: field.contents() for name, field in reader.fields.items() if not name.startswith('GGUF.')}
   assert [t[:3] for t in tensors] == [(t.name, tuple(t.shape.tolist()), t.tensor_type) for t in reader.tensors]

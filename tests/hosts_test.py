@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import hosts
-from elder_jax.config import Launch
+from elder_jax.devices import hosts
 from elder_jax.errors import InputError
+from elder_jax.run.config import Launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -74,7 +74,7 @@ def python(code: str, hub: str, home: pathlib.Path, **env) -> subprocess.Complet
 
 
 def find(hub: str, home: pathlib.Path, name='own/tiny', what='model', **env) -> pathlib.Path:
-  code = f'from elder_jax import model_folder; print(model_folder.find("--model", {name!r}, {what!r}))'
+  code = f'from elder_jax.hf import folder as model_folder; print(model_folder.find("--model", {name!r}, {what!r}))'
   result = python(code, hub, home, **env)
   assert result.returncode == 0, result.stderr
   return pathlib.Path(result.stdout.splitlines()[-1])
@@ -159,6 +159,6 @@ def test_a_repository_without_a_config_says_so(tiny, tmp_path):
   folder.mkdir()
   shutil.copy(tiny / 'model.safetensors', folder / 'model-Q8_0.gguf')
   for call in ('checkpoint_hf.read_config("own/tiny")', 'model_folder.find("--model", "own/tiny")'):
-    code = f'from elder_jax import checkpoint_hf, model_folder\n{call}'
+    code = f'from elder_jax.hf import checkpoint_hf, folder as model_folder\n{call}'
     result = python(code, Hub(folder).url, tmp_path / 'home')
     assert 'InputError: --model=own/tiny: the folder has no config.json' in result.stderr, result.stderr

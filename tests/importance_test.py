@@ -11,18 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import evaluate
-from elder_jax import importance
-from elder_jax import merging
-from elder_jax import prune
-from elder_jax import regularize
-from elder_jax import sharding
+from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.hf import checkpoint_hf
+from elder_jax.methods import importance
+from elder_jax.methods import laco as laco_lib
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.text import data
+from elder_jax.text import perplexity as perplexity_lib
+from elder_jax.training import regularize
 
 ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
 GGUF = ASSETS / 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -262,8 +262,8 @@ def test_a_layer_without_effect_goes_first(trained, method):
 
 def test_what_a_layer_without_effect_scores(trained):
   model = without_effect(trained, 5, 4)
-  windows = evaluate.Windows(np.concatenate(BATCHES), {})
-  dense = evaluate.perplexity(model, windows, Mode(), 8)
+  windows = perplexity_lib.Windows(np.concatenate(BATCHES), {})
+  dense = perplexity_lib.perplexity(model, windows, Mode(), 8)
   for method, value in {'shortgpt': 0, 'taylor': 0, 'uidl': 0, 'ppl': dense, 'sleb': np.log(dense)}.items():
     choice = choose(method, model, 1)
     np.testing.assert_allclose([choice.scores[4], choice.scores[5]], value, rtol=1e-6, atol=3e-7, err_msg=method)
@@ -291,9 +291,9 @@ def test_one_shot_scores_do_not_depend_on_how_many_go(trained):
 
 def test_sleb_scores_as_if_the_chosen_layers_had_been_pruned(trained):
   choice = choose('sleb', trained, 3)
-  windows = evaluate.Windows(np.concatenate(BATCHES), {})
+  windows = perplexity_lib.Windows(np.concatenate(BATCHES), {})
   for i, layer in enumerate(choice.removed):
-    ppl = evaluate.perplexity(prune.prune(trained, choice.removed[: i + 1]), windows, Mode(), 8)
+    ppl = perplexity_lib.perplexity(pruning.prune(trained, choice.removed[: i + 1]), windows, Mode(), 8)
     np.testing.assert_allclose(choice.scores[layer], np.log(ppl), rtol=1e-6)
 
 
@@ -331,7 +331,7 @@ def test_last_spares_the_very_last(trained):
 def test_the_cut_into_batches_and_the_gates_change_nothing(trained, method):
   expected = choose(method, trained, 2)
   whole = np.concatenate(BATCHES)
-  choice = importance.choose(method, prune.with_gates(trained, 0.5), 2, [whole[:12], whole[12:]], Mode(gate='output'))
+  choice = importance.choose(method, pruning.with_gates(trained, 0.5), 2, [whole[:12], whole[12:]], Mode(gate='output'))
   np.testing.assert_allclose(choice.scores, expected.scores, rtol=2e-5, atol=1e-6)
   assert choice.removed == expected.removed
 
@@ -391,7 +391,7 @@ def worker(out: pathlib.Path):
     for method in importance.METHODS:
       choice = importance.choose(method, model, 3, batches, Mode())
       result[flag][method] = choice.removed, choice.scores
-    collapsed = merging.laco(model, 3, batches, Mode())
+    collapsed = laco_lib.laco(model, 3, batches, Mode())
     cut_LDF, whole_LDF = collapsed.model.layers.w_up[...], model.layers.w_up[...]
     assert cut_LDF.sharding.shard_shape((1, 16, 24)) == whole_LDF.sharding.shard_shape((1, 16, 24))
     result[flag]['laco'] = collapsed.removed, [collapsed.cosine, collapsed.threshold]

@@ -10,18 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import absorb
-from elder_jax import evaluate
-from elder_jax import importance
-from elder_jax import job
-from elder_jax import judge
-from elder_jax import model as model_lib
-from elder_jax import pipeline
-from elder_jax import prune
-from elder_jax.config import Config
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
+from elder_jax.methods import auto
+from elder_jax.methods import importance
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.recipes import absorb
+from elder_jax.run import pipeline
+from elder_jax.run import prepare as prepare_lib
+from elder_jax.run.config import Config
+from elder_jax.text import perplexity as perplexity_lib
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -45,21 +45,21 @@ def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
   model = tiny(block=block)
   begun = jax.tree.map(np.asarray, jax.tree.leaves(model))
   said = []
-  candidates = judge.judge(model, CHOICES, FIT, HELD_OUT, Mode(), said.append)
+  candidates = auto.judge(model, CHOICES, FIT, HELD_OUT, Mode(), said.append)
   assert [c.method for c in said] == ['a', 'b', 'd']  # what c chooses is what a chooses
   assert {c.method: c.removed for c in candidates} == {m: CHOICES[m] for m in 'abd'}
   assert [c.loss for c in candidates] == sorted(c.loss for c in candidates)
   for c in candidates:
-    left = prune.prune(model, c.removed) if block == 'post' else absorb.absorb(model, c.removed, FIT, Mode())
+    left = pruning.prune(model, c.removed) if block == 'post' else absorb.absorb(model, c.removed, FIT, Mode())
     assert c.loss == pytest.approx(plain_loss(left), rel=1e-5)
   assert len({round(c.loss, 5) for c in candidates}) == 3
   chex.assert_trees_all_equal(jax.tree.map(np.asarray, jax.tree.leaves(model)), begun)
 
 
 def test_a_loss_that_is_not_finite_is_told(monkeypatch):
-  monkeypatch.setattr(evaluate, 'nll', lambda *_: (np.float32(np.nan), np.float32(1)))
+  monkeypatch.setattr(perplexity_lib, 'nll', lambda *_: (np.float32(np.nan), np.float32(1)))
   with pytest.raises(InputError, match='--method=auto: some losses are not finite'):
-    judge.judge(tiny(), CHOICES, FIT, HELD_OUT, Mode())
+    auto.judge(tiny(), CHOICES, FIT, HELD_OUT, Mode())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
 )
 def test_as_many_batches_are_held_out_as_are_read(num_sequences, batch_size, score_steps, expected):
   config = Config(num_sequences=num_sequences, batch_size=batch_size, score_steps=score_steps)
-  assert judge.steps(config) == expected
+  assert auto.steps(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,18 @@ def test_as_many_batches_are_held_out_as_are_read(num_sequences, batch_size, sco
   [(9, 3, ['cosine_block', 'taylor', 'ppl']), (9, 4, ['cosine_block']), (2, 1, ['cosine_block'])],
 )
 def test_methods_that_have_too_few_layers_are_no_candidates(num_layers, num_remove, expected):
-  assert judge.methods(num_layers, num_remove) == expected
+  assert auto.methods(num_layers, num_remove) == expected
   for method in expected:
     importance.check(method, num_layers, num_remove)
 
 
 def test_only_elder_is_bound_by_the_protected_ends():
   settings = dict(num_remove=6, protect_first=3, protect_last=4)
-  assert job.count_removed(Config(method='auto', **settings), 10) == [6]
+  assert prepare_lib.count_removed(Config(method='auto', **settings), 10) == [6]
   with pytest.raises(InputError, match='--protect_first=3'):
-    job.count_removed(Config(method='elder', **settings), 10)
+    prepare_lib.count_removed(Config(method='elder', **settings), 10)
   with pytest.raises(InputError, match='--protect_first=3'):
-    job.count_removed(Config(method='auto,elder', **settings), 10)
+    prepare_lib.count_removed(Config(method='auto,elder', **settings), 10)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
 def test_what_is_judged_on_was_neither_fitted_nor_scored_on(deep, monkeypatch):
   seen = {'scored': set()}
   rows = lambda batches: {tuple(row) for batch in batches for row in np.asarray(batch).tolist()}
-  choose, judged = importance.choose, judge.judge
+  choose, judged = importance.choose, auto.judge
 
   def spy_choose(method, model, num_remove, batches, *more):
     seen['scored'] |= rows(batches)
@@ -130,7 +130,7 @@ def test_what_is_judged_on_was_neither_fitted_nor_scored_on(deep, monkeypatch):
     return judged(model, choices, fit, held_out, *more)
 
   monkeypatch.setattr(importance, 'choose', spy_choose)
-  monkeypatch.setattr(judge, 'judge', spy_judge)
+  monkeypatch.setattr(auto, 'judge', spy_judge)
   pipeline.run(Config(**deep | dict(score_steps=8)))  # more than the text has
   assert len(seen['fit']) == len(seen['held_out']) == 4 and seen['scored'] == seen['fit']
   assert not seen['fit'] & seen['held_out']

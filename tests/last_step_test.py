@@ -5,11 +5,11 @@ import pathlib
 
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import pipeline
-from elder_jax import verify
-from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import verify
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 

@@ -15,21 +15,21 @@ import numpy as np
 import optax
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import lora
-from elder_jax import model as model_lib
-from elder_jax import pipeline
-from elder_jax import prune
-from elder_jax import regularize
-from elder_jax import sharding
-from elder_jax import train
-from elder_jax.checkpoint import Checkpoints
-from elder_jax.config import Config
+from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
-from elder_jax.regularize import TrainSettings
+from elder_jax.hf import checkpoint_hf
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import lora
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
+from elder_jax.training import loop
+from elder_jax.training import regularize
+from elder_jax.training.checkpoints import Checkpoints
+from elder_jax.training.regularize import TrainSettings
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -187,7 +187,7 @@ def test_training_is_the_formula():
     logp_BTV = jax.nn.log_softmax(model_lib.logits(changed, model_lib.forward(changed, tokens_BT)[0])[:, :-1])
     return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))
 
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(train.schedule(1e-2, steps, 0.05)))
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(loop.schedule(1e-2, steps, 0.05)))
   state = tx.init(factors)
 
   @jax.jit
@@ -226,15 +226,15 @@ def test_rank_zero_is_training_without():
 
 
 def test_the_frozen_base_is_a_teacher():
-  log, teacher, cut = [], random_model(), prune.prune(random_model(), [1])
+  log, teacher, cut = [], random_model(), pruning.prune(random_model(), [1])
   fit(cut, log=lambda i, m: log.append(m), steps=25, distill=1.0, teacher=teacher, batch=lambda i: BATCHES_SBT[0])
   assert log[-1]['kl'] < 0.7 * log[0]['kl'], (log[0]['kl'], log[-1]['kl'])
 
 
 def test_bfloat16_base_and_float32_factors(monkeypatch):
   states = []
-  init = train.init
-  monkeypatch.setattr(train, 'init', lambda *args: states.append(init(*args)) or states[-1])
+  init = loop.init
+  monkeypatch.setattr(loop, 'init', lambda *args: states.append(init(*args)) or states[-1])
   half = jax.tree_util.tree_map_with_path(
     lambda p, a: a if 'gate_L' in jax.tree_util.keystr(p) else a.astype(jnp.bfloat16), random_model()
   )
@@ -317,15 +317,15 @@ def memory(num_layers: int, rank: int, remat: str):
   model = jax.eval_shape(lambda: Decoder(spec, num_layers, jax.random.key(0)))
   if rank:
     model = lora.wrap(model, jax.eval_shape(lambda: lora.factors(model.layers, rank, 0)), 2.0)
-  mask, rate = train.mask(model, 'lora' if rank else 'blocks'), train.schedule(1e-3, 10, 0.0)
-  tx = train.optimizer(mask, rate, 0.0, 1.0)
-  state, frozen = jax.eval_shape(lambda m: train.init(m, mask, tx), model)
+  mask, rate = loop.mask(model, 'lora' if rank else 'blocks'), loop.schedule(1e-3, 10, 0.0)
+  tx = loop.optimizer(mask, rate, 0.0, 1.0)
+  state, frozen = jax.eval_shape(lambda m: loop.init(m, mask, tx), model)
   terms = {
     'alive_L': np.ones(num_layers, bool),
     'gate_weight_L': np.zeros(num_layers, np.float32),
     'delta_weight_L': np.zeros(num_layers, np.float32),
   }
-  step = train.make_step(tx, Mode(remat=remat), 1, rate)
+  step = loop.make_step(tx, Mode(remat=remat), 1, rate)
   return step.lower(state, (frozen, None), np.zeros((1, 16), np.int32), terms).compile().memory_analysis()
 
 
@@ -379,9 +379,9 @@ def worker(out: pathlib.Path):
       jax.set_mesh(mesh)
       model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, flag))
       model = lora.attach(model, rank, 4.0, 0) if rank else model
-      mask, rate = train.mask(model, 'lora' if rank else 'blocks'), train.schedule(1e-2, 2, 0.0)
-      tx = train.optimizer(mask, rate, 0.0, 1.0, kind)
-      step, (state, frozen) = train.make_step(tx, Mode(), 1, rate), train.init(model, mask, tx)
+      mask, rate = loop.mask(model, 'lora' if rank else 'blocks'), loop.schedule(1e-2, 2, 0.0)
+      tx = loop.optimizer(mask, rate, 0.0, 1.0, kind)
+      step, (state, frozen) = loop.make_step(tx, Mode(), 1, rate), loop.init(model, mask, tx)
       lies = {
         jax.tree_util.keystr(p): [a.shape, a.sharding.shard_shape(a.shape)]
         for p, a in jax.tree_util.tree_flatten_with_path(state)[0]
@@ -393,7 +393,7 @@ def worker(out: pathlib.Path):
         losses.append(float(metrics['loss']))
       facts[f'{flag} {kind}'] = {'losses': losses, 'again': len(compiled), 'lies': lies}
       if rank:
-        merged, before = lora.merge(train.combine(state.trained, frozen)), model.layers.wq.base.get_value()
+        merged, before = lora.merge(loop.combine(state.trained, frozen)), model.layers.wq.base.get_value()
         wq = merged.layers.wq.get_value()
         assert wq.sharding == before.sharding
         facts[f'{flag} {kind}']['moved'] = np.asarray(wq - before).ravel().tolist()

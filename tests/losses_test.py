@@ -14,10 +14,10 @@ from model_test import with_gates
 import numpy as np
 import pytest
 
-from elder_jax import losses
-from elder_jax import model as model_lib
-from elder_jax import plan
-from elder_jax.model import Mode
+from elder_jax.model import decoder as model_lib
+from elder_jax.model.decoder import Mode
+from elder_jax.run.plan import compile as plan
+from elder_jax.training import losses
 
 
 def plain_nll(model, x_BTD, tokens_BT, weight_BT=None):

@@ -11,15 +11,15 @@ import pytest
 import safetensors.torch
 
 from elder_jax import main
-from elder_jax import memory
-from elder_jax import pipeline
-from elder_jax import plan
-from elder_jax import stages
-from elder_jax import train
-from elder_jax import verify
-from elder_jax.config import METHODS
-from elder_jax.config import RECIPES
-from elder_jax.config import Config
+from elder_jax.devices import memory
+from elder_jax.hf import verify
+from elder_jax.run import pipeline
+from elder_jax.run.config import METHODS
+from elder_jax.run.config import RECIPES
+from elder_jax.run.config import Config
+from elder_jax.run.plan import compile as plan
+from elder_jax.run.plan import programs as programs_lib
+from elder_jax.training import loop
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -84,7 +84,7 @@ LORA = dict(recipe='absorb_then_train', lora_rank=2)
   ids=str,
 )
 def test_while_a_model_trains_nothing_else_is_there(settings, options, monkeypatch):
-  fit, before, seen = train.fit, ids(jax.live_arrays()), []
+  fit, before, seen = loop.fit, ids(jax.live_arrays()), []
 
   def spy(step_fn, state, fixed, *more):
     needed = ids((state, fixed))
@@ -92,7 +92,7 @@ def test_while_a_model_trains_nothing_else_is_there(settings, options, monkeypat
     return fit(step_fn, state, fixed, *more)
 
   settings = {'compare': []} | settings | dict(method='shortgpt', eval_data=(), order='joint') | options
-  monkeypatch.setattr(train, 'fit', spy)
+  monkeypatch.setattr(loop, 'fit', spy)
   pipeline.run(Config(**settings))
   assert seen == [[]] * (1 + ('regularize' in settings['compare'] or 'prune_then_train' in settings['compare']))
 
@@ -178,12 +178,12 @@ WITHIN = {'_sums', '_products', '_magnitudes', '_channel_sums'}
 def test_every_program_of_a_run_is_in_the_plan(settings, options, tmp_path, monkeypatch):
   model = write_tiny_llama(tmp_path, num_hidden_layers=8)
   settings |= dict(model=str(model), num_remove=None, order='joint', score_steps=1, gate_steps=1) | options
-  modes, make_step = [], train.make_step
-  monkeypatch.setattr(train, 'make_step', lambda tx, mode, *more: modes.append(mode) or make_step(tx, mode, *more))
+  modes, make_step = [], loop.make_step
+  monkeypatch.setattr(loop, 'make_step', lambda tx, mode, *more: modes.append(mode) or make_step(tx, mode, *more))
   job = pipeline.prepare(Config(**settings))
   size = sum(math.prod(shape) for shape in job.source.shapes.values())
   with Compiled(size // 2) as planned, jax.set_mesh(job.mesh):
-    found = stages.programs(job.config, job.source.spec, 8, job.num_removes, job.mesh, job.source.dtype)
+    found = programs_lib.programs(job.config, job.source.spec, 8, job.num_removes, job.mesh, job.source.dtype)
     for p in found:
       if p.call:
         p.call.lower(*p.args)

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import merging
-from elder_jax import model as model_lib
-from elder_jax import prune
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.methods import laco as laco_lib
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -56,7 +56,7 @@ def by_formula(model: Decoder, merges) -> dict[str, np.ndarray]:
 
 
 def output(model: Decoder, tokens_BT) -> np.ndarray:
-  x_BTD, _ = jax.jit(model_lib.forward)(prune.with_gates(model, 1.0), tokens_BT)
+  x_BTD, _ = jax.jit(model_lib.forward)(pruning.with_gates(model, 1.0), tokens_BT)
   return np.asarray(x_BTD, np.float64)
 
 
@@ -69,7 +69,7 @@ def cosine(a: Decoder, b: Decoder) -> float:
   return np.mean(cosines)
 
 
-def check(model: Decoder, result: merging.Collapsed, n: int):
+def check(model: Decoder, result: laco_lib.Collapsed, n: int):
   """What holds for every result."""
   assert len(result.removed) == len(set(result.removed)) == n and result.model.num_layers == L - n
   assert result.removed == [k for group in result.merges for k in group[1:]]
@@ -83,7 +83,7 @@ def check(model: Decoder, result: merging.Collapsed, n: int):
 
 @pytest.mark.parametrize('n', range(1, 7))
 def test_exactly_n_layers_are_merged_away(model, n):
-  result = merging.laco(model, n, BATCHES, Mode())
+  result = laco_lib.laco(model, n, BATCHES, Mode())
   check(model, result, n)
   assert all(len(group) <= min(4, n + 1) for group in result.merges)
   assert L - 1 not in result.removed  # the very last stays
@@ -92,19 +92,19 @@ def test_exactly_n_layers_are_merged_away(model, n):
 
 def test_one_layer_by_the_plain_formula(model):
   """The first merge from the output end whose cosine is above the threshold."""
-  result = merging.laco(model, 1, BATCHES, Mode(), threshold=-1.0)
+  result = laco_lib.laco(model, 1, BATCHES, Mode(), threshold=-1.0)
   assert result.merges == [(L - 3, L - 2)] and result.threshold == -1.0
   check(model, result, 1)
   # θ_l + (θ_{l+1} − θ_l) is the later layer: the same model as with the earlier one removed.
   np.testing.assert_allclose(
-    output(result.model, BATCHES[0]), output(prune.prune(model, [L - 3]), BATCHES[0]), atol=1e-5
+    output(result.model, BATCHES[0]), output(pruning.prune(model, [L - 3]), BATCHES[0]), atol=1e-5
   )
 
 
 def test_the_first_merge_above_the_threshold_stands(model):
-  pairs = {l: cosine(model, prune.prune(model, [l])) for l in range(L - 2)}
+  pairs = {l: cosine(model, pruning.prune(model, [l])) for l in range(L - 2)}
   for threshold in (0.9, 0.5):
-    result = merging.laco(model, 1, BATCHES, Mode(), threshold=threshold, step=0.01)
+    result = laco_lib.laco(model, 1, BATCHES, Mode(), threshold=threshold, step=0.01)
     above = [l for l in pairs if pairs[l] > result.threshold]
     assert result.merges == [(max(above), max(above) + 1)]
     # The highest threshold of threshold, threshold − step, … that any merge can pass.
@@ -113,13 +113,13 @@ def test_the_first_merge_above_the_threshold_stands(model):
 
 
 def test_four_layers_become_one(model):
-  result = merging.laco(model, 3, BATCHES, Mode(), threshold=-1.0)
+  result = laco_lib.laco(model, 3, BATCHES, Mode(), threshold=-1.0)
   assert result.merges == [(5, 6, 7, 8)] and result.removed == [6, 7, 8]
   check(model, result, 3)
 
 
 def test_the_interval_and_the_last_smaller_merge(model):
-  run = lambda **more: merging.laco(model, 4, BATCHES, Mode(), threshold=-1.0, **more).merges
+  run = lambda **more: laco_lib.laco(model, 4, BATCHES, Mode(), threshold=-1.0, **more).merges
   # 10 layers, C = 4: from 5. Then 7 layers are left, 0 … 5 and the last: 4 − 2 = 3 is too high, 2 has room for C.
   assert run() == [(5, 6, 7, 8), (2, 3)]
   assert run(interval=5) == [(5, 6, 7, 8), (0, 1)]
@@ -128,7 +128,7 @@ def test_the_interval_and_the_last_smaller_merge(model):
 
 
 def test_a_merged_layer_can_be_merged_again(model):
-  result = merging.laco(model, 6, BATCHES, Mode(), combine=4, interval=2, threshold=-1.0)
+  result = laco_lib.laco(model, 6, BATCHES, Mode(), combine=4, interval=2, threshold=-1.0)
   check(model, result, 6)
   assert result.merges == [(5, 6, 7, 8), (2, 3, 4, 5)]
 
@@ -139,7 +139,7 @@ def test_copies_of_a_layer_merge_at_no_cost(model):
   model.layers = jax.tree.map(lambda a: a.at[3:7].set(a[3]), model.layers)
   for param in (model.layers.wo, model.layers.w_down):
     param.set_value(param.get_value().at[3:7].set(0.0))
-  result = merging.laco(model, 3, BATCHES, Mode(), threshold=0.999)
+  result = laco_lib.laco(model, 3, BATCHES, Mode(), threshold=0.999)
   check(model, result, 3)
   assert result.merges == [(4, 5, 6, 7)] and result.threshold == 0.999
   np.testing.assert_allclose(result.cosine, 1, atol=1e-6)
@@ -147,8 +147,8 @@ def test_copies_of_a_layer_merge_at_no_cost(model):
 
 def test_the_model_is_left_alone_and_its_gates_do_not_count(model):
   before = layers_of(model)
-  expected = merging.laco(model, 4, BATCHES, Mode())
-  result = merging.laco(prune.with_gates(model, 0.3), 4, BATCHES, Mode(gate='output'))
+  expected = laco_lib.laco(model, 4, BATCHES, Mode())
+  result = laco_lib.laco(pruning.with_gates(model, 0.3), 4, BATCHES, Mode(gate='output'))
   assert result.merges == expected.merges
   np.testing.assert_allclose(result.cosine, expected.cosine, rtol=1e-5)
   for name, a in layers_of(model).items():
@@ -156,32 +156,32 @@ def test_the_model_is_left_alone_and_its_gates_do_not_count(model):
 
 
 def test_sweeps_compile_once_and_try_nothing_twice(model, monkeypatch):
-  tried, similarity = [], merging._similarity
+  tried, similarity = [], laco_lib._similarity
   monkeypatch.setattr(
-    merging, '_similarity', lambda m, x, group, *more: tried.append(group) or similarity(m, x, group, *more)
+    laco_lib, '_similarity', lambda m, x, group, *more: tried.append(group) or similarity(m, x, group, *more)
   )
   batches = [batch[:2] for batch in BATCHES]  # a shape that no other test has
-  before = merging._cosine_sum._cache_size()
-  result = merging.laco(model, 5, batches, Mode())
-  assert merging._cosine_sum._cache_size() == before + 1
+  before = laco_lib._cosine_sum._cache_size()
+  result = laco_lib.laco(model, 5, batches, Mode())
+  assert laco_lib._cosine_sum._cache_size() == before + 1
   assert result.threshold < 0.9  # so there were more sweeps than one
   assert tried.count((5, 6, 7, 8)) == 1
 
 
 def test_nothing_to_merge(model):
-  result = merging.laco(model, 0, BATCHES, Mode())
+  result = laco_lib.laco(model, 0, BATCHES, Mode())
   assert (result.removed, result.merges, result.cosine) == ([], [], 1.0) and result.model.num_layers == L
 
 
 def test_more_than_can_be_merged(model):
   with pytest.raises(InputError, match='--num_remove=8: --method=laco can merge away at most 6 of the 10 layers'):
-    merging.laco(model, 8, BATCHES, Mode())
+    laco_lib.laco(model, 8, BATCHES, Mode())
   with pytest.raises(InputError, match='--num_remove=2: --method=laco can merge away at most 0 of the 3 layers'):
-    merging.laco(Decoder(SPEC, 3, jax.random.key(0)), 2, BATCHES, Mode())
+    laco_lib.laco(Decoder(SPEC, 3, jax.random.key(0)), 2, BATCHES, Mode())
 
 
 def test_an_output_that_is_not_finite(model):
   model = jax.tree.map(lambda a: a, model)
   model.layers.wq.set_value(model.layers.wq.get_value().at[2].set(np.nan))
   with pytest.raises(InputError, match='--method=laco: the output of a model is not finite'):
-    merging.laco(model, 2, BATCHES, Mode())
+    laco_lib.laco(model, 2, BATCHES, Mode())

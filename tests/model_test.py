@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import model as model_lib
-from elder_jax import prune
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.hf import checkpoint_hf
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
 
 SPEC = Spec(
   vocab_size=37,
@@ -49,7 +49,7 @@ def decoder(tied: bool = False) -> Decoder:
 
 
 def with_gates(model: Decoder, gates) -> Decoder:
-  model = prune.with_gates(model, 1.0)
+  model = pruning.with_gates(model, 1.0)
   model.gate_L.set_value(jnp.array(gates, jnp.float32))
   return model
 
@@ -165,7 +165,7 @@ def _with_spec(model: Decoder, **changes) -> Decoder:
 def test_gate_zero_is_the_removed_layer():
   model, tokens_BT = decoder(), tokens()
   gated_x, _, gated = forward_jit(with_gates(model, [1, 0, 1, 0, 1]), tokens_BT)
-  pruned_x, _, pruned = forward_jit(prune.prune(model, [1, 3]), tokens_BT)
+  pruned_x, _, pruned = forward_jit(pruning.prune(model, [1, 3]), tokens_BT)
   np.testing.assert_array_equal(gated_x, pruned_x)
   np.testing.assert_array_equal(gated, pruned)
   assert np.max(np.abs(gated - forward_jit(model, tokens_BT)[2])) > 1e-2
@@ -201,10 +201,10 @@ SUBSETS = ([0], [4], [3], [1, 2], [3, 0], [0, 1, 2, 3], [4, 2, 0], [])
 @pytest.mark.parametrize('gate, removed', [*(('residual', s) for s in SUBSETS), ('output', [0]), ('output', [1, 2])])
 def test_skipped_is_pruned_bit_for_bit(gate, removed):
   model, tokens_BT, mode = decoder(), tokens(), Mode(gate=gate)
-  pruned = prune.prune(with_gates(model, [0.3] * LAYERS), removed)  # prune sets the gates back to 1
-  kept = prune.kept_layers(LAYERS, removed)
+  pruned = pruning.prune(with_gates(model, [0.3] * LAYERS), removed)  # prune sets the gates back to 1
+  kept = pruning.kept_layers(LAYERS, removed)
   assert pruned.num_layers == len(kept) == LAYERS - len(removed)
-  assert prune.num_params(pruned) < prune.num_params(model) or not removed
+  assert pruning.num_params(pruned) < pruning.num_params(model) or not removed
   skipped_x, skipped_L, skipped = forward_jit(model, tokens_BT, alive_without(*removed), mode)
   pruned_x, pruned_L, logits_BTV = forward_jit(pruned, tokens_BT, mode=mode)
   np.testing.assert_array_equal(skipped_x, pruned_x)
@@ -216,14 +216,14 @@ def test_skipped_is_pruned_bit_for_bit(gate, removed):
 def test_prune_and_with_gates_leave_their_argument_alone():
   model = with_gates(decoder(), [0.1, 0.2, 0.3, 0.4, 0.5])
   before = jax.tree.map(np.array, model)
-  prune.prune(model, [2])
-  prune.with_gates(model, 0.0)
+  pruning.prune(model, [2])
+  pruning.with_gates(model, 0.0)
   chex.assert_trees_all_equal(jax.tree.leaves(before), jax.tree.leaves(model))
 
 
 def test_prune_keeps_the_order_of_the_layers():
   model = decoder()
-  pruned = prune.prune(model, [3, 1])
+  pruned = pruning.prune(model, [3, 1])
   for mine, theirs in zip(jax.tree.leaves(pruned.layers), jax.tree.leaves(model.layers)):
     np.testing.assert_array_equal(mine, theirs[np.array([0, 2, 4])])
   np.testing.assert_array_equal(pruned.embed[...], model.embed[...])
@@ -287,7 +287,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 
 def _with_nan_layer(model: Decoder, l: int) -> Decoder:
-  model = prune.with_gates(model, 1.0)
+  model = pruning.with_gates(model, 1.0)
   model.layers = jax.tree.map(lambda a: a.at[l].set(jnp.nan), model.layers)
   return model
 

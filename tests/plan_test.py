@@ -13,15 +13,15 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import job as job_lib
-from elder_jax import memory
-from elder_jax import plan
-from elder_jax import regularize
-from elder_jax import sharding
-from elder_jax import sizes
-from elder_jax.config import Config
+from elder_jax.devices import memory
+from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import Spec
+from elder_jax.model.decoder import Spec
+from elder_jax.run import prepare as prepare_lib
+from elder_jax.run.config import Config
+from elder_jax.run.plan import compile as plan
+from elder_jax.run.plan import flops as flops_lib
+from elder_jax.training import regularize
 
 SPEC = Spec(
   vocab_size=320,
@@ -72,10 +72,10 @@ def worker(mesh_flag: str, changes: dict):
   with jax.set_mesh(mesh):
     planned = next(p for p in plan.programs(config, SPEC, L, [1], mesh) if p.name.startswith('training'))
     before = live_bytes()
-    abstract = sizes.abstract_model(SPEC, L, config.dtype, mesh, mesh_flag)
+    abstract = flops_lib.abstract_model(SPEC, L, config.dtype, mesh, mesh_flag)
     model = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 0.01, a.dtype), a.sharding), abstract)
-    settings = job_lib.train_settings(config)
-    step, state, frozen = regularize.begin(model, settings, job_lib.mode(config), memory.free)  # as in a run
+    settings = prepare_lib.train_settings(config)
+    step, state, frozen = regularize.begin(model, settings, prepare_lib.mode(config), memory.free)  # as in a run
     batch = sharding.put_batch(np.zeros((8, 32), np.int32), mesh)
     for i in range(2):
       state, metrics = step(state, (frozen, None), batch, regularize.penalty_terms(L, [], settings, i))
@@ -83,11 +83,11 @@ def worker(mesh_flag: str, changes: dict):
     held = max(after - at_first for after, at_first in zip(live_bytes(), before))
     stage = plan.measure(planned, mesh)
     m = stage.compiled.memory_analysis()
-  arguments = sizes.device_bytes(planned.args)
+  arguments = flops_lib.device_bytes(planned.args)
   print(
     json.dumps(
       {
-        'planned': planned.params + planned.opt_state + planned.beside + sizes.device_bytes(batch),
+        'planned': planned.params + planned.opt_state + planned.beside + flops_lib.device_bytes(batch),
         'held': held,
         'arguments': arguments,
         'compiler': m.argument_size_in_bytes,
@@ -152,7 +152,7 @@ def test_formula_and_program_agree_on_flops(changes, one_device):
 def test_what_is_computed_again_counts_in_what_is_done(one_device):
   at = {remat: programs(one_device, remat=remat)['training, 4 layers'] for remat in ('none', 'full')}
   flops = {remat: plan.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr) for remat, p in at.items()}
-  layers, attention, _ = sizes.forward_flops(SPEC, L, 32)
+  layers, attention, _ = flops_lib.forward_flops(SPEC, L, 32)
   assert flops['full'] - flops['none'] == (layers + attention) * 8 * 32  # once, and the head not
   assert at['full'].model_flops == at['none'].model_flops
 
@@ -209,7 +209,7 @@ def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block,
 
 def test_bytes_of_each_kind(one_device):
   p = programs(one_device)['training, 4 layers']
-  model = sizes.abstract_model(SPEC, L, 'float32', one_device, '')
+  model = flops_lib.abstract_model(SPEC, L, 'float32', one_device, '')
   blocks = sum(math.prod(a.shape) for a in jax.tree.leaves(model.layers))
   rest = sum(math.prod(a.shape) for a in jax.tree.leaves(model)) - blocks
   assert (p.params, p.gradients, p.beside) == (4 * (blocks + rest), 4 * blocks, 0)

@@ -13,12 +13,12 @@ from refusal import edit_json
 from refusal import one_sentence
 import safetensors.numpy
 
-from elder_jax import checkpoint_hf
-from elder_jax import families
-from elder_jax import model as model_lib
-from elder_jax import pipeline
-from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import families
+from elder_jax.model import decoder as model_lib
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 TOKENS_BT = np.arange(5, 21, dtype=np.int32)[None]

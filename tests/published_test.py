@@ -13,13 +13,13 @@ import torch
 import transformers
 from transformers.activations import ACT2FN
 
-from elder_jax import checkpoint_hf
-from elder_jax import families
-from elder_jax import model as model_lib
 from elder_jax.errors import InputError
-from elder_jax.families.fields import ACTIVATIONS
-from elder_jax.families.fields import NEUTRAL
-from elder_jax.families.fields import OFF
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import families
+from elder_jax.hf.families.fields import ACTIVATIONS
+from elder_jax.hf.families.fields import NEUTRAL
+from elder_jax.hf.families.fields import OFF
+from elder_jax.model import decoder as model_lib
 
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / 'data' / 'published_configs.json').read_text())
 del PUBLISHED['_about']

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from elder_jax import pipeline
-from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 
 def refused(settings, *parts, **more) -> str:

@@ -10,23 +10,23 @@ import numpy as np
 import optax
 import pytest
 
-from elder_jax import losses
-from elder_jax import model as model_lib
-from elder_jax import prune
-from elder_jax import regularize
-from elder_jax import train
-from elder_jax.checkpoint import Checkpoints
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
-from elder_jax.regularize import TrainSettings
-from elder_jax.regularize import penalty_terms
+from elder_jax.model import decoder as model_lib
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.training import loop
+from elder_jax.training import losses
+from elder_jax.training import regularize
+from elder_jax.training.checkpoints import Checkpoints
+from elder_jax.training.regularize import TrainSettings
+from elder_jax.training.regularize import penalty_terms
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 L = 4
 BATCHES_SBT = np.random.default_rng(0).integers(0, 40, (8, 4, 9), np.int32)
-MAKE_STEP, STEPS = train.make_step, {}
+MAKE_STEP, STEPS = loop.make_step, {}
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def fit(
   # What the step depends on: such fits share one, as they would share its compilation if jax could tell.
   key = mode, dataclasses.replace(s, lambda2=0, lambda2_power=0, sequential=False, anneal=0)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, 'make_step', lambda *args: STEPS.get(key) or STEPS.setdefault(key, MAKE_STEP(*args)))
+    patch.setattr(loop, 'make_step', lambda *args: STEPS.get(key) or STEPS.setdefault(key, MAKE_STEP(*args)))
     return regularize.fit(model, layers, s, mode, batch, log, checkpoint, teacher)
 
 
@@ -134,7 +134,7 @@ def test_annealed_gates_fall_to_zero_and_stay_there():
 def test_what_is_annealed_away_leaves_without_a_jump():
   model, lm = tiny(), []
   trained = fit(model, [2, 1], log=lambda i, m: lm.append(m['lm_loss']), steps=4, anneal=0.5, lambda2=0.0, lr=0.0)
-  pruned = prune.prune(trained, [1, 2])
+  pruned = pruning.prune(trained, [1, 2])
   tokens_BT = BATCHES_SBT[3]
   nll, count = losses.next_token_nll(pruned, model_lib.forward(pruned, tokens_BT)[0], tokens_BT)
   np.testing.assert_allclose(lm[3], nll / count, rtol=1e-6)
@@ -200,7 +200,7 @@ def test_no_penalty_is_plain_lm_training():
     logp_BTV = jax.nn.log_softmax(model_lib.logits(changed, x_BTD)[:, :-1])
     return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))
 
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(train.schedule(1e-3, steps, 0.05)))
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(loop.schedule(1e-3, steps, 0.05)))
   layers = jax.tree.map(lambda a: a, model.layers)
   state = tx.init(layers)
 
@@ -232,7 +232,7 @@ def plain_kl(teacher, model, tokens_BT):
 @pytest.mark.parametrize('tied, chunk', [(True, 1024), (False, 8)])
 def test_distillation_is_the_formula(tied, chunk, monkeypatch):
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', chunk)  # 8 tokens are 2 of each row: chunks that do not divide 9
-  teacher, model, tokens_BT = tiny(tied), prune.prune(tiny(tied), [1, 2]), BATCHES_SBT[0]
+  teacher, model, tokens_BT = tiny(tied), pruning.prune(tiny(tied), [1, 2]), BATCHES_SBT[0]
   terms = penalty_terms(L - 2, [], settings(), 0)
   both = lambda m, t, w: losses.loss(m, tokens_BT, terms, Mode(), t, w)
   total, parts = both(model, teacher, 0.25)
@@ -257,7 +257,7 @@ def test_a_model_that_is_its_own_teacher_learns_nothing_from_it():
 
 
 def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one():
-  teacher, cut = tiny(), prune.prune(tiny(), [1])
+  teacher, cut = tiny(), pruning.prune(tiny(), [1])
   trained = fit(cut, [], steps=30, lr=3e-3, distill=1.0, teacher=teacher)
   near, far = (float(plain_kl(teacher, m, BATCHES_SBT[0])) for m in (trained, cut))
   assert near < 0.5 * far, (near, far)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import report as report_lib
-from elder_jax.metrics import Metrics
+from elder_jax.log import Metrics
+from elder_jax.run import report as report_lib
 
 
 def row(recipe, wiki, news, method='elder', removed=(2, 3), tasks=None) -> dict:

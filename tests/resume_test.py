@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import chex
 import jax
@@ -21,22 +22,22 @@ import pytest
 from refusal import refused
 import safetensors.numpy
 
-from elder_jax import checkpoint
-from elder_jax import checkpoint_hf
-from elder_jax import cli
-from elder_jax import gates
-from elder_jax import job
+from elder_jax import log as log_lib
 from elder_jax import main
-from elder_jax import metrics
-from elder_jax import pipeline
-from elder_jax import preemption
-from elder_jax import train
-from elder_jax.checkpoint import Checkpoints
-from elder_jax.config import Config
+from elder_jax.commands import cli
+from elder_jax.devices import preemption
 from elder_jax.errors import disk_is_full
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.hf import checkpoint_hf
+from elder_jax.methods import elder
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.run import pipeline
+from elder_jax.run import prepare as prepare_lib
+from elder_jax.run.config import Config
+from elder_jax.training import checkpoints
+from elder_jax.training import loop
+from elder_jax.training.checkpoints import Checkpoints
 
 pytestmark = [
   pytest.mark.usefixtures('quick_compiler'),
@@ -57,12 +58,12 @@ SPEC = Spec(
 )
 L = 5
 BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (9, 4, 9), np.int32)
-SETTINGS = gates.GateSettings(3, True, 3, 0.02, 1e-4, (1, 2, 3), clip=1e9)
+SETTINGS = elder.GateSettings(3, True, 3, 0.02, 1e-4, (1, 2, 3), clip=1e9)
 
 
-def state_at(step: int, scale: float = 1.0) -> train.TrainState:
+def state_at(step: int, scale: float = 1.0) -> loop.TrainState:
   w = np.random.default_rng(0).normal(size=(64, 33)).astype(np.float32)  # large enough for a data file of its own
-  return train.TrainState(jnp.int32(step), {'w': jnp.asarray(scale * w)}, {'mu': jnp.ones((2, 3))})
+  return loop.TrainState(jnp.int32(step), {'w': jnp.asarray(scale * w)}, {'mu': jnp.ones((2, 3))})
 
 
 def checkpoints_of(folder, *steps) -> Checkpoints:
@@ -88,7 +89,7 @@ def test_due_by_steps_and_at_the_end(tmp_path):
 
 def test_due_by_time_since_the_last_one(tmp_path, monkeypatch):
   now = [100.0]
-  monkeypatch.setattr(checkpoint.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(time, 'monotonic', lambda: now[0])
   checkpoints = Checkpoints(tmp_path / 'c', 0, 50, minutes=0.5)
   due = []
   for step in range(1, 9):
@@ -125,7 +126,7 @@ def test_the_last_ones_stay_and_nothing_else(tmp_path, keep):
 
 def test_what_is_saved_is_the_state_that_was_given_though_it_is_donated(tmp_path):
   step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
-  state = step(train.TrainState(jnp.int32(0), {'w': jnp.zeros((1000, 1000))}, {}))
+  state = step(loop.TrainState(jnp.int32(0), {'w': jnp.zeros((1000, 1000))}, {}))
   checkpoints = Checkpoints(tmp_path / 'c', 1, 9)
   for _ in range(3):
     checkpoints.save(state)
@@ -177,9 +178,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
 
 
 def test_changed_values_that_can_be_read_are_seen(tmp_path, capsys):
-  sums = checkpoint._sums
+  sums = checkpoints._sums
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, '_sums', lambda leaves: sums([a.at[(0,) * a.ndim].add(1) for a in leaves]))
+    patch.setattr(checkpoints, '_sums', lambda leaves: sums([a.at[(0,) * a.ndim].add(1) for a in leaves]))
     checkpoints_of(tmp_path / 'c', 5)
   start = state_at(0)
   assert Checkpoints(tmp_path / 'c', 1, 9).latest(start) is start
@@ -201,8 +202,8 @@ def test_all_checkpoints_damaged_is_a_new_start(tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def gate_step():
-  tx = train.optimizer(train.mask(random_model(), 'gates'), rate, 0.0, SETTINGS.clip)
-  return train.make_step(tx, Mode(), 1, rate)
+  tx = loop.optimizer(loop.mask(random_model(), 'gates'), rate, 0.0, SETTINGS.clip)
+  return loop.make_step(tx, Mode(), 1, rate)
 
 
 def rate(step):
@@ -220,7 +221,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize('every, death', [(1, 4), (2, 1), (2, 5), (3, 3), (3, 6), (3, 8), (0, 7)])
 def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death):
   """Death in a round, at its border, before any checkpoint; nine steps in three rounds."""
-  monkeypatch.setattr(train, 'make_step', lambda *_: gate_step)
+  monkeypatch.setattr(loop, 'make_step', lambda *_: gate_step)
   log, total = [], SETTINGS.steps * SETTINGS.num_remove
 
   def dying(i):
@@ -230,7 +231,7 @@ def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death)
 
   def learn(batch, folder):
     log.clear()
-    return gates.learn(
+    return elder.learn(
       random_model(), SETTINGS, Mode(), batch, lambda *row: log.append(row), Checkpoints(folder, every, total)
     )
 
@@ -280,7 +281,7 @@ def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) ->
 
 def struck():
   """The script: an ordinary run, but for the signal."""
-  left, batch = int(os.environ['BATCHES']), job.Run.batch
+  left, batch = int(os.environ['BATCHES']), prepare_lib.Run.batch
 
   def counting(self, i):
     nonlocal left
@@ -289,7 +290,7 @@ def struck():
       os.kill(os.getpid(), int(os.environ['SIGNAL']))
     return batch(self, i)
 
-  job.Run.batch = counting
+  prepare_lib.Run.batch = counting
   main.run()
 
 
@@ -324,9 +325,9 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypat
     monkeypatch.setattr(preemption, '_signalled', len(seen) == count)
     return run_batch(self, i)
 
-  run_batch = job.Run.batch
+  run_batch = prepare_lib.Run.batch
   with monkeypatch.context() as patch:
-    patch.setattr(job.Run, 'batch', batch)
+    patch.setattr(prepare_lib.Run, 'batch', batch)
     with pytest.raises(preemption.Preempted, match=f'after step {step + 1} of {stage}; saved'):
       whole_run(settings)
   monkeypatch.setattr(preemption, '_signalled', False)
@@ -474,7 +475,7 @@ def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, cap
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
   path = tmp_path / 'metrics.jsonl'
-  log = metrics.Metrics(path)
+  log = log_lib.Metrics(path)
   for step in range(3):
     log.write('gates', step, {'loss': 1.0})
   before = path.read_text()
@@ -487,7 +488,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'):
       log.begin('gates', 1)
     with pytest.raises(OSError, match='No space'):
-      metrics.write_whole(tmp_path / 'report.md', 'text')
+      log_lib.write_whole(tmp_path / 'report.md', 'text')
   assert path.read_text() == before and not (tmp_path / 'report.md').exists()
   with path.open('a') as file:
     file.write('{"stage": "gates", "st')  # what a full disk leaves of a line

@@ -11,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import generate
-from elder_jax import sharding
-from elder_jax import train
-from elder_jax.checkpoint import Checkpoints
+from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
-from elder_jax.model import Mode
-from elder_jax.model import Spec
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import Spec
+from elder_jax.text import generation
+from elder_jax.training import loop
+from elder_jax.training.checkpoints import Checkpoints
 
 SPEC = Spec(
   vocab_size=48,
@@ -68,10 +68,10 @@ def worker(out: pathlib.Path):
     mesh = sharding.make_mesh(flag, jax.devices()[: 1 if flag == '1,1,1' else 8])
     jax.set_mesh(mesh)
     model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, flag))
-    mask, rate = train.mask(model, 'all'), train.schedule(1e-3, 2, 0.0)
-    tx = train.optimizer(mask, rate, 0.0, 1.0)
-    step = train.make_step(tx, Mode(remat=remat), grad_accum, rate)
-    state, frozen = train.init(model, mask, tx)
+    mask, rate = loop.mask(model, 'all'), loop.schedule(1e-3, 2, 0.0)
+    tx = loop.optimizer(mask, rate, 0.0, 1.0)
+    step = loop.make_step(tx, Mode(remat=remat), grad_accum, rate)
+    state, frozen = loop.init(model, mask, tx)
     lies = lambda state: {k: [a.shape, a.sharding.shard_shape(a.shape)] for k, a in named(state).items()}
     before, losses = lies(state), []
     whole_stacks = {str(list(a.shape)).replace(' ', '') for a in jax.tree.leaves(model.layers) if a.ndim > 2}
@@ -86,7 +86,7 @@ def worker(out: pathlib.Path):
         checkpoints.wait()
         arrays |= {f'{flag}/gradient{k}': np.asarray(a) for k, a in named(state.opt_state).items() if '.mu.' in k}
         program = step.lower(state, (frozen, None), batch, terms).compile().as_text()
-    restored = checkpoints.latest(train.init(model, mask, tx)[0])
+    restored = checkpoints.latest(loop.init(model, mask, tx)[0])
     resumed, _ = step(restored, (frozen, None), batch, terms)
     facts[flag] = {
       'losses': losses,
@@ -102,7 +102,7 @@ def worker(out: pathlib.Path):
     }
     if flag in ('1,1,1', '2,2,2'):  # fewer prompts than devices
       put = lambda a, mesh=mesh: sharding.put_batch(a, mesh)
-      facts[flag]['written'] = generate.generate(model, [[1, 2, 3], [4], [5, 6]], 5, put=put)
+      facts[flag]['written'] = generation.generate(model, [[1, 2, 3], [4], [5, 6]], 5, put=put)
     arrays |= {f'{flag}/{k}': np.asarray(a) for k, a in named(state.trained).items()}
   np.savez(out / 'arrays.npz', **arrays)
   (out / 'facts.json').write_text(json.dumps(facts))

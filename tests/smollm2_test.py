@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import model as model_lib
-from elder_jax import pipeline
-from elder_jax.config import Config
+from elder_jax.hf import checkpoint_hf
+from elder_jax.model import decoder as model_lib
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
+from elder_jax.text import data
 
 ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
 GGUF = ASSETS / 'SmolLM2-135M-Instruct.Q4_1.gguf'

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from elder_jax import pipeline
-from elder_jax import speed
-from elder_jax.config import Config
+from elder_jax.commands import speed
 from elder_jax.errors import InputError
+from elder_jax.run import pipeline
+from elder_jax.run.config import Config
 
 QUICK = dict(prompt_tokens=24, new_tokens=3, context=5, batch_sizes=(1, 2), repeats=3)
 

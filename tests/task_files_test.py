@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from refusal import one_sentence
 
-from elder_jax import checkpoint_hf
-from elder_jax import data
-from elder_jax import zero_shot
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.text import data
+from elder_jax.text import zero_shot
 
 # The harness and what it imports warn of much.
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -188,7 +188,7 @@ def test_the_context_of_a_model():
 
 
 def test_learned_positions_bound_the_context(loaded_model):
-  from elder_jax.lm_eval_adapter import JaxLM
+  from elder_jax.text.lm_eval_adapter import JaxLM
 
   model, tokenizer = loaded_model
   for positions, context in ((0, 2048), (64, 64)):  # 0: none are learned

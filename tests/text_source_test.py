@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 from refusal import one_sentence
 
-from elder_jax import data
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
+from elder_jax.text import data
 
 
 def write(path: pathlib.Path, *documents: str) -> pathlib.Path:

@@ -57,9 +57,9 @@ def export_all(models: pathlib.Path):
   from families_test import write_model
   import numpy as np
 
-  from elder_jax import checkpoint_hf
-  from elder_jax import pipeline
-  from elder_jax.config import Config
+  from elder_jax.hf import checkpoint_hf
+  from elder_jax.run import pipeline
+  from elder_jax.run.config import Config
 
   for case in CASES:
     work = models / case.replace(', ', '-').replace(' ', '_')

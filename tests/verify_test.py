@@ -9,12 +9,12 @@ from refusal import one_sentence
 from refusal import refused
 import safetensors.numpy
 
-from elder_jax import checkpoint_hf
-from elder_jax import job
-from elder_jax import pipeline
-from elder_jax import verify
-from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import verify
+from elder_jax.run import pipeline
+from elder_jax.run import prepare as prepare_lib
+from elder_jax.run.config import Config
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -61,7 +61,9 @@ def test_what_pytorch_raises_for_another_reason_costs_no_export(quick, monkeypat
 
 def test_a_mismatch_leaves_nothing_under_the_final_name(quick, monkeypatch):
   monkeypatch.setattr(verify, '_torch_logits', lambda model, tokens_BT: 0.0)
-  monkeypatch.setattr(job.verify, 'use_torch', lambda wish, params, say=None: params < 50_000)  # not the dense model
+  monkeypatch.setattr(
+    prepare_lib.verify, 'use_torch', lambda wish, params, say=None: params < 50_000
+  )  # not the dense model
   with pytest.raises(verify.ExportMismatch):
     pipeline.run(Config(**quick))
   assert not (pathlib.Path(quick['workdir']) / 'export').exists()

@@ -12,14 +12,14 @@ import pytest
 from refusal import edit_json
 from refusal import refused
 
-from elder_jax import checkpoint_hf
-from elder_jax import inputs
-from elder_jax import pipeline
-from elder_jax import train
-from elder_jax import verify
-from elder_jax import workdir
-from elder_jax.config import Config
 from elder_jax.errors import InputError
+from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import verify
+from elder_jax.run import inputs
+from elder_jax.run import pipeline
+from elder_jax.run import workdir
+from elder_jax.run.config import Config
+from elder_jax.training import loop
 
 pytestmark = pytest.mark.usefixtures('quick_compiler')
 
@@ -43,7 +43,7 @@ def own_text(settings, text, tmp_path) -> pathlib.Path:
 
 def killed_before_training(settings, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(train, 'fit', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    patch.setattr(loop, 'fit', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
       run(settings)
 
@@ -53,8 +53,8 @@ def killed_before_training(settings, monkeypatch):
 
 HOLDER = """
 import sys, time
-from elder_jax import workdir
-from elder_jax.config import Config
+from elder_jax.run import workdir
+from elder_jax.run.config import Config
 with workdir.held(Config(workdir=sys.argv[1])):
   print('held', flush=True)
   time.sleep(60)
@@ -148,7 +148,7 @@ def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkey
 
 
 def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, monkeypatch):
-  with pytest.raises(train.NonFiniteLoss):
+  with pytest.raises(loop.NonFiniteLoss):
     run(settings, lr=1e30, train_steps=5)
   work = pathlib.Path(settings['workdir'])
   assert (work / 'failed.txt').read_text().startswith('the ')

@@ -6,17 +6,17 @@ import types
 import jax
 import pytest
 
-from elder_jax import checkpoint_hf
-from elder_jax import cli
-from elder_jax import data
-from elder_jax import generate
-from elder_jax import pipeline
-from elder_jax import report as report_lib
-from elder_jax import sharding
-from elder_jax import zero_shot
-from elder_jax.config import Config
+from elder_jax.commands import cli
+from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import Decoder
+from elder_jax.hf import checkpoint_hf
+from elder_jax.model.decoder import Decoder
+from elder_jax.run import pipeline
+from elder_jax.run import report as report_lib
+from elder_jax.run.config import Config
+from elder_jax.text import data
+from elder_jax.text import generation
+from elder_jax.text import zero_shot
 
 # The harness and what it imports warn of much.
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -34,7 +34,7 @@ def both(tiny):
   """(our adapter, the harness's hf backend) on one model."""
   from lm_eval.models.huggingface import HFLM
 
-  from elder_jax.lm_eval_adapter import JaxLM
+  from elder_jax.text.lm_eval_adapter import JaxLM
 
   source = checkpoint_hf.open_source(str(tiny), tiny)
   abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
@@ -63,7 +63,7 @@ def test_loglikelihoods_equal_the_hf_backend(both):
 def test_greedy_is_told_where_it_is_true(both):
   ours, _ = both
   context = ours.tok_encode(WORDS[0])
-  (greedy,) = generate.generate(ours.model, [context], 4)
+  (greedy,) = generation.generate(ours.model, [context], 4)
   other = [*greedy[:3], (greedy[3] + 1) % 258]
   answers = ours._loglikelihood_tokens([(None, context, list(greedy)), (None, context, other)])
   assert [is_greedy for _, is_greedy in answers] == [True, False]

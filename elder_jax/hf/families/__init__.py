@@ -1,0 +1,38 @@
+"""The model families that can be read and written: `model_type` in config.json -> module.
+
+A family module has `spec_from_config` and `WEIGHTS` (llama.py says how to read it). Where it differs: `pruned`, if a
+removal of layers changes keys of config.json beside the depth and lists with an entry per layer; `DEPTH`, if the key
+of the depth is not num_hidden_layers; `ROPE_KEYS`, if what rope_parameters holds has had other names outside. The first
+row of WEIGHTS is the embedding; files may leave the first part of its name out of all names. For GGUF:
+`GGUF_ARCHITECTURE`, `GGUF_NAMES`, `config_from_gguf`, `from_gguf`, and `GGUF_DERIVED` for a tensor that only
+config_from_gguf looks at. Only family modules know Hugging Face's and llama.cpp's names. docs/families.md says how to add
+one.
+"""
+
+from elder_jax.hf.families import gemma2
+from elder_jax.hf.families import gemma3
+from elder_jax.hf.families import gpt2
+from elder_jax.hf.families import gpt_neox
+from elder_jax.hf.families import llama
+from elder_jax.hf.families import mistral
+from elder_jax.hf.families import opt
+from elder_jax.hf.families import phi
+from elder_jax.hf.families import phi3
+from elder_jax.hf.families import qwen2
+from elder_jax.hf.families import qwen3
+from elder_jax.hf.families import smollm3
+
+FAMILIES = {
+  'llama': llama,
+  'mistral': mistral,
+  'qwen2': qwen2,
+  'qwen3': qwen3,
+  'gemma2': gemma2,
+  'gemma3_text': gemma3,
+  'phi': phi,
+  'phi3': phi3,
+  'opt': opt,
+  'gpt2': gpt2,
+  'gpt_neox': gpt_neox,
+  'smollm3': smollm3,
+}

@@ -1,0 +1,52 @@
+"""Gemma 2: norms that scale by 1 + w before and after each part, capped scores and logits, windows on every other layer."""
+
+from elder_jax.hf.families import llama
+from elder_jax.hf.families.fields import Fields
+from elder_jax.model.decoder import Spec
+
+_NORMS = {'post_attention_layernorm': 'post_attn_norm', 'pre_feedforward_layernorm': 'mlp_norm'}
+_NORMS['post_feedforward_layernorm'] = 'post_mlp_norm'
+WEIGHTS = llama.WEIGHTS | {
+  f'model.layers.{{l}}.{theirs}.weight': (f'layers.{ours}.scale', 'D->D') for theirs, ours in _NORMS.items()
+}
+# What config.json leaves out has Gemma's defaults, not Llama's.
+DEFAULTS = dict(
+  num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256
+)
+BOS_FIRST = True  # no text that it was trained on lacked the token: without, it predicts next to nothing
+
+
+def common(fields: Fields) -> dict:
+  """What Gemma 2 and 3 read alike."""
+  size, bias = llama.sizes(fields, 'hidden_activation', 'gelu_pytorch_tanh'), fields.flag('attention_bias')
+  for key in ('hidden_act', 'sliding_window_size'):  # in old files; nothing ever read them
+    fields.any(key)
+  return size | dict(
+    norm='rms1',
+    block='sandwich',
+    qkv_bias=bias,
+    out_bias=bias,
+    embed_scale=size['d_model'] ** 0.5,
+    attn_scale=fields.number('query_pre_attn_scalar') ** -0.5,
+    attn_softcap=fields.number('attn_logit_softcapping', optional=True),
+    final_softcap=fields.number('final_logit_softcapping', optional=True),
+  )
+
+
+def layer_kinds(fields: Fields) -> list[str]:
+  return fields.layer_kinds(lambda l: 'sliding_attention' if (l + 1) % 2 else 'full_attention')
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields(DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0) | config)
+  features, window, kinds = common(fields), fields.window('sliding_window'), layer_kinds(fields)
+  window_L = tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
+  spec = Spec(**features, rope_freq_RH=(fields.rope(features['head_dim']),), window_L=window_L)
+  return spec, fields.done('gemma2')
+
+
+def pruned(config: dict, kept: list[int]) -> dict:
+  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  kinds = layer_kinds(Fields(config))
+  return {'layer_types': [kinds[l] for l in kept]}

@@ -1,0 +1,71 @@
+"""Gemma 3, text: Gemma 2 with norms on queries and keys, and another rope base where there is a window."""
+
+import numpy as np
+
+from elder_jax.hf.families import gemma2
+from elder_jax.hf.families import llama
+from elder_jax.hf.families.fields import Fields
+from elder_jax.model.decoder import Spec
+
+WEIGHTS, BOS_FIRST = gemma2.WEIGHTS, gemma2.BOS_FIRST
+
+
+def layer_kinds(fields: Fields) -> list[str]:
+  every = fields.size('sliding_window_pattern', fields.size('_sliding_window_pattern', 6))
+  return fields.layer_kinds(lambda l: 'sliding_attention' if (l + 1) % every else 'full_attention')
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields(gemma2.DEFAULTS | config)
+  features, window, kinds = gemma2.common(fields), fields.window('sliding_window'), layer_kinds(fields)
+  H = features['head_dim']
+  # The scaling of old files, rope_scaling, is for the layers without a window.
+  far = fields.rope(H, theta=1e6, kinds='full_attention')
+  near = fields.rope(H, theta=1e4, keys=('rope_local_base_freq', None), kinds='sliding_attention')
+  local_L = tuple(int(kind == 'sliding_attention') for kind in kinds)
+  window_L = tuple(window * local for local in local_L)
+  spec = Spec(**features, qk_norm=True, rope_freq_RH=(far, near), rope_L=local_L, window_L=window_L)
+  return spec, fields.done('gemma3_text')
+
+
+def pruned(config: dict, kept: list[int]) -> dict:
+  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  kinds = layer_kinds(Fields(config))
+  return {'layer_types': [kinds[l] for l in kept], 'sliding_window_pattern': None, '_sliding_window_pattern': None}
+
+
+_BLOCK = 'model.layers.{l}.'
+GGUF_ARCHITECTURE = 'gemma3'
+GGUF_NAMES = llama.GGUF_NAMES | {
+  _BLOCK + 'self_attn.q_norm.weight': 'blk.{l}.attn_q_norm.weight',
+  _BLOCK + 'self_attn.k_norm.weight': 'blk.{l}.attn_k_norm.weight',
+  _BLOCK + 'post_attention_layernorm.weight': 'blk.{l}.post_attention_norm.weight',
+  _BLOCK + 'pre_feedforward_layernorm.weight': 'blk.{l}.ffn_norm.weight',
+  _BLOCK + 'post_feedforward_layernorm.weight': 'blk.{l}.post_ffw_norm.weight',
+}
+
+
+def config_from_gguf(field, tensors: dict) -> dict:
+  """As llama.config_from_gguf. Defaults are llama.cpp's; scaling is for the layers without a window."""
+  config = llama.gguf_config(field, tensors)
+  del config['hidden_act']
+  return config | {
+    'architectures': ['Gemma3ForCausalLM'],
+    'model_type': 'gemma3_text',
+    'hidden_activation': 'gelu_pytorch_tanh',
+    # Only the 27B, of 62 layers, scales its scores by another width than that of the heads.
+    'query_pre_attn_scalar': llama.gguf_head_dim(field) if config['num_hidden_layers'] == 62 else config['head_dim'],
+    'sliding_window': field('attention.sliding_window'),
+    'sliding_window_pattern': field('attention.sliding_window_pattern', 6),
+    'rope_local_base_freq': float(field('rope.freq_base_swa', 10000.0)),
+    'attention_bias': False,
+    'attn_logit_softcapping': None,
+    'final_logit_softcapping': llama.gguf_float(field('final_logit_softcapping', 0)) or None,
+  }
+
+
+def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
+  """As Hugging Face has it: llama.cpp stores what a norm multiplies by, 1 + w."""
+  del config
+  return weight - 1 if name.endswith('norm.weight') else weight

@@ -1,0 +1,173 @@
+"""Llama 1, 2, 3 and models of the same architecture (SmolLM2, TinyLlama, Vicuna …); and what its relatives share."""
+
+import numpy as np
+
+from elder_jax.errors import InputError
+from elder_jax.hf.families.fields import Fields
+from elder_jax.hf.families.fields import rope_frequencies
+from elder_jax.model.decoder import Spec
+
+# Hugging Face name -> (path in model.Decoder, axes there 'HF->ours'), both ways; the stacked layers' L is left out.
+# A comma separates HF's dimensions, letters next to each other are folded into one. What the spec's features leave out
+# of the Decoder is not asked for. None: a buffer that is derived from the config, skipped when read and not written.
+WEIGHTS = {
+  'model.embed_tokens.weight': ('embed', 'V,D->VD'),
+  'model.layers.{l}.input_layernorm.weight': ('layers.attn_norm.scale', 'D->D'),
+  'model.layers.{l}.self_attn.q_proj.weight': ('layers.wq', 'NH,D->DNH'),
+  'model.layers.{l}.self_attn.q_proj.bias': ('layers.bq', 'NH->NH'),
+  'model.layers.{l}.self_attn.k_proj.weight': ('layers.wk', 'KH,D->DKH'),
+  'model.layers.{l}.self_attn.k_proj.bias': ('layers.bk', 'KH->KH'),
+  'model.layers.{l}.self_attn.v_proj.weight': ('layers.wv', 'KH,D->DKH'),
+  'model.layers.{l}.self_attn.v_proj.bias': ('layers.bv', 'KH->KH'),
+  'model.layers.{l}.self_attn.q_norm.weight': ('layers.q_norm.scale', 'H->H'),
+  'model.layers.{l}.self_attn.k_norm.weight': ('layers.k_norm.scale', 'H->H'),
+  'model.layers.{l}.self_attn.o_proj.weight': ('layers.wo', 'D,NH->NHD'),
+  'model.layers.{l}.self_attn.o_proj.bias': ('layers.bo', 'D->D'),
+  'model.layers.{l}.self_attn.rotary_emb.inv_freq': None,
+  'model.layers.{l}.self_attn.rotary_emb.cos_cached': None,
+  'model.layers.{l}.self_attn.rotary_emb.sin_cached': None,
+  'model.rotary_emb.inv_freq': None,
+  'model.layers.{l}.post_attention_layernorm.weight': ('layers.mlp_norm.scale', 'D->D'),
+  'model.layers.{l}.mlp.gate_proj.weight': ('layers.w_gate', 'F,D->DF'),
+  'model.layers.{l}.mlp.gate_proj.bias': ('layers.b_gate', 'F->F'),
+  'model.layers.{l}.mlp.up_proj.weight': ('layers.w_up', 'F,D->DF'),
+  'model.layers.{l}.mlp.up_proj.bias': ('layers.b_up', 'F->F'),
+  'model.layers.{l}.mlp.down_proj.weight': ('layers.w_down', 'D,F->FD'),
+  'model.layers.{l}.mlp.down_proj.bias': ('layers.b_down', 'D->D'),
+  'model.norm.weight': ('final_norm.scale', 'D->D'),
+  'lm_head.weight': ('head', 'V,D->VD'),
+}
+
+
+def sizes(fields: Fields, activation: str = 'hidden_act', default: str = 'silu') -> dict:
+  """What all relatives of Llama read alike from config.json, as Spec calls it."""
+  return dict(
+    vocab_size=fields.size('vocab_size'),
+    d_ff=fields.size('intermediate_size'),
+    norm_eps=fields.number('rms_norm_eps', 1e-6),
+    tied=fields.flag('tie_word_embeddings'),
+    activation=fields.activation(activation, default),
+    **fields.heads(),
+  )
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields(config)
+  fields.only('sliding_window', None)
+  fields.one_kind(0)
+  size, bias = sizes(fields), fields.flag('attention_bias')
+  rope = fields.rope(size['head_dim'])
+  spec = Spec(**size, rope_freq_RH=(rope,), qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag('mlp_bias'))
+  return spec, fields.done('llama')
+
+
+# ---- GGUF (llama.cpp) ----
+
+GGUF_ARCHITECTURE = 'llama'
+GGUF_NAMES = {
+  'model.embed_tokens.weight': 'token_embd.weight',
+  'model.layers.{l}.input_layernorm.weight': 'blk.{l}.attn_norm.weight',
+  'model.layers.{l}.self_attn.q_proj.weight': 'blk.{l}.attn_q.weight',
+  'model.layers.{l}.self_attn.k_proj.weight': 'blk.{l}.attn_k.weight',
+  'model.layers.{l}.self_attn.v_proj.weight': 'blk.{l}.attn_v.weight',
+  'model.layers.{l}.self_attn.o_proj.weight': 'blk.{l}.attn_output.weight',
+  'model.layers.{l}.post_attention_layernorm.weight': 'blk.{l}.ffn_norm.weight',
+  'model.layers.{l}.mlp.gate_proj.weight': 'blk.{l}.ffn_gate.weight',
+  'model.layers.{l}.mlp.up_proj.weight': 'blk.{l}.ffn_up.weight',
+  'model.layers.{l}.mlp.down_proj.weight': 'blk.{l}.ffn_down.weight',
+  'model.norm.weight': 'output_norm.weight',
+  'lm_head.weight': 'output.weight',
+}
+GGUF_DERIVED = 'rope_freqs.weight'  # what config_from_gguf turns into rope scaling
+
+
+def config_from_gguf(field, tensors: dict) -> dict:
+  """The config.json that the checkpoint would have had.
+
+  field(key[, default]): metadata of this architecture; tensors: GGUF name -> gguf.ReaderTensor.
+  """
+  config = gguf_config(field, tensors) | {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    'attention_bias': False,
+    'mlp_bias': False,
+  }
+  if GGUF_DERIVED in tensors:
+    if config['rope_scaling']:
+      raise InputError(
+        f'{GGUF_DERIVED} beside rope scaling is not supported; use the Hugging Face folder of this model.'
+      )
+    config['rope_scaling'] = _llama3_scaling(config, tensors[GGUF_DERIVED].data)
+  return config
+
+
+def gguf_config(field, tensors: dict) -> dict:
+  """What llama.cpp keeps alike for all relatives of Llama."""
+  heads = field('attention.head_count')
+  head_dim = field('attention.key_length', gguf_head_dim(field))
+  for name in ('attention.value_length', 'rope.dimension_count'):
+    if (value := field(name, head_dim)) != head_dim:
+      raise InputError(
+        f'the GGUF field {name} is {value}, only {head_dim}, the width of a head, is supported; use the Hugging Face '
+        'folder of this model.'
+      )
+  return {
+    'vocab_size': field('vocab_size'),
+    'hidden_size': field('embedding_length'),
+    'intermediate_size': field('feed_forward_length'),
+    'num_hidden_layers': field('block_count'),
+    'num_attention_heads': heads,
+    'num_key_value_heads': field('attention.head_count_kv', heads),
+    'head_dim': head_dim,
+    'hidden_act': 'silu',
+    'max_position_embeddings': field('context_length'),
+    'rms_norm_eps': gguf_float(field('attention.layer_norm_rms_epsilon')),
+    'rope_theta': float(field('rope.freq_base', 10000.0)),
+    'rope_scaling': _gguf_rope_scaling(field),
+    'tie_word_embeddings': 'output.weight' not in tensors,
+  }
+
+
+@np.errstate(over='ignore')  # infinite ones are refused with config.json
+def gguf_float(value) -> float:
+  """float32 in the file; to the shortest decimal that is the same float32."""
+  return float(str(np.float32(value)))
+
+
+def _gguf_rope_scaling(field) -> dict | None:
+  """As llama.cpp reads it: a factor without a type is linear; rope.scale_linear is the factor's old name."""
+  kind = field('rope.scaling.type', 'linear')
+  factor = field('rope.scaling.factor', field('rope.scale_linear', 0))
+  if kind not in ('none', 'linear'):
+    raise InputError(f'GGUF rope scaling ({kind}) is not supported; use the Hugging Face folder of this model.')
+  return None if kind == 'none' or factor in (0, 1) else {'rope_type': 'linear', 'factor': gguf_float(factor)}
+
+
+def gguf_head_dim(field) -> int | None:
+  heads = field('attention.head_count')
+  return field('embedding_length') // heads if heads else None
+
+
+def _llama3_scaling(config: dict, divisor_R: np.ndarray) -> dict:
+  """Llama 3.1's rope scaling, of which the file has only what each frequency is divided by; its settings are published."""
+  scaling = {
+    'rope_type': 'llama3',
+    'factor': float(divisor_R.max()),
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+  }
+  plain_R, scaled_R = (np.array(rope_frequencies(config['head_dim'], config['rope_theta'], s)) for s in ({}, scaling))
+  if divisor_R.shape != plain_R.shape or not np.allclose(plain_R / scaled_R, divisor_R, rtol=1e-5):
+    raise InputError(f"{GGUF_DERIVED} is not Llama 3.1's; use the Hugging Face folder of this model.")
+  return scaling
+
+
+def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
+  """A dequantised tensor as Hugging Face has it: llama.cpp interleaves the rotary halves of q's and k's rows."""
+  for part, heads in (('.q_proj.', 'num_attention_heads'), ('.k_proj.', 'num_key_value_heads')):
+    if part in name:
+      n = config[heads]
+      return weight.reshape(n, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+  return weight

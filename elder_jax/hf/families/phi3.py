@@ -1,0 +1,27 @@
+"""Phi-3 and Phi-4-mini, short context: Llama with q, k and v in one tensor, and gate and up in another."""
+
+from elder_jax.hf.families import llama
+from elder_jax.hf.families.fields import Fields
+from elder_jax.model.decoder import Spec
+
+_FUSED = 'q_proj k_proj v_proj gate_proj up_proj q_norm k_norm'.split()
+WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _FUSED)} | {
+  # '+': the parts lie one after the other in this dimension.
+  'model.layers.{l}.self_attn.qkv_proj.weight': (
+    ('layers.wq', '+NH,D->DNH'),
+    ('layers.wk', '+KH,D->DKH'),
+    ('layers.wv', '+KH,D->DKH'),
+  ),
+  'model.layers.{l}.mlp.gate_up_proj.weight': (('layers.w_gate', '+F,D->DF'), ('layers.w_up', '+F,D->DF')),
+}
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields({'rms_norm_eps': 1e-5} | config, 'original_max_position_embeddings')
+  size, L = llama.sizes(fields), fields.size('num_hidden_layers')
+  rope = fields.rope(size['head_dim'], keys=('rope_theta', 'partial_rotary_factor'))
+  window = fields.window('sliding_window')
+  fields.one_kind(window)
+  spec = Spec(**size, rope_freq_RH=(rope,), window_L=fields.per_layer(L, window))
+  return spec, fields.done('phi3')

@@ -1,0 +1,164 @@
+"""LaCo: instead of removing layers, merge them into an earlier one.
+
+Dimension names: see model.py.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elder_jax.devices import memory
+from elder_jax.devices import sharding
+from elder_jax.errors import InputError
+from elder_jax.model import decoder
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import Mode
+
+
+class Collapsed(NamedTuple):
+  """What `laco` made."""
+
+  model: Decoder  # with the layers gone, gates 1
+  removed: list[int]  # layers of the original model that are no longer there, in the order of the merges
+  merges: list[tuple[int, ...]]  # (the layer that was merged into, the layers merged into it), in order
+  cosine: float  # the similarity of the result's output to that of the original
+  threshold: float  # the one that did it
+
+
+def laco(
+  model: Decoder,
+  num_remove: int,
+  batches: Sequence[jax.Array],
+  mode: Mode,
+  combine: int = 4,
+  interval: int = 2,
+  threshold: float = 0.95,
+  step: float = 0.05,
+) -> Collapsed:
+  """LaCo (arXiv 2402.11187, sections 2.2 and 2.3, Algorithm 1), made to end with exactly `num_remove` layers removed.
+
+  From the output end downwards, C − 1 layers that follow layer l are merged into it,
+  θ*_l = θ_l + Σ_{k=1 … C−1} (θ_{l+k} − θ_l), θ being all parameters of a layer. The merge stands if the output of the
+  model that it makes has a mean cosine to the original's above the threshold T: then l falls by the interval I, or to
+  where C layers and a last one can follow; else l falls by 1. The very last layer is never merged away. The output is
+  what the final norm gives, the cosine that of a sequence's [T, D] as one vector, averaged over the sequences.
+
+  Two things are ours. The last merge takes only as many layers as are still to go (and C is never more than
+  num_remove + 1). And T is not given but found: the sweep starts again on the original model with the next lower of
+  threshold, threshold − step, … until it removes num_remove layers; so T is the highest of these that does.
+
+  The authors' notebook differs from their formula: it leaves the norms' scales alone, and adds each difference to the
+  layer as merged so far, which makes θ*_l = θ_{l+C−1}. We follow the formula.
+
+  Args:
+    batches: [B, T] tokens each, a few sequences; every trial runs the original and the merged model on all of them.
+    combine: C, the layers that become one.
+    interval: I.
+
+  Raises:
+    InputError: no sweep can remove so many layers, or an output is not finite.
+  """
+  L = model.num_layers
+  combine = min(combine, num_remove + 1)
+  check(L, num_remove, combine, interval)
+  top = L - 1 - combine
+  seen = {(): 1.0}  # the merges up to and with the tried one -> its cosine; sweeps agree in their first part
+  while True:
+    merged, merges, alive, l, refused = model, (), list(range(L)), top, []
+    while l >= 0 and len(alive) > L - num_remove:
+      group = tuple(alive[l : l + min(combine, 1 + len(alive) - (L - num_remove))])
+      trial = (*merges, group)
+      left = [k for k in alive if k not in group[1:]]
+      if trial not in seen:
+        seen[trial] = _similarity(model, merged, group, left, batches, mode)
+      if seen[trial] > threshold:
+        merged, merges, alive = _merge(merged, group[0], _at(group[1:], L)), trial, left
+        l = min(l - interval, len(alive) - 1 - combine)
+      else:
+        refused.append(seen[trial])
+        l -= 1
+    if len(alive) == L - num_remove:
+      break
+    # The next on the way down that accepts more than this one did.
+    while threshold >= max(refused):
+      threshold = round(threshold - step, 6)
+  removed = [k for group in merges for k in group[1:]]
+  return Collapsed(pruning.prune(merged, removed), removed, list(merges), seen[merges], threshold)
+
+
+def check(num_layers: int, num_remove: int, combine: int = 4, interval: int = 2):
+  """Raises InputError where no sweep of `laco` can remove so many layers."""
+  combine = min(combine, num_remove + 1)
+  top = num_layers - 1 - combine
+  most = (combine - 1) * (0 if top < 0 else top // max(interval, combine - 1) + 1)
+  if num_remove > most:
+    raise InputError(
+      f'--num_remove={num_remove}: --method=laco can merge away at most {most} of the {num_layers} '
+      'layers; remove fewer (--num_remove or --ratio) or use another --method.'
+    )
+
+
+def merge(model: Decoder, merges: Sequence[Sequence[int]]) -> Decoder:
+  """The model without the merged layers, by the `merges` that `laco` has found."""
+  merged = model
+  for base, *members in merges:
+    merged = _merge(merged, base, _at(members, model.num_layers))
+  free = functools.partial(memory.free, spare=model)
+  return pruning.prune(merged, [l for _, *members in merges for l in members], free)
+
+
+def _at(layers: Sequence[int], num_layers: int) -> np.ndarray:
+  return np.isin(np.arange(num_layers), layers)
+
+
+@jax.jit
+def _merge(model: Decoder, base, members_L):
+  """The model whose layer `base` has θ_base + Σ over members_L of (θ_member − θ_base); the members still stand."""
+
+  def add_differences(a):
+    a_32 = a.astype(jnp.float32)
+    differences = jnp.where(members_L.reshape((-1,) + (1,) * (a.ndim - 1)), a_32 - a_32[base][None], 0)
+    return a.at[base].set((a_32[base] + jnp.sum(differences, 0)).astype(a.dtype))
+
+  model = jax.tree.map(lambda a: a, model)  # a new tree, whose layers can be put in place of the old
+  model.layers = sharding.constrain_state(jax.tree.map(add_differences, model.layers))
+  return model
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def _cosine_sum(model: Decoder, merged: Decoder, base, members_L, alive_L, tokens_BT, mode: Mode):
+  """Σ over the sequences of the cosine between the outputs of `model` and of `merged` after one more merge."""
+  gate_L = jnp.ones(model.num_layers, jnp.float32)
+  a_BTD, _ = decoder.forward(model, tokens_BT, mode=mode, gate_L=gate_L)
+  b_BTD, _ = decoder.forward(_merge(merged, base, members_L), tokens_BT, alive_L, mode, gate_L)
+  a_BTD, b_BTD = a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32)
+  dot = lambda x_BTD, y_BTD: jnp.sum(x_BTD * y_BTD, (1, 2))
+  return sharding.replicate(jnp.sum(dot(a_BTD, b_BTD) / jnp.sqrt(dot(a_BTD, a_BTD) * dot(b_BTD, b_BTD))))
+
+
+def program(model: Decoder, tokens_BT, mode: Mode):
+  """(jitted function, its arguments) of `laco`'s heaviest step; arrays may be abstract."""
+  all_L = np.ones(model.num_layers, bool)
+  return _cosine_sum, (model, model, np.int32(0), all_L, all_L, tokens_BT, mode)
+
+
+def merge_program(model: Decoder):
+  """The same of `merge`."""
+  return _merge, (model, np.int32(0), np.ones(model.num_layers, bool))
+
+
+def _similarity(model, merged, group, left, batches, mode) -> float:
+  total, count = 0.0, 0
+  members_L, alive_L = _at(group[1:], model.num_layers), _at(left, model.num_layers)
+  for tokens_BT in batches:
+    total += float(_cosine_sum(model, merged, group[0], members_L, alive_L, tokens_BT, mode))
+    count += tokens_BT.shape[0]
+  if not math.isfinite(total):
+    raise InputError('--method=laco: the output of a model is not finite; look at the weights, or use --dtype=float32.')
+  return total / count

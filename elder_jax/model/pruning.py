@@ -1,0 +1,68 @@
+"""Removal of layers: a slice of the stacked arrays."""
+
+from collections.abc import Callable
+import functools
+
+from flax import nnx
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+
+from elder_jax.model.decoder import Decoder
+
+
+def kept_layers(num_layers: int, removed: list[int]) -> list[int]:
+  return [l for l in range(num_layers) if l not in set(removed)]
+
+
+def prune(model: Decoder, removed: list[int], free: Callable | None = None) -> Decoder:
+  """The model without the layers `removed` (0-based), the others in their order, all gates 1.
+
+  Its logits are, bit for bit, those of `model` with the gates at 1 and these layers skipped.
+
+  Args:
+    free: called with each stack of `model` when it has been cut; memory.free there means that the two models are never
+      in memory together.
+  """
+  kept = kept_layers(model.num_layers, removed)
+  kept_K = np.array(kept, np.int32)
+
+  def cut(param: nnx.Param):
+    if not param.get_metadata()['axes'].startswith('L'):
+      return param
+    stack = param.get_value()
+    place = getattr(stack, 'sharding', None)
+    cut_stack = _take(stack, kept_K, place) if isinstance(place, NamedSharding) else stack[kept_K]
+    if free:
+      jax.block_until_ready(cut_stack)
+      free(stack)
+    return param.replace(cut_stack)
+
+  model = jax.tree.map(cut, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  model.spec = model.layers.spec = model.spec.with_layers(kept)
+  return with_gates(model, 1.0)
+
+
+def program(model: Decoder, num_left: int):
+  """(jitted function, its arguments) of `prune`'s heaviest step; arrays may be abstract."""
+  largest = max(jax.tree.leaves(model.layers), key=lambda a: a.size)
+  return _take, (largest, np.arange(num_left, dtype=np.int32), largest.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(stack, kept_K, place):
+  """The layers kept, each device its own part of them."""
+  return jax.lax.with_sharding_constraint(stack[kept_K], place)
+
+
+def with_gates(model: Decoder, value: float) -> Decoder:
+  """A copy of the tree (not of its arrays) with all gates at `value`."""
+  model = jax.tree.map(lambda a: a, model)
+  gate_L = model.gate_L.get_value()
+  model.gate_L.set_value(jax.numpy.full_like(gate_L, value))
+  return model
+
+
+def num_params(model: Decoder) -> int:
+  """Number of weights, gates apart."""
+  return sum(a.size for a in jax.tree.leaves(model)) - model.num_layers

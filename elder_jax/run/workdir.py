@@ -1,0 +1,269 @@
+"""The work folder: made, held by one run at a time, and kept to the settings that its run began with.
+
+What a run leaves in it: config.json and inputs.json (what it began with), stages/ (a small result each), checkpoints/,
+metrics.jsonl, and at the end export/, report.json and report.md. `failed.txt` says why the last attempt ended.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+import traceback
+
+from elder_jax import log as log_lib
+from elder_jax.devices import hosts
+from elder_jax.errors import InputError
+from elder_jax.errors import disk_is_full
+from elder_jax.errors import reason
+from elder_jax.errors import user_path
+from elder_jax.run import report as report_lib
+from elder_jax.run.config import Config
+
+LOCK, FAILED = '.lock', 'failed.txt'
+FILES = ('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'sweep.svg', LOCK, FAILED)
+FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source')
+# What a run that was refused or killed early may have left in a folder that is not claimed yet.
+_EARLY = ('source', LOCK, '.writable', 'config.json.partial', 'inputs.json', 'inputs.json.partial')
+
+# What a run may change when it is started again in its work folder.
+FREE_ON_RESUME = frozenset(
+  'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology'.split()
+)
+# What a run that failed may change as well, and what has to be done again for it; all other settings: everything.
+_EXPORTED = frozenset('export_dtype shard_gb'.split())  # nothing that is kept depends on these
+_MEASURED = frozenset('eval_data eval_seq_len eval_tokens eval_batch_size tasks tasks_dir task_limit'.split())
+_TRAINED = frozenset(
+  'recipe compare penalty penalty_scale lambda2 lambda2_power order anneal distill train_steps lr warmup_ratio '
+  'weight_decay trainable optimizer moment_dtype lora_rank lora_alpha'.split()
+)
+_CHOSEN = frozenset(
+  'ratio num_remove remove_layers method score_steps gate selection lambda1 gate_lr gate_steps protect_first '
+  'protect_last'.split()
+)
+
+
+# ---- one run at a time ----
+
+
+@contextlib.contextmanager
+def held(config: Config) -> Iterator[None]:
+  """Makes the folder and holds it for this run, in all its processes; a refused run leaves nothing of it behind.
+
+  Raises:
+    InputError: the folder cannot be written, or another run holds it.
+  """
+  work, lock = config.path(), None
+  made = [path for path in (work / 'source', work / 'inputs.json', work, *work.parents) if not path.exists()]
+
+  def take():
+    nonlocal lock
+    if hosts.leads():
+      make(config)
+      lock = _lock(work, config)
+
+  try:
+    hosts.lead_first(take)
+    yield
+  finally:
+    if hosts.leads():
+      _let_go(work, lock, made)
+
+
+def make(config: Config):
+  """Makes the folder and sees that it can be written; InputError where it cannot."""
+  work = config.path()
+  try:
+    work.mkdir(parents=True, exist_ok=True)
+    probe = work / '.writable'
+    probe.touch()
+    probe.unlink(missing_ok=True)
+  except OSError as e:
+    if disk_is_full(e):
+      raise
+    raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
+
+
+def _lock(work: pathlib.Path, config: Config) -> int | None:
+  """A file descriptor that holds the lock, which the kernel lets go of when this process ends, however it does."""
+  path = work / LOCK
+  while True:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        break
+      os.close(descriptor)  # the run before removed the file between the two calls
+    except BlockingIOError as e:
+      holder = os.read(descriptor, 500).decode(errors='replace')
+      os.close(descriptor)
+      raise InputError(
+        f'--workdir={config.workdir}: a run is going on here ({holder or "just started"}); wait for its end, or choose '
+        'another folder.'
+      ) from e
+    except OSError as e:
+      os.close(descriptor)
+      if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        raise
+      log_lib.say(f'{work}: this file system has no locks ({e.strerror}); start no second run in this folder')
+      return None
+  now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
+  os.truncate(descriptor, 0)
+  os.write(descriptor, f'process {os.getpid()} on {socket.gethostname()} since {now}'.encode())
+  return descriptor
+
+
+def _let_go(work: pathlib.Path, lock: int | None, made: list[pathlib.Path]):
+  """Ends `held`: removes the lock and, where the run did not come to claim the folder, what it made there."""
+  claimed = (work / 'config.json').exists()
+  if lock is not None:
+    if not claimed:
+      if work / 'source' in made:
+        shutil.rmtree(work / 'source', ignore_errors=True)
+      if work / 'inputs.json' in made:
+        (work / 'inputs.json').unlink(missing_ok=True)
+    (work / LOCK).unlink(missing_ok=True)
+    os.close(lock)
+  for folder in made:
+    if folder == work or folder in work.parents:
+      with contextlib.suppress(OSError):  # not empty: it is in use
+        folder.rmdir()
+
+
+# ---- one run's settings ----
+
+
+def claim(config: Config):
+  """Makes sure that the folder is free or this run's own. Writes nothing.
+
+  Raises:
+    InputError: it holds something else, or a run with other settings that has not failed.
+  """
+  work = config.path()
+  for names, right in ((FILES, pathlib.Path.is_file), (FOLDERS, pathlib.Path.is_dir)):
+    if wrong := next((name for name in names if (work / name).exists() and not right(work / name)), None):
+      kind = 'file' if names is FILES else 'folder'
+      raise InputError(f'--workdir={config.workdir}: {wrong} in it is no {kind}, a run needs the name; move it away.')
+  before = _settings(work)
+  if before is None:
+    names = sorted(p.name for p in work.iterdir() if not p.name.startswith('.shared-'))
+    if foreign := next((name for name in names if name not in _EARLY), None):
+      raise InputError(
+        f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
+      )
+    return
+  differ = _differences(before, config)
+  if differ and not _may_change(work):
+    told = '; '.join(f'--{key}={_shown(was)}, not {_shown(now)}' for key, (was, now) in differ.items())
+    raise InputError(f'--workdir={config.workdir}: holds a run with {told}; give what it had or choose another folder.')
+
+
+def record(config: Config, inputs: dict[str, str]):
+  """Claims the folder for these settings and inputs; what a failed run with others left is removed where they matter.
+
+  Args:
+    inputs: of inputs.py.
+  """
+  work = config.path()
+  if before := _settings(work):
+    differ = _differences(before, config)
+    if differ:
+      changed = ', '.join(f'--{key}={_shown(now)}' for key, (_, now) in differ.items())
+      log_lib.say(f'the run in {work} failed before; it resumes with {changed}')
+      _drop(work, set(differ))
+  report_lib.write_json(work / 'inputs.json', inputs)
+  report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
+  (work / FAILED).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def noting_failure(config: Config) -> Iterator[None]:
+  """Notes why a run failed, so that it can be looked at and the setting that made it fail can be changed."""
+  path = config.path() / FAILED
+  try:
+    yield
+  except Exception as e:
+    if hosts.leads() and not disk_is_full(e):
+      with contextlib.suppress(OSError):
+        path.write_text(f'{reason(e)}\n\n{traceback.format_exc()}', encoding='utf-8')
+    raise
+
+
+def finished(config: Config) -> dict | None:
+  """The report of the run that ended here; None where there is none, in all processes."""
+  path = config.path() / 'report.json'
+
+  def read():
+    if not path.exists():
+      return None
+    try:
+      return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+      raise InputError(f'{path}: cannot be read ({reason(e)}); remove it, and the run writes it anew.') from e
+
+  return hosts.agree(hosts.lead_first(lambda: read() if hosts.leads() else None))
+
+
+def _settings(work: pathlib.Path) -> dict | None:
+  """Those of the run that claimed the folder; None: none did."""
+  try:
+    before = json.loads((work / 'config.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError):  # missing, or broken
+    return None
+  return before if isinstance(before, dict) and 'workdir' in before else None  # a model has a config.json, too
+
+
+def _may_change(work: pathlib.Path) -> bool:
+  return (work / FAILED).exists() and not (work / 'report.json').exists()
+
+
+def _differences(before: dict, config: Config) -> dict[str, tuple]:
+  """{setting: (what it was, what it is now)}."""
+  now = json.loads(json.dumps(dataclasses.asdict(config)))
+  default = {field.name: field.default for field in dataclasses.fields(Config)}  # of what that run did not know yet
+  was = default | before
+  for settings in (was, now):  # the default is as good as unset, and was written out by earlier versions
+    if settings['ratio'] == '0.25':
+      settings['ratio'] = None
+  return {key: (was[key], now[key]) for key in now if key not in FREE_ON_RESUME and not _same(was[key], now[key])}
+
+
+def _same(before, now) -> bool:
+  """Whether a setting is what it was; a path may be written in another way."""
+  if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+    return len(before) == len(now) and all(map(_same, before, now))
+  if before == now or not (isinstance(before, str) and isinstance(now, str)):
+    return before == now
+  (name, _, path), (name_now, _, path_now) = before.rpartition('='), now.rpartition('=')  # of --eval_data
+  path, path_now = user_path(path), user_path(path_now)
+  return name == name_now and path.exists() and path_now.exists() and path.samefile(path_now)
+
+
+def _shown(value) -> str:
+  return ','.join(value) if isinstance(value, list | tuple) else str(value)
+
+
+def _drop(work: pathlib.Path, changed: set[str]):
+  """Removes the results that depend on the changed settings."""
+  changed -= _EXPORTED
+  if not changed:
+    return
+  stages = {path.stem: path for path in (work / 'stages').glob('*.json')}
+  choices = {name for name in stages if name == 'gates' or name.startswith('choose-')}
+  kept = set()
+  if changed <= _MEASURED | _TRAINED | _CHOSEN:
+    kept |= {'source'}
+    kept |= {'dense'} if not changed & _MEASURED else set()
+    kept |= choices if not changed & _CHOSEN else set()
+  for name, path in stages.items():
+    if name not in kept:
+      path.unlink()
+  for folder in (work / 'checkpoints').glob('*'):
+    if not (changed <= _MEASURED or (folder.name == 'gates' and changed <= _MEASURED | _TRAINED)):
+      shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,85 @@
+"""Perplexity: exp of the mean negative log-likelihood per token over windows that do not overlap."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from elder_jax.devices import sharding
+from elder_jax.errors import InputError
+from elder_jax.model import decoder
+from elder_jax.text import data
+from elder_jax.text.data import Corpus
+from elder_jax.training import losses
+
+PROTOCOL = 'elder_jax/ppl/1: documents joined by an empty line, windows without overlap, token level, rest dropped'
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """The windows of one corpus, ready to be run."""
+
+  tokens_NT: np.ndarray
+  about: dict  # for the report: source, sha256, window, tokens, bos
+
+
+def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: str, first: int | None) -> Windows:
+  """Cuts a corpus into windows.
+
+  Args:
+    bos: --bos, for the report.
+    first: the token that each window begins with, inside its length; or None.
+  """
+  tokens_N = corpus.tokens_N[: max_tokens or None]
+  tokens_NT = data.windows(tokens_N, window, first)
+  count = len(tokens_NT)
+  if not count:
+    raise InputError(
+      f'{flag}: has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.'
+    )
+  about = {
+    'source': corpus.source,
+    'sha256': corpus.sha256,
+    'window': window,
+    'windows': count,
+    'tokens_predicted': count * (tokens_NT.shape[1] - 1),
+    'bos': bos,
+    'protocol': PROTOCOL,
+  }
+  return Windows(tokens_NT, about)
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def nll(model, tokens_BT, counted_BT, mode):
+  """losses.next_token_nll of a batch, whole on every device."""
+  x_BTD, _ = decoder.forward(model, tokens_BT, mode=mode)
+  return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT))
+
+
+def perplexity(
+  model: decoder.Decoder,
+  windows: Windows,
+  mode: decoder.Mode,
+  batch_size: int,
+  put: Callable = jax.numpy.asarray,
+  progress: Callable[[int, int], None] = lambda done, of: None,
+) -> float:
+  """exp(Σ nll / number of predicted tokens), summed in float64; gates as they stand in the model.
+
+  Args:
+    put: brings a host array onto the devices (sharding.put_batch).
+    progress: called with (windows done, windows in all).
+  """
+  rows_NT, total, count = windows.tokens_NT, 0.0, 0.0
+  for i in range(0, len(rows_NT), batch_size):
+    batch_BT = rows_NT[i : i + batch_size]
+    counted_BT = np.ones((batch_size, rows_NT.shape[1]), np.float32)
+    counted_BT[len(batch_BT) :] = 0  # the last batch is filled up, so that one compilation serves all
+    batch_BT = np.concatenate([batch_BT, np.repeat(batch_BT[:1], batch_size - len(batch_BT), 0)])
+    batch_nll, n = nll(model, put(batch_BT), put(counted_BT), mode)
+    total, count = total + float(batch_nll), count + float(n)
+    progress(min(i + batch_size, len(rows_NT)), len(rows_NT))
+  with np.errstate(over='ignore'):  # infinite, then
+    return float(np.exp(total / count))

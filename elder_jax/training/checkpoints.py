@@ -1,0 +1,153 @@
+"""Checkpoints of a training stage: Orbax behind save and latest.
+
+In a run of several processes all of them call the methods, at the same steps; process 0 alone removes and renames.
+"""
+
+import contextlib
+import gc
+import logging
+import pathlib
+import shutil
+import sys
+import textwrap
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from elder_jax import log as log_lib
+from elder_jax.devices import hosts
+from elder_jax.errors import reason
+from elder_jax.training.loop import TrainState
+
+SUMS = 'sums'
+
+
+def _named(state: TrainState) -> dict:
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> jax.Array:
+  """The sum of each leaf's bits as unsigned integers, modulo 2^32: the same on any mesh, another if a byte changes."""
+  bits = lambda a: jax.lax.bitcast_convert_type(a, f'uint{8 * a.dtype.itemsize}')
+  return jnp.stack([jnp.sum(bits(a), dtype=jnp.uint32) for a in leaves])
+
+
+@contextlib.contextmanager
+def _silence():
+  """Where Orbax cannot read, the tasks that it leaves behind complain for pages of what it has raised already."""
+  level, hook = logging.root.manager.disable, sys.unraisablehook
+  logging.disable(logging.CRITICAL)
+  sys.unraisablehook = lambda _: None
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    logging.disable(level)
+    sys.unraisablehook = hook
+
+
+class Checkpoints:
+  """The last checkpoints of one stage in `folder`. A batch is a function of the step, so that the state is all of it."""
+
+  def __init__(self, folder: pathlib.Path, every: int, last: int, minutes: float = 0.0, keep: int = 2):
+    """The stage's name is that of the folder.
+
+    Args:
+      every: steps between checkpoints, 0 for none but the one at step `last`.
+      minutes: time after which there is one in any case; 0: never.
+      keep: the number that stay.
+    """
+    self._folder, self._every, self._last, self._minutes, self._keep = folder.absolute(), every, last, minutes, keep
+    self._writing, self._newest, self._since = None, None, time.monotonic()
+
+  @property
+  def stage(self) -> str:
+    return self._folder.name
+
+  def _steps(self) -> list[int]:
+    return sorted(int(p.name) for p in self._folder.glob('*') if p.name.isdecimal())  # Orbax renames when whole
+
+  def due(self, step: int) -> bool:
+    """To be asked once for each step."""
+    return step == self._last or (self._every > 0 and step % self._every == 0) or self._is_time()
+
+  def _is_time(self) -> bool:
+    if not self._minutes:
+      return False
+    # Clocks differ, and a checkpoint that only some processes write is none.
+    return hosts.agree(time.monotonic() - self._since >= 60 * self._minutes)
+
+  def save(self, state: TrainState):
+    """Begins to write the state, which may be donated as soon as this returns; waits for the checkpoint before it.
+
+    Orbax copies the state to the host before it returns. A CPU's arrays are not copied but held, and an array that is
+    held is not overwritten by a step that it is donated to.
+    """
+    self.wait()
+    if (step := int(state.step)) == self._newest:
+      return
+    named = _named(state)
+    named[SUMS] = jax.device_put(_sums(list(named.values())), state.step.sharding)
+    self._writing, self._newest, self._since = ocp.save_async(self._folder / str(step), named), step, time.monotonic()
+
+  def wait(self):
+    """Waits until what `save` began is whole, then removes all but the last `keep` and what killed runs left."""
+    if self._writing is None:
+      return
+    writing, self._writing = self._writing, None
+    writing.result()
+    self._remove_all_but(self._steps()[-self._keep :])
+
+  def _remove_all_but(self, steps: list[int]):
+    if hosts.leads() and self._folder.exists():
+      for path in self._folder.iterdir():
+        if path.name not in map(str, steps):
+          shutil.rmtree(path)
+
+  def latest(self, state: TrainState) -> TrainState:
+    """The newest saved state that can be read, shaped and sharded as `state`; `state` itself where there is none."""
+    steps = hosts.agree(self._steps())
+    self._remove_all_but(steps)
+    for i in reversed(range(len(steps))):
+      path = self._folder / str(steps[i])
+      restored, why = self._load(path, state)
+      if not hosts.where(restored is None):
+        self._newest, self._since = steps[i], time.monotonic()
+        return restored
+      then = f'going on from step {steps[i - 1]}' if i else f'{self.stage} starts anew'
+      log_lib.say(f'{path}: this checkpoint cannot be read ({why or "by another process"}); {then}')
+      if hosts.leads():
+        path.rename(path.with_name(f'{path.name}.unreadable'))  # to be seen until the next one is whole
+    return state
+
+  def _load(self, path: pathlib.Path, state: TrainState) -> tuple[TrainState | None, str]:
+    """(the state, '') or (None, why it cannot be read)."""
+    with _silence():
+      try:
+        return self._read(path, state), ''
+      except jax.errors.JaxRuntimeError:  # the device's own, such as too little memory
+        raise
+      except Exception as e:  # of any kind, a bare one too, by where a file is cut or changed  # noqa: BLE001
+        why = textwrap.shorten(reason(e), 200, placeholder=' …')
+      gc.collect()
+    return None, why
+
+  def _read(self, path: pathlib.Path, state: TrainState) -> TrainState:
+    named = _named(state)
+    shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+    sums = jax.ShapeDtypeStruct((len(named),), jnp.uint32, sharding=state.step.sharding)
+    restored = ocp.load(path, {k: shape(a) for k, a in named.items()} | {SUMS: sums})
+    leaves = [restored[k] for k in named]
+    if not np.array_equal(_sums(leaves), restored[SUMS]):
+      raise ValueError('its sums are not those of what was saved')
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+  def clear(self):
+    if hosts.leads():
+      shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,146 @@
+"""The one loss of both stages: language modelling + gate L1 + penalty on the updates of layers that will go.
+
+Dimension names: see model.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elder_jax.devices import sharding
+from elder_jax.model import decoder
+
+CHUNK_TOKENS = 1024  # of the part of a batch that a device has, whose float32 logits are alive at a time
+
+
+def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
+  """Sum over tokens of −log p(next token), float32, and the number of tokens summed (their weights' sum).
+
+  Args:
+    x_BTD: forward's hidden states.
+    tokens_BT: the tokens that were read; position t is asked for tokens[t + 1], the last for nothing.
+    weight_BT: 0 for a position whose next token is not to be counted; None counts all.
+  """
+  nll, _, _, count = _token_sums(model, x_BTD, tokens_BT, weight_BT)
+  return nll, count
+
+
+def chunk_length(B: int, T: int) -> int:
+  """Tokens of each row of a batch whose logits are computed together."""
+  return min(T, max(1, CHUNK_TOKENS * sharding.batch_ways() // B))
+
+
+def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0.0):
+  """Sums over tokens: (1 − w)·nll + w·KL(teacher ‖ model) for w = `distill`; for reading only nll and KL; the tokens.
+
+  Goes through the sequence in chunks; [B, T, V] is never in memory. Chunks are cut along T, so that a batch that is
+  sharded over devices stays so.
+
+  Args:
+    teacher: (a Decoder, its hidden states as x_BTD), or None.
+  """
+  B, T = tokens_BT.shape
+  counted_BT = jnp.broadcast_to(jnp.arange(T)[None] < T - 1, (B, T)).astype(jnp.float32)
+  if weight_BT is not None:
+    counted_BT = counted_BT * weight_BT
+  target_BT = jnp.roll(tokens_BT, -1, axis=1)
+
+  chunk = chunk_length(B, T)
+  pad = -T % chunk
+  as_chunks = lambda a: jnp.moveaxis(
+    jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
+  )
+  caps = model.spec.final_softcap, teacher[0].spec.final_softcap if teacher else None
+  sums = functools.partial(_chunk_sums, caps=caps, distill=distill)
+  heads = decoder.head(model), jax.lax.stop_gradient(decoder.head(teacher[0])) if teacher else None
+  x_CBcD, *rest = jax.tree.map(as_chunks, (x_BTD, target_BT, counted_BT, teacher[1] if teacher else None))
+  total, (nll, kl) = _sum_chunks(sums, heads[0], x_CBcD, heads[1], rest)
+  return total, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(kl), jnp.sum(counted_BT)
+
+
+def _chunk_sums(head, x_BcD, teacher_head, rest, caps, distill: float):
+  """Of one chunk: what is minimised, and (nll, KL)."""
+  target_Bc, counted_Bc, y_BcD = rest
+  logit_BcV = decoder.project(head, x_BcD, caps[0])
+  log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
+  nll_Bc = log_z_Bc - jnp.take_along_axis(logit_BcV, target_Bc[..., None], -1)[..., 0]
+  nll, kl = jnp.sum(nll_Bc * counted_Bc), jnp.float32(0)
+  if teacher_head is not None:
+    # Σ_v p log(p / q), with log p = t − log Z_t and log q = s − log Z_s.
+    teacher_BcV = decoder.project(teacher_head, y_BcD, caps[1])
+    p_BcV = jax.nn.softmax(teacher_BcV, -1)
+    kl_Bc = jnp.sum(p_BcV * (teacher_BcV - logit_BcV), -1) - jax.nn.logsumexp(teacher_BcV, -1) + log_z_Bc
+    kl = jnp.sum(kl_Bc * counted_Bc)
+  return (1 - distill) * nll + distill * kl, (nll, kl)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_chunks(sums, head, x_CBcD, teacher_head, rest):
+  """Σ sums(head, x, teacher_head, rest) over the chunks; its first result alone has a gradient, to `head` and x.
+
+  Where the head is not trained, the gradient to x is taken in the forward pass, while a chunk's logits are there, and
+  they need not be computed again: 2 products with the head instead of 3, and half of the teacher's. (So does Liger's
+  FusedLinearCrossEntropy, arXiv 2410.10989, also for a trained head, whose gradient then has to be held, too.)
+  """
+  return _scan_chunks(sums, head, x_CBcD, teacher_head, rest)
+
+
+def _scan_chunks(sums, head, x_CBcD, teacher_head, rest):
+  add = lambda total, xs: (jax.tree.map(jnp.add, total, sums(head, xs[0], teacher_head, xs[1])), None)
+  return jax.lax.scan(add, _NOTHING, (x_CBcD, rest))[0]
+
+
+_NOTHING = np.float32(0), (np.float32(0), np.float32(0))
+
+
+def _sum_chunks_forward(sums, head, x_CBcD, teacher_head, rest):
+  trained = any(a.perturbed for a in jax.tree.leaves(head))
+  head, x_CBcD, teacher_head, rest = jax.tree.map(lambda a: a.value, (head, x_CBcD, teacher_head, rest))
+  if trained:
+    again = lambda *trained: _scan_chunks(jax.checkpoint(sums), *trained, teacher_head, rest)
+    total, back, parts = jax.vjp(again, head, x_CBcD, has_aux=True)
+    return (total, parts), (back, None)
+
+  def add(total, xs):
+    of_x = lambda x_BcD: sums(head, x_BcD, teacher_head, xs[1])
+    one, to_x_BcD = jax.value_and_grad(of_x, has_aux=True)(xs[0])
+    return jax.tree.map(jnp.add, total, one), to_x_BcD
+
+  total, to_x_CBcD = jax.lax.scan(add, _NOTHING, (x_CBcD, rest))
+  return total, (None, to_x_CBcD)
+
+
+def _sum_chunks_backward(sums, kept, cotangents):
+  back, to_x_CBcD = kept
+  if back is not None:
+    return *back(cotangents[0]), None, None
+  return None, (to_x_CBcD * cotangents[0]).astype(to_x_CBcD.dtype), None, None
+
+
+_sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward, symbolic_zeros=True)
+
+
+def loss(model, tokens_BT, terms, mode, teacher=None, distill=0.0):
+  """(1 − w)·LM loss + w·KL + Σ_l gate_weight_l·|g_l| + Σ_l delta_weight_l·R(d_l), and its parts.
+
+  ELDeR (arXiv 2505.18232, section 3) for w = `distill` = 0. KL is the mean over predicted tokens of
+  KL(teacher ‖ model) between the next-token distributions at temperature 1 (Hinton et al., arXiv 1503.02531).
+
+  Args:
+    terms: {'alive_L': bool, 'gate_weight_L': fp32, 'delta_weight_L': fp32}, and where it is given 'gate_L' (fp32) in
+      place of the model's own gates. Stage 1 puts λ1 on the gates of the layers that are alive, stage 2 λ2 on the
+      updates of the layers that will be removed; the rest is 0.
+    teacher: the Decoder to be distilled, run with its gates at 1; needed where distill > 0. No gradient goes into it.
+  """
+  x_BTD, delta_L = decoder.forward(model, tokens_BT, terms['alive_L'], mode, terms.get('gate_L'))
+  seen = None
+  if distill:
+    ones_L = jnp.ones(teacher.num_layers, jnp.float32)
+    seen = jax.lax.stop_gradient((teacher, decoder.forward(teacher, tokens_BT, mode=mode, gate_L=ones_L)[0]))
+  total, nll, kl, count = _token_sums(model, x_BTD, tokens_BT, teacher=seen, distill=distill)
+  gate_l1 = jnp.sum(terms['gate_weight_L'] * jnp.abs(model.gate_L[...]))
+  penalty = jnp.sum(terms['delta_weight_L'] * delta_L)
+  parts = {'lm_loss': nll / count, 'gate_l1': gate_l1, 'penalty': penalty, 'delta_L': delta_L}
+  return total / count + gate_l1 + penalty, parts | ({'kl': kl / count} if distill else {})
