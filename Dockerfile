@@ -8,9 +8,9 @@ WORKDIR /opt/elder_jax
 # What is installed depends on these alone: a change of the code does not install it all again.
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY elder_jax/__init__.py elder_jax/
+COPY configs configs
 RUN pip install --no-cache-dir --editable ".${EXTRA:+[$EXTRA]}"
 COPY elder_jax elder_jax
-COPY configs configs
 
 RUN useradd --create-home --uid 1000 elder
 USER 1000

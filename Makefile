@@ -5,17 +5,24 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint assets results clean
+.PHONY: demo test test-all lint assets results clean
 
 demo: $(VENV)/demo assets
-	$(BIN)/python -m elder_jax.main --flagfile=configs/smollm2_135m_demo.flags
+	$(BIN)/python -m elder_jax prune --config=smollm2_135m_demo
 
+# Half of the tests' time is the compiler's; what it made is kept in ~/.cache/elder_jax/tests.
 test: $(VENV)/test lint assets
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not slow'
+
+# All: also the real SmolLM2, a thousand cases of each fuzz test, every family in full, real processes.
+test-all: $(VENV)/test lint assets
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/ty check --python $(VENV) elder_jax
 
 assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets

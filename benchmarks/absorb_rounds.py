@@ -11,10 +11,11 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from benchmarks import one_row
 from benchmarks import results
 from benchmarks import results_rows
 from elder_jax.recipes import absorb
-from elder_jax.run import pipeline
+from elder_jax.recipes.context import Choice
 from elder_jax.run.config import Config
 
 _REMOVE = flags.DEFINE_string('remove_layers', '14,15,16,17', 'The layers that go.')
@@ -29,26 +30,25 @@ def main(argv):
   work = pathlib.Path(flags.FLAGS.workdir)
   work.mkdir(parents=True, exist_ok=True)
   train, validation = results.split(pathlib.Path(flags.FLAGS.wikitext), work)
-  job = pipeline.prepare(
-    Config(
+  removed = [int(l) for l in _REMOVE.value.split(',')]
+  run = one_row.begin(
+    Config.of(
       model=flags.FLAGS.model,
       workdir=str(work / 'absorb_rounds'),
       train_data=train,
-      eval_data=(f'validation={validation}', f'news={flags.FLAGS.news}'),
-      remove_layers=_REMOVE.value,
+      eval_data={'validation': validation, 'news': flags.FLAGS.news},
+      remove_layers=removed,
       recipe='absorb',
       compare=(),
       **results_rows.BUDGET,
     )
   )
-  model = pipeline.load(job)
-  choice = {'chosen': [int(l) for l in _REMOVE.value.split(',')]}
+  choice = Choice(removed)
   variants = {name: (rounds, absorb.RIDGE) for name, rounds in ROUNDS.items()}
   variants |= {f'as is, ridge {ridge}': (absorb.NORMED_ROUNDS, ridge) for ridge in RIDGES if ridge != absorb.RIDGE}
-  said = [f'removed: {pipeline.measure(job, pipeline.apply_recipe(job, model, choice, "none"), "removed")["ppl"]}']
+  said = [f'removed: {one_row.figures(run, choice, "none", "removed")["ppl"]}']
   for name, (absorb.NORMED_ROUNDS, absorb.RIDGE) in variants.items():
-    pruned = pipeline.apply_recipe(job, model, choice, 'absorb')
-    said.append(f'{name}: {pipeline.measure(job, pruned, name)["ppl"]}')
+    said.append(f'{name}: {one_row.figures(run, choice, "absorb", name)["ppl"]}')
   print('\n'.join(said))
 
 

@@ -86,7 +86,10 @@ def wikipedia_articles(dump: bytes) -> list[str]:
   for page in ElementTree.fromstring(dump).iter():
     if not page.tag.endswith('}page'):
       continue
-    tag = lambda name, space=page.tag[:-4]: f'{space}{name}'
+
+    def tag(name, space=page.tag[:-4]):
+      return f'{space}{name}'
+
     source = page.findtext(f'{tag("revision")}/{tag("text")}') or ''
     if page.findtext(tag('ns')) != '0' or source.lower().startswith('#redirect'):
       continue

@@ -123,7 +123,7 @@ def main(argv):
     )
   ratio = statistics.median(a / b for a, b in zip(ours, cps))
   print(f'median ratio {ratio:.2f} of {_ROUNDS.value}; {size:.1f} GB written; peak RSS {peak:.2f} GB')
-  timed([sys.executable, '-m', 'elder_jax.verify', str(run / 'export')])
+  timed([sys.executable, '-m', 'elder_jax', 'verify', str(run / 'export')])
   print('the files are those that were written')
 
 

@@ -17,13 +17,15 @@ import gguf
 import jax
 import numpy as np
 
-from elder_jax.hf import checkpoint_hf
 from elder_jax.hf.gguf import header
-from elder_jax.model import decoder
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.run import pipeline
 from elder_jax.run.config import Config
 from elder_jax.text import data
-from elder_jax.text import generation
+from elder_jax.text.generation import generate
 
 _MODEL = flags.DEFINE_string('model', None, 'A .gguf file.', required=True)
 _TEXT = flags.DEFINE_string('text', None, 'A text file.', required=True)
@@ -33,7 +35,7 @@ PROMPTS = ('The history of the city of London', 'Photosynthesis is the process b
 
 
 def logits(model, tokens_BT) -> np.ndarray:
-  return np.asarray(jax.jit(lambda m, t: decoder.logits(m, decoder.forward(m, t)[0]))(model, tokens_BT))
+  return np.asarray(jax.jit(lambda m, t: logits_of(m, forward(m, t)[0]))(model, tokens_BT))
 
 
 def compare_heads(path: pathlib.Path):
@@ -58,7 +60,7 @@ def main(argv):
 
   path, work = pathlib.Path(_MODEL.value), pathlib.Path(_WORKDIR.value)
   compare_heads(path)
-  source = checkpoint_hf.open_source(str(path), work / 'source')
+  source = open_source(str(path), work / 'source')
   how = dict(gguf_file=path.name, dtype=torch.float32)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **how).eval()
   state = theirs.state_dict()
@@ -71,7 +73,7 @@ def main(argv):
   same = tokens == transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)(text).input_ids
   print(f'{len(tokens)} tokens of {_TEXT.value}: {"the same as" if same else "NOT those of"} transformers')
   tokens_BT = np.array([tokens[:600]], np.int32)
-  got = logits(checkpoint_hf.load(source, 'float32'), tokens_BT)
+  got = logits(load_model(source, 'float32'), tokens_BT)
   with torch.no_grad():
     expected = theirs(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
   nll = -np.take_along_axis(jax.nn.log_softmax(got[:, :-1]), tokens_BT[:, 1:, None], -1).mean()
@@ -79,10 +81,16 @@ def main(argv):
   print(f'logits: largest difference {worst:.1e}, standard deviation {got.std():.1f}, PPL {np.exp(nll):.2f}')
   del theirs, state
 
-  settings = dict(model=str(path), workdir=str(work / 'run'), recipe='none', compare=(), remove_layers=_REMOVE.value)
-  report = pipeline.run(Config(**settings, verify='torch'))
+  settings = dict(
+    model=str(path),
+    workdir=str(work / 'run'),
+    recipe='none',
+    compare=(),
+    remove_layers=[int(l) for l in _REMOVE.value.split(',')],
+  )
+  report = pipeline.run(Config.of(**settings, verify='torch'))
   export = work / 'run' / 'export'
-  again = checkpoint_hf.load(checkpoint_hf.open_source(str(export), export), 'float32')
+  again = load_model(open_source(str(export), export), 'float32')
   reloaded = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
   with torch.no_grad():
     expected = reloaded(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
@@ -90,7 +98,7 @@ def main(argv):
     f'without {report["removed"]}, exported: largest difference {np.abs(logits(again, tokens_BT) - expected).max():.1e}'
   )
   for prompt in PROMPTS:
-    print(prompt + ours.decode(generation.generate(again, [ours(prompt).input_ids], 40)[0]))
+    print(prompt + ours.decode(generate(again, [ours(prompt).input_ids], 40)[0]))
 
 
 if __name__ == '__main__':

@@ -32,10 +32,10 @@ from absl import app
 from absl import flags
 import numpy as np
 
-from elder_jax.commands import cli
-from elder_jax.devices import preemption
+from elder_jax.errors import CTRL_C
+from elder_jax.errors import PREEMPTED
 from elder_jax.hf import manifest
-from tests import conftest
+from tests import tiny
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for model, text and runs; made anew.', required=True)
 _HOW = flags.DEFINE_list('how', ['kill'], 'Ways of ending a run: kill, term, int, truncate, disk, process, term_one.')
@@ -46,16 +46,16 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the moments.')
 PHASES = {
   'start': '',
   'loading': ': loading /',
-  'dense evaluation': ': perplexity of dense',
-  'stage 1': ': stage 1, gates: ',
+  'dense evaluation': '] perplexity of dense',
+  'stage 1': '] stage 1, gates: ',
   'stage 2': ': removing layers [',
-  'evaluation': ': perplexity of regularize',
+  'evaluation': '] perplexity of regularize',
   'export': ': writing and checking',
 }
 NAMES = list(PHASES)
 FILES = {
   'dense evaluation': 'dense.json',
-  'stage 1': 'gates.json',
+  'stage 1': 'choose-elder-2.json',
   'evaluation': 'regularize.json',
 }  # a phase that is over
 FLAGS = [
@@ -174,7 +174,7 @@ def compare(workdir: pathlib.Path, expected: dict):
 
 def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path | None:
   """Of the stage that is under way."""
-  stage = 'regularize' if (workdir / 'stages' / 'gates.json').exists() else 'gates'
+  stage = 'regularize' if (workdir / 'stages' / 'choose-elder-2.json').exists() else 'gates'
   steps = [p for p in (workdir / 'checkpoints' / stage).glob('*') if p.name.isdecimal()]
   return max(steps, key=lambda p: int(p.name), default=None)
 
@@ -279,7 +279,7 @@ class Trial:
     if number != signal.SIGKILL:
       # It imports or reads text, with nothing to save, or all is done and it ends.
       python = run.phase() == 'start' or (workdir / 'report.json').exists()
-      saved = cli.CTRL_C_STATUS if number == signal.SIGINT else preemption.EXIT_STATUS
+      saved = CTRL_C if number == signal.SIGINT else PREEMPTED
       if set(status) == {saved} and not python:
         one_sentence(run, 'stopped by Ctrl-C' if number == signal.SIGINT else 'stopped by SIGTERM', status)
       elif any(status) and not ({-number, saved} & set(status) and python):
@@ -332,7 +332,7 @@ def main(argv):
     raise SystemExit('--how=disk: mounting a tmpfs needs root; run as root or leave it out.')
   shutil.rmtree(root, ignore_errors=True)
   (root / 'model').mkdir(parents=True)
-  conftest.write_tiny_llama(root / 'model')
+  tiny.write_tiny_llama(root / 'model')
   text = ''.join(f'{i} times {i % 7} is {i * (i % 7)}, and {i} is not {i + 1}.\n' for i in range(400))
   (root / 'text.txt').write_text(text)
   alone = functools.cache(functools.partial(left_alone, root))

@@ -12,15 +12,19 @@ import numpy as np
 import torch
 import transformers
 
-from elder_jax.hf import checkpoint_hf
-from elder_jax.model import decoder
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
+from elder_jax.model.decoder import forward
 from elder_jax.text import data
 
 
 def main(folder: pathlib.Path, texts: list[str]):
-  model = checkpoint_hf.load(checkpoint_hf.open_source(str(folder), folder), 'float32')
-  logits = jax.jit(lambda m, t: decoder.logits(m, decoder.forward(m, t)[0]))
-  load = lambda dtype: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+  model = load_model(open_source(str(folder), folder), 'float32')
+  logits = jax.jit(lambda m, t: logits(m, forward(m, t)[0]))
+
+  def load(dtype):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
   single, double = load(torch.float32), load(torch.float64)
   tokenizer = data.load_tokenizer(str(folder))
   for text in texts:

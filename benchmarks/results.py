@@ -14,7 +14,6 @@ are done where there is an accelerator, or where --only asks for them.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -26,15 +25,26 @@ from absl import flags
 from absl import logging
 import jax
 
+from benchmarks import one_row
 from benchmarks import results_rows
 from benchmarks import results_table
-from elder_jax import log as log_lib
+from elder_jax.devices.about import device_name
+from elder_jax.devices.about import package_versions
+from elder_jax.log import log
+from elder_jax.log import write_json
+from elder_jax.log import write_whole
+from elder_jax.methods import find_method
 from elder_jax.model import pruning
+from elder_jax.model.matrices import layer_matrices
+from elder_jax.model.spec import Spec
 from elder_jax.recipes import absorb
-from elder_jax.run import pipeline
-from elder_jax.run import report as report_lib
-from elder_jax.run.config import TRAINED
+from elder_jax.recipes import find_recipe
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.recipe import Recipe
 from elder_jax.run.config import Config
+from elder_jax.run.config import defaults
+from elder_jax.run.config import settings_of_json
+from elder_jax.run.job import Run
 from elder_jax.text import zero_shot
 
 _MODEL = flags.DEFINE_string('model', None, 'Model, as for elder_jax.main.', required=True)
@@ -64,7 +74,7 @@ def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
   for path, part in zip(paths, (text[:cut], text[cut:])):
     if not path.exists():
       with locked(work / 'texts.lock'):
-        log_lib.write_whole(path, part)
+        write_whole(path, part)
   return str(paths[0]), str(paths[1])
 
 
@@ -72,27 +82,26 @@ def file_name(name: str) -> str:
   return name.replace('/', '-').replace(' ', '_') + '.json'
 
 
-def choose(job, model, work: pathlib.Path) -> dict:
+def choose(run: Run, work: pathlib.Path) -> Choice:
   """The layers of a row, by its method on the batches of seed 0; kept for the other rows and depths."""
-  config, n = job.config, job.num_removes[0]
+  config, n = run.job.config, run.job.num_removes[0]
   if not n:
-    return {'chosen': []}
-  gemma = config.model == _GEMMA.value
-  paper = config.gate == 'output'  # its learning rate falls over as many rounds as layers go
-  one_pass = config.num_sequences != results_rows.BUDGET['num_sequences']
-  anew = config.method in pipeline.CHOOSE_ANEW or gemma or paper
+    return Choice([])
+  method = config.removal.method[0]
+  gemma = config.paths.model == _GEMMA.value
+  paper = config.gates.gate == 'output'  # its rows are of one depth: rounds for more layers would be for nothing
+  one_pass = config.data.num_sequences != results_rows.BUDGET['num_sequences']
+  anew = not find_method(method).nested or gemma or paper
   most = n if anew else 10  # the deepest of the rows
   special = ''.join(f'-{name}' for name, true in (('paper', paper), ('gemma', gemma), ('pass', one_pass)) if true)
-  path = work / 'choices' / f'{config.method}{special}{f"-{n}" if anew else ""}.json'
+  path = work / 'choices' / f'{method}{special}{f"-{n}" if anew else ""}.json'
   path.parent.mkdir(exist_ok=True)
   with locked(path.with_suffix('.lock')):
     if not path.exists():
       start = time.monotonic()
-      choice = pipeline.choose_layers(
-        dataclasses.replace(job, config=dataclasses.replace(config, seed=0)), model, config.method, most
-      )
-      report_lib.write_json(path, choice | {'seconds': time.monotonic() - start})
-  return pipeline.first(json.loads(path.read_text()), n)
+      choice = one_row.choose(run, most, seed=0)
+      write_json(path, choice.to_json() | {'seconds': time.monotonic() - start})
+  return Choice.from_json(json.loads(path.read_text())).first(n)
 
 
 @contextlib.contextmanager
@@ -103,39 +112,41 @@ def locked(path: pathlib.Path):
     yield
 
 
-def teraflops(job, model, removed: list[int]) -> float:
+def teraflops(run: Run, removed: list[int]) -> float:
   """Multiplications and additions of a recipe with weight matrices, in 1e12; choosing and attention scores apart."""
-  config, L, spec = job.config, model.num_layers, model.spec
-  blocks = model.layers
-  per_layer = sum(getattr(blocks, w).get_value().size / L for w in ('wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down'))
+  config, model = run.job.config, run.dense.get()
+  L, spec, recipe = model.num_layers, model.spec, find_recipe(config.removal.recipe)
+  per_layer = sum(p.get_value().size / L for p in layer_matrices(model.layers).values())
   head, kept = spec.vocab_size * spec.d_model, L - len(removed)
-  tokens, total = config.batch_size * config.seq_len, 0.0
-  kind = config.recipe.removesuffix('_then_train')
-  if kind in ('absorb', 'replace_linear'):
-    left, shared = pruning.kept_layers(L, removed), True
-    for place, (l, end) in enumerate(zip(left, [*left[1:], L])):
-      if (
-        end > l + 1
-      ):  # the dense stream up to the end of the run, layer l once more, the pruned stream, and the two sums
-        a = spec.d_ff if kind == 'absorb' else spec.d_model
-        layers = end + 1 + (0 if shared else place)
-        solves, passes = 1, 1
-        if spec.block == 'sandwich':  # see absorb._refit_normed
-          solves = sum(absorb.NORMED_ROUNDS)
-          passes = absorb.NORMED_ROUNDS[0] + solves + 1
-        total += 2 * (passes * layers * per_layer + solves * a * (a + spec.d_model)) * tokens * config.steps()
-        shared = False
-  if config.recipe in TRAINED:
+  tokens, total = config.data.batch_size * config.data.seq_len, 0.0
+  if recipe.reads_text:
+    total += refitting(recipe, spec, L, removed, per_layer) * tokens * config.steps()
+  if config.trains(config.removal.recipe):
     depths = [kept] * config.steps()
-    if config.recipe == 'regularize':
-      off = [0] * config.steps()
-      if config.order == 'sequential':
-        off = [step * len(removed) // config.steps() for step in range(config.steps())]
-      depths = [L - n for n in off]
+    if recipe.removes_last:
+      in_turn = config.training.sequential
+      depths = [L - (step * len(removed) // config.steps() if in_turn else 0) for step in range(config.steps())]
     total += sum(6 * (depth * per_layer + head) for depth in depths) * tokens
-    if config.distill:
+    if config.training.distill:
       total += 2 * (L * per_layer + 2 * head) * tokens * config.steps()
   return total / 1e12
+
+
+def refitting(recipe: Recipe, spec: Spec, L: int, removed: list[int], per_layer: float) -> float:
+  """Operations a token: for each gap the dense stream to its end, the layer before it again, the pruned stream, sums."""
+  left, shared, total = pruning.kept_layers(L, removed), True, 0.0
+  for place, (l, end) in enumerate(zip(left, [*left[1:], L])):
+    if end == l + 1:
+      continue
+    a = spec.d_ff if recipe.start is absorb.start_absorbed else spec.d_model
+    layers = end + 1 + (0 if shared else place)
+    solves, passes = 1, 1
+    if spec.block == 'sandwich':  # see absorb._refit_normed
+      solves = sum(absorb.NORMED_ROUNDS)
+      passes = absorb.NORMED_ROUNDS[0] + solves + 1
+    total += 2 * (passes * layers * per_layer + solves * a * (a + spec.d_model))
+    shared = False
+  return total
 
 
 def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:
@@ -145,27 +156,32 @@ def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:
     'model': _MODEL.value,
     'workdir': str(work / 'rows' / file_name(name).removesuffix('.json')),
     'train_data': train,
-    'eval_data': tuple(f'{k}={v}' for k, v in texts.items()),
-    'compare': [],
+    'eval_data': texts,
+    'compare': (),
     'checkpoint_every': 0,
     **results_rows.BUDGET,
     **results_rows.START,
     **settings,
   }
   if _TASKS_DIR.value and results_rows.has_tasks(name):
-    settings |= dict(tasks=_TASKS.value, tasks_dir=_TASKS_DIR.value, task_limit=_TASK_LIMIT.value, eval_batch_size=8)
-  return Config(**settings)
+    settings |= dict(
+      tasks=tuple(_TASKS.value.split(',')), tasks_dir=_TASKS_DIR.value, task_limit=_TASK_LIMIT.value, eval_batch_size=8
+    )
+  return Config.of(**settings_of_json(settings))
 
 
 def changed(config: Config) -> dict:
   """The settings that are not the defaults, as JSON has them; of files only the names, which mean the same elsewhere."""
-  settings = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(Config, k, None) and k != 'workdir'}
-  settings['method'] = config.method  # also where it is the default, which was another one
-  file = lambda path: pathlib.PurePath(path).name
-  corpus = lambda text: '='.join((text.partition('=')[0], file(text.partition('=')[2])))
-  settings |= {k: file(settings[k]) for k in ('model', 'train_data', 'tasks_dir') if k in settings}
-  settings['eval_data'] = [corpus(text) for text in config.eval_data]
-  return json.loads(json.dumps(settings))
+  default = defaults()
+  settings = {k: v for k, v in config.to_json().items() if v != json.loads(json.dumps(default[k])) and k != 'workdir'}
+  settings['method'] = ','.join(config.removal.method)  # also where it is the default, which was another one
+  settings |= {k: _file(settings[k]) for k in ('model', 'train_data', 'tasks_dir') if k in settings}
+  settings['eval_data'] = [f'{k}={_file(v)}' for k, v in config.evaluation.eval_data.items()]
+  return settings
+
+
+def _file(path: str) -> str:
+  return pathlib.PurePath(path).name
 
 
 def same(config: Config, found: dict[str, dict]) -> dict | None:
@@ -174,20 +190,19 @@ def same(config: Config, found: dict[str, dict]) -> dict | None:
 
 
 def do(config: Config, name: str, work: pathlib.Path) -> dict:
-  job = pipeline.prepare(config)
-  model = pipeline.load(job)
-  choice = choose(job, model, work)
+  run = one_row.begin(config)
+  choice = choose(run, work)
+  operations = teraflops(run, choice.removed)
   start = time.monotonic()
-  pruned = pipeline.apply_recipe(job, model, choice, config.recipe)
   return {
     'settings': changed(config),
-    **pipeline.measure(job, pruned, name),
-    'removed': sorted(choice['chosen']),
-    'candidates': choice.get('candidates', []),  # of auto
-    'teraflops': teraflops(job, model, choice['chosen']),
+    **one_row.figures(run, choice, config.removal.recipe, name),
+    'removed': sorted(choice.removed),
+    'candidates': choice.about.get('candidates', []),  # of auto
+    'teraflops': operations,
     'seconds': time.monotonic() - start,
-    'device': report_lib.device(),
-    'versions': report_lib.versions(),
+    'device': device_name(),
+    'versions': package_versions(),
   }
 
 
@@ -215,12 +230,12 @@ def main(argv):
   for i, (name, settings) in enumerate(results_rows.rows(found, _GEMMA.value, one_pass)):
     asked = not _TABLE.value and i % parts == part and name.startswith(tuple(_ONLY.value))
     if asked and not _kept(name, found):
-      log_lib.say(f'row {name}')
+      log(f'row {name}')
       config = config_of(name, settings, work)
       found[name] = same(config, found) or do(config, name, work)
       append(kept, {'name': name, **found[name]}, work)
       jax.clear_caches()
-      log_lib.say(f'{name}: {found[name]["ppl"]}')
+      log(f'{name}: {found[name]["ppl"]}')
   if parts > 1:
     return  # the others' rows are not here
   keys = [_kept(name, found) for name, _ in results_rows.rows(found, gemma='any', one_pass=True)]
@@ -228,7 +243,7 @@ def main(argv):
   out = pathlib.Path(_OUT.value)
   text = out.read_text(encoding='utf-8') if out.exists() else BEGIN + END
   head, tail = text.split(BEGIN)[0], text.split(END)[1]
-  log_lib.write_whole(out, head + BEGIN + results_table.document(done) + END + tail)
+  write_whole(out, head + BEGIN + results_table.document(done) + END + tail)
 
 
 def _kept(name: str, found: dict[str, dict]) -> str | None:

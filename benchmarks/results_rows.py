@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from elder_jax.run.config import METHODS
+from elder_jax.methods import METHODS
 
 BUDGET = dict(
   seq_len=256, num_sequences=64, batch_size=4, train_steps=16, score_steps=4, eval_seq_len=512, eval_tokens=6144
@@ -55,7 +55,10 @@ def rows(found: dict[str, dict], gemma: str, one_pass: bool) -> Iterator[tuple[s
 
 def pass_rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
   """As `rows`; of the second budget."""
-  ready = lambda rows: ((f'{PASS}/{name}', PASS_START | how) for name, how in rows.items())
+
+  def ready(rows):
+    return ((f'{PASS}/{name}', PASS_START | how) for name, how in rows.items())
+
   seven = dict(method=CHOICE, num_remove=7)
   how = {
     'prune_then_train': {},
@@ -147,7 +150,10 @@ def small_rows() -> dict[str, dict]:
   for recipe in rivals:
     for lr in LEARNING_RATES:
       rows[f'search/{recipe}, lr {lr:g}'] = dict(seven, recipe=recipe, lr=lr)
-  final = lambda name, seed, **more: rows.update({f'final/{name}, seed {seed}': dict(seven, seed=seed, **more)})
+
+  def final(name, seed, **more):
+    return rows.update({f'final/{name}, seed {seed}': dict(seven, seed=seed, **more)})
+
   for seed in (0, 1, 2):
     for recipe in rivals[:2]:
       final(recipe, seed, recipe=recipe, lr=BEST_LR[recipe])

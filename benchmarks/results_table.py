@@ -10,6 +10,7 @@ from benchmarks.results_rows import BUDGET
 from benchmarks.results_rows import GEMMA_LR
 from benchmarks.results_rows import PASS
 from benchmarks.results_rows import PASS_BUDGET
+from elder_jax.run.tables import markdown_table
 
 
 def ranges(layers: list[int]) -> str:
@@ -63,11 +64,10 @@ def table(done: dict[str, dict]) -> str:
   lines = []
   for section in sorted(groups, key=lambda s: (s != 'final', s)):
     head = [section, 'seeds', 'removed', *corpora, *(f'{t}, %' for t in tasks), 'TFLOP']
-    lines += ['| ' + ' | '.join(head) + ' |', '|---|---:|---|' + '---:|' * (len(head) - 3)]
+    rows = []
     for name, members in groups[section].items():
-      row = [name, str(seeds(members)), ranges(members[0]['removed']), *cells(members, corpora, tasks)]
-      lines.append('| ' + ' | '.join(row) + ' |')
-    lines.append('')
+      rows.append([name, str(seeds(members)), ranges(members[0]['removed']), *cells(members, corpora, tasks)])
+    lines += [markdown_table(head, rows), '']
   return '\n'.join(lines)
 
 

@@ -2,7 +2,7 @@
 
   python -m benchmarks.scale [--row=NAME] [--again]
 
-Compiles the steps that a run would take (elder_jax/plan.py) for TPU slices and writes what the compiler says to
+Compiles the steps that a run would take (elder_jax/run/plan) for TPU slices and writes what the compiler says to
 docs/scale.jsonl, a line per row, and the tables into docs/scale.md. A row that is there is not compiled again unless
 --again asks for it. Needs pip install 'elder_jax[tpu]', minutes and a few GB of memory per row.
 """
@@ -23,10 +23,15 @@ import jax
 
 from benchmarks import hlo
 from elder_jax.devices import sharding
-from elder_jax.hf import checkpoint_hf
-from elder_jax.run import prepare as prepare_lib
+from elder_jax.hf.source import architecture
+from elder_jax.model.program import Program
+from elder_jax.run import plan
 from elder_jax.run.config import Config
-from elder_jax.run.plan import compile as plan
+from elder_jax.run.config import settings_of_json
+from elder_jax.run.plan.compile import GIB
+from elder_jax.run.plan.compile import measure
+from elder_jax.run.prepare import check_sizes
+from elder_jax.run.tables import markdown_table
 
 _ROWS = flags.DEFINE_multi_string('row', [], 'Row to compile, by name; repeatable; none: all that are missing.')
 _AGAIN = flags.DEFINE_boolean('again', False, 'Compile rows that are there already, too.')
@@ -102,25 +107,24 @@ def compile_row(name: str) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     config = MODELS[name.partition(',')[0]] | {'num_hidden_layers': layers}
     (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config))
-    config = Config(model=folder, plan=True, num_sequences=settings['batch_size'], **SETTINGS, **settings)
-    config.check()
-    spec, num_layers = checkpoint_hf.architecture(
-      folder, json.loads((pathlib.Path(folder) / 'config.json').read_text())
-    )
-  mesh = sharding.make_mesh(config.mesh, plan.topology(config.topology))
-  prepare_lib.check_sizes(config, spec, num_layers, mesh)
+    what = dict(model=folder, plan=True, num_sequences=settings['batch_size'], **SETTINGS, **settings)
+    config = Config.of(**settings_of_json(what))
+    spec, num_layers = architecture(folder, json.loads((pathlib.Path(folder) / 'config.json').read_text()))
+  computation = config.computation
+  mesh = sharding.make_mesh(computation.mesh, plan.topology(computation.topology))
+  check_sizes(config, spec, num_layers, mesh)
+  _, programs = plan.planned(config, spec, num_layers, [min(8, num_layers - 7)], mesh)
+  program = next(p for p in programs if p.name.startswith({'stage 1': 'stage 1', 'stage 2': 'training'}[stage]))
+  wall, cpu = time.monotonic(), time.process_time()
   with jax.set_mesh(mesh):
-    programs = plan.programs(config, spec, num_layers, [min(8, num_layers - 7)], mesh)
-    program = next(p for p in programs if p.name.startswith({'stage 1': 'stage 1', 'stage 2': 'training'}[stage]))
-    wall, cpu = time.monotonic(), time.process_time()
-    measured = plan.measure(program, mesh)
-    wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+    measured = measure(program, mesh)
+  wall, cpu = time.monotonic() - wall, time.process_time() - cpu
   kind = mesh.devices.flat[0].device_kind
   row = {
     'name': name,
     'flags': ' '.join(f'--{k}={v}' for k, v in (SETTINGS | settings).items() if v != ()),
     'chips': mesh.size,
-    'tokens': config.batch_size * config.seq_len,
+    'tokens': config.data.batch_size * config.data.seq_len,
     'parameters': program.params,
     'optimiser': program.opt_state,
     'gradients': program.gradients,
@@ -142,7 +146,7 @@ def compile_row(name: str) -> dict:
   return row
 
 
-def of_collectives(found: list[hlo.Collective], program: plan.Program, num_layers: int, kind: str) -> dict:
+def of_collectives(found: list[hlo.Collective], program: Program, num_layers: int, kind: str) -> dict:
   """Counts by kind, bytes received, the largest, and whether one gives a whole stack."""
   counts = collections.defaultdict(lambda: [0, 0, 0.0])
   for c in found:
@@ -182,12 +186,13 @@ def write(results: dict[str, dict]):
 
 
 def table(cells: list[list[str]]) -> list[str]:
-  lines = [cells[0], ['---', *('---:' for _ in cells[0][1:])], *cells[1:]]
-  return ['| ' + ' | '.join(line) + ' |' for line in lines] + ['']
+  return [markdown_table(cells[0], cells[1:]), '']
 
 
 def tables(results: dict[str, dict]) -> str:
-  gib = lambda n: f'{n / plan.GIB:.2f}'
+  def gib(n):
+    return f'{n / GIB:.2f}'
+
   done = [results[name] for name in rows() if name in results]
   main = [r for r in done if not r['name'].endswith(' layers')]
   memory = [

@@ -1,7 +1,7 @@
 """Local task files for lm-evaluation-harness, for where no model hub is reached.
 
   python -m benchmarks.tasks --out=FOLDER --piqa=FOLDER --bigbench
-  python -m elder_jax.zero_shot --model=MODEL --tasks_dir=FOLDER --tasks=piqa,social_iqa,winogrande_objects
+  elder_jax eval --model=MODEL --tasks_dir=FOLDER --tasks=piqa,social_iqa,winogrande_objects
 
 --piqa names a folder with PIQA's own valid.jsonl and valid-labels.lst. --bigbench fetches the PyPI package bigbench==1.0.0
 (358 MB, not kept) and takes two tasks from it: SocialIQA's 1954 validation questions, and the 9000 sentences about objects

@@ -14,12 +14,14 @@ from absl import flags
 from absl import logging
 import numpy as np
 
-from elder_jax import log as log_lib
-from elder_jax.hf import checkpoint_hf
-from elder_jax.run import report as report_lib
+from elder_jax.devices.about import device_name
+from elder_jax.devices.about import package_versions
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
+from elder_jax.log import Progress
 from elder_jax.text import data
-from elder_jax.text import generation
 from elder_jax.text import zero_shot
+from elder_jax.text.generation import eos_ids
 
 _MODEL = flags.DEFINE_string('model', None, 'Hugging Face folder.', required=True)
 _TEXT = flags.DEFINE_string('text', None, 'Text to cut the requests from.', required=True)
@@ -49,11 +51,11 @@ def main(argv):
   from elder_jax.text.lm_eval_adapter import JaxLM
 
   folder = _MODEL.value
-  source = checkpoint_hf.open_source(folder, None)
-  model = checkpoint_hf.load(source, 'float32')
+  source = open_source(folder, None)
+  model = load_model(source, 'float32')
   tokenizer = data.load_tokenizer(folder)
   length = zero_shot.context_length(source.config, tokenizer)
-  ours = JaxLM(model, tokenizer, max_length=length, progress=log_lib.Progress('requests in JAX'))
+  ours = JaxLM(model, tokenizer, max_length=length, progress=Progress('requests in JAX'))
   theirs = HFLM(pretrained=folder, device='cpu', dtype='float32', batch_size=16)
 
   with open(_TEXT.value, encoding='utf-8') as file:
@@ -67,8 +69,11 @@ def main(argv):
   }
   print(json.dumps(result), flush=True)
   for task in filter(None, _TASKS.value):
-    load = lambda: zero_shot.load_tasks([task], _TASKS_DIR.value)
-    progress = log_lib.Progress(f'{task} in JAX')
+
+    def load(task=task):
+      return zero_shot.load_tasks([task], _TASKS_DIR.value)
+
+    progress = Progress(f'{task} in JAX')
     figures = zero_shot.run(
       model,
       tokenizer,
@@ -76,14 +81,14 @@ def main(argv):
       batch_size=16,
       max_length=length,
       limit=_LIMIT.value or None,
-      eos_ids=generation.eos_ids(source),
+      eos_ids=eos_ids(source),
       progress=progress,
     )[task]
     peer = evaluator.evaluate(theirs, load(), limit=_LIMIT.value or None, log_samples=False)['results'][task]
     peer = {k.removesuffix(',none'): v for k, v in peer.items()}
     accuracies = {k: {'elder_jax': figures[k], 'hf': peer[k]} for k in ('acc', 'acc_norm') if k in figures}
     print(json.dumps({task: accuracies, 'questions': figures['n']}), flush=True)
-  print(json.dumps({'device': report_lib.device(), 'versions': report_lib.versions()}))
+  print(json.dumps({'device': device_name(), 'versions': package_versions()}))
 
 
 if __name__ == '__main__':

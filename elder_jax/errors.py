@@ -1,19 +1,58 @@
-"""The one exception that a user's own input can cause, and how a full disk is told from other failures."""
+"""What can go wrong: bad input, as one sentence; exit statuses; how to recognise a full disk."""
 
 import errno
 import os
 import pathlib
 
+# Exit statuses of the commands; 75 is EX_TEMPFAIL of sysexits.h, the others are the shells' own.
+FAILED, BAD_INPUT, DOES_NOT_FIT, PREEMPTED, CTRL_C, CLOSED_PIPE = 1, 2, 3, 75, 130, 141
+
 
 class InputError(Exception):
-  """Bad input, told in one sentence that names the flag, file or tensor and the mend.
+  """Bad input, reported in one sentence that names the setting, file or tensor and the fix.
 
-  `main` prints it without a traceback and leaves with exit status 2. Names out of damaged files can hold anything: what
-  does not print, a newline say, is escaped.
+  InputError(setting, value, why) is about a setting; a command writes it as --setting=value. InputError(sentence) is
+  about anything else. What does not print, a newline say, is escaped: names out of damaged files can hold anything.
+
+  Attributes:
+    setting, value: None where the error is not about a setting.
+    why: the sentence, without the setting.
   """
 
-  def __init__(self, message: str):
-    super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+  def __init__(self, setting_or_sentence: str, value=None, why: str = ''):
+    self.setting, self.value = (setting_or_sentence, value) if why else (None, None)
+    self.why = _printable(why or setting_or_sentence)
+    super().__init__(self._written(''))
+
+  def for_command(self) -> str:
+    """The sentence with the setting written as a flag."""
+    return self._written('--')
+
+  def _written(self, dashes: str) -> str:
+    if self.setting is None:
+      return self.why
+    return _printable(f'{dashes}{self.setting}={as_text(self.value)}: {self.why}')
+
+
+def as_text(value) -> str:
+  """A setting's value as it is written on the command line."""
+  if value is None:
+    return ''
+  if isinstance(value, bool):
+    return str(value).lower()
+  if isinstance(value, dict):
+    return ','.join(f'{name}={of_name}' for name, of_name in value.items())
+  return ','.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def short(sentence: str) -> str:
+  """In one line of at most 1000 characters: a value out of a flag or a file may have thousands."""
+  line = _printable(sentence)
+  return line if len(line) <= 1000 else f'{line[:500]} … {line[-500:]}'
+
+
+def _printable(text: str) -> str:
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """What a run tells while it works: a JSON line per step, and progress for people. Process 0 alone speaks."""
 
+from collections.abc import Callable
 import json
+import math
 import os
 import pathlib
 import sys
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 
 
-def say(text: str):
+def log(text: str):
   if jax.process_index() == 0:
     print('\n'.join(f'elder_jax: {line}' for line in text.splitlines()), file=sys.stderr, flush=True)
 
@@ -25,7 +27,7 @@ def write_whole(path: pathlib.Path, text: str):
   os.replace(temporary, path)
 
 
-class Metrics:
+class MetricsFile:
   """metrics.jsonl of a run."""
 
   def __init__(self, path: pathlib.Path):
@@ -48,17 +50,74 @@ class Metrics:
   def write(self, stage: str, step: int, metrics: dict, **more):
     if jax.process_index():
       return
-    plain = lambda v: v.tolist() if isinstance(v, np.ndarray) else v
+
+    def plain(v):
+      return v.tolist() if isinstance(v, np.ndarray) else v
+
     row = {'stage': stage, 'step': step, **more, **{k: plain(v) for k, v in metrics.items()}}
     with self._path.open('a') as file:
       file.write(json.dumps(row) + '\n')
 
 
+class Log:
+  """What a method, a recipe or a training reports while it works. This one reports nothing: see RunLog."""
+
+  def say(self, text: str):
+    """A line for people."""
+
+  def progress(self, what: str, tokens: int = 0) -> Callable[..., None]:
+    """A function of (done, of, note) for people. tokens: in each of the parts that are done."""
+    del what, tokens
+    return lambda done, of, note='': None
+
+  def steps(self, stage: str) -> Callable[..., None]:
+    """A function of (step, metrics, **more) that records a step of a stage."""
+    del stage
+    return lambda step, metrics, **more: None
+
+
+QUIET = Log()
+
+
+class RunLog(Log):
+  """Lines on stderr, and metrics.jsonl."""
+
+  def __init__(self, path: pathlib.Path):
+    self._metrics = MetricsFile(path)
+    self._stage, self._left = '', lambda: None
+
+  def begin_stage(self, number: str, title: str, left: Callable[[], float | None]):
+    """A stage begins, number as in 3/7; left: seconds that the stages after it take, None where that is not known."""
+    self._stage, self._left = f'[{number}] ', left
+    seconds = left()
+    log(f'[{number}] {title}' + (f' (the stages after it: about {duration(seconds)})' if seconds else ''))
+
+  def end_stage(self):
+    self._stage, self._left = '', lambda: None
+
+  def say(self, text: str):
+    log(text)
+
+  def progress(self, what: str, tokens: int = 0) -> 'Progress':
+    return Progress(f'{self._stage}{what}', tokens, self._left)
+
+  def steps(self, stage: str) -> Callable[..., None]:
+    began = []
+
+    def record(step: int, metrics: dict, **more):
+      if not began:
+        began.append(self._metrics.begin(stage, step))
+      self._metrics.write(stage, step, metrics, **more)
+
+    return record
+
+
 class Progress:
   """`what: done/of (time left) note`, on one line of a terminal, else a line every ten seconds and at the end."""
 
-  def __init__(self, what: str):
-    self._what, self._start, self._first, self._spoken = what, time.monotonic(), None, 0.0
+  def __init__(self, what: str, tokens: int = 0, later: Callable[[], float | None] = lambda: None):
+    """tokens: in each part; later: seconds that the run goes on after this."""
+    self._what, self._tokens, self._later, self._first, self._spoken = what, tokens, later, None, 0.0
 
   def __call__(self, done: int, of: int, note: str = ''):
     if jax.process_index():
@@ -66,11 +125,40 @@ class Progress:
     now = time.monotonic()
     if self._first is None:  # the first part has the compilation in it and tells nothing of the rest
       self._first = (done, now)
-    parts = done - self._first[0]
-    left = f' ({(now - self._first[1]) / parts * (of - done):.0f} s left)' if parts and done < of else ''
-    text = f'elder_jax: {self._what}: {done}/{of}{left} {note}'.rstrip()
+    text = f'elder_jax: {self._what}: {done}/{of}{self._pace(done, of, now)} {note}'.rstrip()
     if sys.stderr.isatty():
       print(f'\r\033[K{text}', end='\n' if done == of else '', file=sys.stderr, flush=True)
     elif done == of or now - self._spoken > 10:
       print(text, file=sys.stderr, flush=True)
       self._spoken = now
+
+  def _pace(self, done: int, of: int, now: float) -> str:
+    """Tokens a second, time left of this and of the run."""
+    parts, seconds = done - self._first[0], now - self._first[1]
+    if not parts or seconds <= 0:
+      return ''
+    told = [f'{parts * self._tokens / seconds:,.0f} tokens/s'] if self._tokens else []
+    if done < of:
+      left, later = seconds / parts * (of - done), self._later()
+      told.append(f'{duration(left)} left' + (f', {duration(left + later)} of the run' if later else ''))
+    return f' ({", ".join(told)})' if told else ''
+
+
+def duration(seconds: float) -> str:
+  """As people say it: 41 s, 12 min, 3.5 h."""
+  if seconds < 100:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 60:.0f} min' if seconds < 6000 else f'{seconds / 3600:.1f} h'
+
+
+def write_json(path: pathlib.Path, value: dict):
+  """Writes what JSON can hold: NaN and infinities become null, which the tables show as "—"."""
+  write_whole(path, json.dumps(_finite_or_none(value), indent=2, allow_nan=False) + '\n')
+
+
+def _finite_or_none(value):
+  if isinstance(value, dict):
+    return {key: _finite_or_none(v) for key, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite_or_none(v) for v in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

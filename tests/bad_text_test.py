@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from refusal import edit_json
 from refusal import refused
+from tiny import config_of
 
 from elder_jax.hf import families
 from elder_jax.run import pipeline
-from elder_jax.run import prepare as prepare_lib
-from elder_jax.run.config import Config
+from elder_jax.text import data
 
 pytestmark = pytest.mark.usefixtures('no_long_work')
 
@@ -100,9 +100,10 @@ def test_window_bos_without_such_a_token(settings, model):
 
 @pytest.mark.parametrize('kind, first', [('gemma3_text', 7), ('gemma2', 7), ('llama', None), ('qwen3', None)])
 def test_a_family_that_needs_it_has_bos_in_every_window(kind, first):
-  source, tokenizer = types.SimpleNamespace(family=families.FAMILIES[kind]), types.SimpleNamespace(bos_token_id=7)
-  assert prepare_lib._bos(Config(), source, tokenizer) == ('window' if first else 'tokenizer', first)
-  assert prepare_lib._bos(Config(bos='none'), source, tokenizer) == ('none', None)
+  bos_first = getattr(families.FAMILIES[kind], 'BOS_FIRST', False)
+  tokenizer = types.SimpleNamespace(bos_token_id=7)
+  assert data.bos_rule('auto', bos_first, tokenizer) == ('window' if first else 'tokenizer', first)
+  assert data.bos_rule('none', bos_first, tokenizer) == ('none', None)
 
 
 # ---- GGUF ----
@@ -172,7 +173,7 @@ def small_gguf(tmp_path, settings) -> pathlib.Path:
 
 def test_what_the_gguf_cases_damage_is_good(settings, small_gguf):
   write_gguf(small_gguf)
-  assert pipeline.prepare(Config(**settings)).source.num_layers == 1
+  assert pipeline.prepare(config_of(**settings)).source.num_layers == 1
 
 
 @pytest.mark.parametrize(

@@ -5,27 +5,33 @@ import pathlib
 import shutil
 
 import chex
-from conftest import without_additions
-from conftest import write_tiny_llama
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny import config_of
+from tiny import without_additions
+from tiny import write_tiny_llama
 
-from elder_jax.hf import checkpoint_hf
 from elder_jax.hf import verify
+from elder_jax.hf.cut import pruned_config
 from elder_jax.hf.families import llama
-from elder_jax.model import decoder as model_lib
+from elder_jax.hf.load import load_model
+from elder_jax.hf.save import pieces_of_model
+from elder_jax.hf.save import save_model
+from elder_jax.hf.source import Source
+from elder_jax.hf.source import open_source
 from elder_jax.model import pruning
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.run import pipeline
-from elder_jax.run.config import Config
 
 BIG = int(5e9)
 COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'LICENSE', 'generation_config.json')
 
 
-def open_folder(folder: pathlib.Path) -> checkpoint_hf.Source:
-  return checkpoint_hf.open_source(str(folder), folder / 'scratch')
+def open_folder(folder: pathlib.Path) -> Source:
+  return open_source(str(folder), folder / 'scratch')
 
 
 def tensors_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -54,10 +60,10 @@ def resave(folder: pathlib.Path, change):
 def save(folder: pathlib.Path, out: pathlib.Path, removed=(), dtype='float32', shard_bytes=BIG):
   """Load, remove, save; returns the model that was saved."""
   source = open_folder(folder)
-  model = pruning.prune(checkpoint_hf.load(source, dtype), list(removed))
+  model = pruning.prune(load_model(source, dtype), list(removed))
   out.mkdir()
-  checkpoint_hf.save(
-    checkpoint_hf.from_model(model),
+  save_model(
+    pieces_of_model(model),
     source,
     pruning.kept_layers(source.num_layers, list(removed)),
     out,
@@ -85,7 +91,7 @@ def torch_logits(model, tokens_BT) -> np.ndarray:
 
 
 def jax_logits(model, tokens_BT):
-  return jax.jit(lambda m, t: model_lib.logits(m, model_lib.forward(m, t)[0]))(model, tokens_BT)
+  return jax.jit(lambda m, t: logits_of(m, forward(m, t)[0]))(model, tokens_BT)
 
 
 def some_tokens(vocab: int = 263):
@@ -140,16 +146,16 @@ def test_sharded_output(shard_bytes, mild, tmp_path):
   np.testing.assert_array_equal(logits_BTV, expected_BTV)
   # And read back by us.
   chex.assert_trees_all_equal(
-    jax.tree.leaves(checkpoint_hf.load(open_folder(out), 'float32')),
-    jax.tree.leaves(checkpoint_hf.load(open_folder(mild), 'float32')),
+    jax.tree.leaves(load_model(open_folder(out), 'float32')),
+    jax.tree.leaves(load_model(open_folder(mild), 'float32')),
   )
 
 
 def test_save_in_another_type(mild, tmp_path):
   source = open_folder(mild)
-  model = checkpoint_hf.load(source, 'float32')
+  model = load_model(source, 'float32')
   (tmp_path / 'out').mkdir()
-  checkpoint_hf.save(checkpoint_hf.from_model(model), source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
+  save_model(pieces_of_model(model), source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
   got, before = tensors_of(tmp_path / 'out'), tensors_of(mild)
   same_bytes(got, {n: t.astype('bfloat16') for n, t in before.items()})
   config, before = (json.loads((f / 'config.json').read_text()) for f in (tmp_path / 'out', mild))
@@ -170,7 +176,10 @@ def test_pruned_folder_is_the_pruned_model(mild, tmp_path):
   # The kept layers are the source's, renumbered.
   before, after = tensors_of(mild), tensors_of(out)
   for new, old in enumerate([0, 2, 3, 5]):
-    named = lambda tensors, l: {n.split(f'.{l}.')[1]: t for n, t in tensors.items() if f'layers.{l}.' in n}
+
+    def named(tensors, l):
+      return {n.split(f'.{l}.')[1]: t for n, t in tensors.items() if f'layers.{l}.' in n}
+
     same_bytes(named(after, new), named(before, old))
   assert not any('layers.4.' in n or 'layers.5.' in n for n in after)
 
@@ -194,7 +203,7 @@ def test_pruned_config_slices_what_is_given_per_layer():
     'hidden_size': 32,
   }
   before = json.loads(json.dumps(config))
-  assert checkpoint_hf.pruned_config(llama, config, [0, 3], 'float32') == {
+  assert pruned_config(llama, config, [0, 3], 'float32') == {
     **before,
     'num_hidden_layers': 2,
     'layer_types': ['a', 'd'],
@@ -203,7 +212,7 @@ def test_pruned_config_slices_what_is_given_per_layer():
   }
   assert config == before
   del config['torch_dtype']
-  got = checkpoint_hf.pruned_config(llama, {**config, 'dtype': 'bfloat16'}, [1], 'float32')
+  got = pruned_config(llama, {**config, 'dtype': 'bfloat16'}, [1], 'float32')
   assert got['dtype'] == 'float32' and 'torch_dtype' not in got
 
 
@@ -250,7 +259,7 @@ def test_config_of_transformers_4_and_5(rope, tiny, tmp_path):
     source = open_folder(folder)
     specs.append((source.spec, source.num_layers))
     # What is written is in the style of what was read.
-    after = checkpoint_hf.pruned_config(llama, config, [0, 1, 2, 3, 4, 5], 'float32')
+    after = pruned_config(llama, config, [0, 1, 2, 3, 4, 5], 'float32')
     assert without_additions(after, config) == config
   assert specs[0] == specs[1] and specs[0] != (open_folder(tiny).spec, 6)
 
@@ -274,9 +283,9 @@ def test_verify_passes_a_good_export(exported):
 
 def test_verify_passes_a_rounded_export(mild, tmp_path):
   source = open_folder(mild)
-  model = checkpoint_hf.load(source, 'float32')
+  model = load_model(source, 'float32')
   (tmp_path / 'out').mkdir()
-  checkpoint_hf.save(checkpoint_hf.from_model(model), source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
+  save_model(pieces_of_model(model), source, list(range(6)), tmp_path / 'out', 'bfloat16', BIG)
   figures = verify.check(tmp_path / 'out', model, 'bfloat16', some_tokens(), torch=True)
   assert figures['jax'] == 0 and figures['torch'] <= 1e-5
 
@@ -301,7 +310,7 @@ def test_verify_finds_what_only_torch_sees(exported):
   config['rms_norm_eps'] = 0.5
   (folder / 'config.json').write_text(json.dumps(config))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint_hf, 'open_source', lambda *_: good)
+    patch.setattr(verify, 'open_source', lambda *_: good)
     with pytest.raises(verify.ExportMismatch, match='PyTorch'):
       verify.check(folder, pruned, 'float32', some_tokens(), torch=True)
 
@@ -316,8 +325,8 @@ def test_a_mismatch_leaves_no_export(settings, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(verify, 'check', refuse)
     with pytest.raises(verify.ExportMismatch):
-      pipeline.run(Config(**settings))
+      pipeline.run(config_of(**settings))
   assert not (work / 'export').exists() and not (work / 'report.json').exists()
-  pipeline.run(Config(**settings))  # and the work folder goes on from there
+  pipeline.run(config_of(**settings))  # and the work folder goes on from there
   assert len(json.loads((work / 'report.json').read_text())['kept']) == 4
   assert (work / 'export' / 'model.safetensors').is_file() and not (work / 'export.partial').exists()

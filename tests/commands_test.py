@@ -1,46 +1,64 @@
 """The small commands end in one sentence and with an exit status, whatever they are given: never with a traceback."""
 
+import dataclasses
 import errno
+import importlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
-from absl import flags
-import conftest
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
+import tiny as tiny_lib
 
-from elder_jax.commands import cli
-from elder_jax.commands import speed
+import elder_jax
+from elder_jax import commands
+from elder_jax.commands import evaluate
+from elder_jax.commands import generate as generate_command
+from elder_jax.commands.command import TRACEBACK
+from elder_jax.commands.command import Command
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
-from elder_jax.hf import verify
-from elder_jax.text import generation
-from elder_jax.text import zero_shot
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
+from elder_jax.run import timing
+from elder_jax.run.config import all_fields
+from elder_jax.settings import Settings
+from elder_jax.settings import setting
+from elder_jax.text.decoding import NOT_FINITE
+from elder_jax.text.generation import generate
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 QUICK = ('--prompt_tokens=24', '--new_tokens=3', '--context=5', '--batch_sizes=1', '--repeats=1')
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  """Runs a command in this process: (exit status, stdout, stderr without progress)."""
+def command(capsys):
+  """Runs a verb, or a Command, in this process: (exit status, stdout, stderr without progress)."""
 
-  def run(module, *args, operand=''):
-    monkeypatch.setattr(flags, 'FLAGS', flags.FlagValues())
-    getattr(module, 'define_flags', lambda: None)()
-    main, status = module if callable(module) else module.main, 0
+  def run(what, *args):
+    status = 0
     try:
-      cli.run(main, operand, ['command', *map(str, args)])
+      if isinstance(what, Command):
+        what.main([str(a) for a in args])
+      else:
+        commands.run_verb(what, [str(a) for a in args])
     except SystemExit as e:
       status = e.code
     out, err = capsys.readouterr()
     return status, out, err
 
   return run
+
+
+def raising(error: BaseException) -> Command:
+  def run(parsed):
+    raise error
+
+  return Command('raising', 'Raises.', run)
 
 
 def one_sentence(ended, status: int, *parts):
@@ -60,7 +78,7 @@ def one_sentence(ended, status: int, *parts):
 @pytest.mark.parametrize(
   'error, status, parts',
   [
-    (InputError('--x=1: is\nwrong.'), 2, ['--x=1: is\\nwrong.']),
+    (InputError('x', 1, 'is\nwrong.'), 2, ['--x=1: is\\nwrong.']),
     (InputError('x' * 9000 + ' end.'), 2, ['xxx … xxx', 'end.']),
     (KeyboardInterrupt(), 130, ['stopped by Ctrl-C']),
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, ['the disk is full']),
@@ -75,128 +93,166 @@ def one_sentence(ended, status: int, *parts):
   ids=lambda v: type(v).__name__,
 )
 def test_whatever_is_raised_ends_in_one_sentence(command, error, status, parts):
-  def main(argv):
-    raise error
-
-  one_sentence(command(main), status, *parts)
+  one_sentence(command(raising(error)), status, *parts)
 
 
 def test_a_traceback_is_had_for_the_asking(command, monkeypatch):
-  monkeypatch.setenv(cli.TRACEBACK, '1')
-
-  def main(argv):
-    raise KeyError('acc')
-
-  status, _, err = command(main)
-  assert status == 1 and 'in main\n' in err and err.splitlines()[-1].startswith('elder_jax: KeyError')
+  monkeypatch.setenv(TRACEBACK, '1')
+  status, _, err = command(raising(KeyError('acc')))
+  assert status == 1 and 'in run\n' in err and err.splitlines()[-1].startswith('elder_jax: KeyError')
 
 
 def process(*args, stdout=subprocess.PIPE):
   env = {**os.environ, 'PYTHONPATH': str(REPO), 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
-  command = [sys.executable, '-m', *args]
+  command = [sys.executable, '-m', 'elder_jax', *args]
   result = subprocess.run(command, env=env, stdout=stdout, stderr=subprocess.PIPE, timeout=120)
   return result.returncode, (result.stdout or b'').decode(), result.stderr.decode()
 
 
 def test_a_process_is_given_bytes_that_are_not_utf8():
-  one_sentence(process('elder_jax.generate', '--model=x', b'--prompt=caf\xe9'), 2, '--prompt=caf\\udce9: holds bytes')
+  one_sentence(process('generate', '--model=x', b'--prompt=caf\xe9'), 2, '--prompt=caf\\udce9: holds bytes')
 
 
 def test_a_process_whose_output_nobody_reads_ends_quietly():
   read, write = os.pipe()
   os.close(read)
-  assert process('elder_jax.speed', '--helpfull', stdout=write) == (141, '', '')
+  assert process('speed', '--helpfull', stdout=write) == (141, '', '')
   os.close(write)
 
 
 def test_a_process_whose_output_has_no_room():
   with open('/dev/full', 'w') as full:
-    one_sentence(process('elder_jax.verify', '--help', stdout=full), 1, 'the disk is full')
+    one_sentence(process('verify', '--help', stdout=full), 1, 'the disk is full')
 
 
 # ---- help ----
 
 
-@pytest.mark.parametrize('module', [generation, speed, zero_shot], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('verb', commands.VERBS)
 @pytest.mark.parametrize('flag', ['--help', '-h', '--helpfull', '-help'])
-def test_help(command, module, flag):
-  status, out, err = command(module, '--model=x', flag)
-  assert (status, err) == (0, '') and '--model:' in out and '--dtype:' in out
-  assert ('--flagfile' in out) == (flag == '--helpfull')
+def test_help(command, verb, flag):
+  status, out, err = command(verb, '--model=x', flag)
+  module = importlib.import_module(f'elder_jax.commands.{commands.VERBS[verb][0]}')
+  lines = out.splitlines()
+  assert (status, err) == (0, '') and lines[0] == module.COMMAND.summary and f'usage: elder_jax {verb}' in out
+  assert len(lines) > 3 and 'elder_jax ' in lines[3]  # an example
+  if flag != '--helpfull':
+    assert len(lines) <= 100 and max(map(len, lines)) <= 120, len(lines)
+  for foreign in ('undefok', 'alsologtostderr', 'pdb', 'orbax'):
+    assert foreign not in out
 
 
-def test_help_of_a_command_without_flags(command):
-  assert command(verify, '--help', operand='FOLDER')[0] == 0
-  one_sentence(command(verify, operand='FOLDER'), 2, 'give one FOLDER')
-  one_sentence(command(verify, 'a', 'b', operand='FOLDER'), 2, 'give one FOLDER')
+def test_help_of_a_process():
+  """Imports bring flags of absl and warnings of their own only where the process is new."""
+  status, out, err = process('prune', '--helpfull')
+  assert (status, err) == (0, '') and '--num_remove' in out
+  assert not {'undefok', 'alsologtostderr', 'pdb', 'orbax'} & set(re.findall(r'\w+', out))
+
+
+def test_help_names_every_flag(command):
+  short, full = command('prune', '--help')[1], command('prune', '--helpfull')[1]
+  for name, field in all_fields().items():
+    assert re.search(rf'--(\[no\])?{name}\b', short) and field.metadata['help'] in full, name
+
+
+def test_the_overview(capsys):
+  for args in ([], ['--help'], ['-h'], ['help']):
+    commands.main(args)
+    out = capsys.readouterr().out
+    assert all(f'  {verb}' in out for verb in commands.VERBS) and len(out.splitlines()) < 25
+  commands.main(['--version'])
+  assert capsys.readouterr().out == f'elder_jax {elder_jax.__version__}\n'
+
+
+@pytest.mark.parametrize(
+  'args, told',
+  [
+    (['prun'], 'there is no such verb; did you mean prune?'),
+    (['zero_shot'], 'there is no such verb; these are: prune, '),
+    (['--model=x'], 'give a verb first, as in elder_jax prune'),
+    (['prune', '--num_remov=3'], "there is no such flag ('num_remov'); did you mean --num_remove?"),
+    (['heal', '--num_remove=3'], '--num_remove=3: heal removes no layers'),
+  ],
+)
+def test_did_you_mean(args, told, capsys):
+  with pytest.raises(SystemExit) as caught:
+    commands.main(args)
+  err = capsys.readouterr().err
+  assert caught.value.code == 2 and told in err and err.count('\n') == 1, err
+
+
+@pytest.mark.parametrize('verb, operand', [('verify', 'FOLDER'), ('report', 'RUN')])
+def test_a_command_of_operands(command, verb, operand):
+  one_sentence(command(verb), 2, operand)
+  one_sentence(command(verb, '/nowhere'), 2, 'there is no such')
+  one_sentence(command('verify', 'a', 'b'), 2, 'give one FOLDER')
 
 
 # ---- bad input ----
 
 
 @pytest.mark.parametrize(
-  'module, args, part',
+  'verb, args, part',
   [
-    (generation, [], '--prompt is missing'),
-    (generation, ['--prompt', 'caf\udce9'], '--prompt=caf\\udce9: holds bytes that are not UTF-8'),
-    (generation, ['caf\udce9'], 'caf\\udce9: holds bytes'),
-    (generation, ['--prompt=a', '--max_new_tokens=0'], '--max_new_tokens=0'),
-    (generation, ['--prompt=a', f'--max_new_tokens={2**31}'], f'--max_new_tokens={2**31}'),
-    (generation, ['--prompt=a', '--seed=' + '9' * 30], '--seed=999'),
-    (generation, ['--prompt=a', '--seed=' + '9' * 5000], '--seed=999'),
-    (generation, ['--prompt=a', '--tokenizer=/nowhere'], '--tokenizer=/nowhere: there is no such folder'),
-    (generation, ['--prompt=' + 'a' * 5000], 'prompt 0 has 5000 tokens'),
-    (generation, ['--prompt'], 'Missing value for flag --prompt'),
-    (speed, [], '--pruned or --remove_layers'),
-    (speed, ['--remove_layers=1'], '--prompt_tokens=2048'),
-    (speed, ['--remove_layers=1', *QUICK[1:], '--prompt_tokens=257'], '--prompt_tokens=257'),
-    (speed, ['--remove_layers=1', *QUICK[:1], '--context=250', '--new_tokens=7'], '--context=250 and --new_tokens=7'),
-    (speed, ['--remove_layers=1', '--batch_sizes=1,x'], '--batch_sizes=1,x'),
-    (speed, ['--remove_layers=1', '--batch_sizes=²'], '--batch_sizes=²'),
-    (speed, ['--remove_layers=1', '--batch_sizes=' + '9' * 5000], '--batch_sizes=999'),
-    (speed, ['--remove_layers=1', f'--batch_sizes={10**30}'], '--batch_sizes=1000'),
-    (speed, ['--remove_layers=1', '--out=/dev/null'], '--out=/dev/null: is no file'),
-    (speed, ['--remove_layers=1', '--out=/proc/x'], '--out=/proc/x: cannot be written'),
-    (speed, ['--remove_layers=1', '--out=' + 'x' * 300], 'cannot be written'),
-    (speed, ['--torch', '--pruned=a.GGUF'], '--torch: reads Hugging Face folders only'),
-    (zero_shot, ['--batch_size=0'], '--batch_size=0'),
-    (zero_shot, ['--out=/proc/x'], '--out=/proc/x: cannot be written'),
-    (zero_shot, ['--mesh=x'], '--mesh=x'),
+    ('generate', [], '--prompt=: is missing'),
+    ('generate', ['--prompt', 'caf\udce9'], '--prompt=caf\\udce9: holds bytes that are not UTF-8'),
+    ('generate', ['caf\udce9'], 'caf\\udce9: holds bytes'),
+    ('generate', ['--prompt=a', '--max_new_tokens=0'], '--max_new_tokens=0'),
+    ('generate', ['--prompt=a', f'--max_new_tokens={2**31}'], f'--max_new_tokens={2**31}'),
+    ('generate', ['--prompt=a', '--seed=' + '9' * 30], '--seed=999'),
+    ('generate', ['--prompt=a', '--seed=' + '9' * 5000], '--seed=999'),
+    ('generate', ['--prompt=a', '--tokenizer=/nowhere'], '--tokenizer=/nowhere: there is no such folder'),
+    ('generate', ['--prompt=' + 'a' * 5000], 'prompt 0 has 5000 tokens'),
+    ('generate', ['--prompt'], 'Missing value for flag --prompt'),
+    ('speed', [], '--pruned or --remove_layers'),
+    ('speed', ['--remove_layers=1'], '--prompt_tokens=2048'),
+    ('speed', ['--remove_layers=1', *QUICK[1:], '--prompt_tokens=257'], '--prompt_tokens=257'),
+    ('speed', ['--remove_layers=1', *QUICK[:1], '--context=250', '--new_tokens=7'], '--context=250 and --new_tokens=7'),
+    ('speed', ['--remove_layers=1', '--batch_sizes=1,x'], '--batch_sizes=1,x'),
+    ('speed', ['--remove_layers=1', '--batch_sizes=²'], '--batch_sizes=²'),
+    ('speed', ['--remove_layers=1', '--batch_sizes=' + '9' * 5000], '--batch_sizes=999'),
+    ('speed', ['--remove_layers=1', f'--batch_sizes={10**30}'], '--batch_sizes=1000'),
+    ('speed', ['--remove_layers=1', '--out=/dev/null'], '--out=/dev/null: is no file'),
+    ('speed', ['--remove_layers=1', '--out=/proc/x'], '--out=/proc/x: cannot be written'),
+    ('speed', ['--remove_layers=1', '--out=' + 'x' * 300], 'cannot be written'),
+    ('speed', ['--torch', '--pruned=a.GGUF'], '--torch=true: reads Hugging Face folders only'),
+    ('eval', ['--batch_size=0'], '--batch_size=0'),
+    ('eval', ['--out=/proc/x'], '--out=/proc/x: cannot be written'),
+    ('eval', ['--mesh=x'], '--mesh=x'),
   ],
 )
-def test_bad_input(command, tiny, monkeypatch, module, args, part):
-  monkeypatch.setattr(checkpoint_hf, 'load', lambda *args: pytest.fail('weights were read'))
-  one_sentence(command(module, f'--model={tiny}', *args), 2, part)
+def test_bad_input(command, tiny, monkeypatch, verb, args, part):
+  for module in (generate_command, evaluate, timing):
+    monkeypatch.setattr(module, 'load_model', lambda *args: pytest.fail('weights were read'))
+  one_sentence(command(verb, f'--model={tiny}', *args), 2, part)
 
 
 @pytest.mark.parametrize('folder', ['/nowhere', '/dev/null', 'x' * 5000])
 def test_a_folder_that_is_none(command, folder):
-  one_sentence(command(verify, folder, operand='FOLDER'), 2, 'there is no such folder')
+  one_sentence(command('verify', folder), 2, 'there is no such folder')
 
 
 def test_an_export_that_is_damaged_has_its_own_status(command, tiny, tmp_path):
-  one_sentence(command(verify, tiny, operand='FOLDER'), 1, 'has no readable SHA256SUMS')
+  one_sentence(command('verify', tiny), 1, 'has no readable SHA256SUMS')
 
 
 # ---- flags ----
 
 
+@dataclasses.dataclass(frozen=True)
+class Flags(Settings):
+  prompt: str = setting('', 'A text.')
+  seed: int = setting(0, 'A number.')
+  max_new_tokens: int = setting(64, 'Another.')
+  cache: bool = setting(True, 'A boolean.')
+  data: dict[str, str] = setting({}, 'Repeatable.')
+  layers: tuple[int, ...] = setting((), 'Numbers.')
+
+
 def parsed(command, *args):
   found = {}
-
-  def main(argv):
-    found.update((name, flags.FLAGS[name].value) for name in ('prompt', 'seed', 'max_new_tokens', 'cache', 'data'))
-
-  module = type(sys)('module')
-  module.main, module.define_flags = main, define_flags
-  ended = command(module, *args)
-  return ended if ended[0] else found
-
-
-def define_flags():
-  generation.define_flags()
-  flags.DEFINE_boolean('cache', None, 'A boolean.', flag_values=flags.FLAGS)
-  flags.DEFINE_multi_string('data', [], 'A multi flag.', flag_values=flags.FLAGS)
+  ended = command(Command('flags', 'Flags.', lambda parsed: found.update(parsed.settings), {'All': Flags}), *args)
+  return ended if ended[0] else dataclasses.asdict(Flags(**found))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +266,10 @@ def define_flags():
     (['--no-cache'], dict(cache=False)),
     (['--cache', '--seed=1'], dict(cache=True, seed=1)),
     (['--seed=3', '--seed', '3'], dict(seed=3)),
-    (['--data=a', '--data=b'], dict(data=['a', 'b'])),
+    (['--data=a=x', '--data=b=y'], dict(data={'a': 'x', 'b': 'y'})),
+    (['--data=a=x', '--data=', '--data=b=y'], dict(data={'b': 'y'})),
+    (['--layers=3,12-14'], dict(layers=(3, 12, 13, 14))),
+    (['--layers='], dict(layers=())),
     (['--flagfile={tmp}/windows.flags'], dict(prompt='é b', seed=5)),
     (['--flagfile', '{tmp}/windows.flags', '--seed=6'], dict(seed=6)),
     (['--seed=6', '--flagfile={tmp}/nested.flags'], dict(seed=5, max_new_tokens=2)),
@@ -239,6 +298,9 @@ def test_flags(command, tmp_path, args, values):
     (['--flagfile'], ['Missing value for flag --flagfile']),
     (['--promt=x'], ["'promt'", 'prompt']),
     (['--seed=1\n2'], ['--seed=1']),
+    (['--layers=5-3'], ['--layers=5-3', 'no range']),
+    (['--data=a'], ['--data=a', 'name=source']),
+    (['--seed=x'], ['--seed=x', 'whole numbers']),
   ],
 )
 def test_flags_that_are_refused(command, tmp_path, args, parts):
@@ -268,18 +330,19 @@ def learned(request, tmp_path_factory) -> pathlib.Path:
   config = getattr(transformers, f'{request.param}Config')(vocab_size=263, bos_token_id=0, eos_token_id=1, **sizes)
   folder = tmp_path_factory.mktemp(request.param)
   transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-  conftest.write_tokenizer(folder)
+  tiny_lib.write_tokenizer(folder)
   return folder
 
 
 def test_learned_positions_are_a_limit(command, learned, monkeypatch):
-  monkeypatch.setattr(checkpoint_hf, 'load', lambda *args: pytest.fail('weights were read'))
+  for module in (generate_command, evaluate, timing):
+    monkeypatch.setattr(module, 'load_model', lambda *args: pytest.fail('weights were read'))
   text = 'one two three four five six seven eight nine ten ' * 2  # 98 tokens
   args = f'--model={learned}', f'--prompt={text}', '--max_new_tokens=3'
-  one_sentence(command(generation, *args), 2, 'prompt 0 has 98 tokens', 'the 100 positions')
+  one_sentence(command('generate', *args), 2, 'prompt 0 has 98 tokens', 'the 100 positions')
   args = f'--model={learned}', '--remove_layers=1', '--new_tokens=8'
-  one_sentence(command(speed, *args), 2, '--prompt_tokens=2048', 'has 100 positions')
-  one_sentence(command(speed, *args, '--prompt_tokens=8', '--context=93'), 2, '--context=93 and --new_tokens=8')
+  one_sentence(command('speed', *args), 2, '--prompt_tokens=2048', 'has 100 positions')
+  one_sentence(command('speed', *args, '--prompt_tokens=8', '--context=93'), 2, '--context=93 and --new_tokens=8')
 
 
 @pytest.mark.filterwarnings('ignore')  # of transformers
@@ -288,27 +351,27 @@ def test_padding_beyond_the_positions_changes_nothing(learned):
   import transformers
 
   prompt = [5 + i % 250 for i in range(70)]  # padded to 128
-  model = checkpoint_hf.load(checkpoint_hf.open_source(str(learned), learned), 'float32')
+  model = load_model(open_source(str(learned), learned), 'float32')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(learned)
   expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, eos_token_id=None, do_sample=False)[0, 70:]
-  assert generation.generate(model, [prompt], 30, capacity=100) == [expected.tolist()]
+  assert generate(model, [prompt], 30, capacity=100) == [expected.tolist()]
 
 
 def test_nan_at_a_later_token_is_no_text(learned):
-  model = checkpoint_hf.load(checkpoint_hf.open_source(str(learned), learned), 'float32')
+  model = load_model(open_source(str(learned), learned), 'float32')
   prompts = [[5 + i % 250 for i in range(length)] for length in (64, 50)]  # the longer is not padded
   offset = model.spec.position_offset
   model.positions.set_value(model.positions[...].at[offset + 75].set(float('nan')))
-  assert [len(new) for new in generation.generate(model, prompts, 12)] == [12, 12]
+  assert [len(new) for new in generate(model, prompts, 12)] == [12, 12]
   with pytest.raises(InputError, match='not finite at token 76 of prompt 0;'):  # the one after position 75
-    generation.generate(model, prompts, 13)
+    generate(model, prompts, 13)
 
 
 def test_tokens_that_are_none_are_not_timed(tiny, monkeypatch):
-  source, prompt_BT = checkpoint_hf.open_source(str(tiny), tiny), np.zeros((1, 8), np.int32)
-  (model, _), _ = speed._in_jax(source, None, [2], 'float32')
+  source, prompt_BT = open_source(str(tiny), tiny), np.zeros((1, 8), np.int32)
+  (model, _), _ = timing._in_jax(source, None, [2], 'float32')
   assert model.generate(prompt_BT, 2)()
-  monkeypatch.setattr(generation, 'run', lambda *args, **kwargs: jnp.array([[5, generation.NOT_FINITE]]))
+  monkeypatch.setattr(timing, 'run_prompts', lambda *args, **kwargs: jnp.array([[5, NOT_FINITE]]))
   assert not model.generate(prompt_BT, 2)()
 
 
@@ -323,7 +386,7 @@ def overflow(folder: pathlib.Path):
 @pytest.mark.parametrize('sampling', [(), ('--temperature=1',)])
 def test_nan_is_no_text(command, model, sampling):
   overflow(model)
-  ended = command(generation, f'--model={model}', '--prompt=Hello', *sampling)
+  ended = command('generate', f'--model={model}', '--prompt=Hello', *sampling)
   assert ended[1] == ''
   one_sentence(ended, 2, 'logits are not finite at token 5 of prompt 0', '--dtype=float32')
 
@@ -332,19 +395,19 @@ def test_nan_is_no_text(command, model, sampling):
 @pytest.mark.parametrize('flag', ['model', 'pruned'])
 @pytest.mark.filterwarnings('ignore')  # of transformers
 def test_nan_is_not_timed(model, tmp_path, flag, torch):
-  folders = dict(model=model, pruned=conftest.write_tiny_llama(tmp_path / 'fewer', num_hidden_layers=3))
+  folders = dict(model=model, pruned=tiny_lib.write_tiny_llama(tmp_path / 'fewer', num_hidden_layers=3))
   overflow(folders[flag])
   quick = dict(prompt_tokens=24, new_tokens=3, context=5, batch_sizes=(1,), repeats=1)
-  with pytest.raises(InputError, match=f'--{flag}={folders[flag]}: the logits are not finite'):
-    settings = speed.Settings(torch=torch, **{name: str(folder) for name, folder in folders.items()}, **quick)
-    speed.measure(settings, lambda: pytest.fail('it was timed'))
+  with pytest.raises(InputError, match=f'{flag}={folders[flag]}: the logits are not finite'):
+    settings = timing.SpeedSettings(torch=torch, **{name: str(folder) for name, folder in folders.items()}, **quick)
+    timing.measure(settings, lambda: pytest.fail('it was timed'))
 
 
 @pytest.mark.filterwarnings('ignore')  # of transformers
 def test_whatever_transformers_raises_is_one_sentence(command, tiny, tmp_path, monkeypatch):
   import transformers
 
-  fewer = conftest.write_tiny_llama(tmp_path / 'fewer', num_hidden_layers=3)
+  fewer = tiny_lib.write_tiny_llama(tmp_path / 'fewer', num_hidden_layers=3)
 
   def fails(*args, **kwargs):
     raise IndexError('index out of range\nin self')
@@ -354,7 +417,7 @@ def test_whatever_transformers_raises_is_one_sentence(command, tiny, tmp_path, m
     (transformers.AutoModelForCausalLM, 'from_pretrained'),
   ):
     monkeypatch.setattr(owner, name, fails)
-    ended = command(speed, '--torch', f'--model={tiny}', f'--pruned={fewer}', *QUICK)
+    ended = command('speed', '--torch', f'--model={tiny}', f'--pruned={fewer}', *QUICK)
     assert ended[0] == 2 and ended[2].endswith(
-      'elder_jax: --torch: transformers cannot run a model (index out of range in self); leave the flag away.\n'
+      'elder_jax: --torch=true: transformers cannot run a model (index out of range in self); leave the flag away.\n'
     )

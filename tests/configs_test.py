@@ -1,19 +1,22 @@
 """The flag files: each is read by the command's own parser, passes the checks that need no model, and divides its model."""
 
+import json
 import pathlib
-import re
 
-from absl import flags
 import jax
 from jax.sharding import AbstractMesh
 import pytest
 
+from elder_jax.commands.flags import BadFlags
+from elder_jax.commands.flags import parse
+from elder_jax.commands.prune import GROUPS
 from elder_jax.devices import sharding
-from elder_jax.hf import checkpoint_hf
 from elder_jax.hf import families
-from elder_jax.run import config as config_lib
+from elder_jax.hf.table import abstract_decoder
+from elder_jax.run.config import Config
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
+CONFIGS = sorted(path for path in FOLDER.glob('*.flags') if not path.name.startswith('_'))
 
 LLAMA2 = dict(model_type='llama', vocab_size=32000, rms_norm_eps=1e-5)
 OPT = dict(model_type='opt', vocab_size=50272, max_position_embeddings=2048)
@@ -100,27 +103,67 @@ SLICES = {
 }
 
 
-def read(path: pathlib.Path) -> config_lib.Config:
-  values = flags.FlagValues()
-  config_lib.define_flags(values)
-  values(['main', f'--flagfile={path}'])
-  return config_lib.from_flags(values)
+def read(path: pathlib.Path) -> Config:
+  return Config.of(**parse(list(GROUPS.values()), [f'--flagfile={path}']).settings)
 
 
-@pytest.mark.parametrize('path', sorted(FOLDER.glob('*.flags')), ids=lambda path: path.name)
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.name)
 def test_flag_file(path):
   config = read(path)
-  config.check()
-  assert config.train_data and config.corpora() and pathlib.Path(config.workdir).name == path.stem
-  is_paper = (config.method, config.recipe, config.gate, config.order) == ('elder', 'regularize', 'output', 'joint')
-  assert is_paper == path.name.startswith('paper_')
+  assert config.data.train_data and config.evaluation.eval_data
+  assert pathlib.Path(config.paths.workdir).name == path.stem
+  about = config.removal.method, config.removal.recipe, config.gates.gate, config.training.order
+  assert (about == (('elder',), 'regularize', 'output', 'joint')) == path.name.startswith('paper_')
   assert path.read_text().startswith(f'# python -m elder_jax.main --flagfile=configs/{path.name}')
   assert path.stem in SLICES or path.stem.removeprefix('paper_').startswith('smollm2_')
 
 
-def mesh_of(config: config_lib.Config, chips: int) -> AbstractMesh:
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.name)
+def test_a_config_is_found_by_its_name_and_given_back_as_json(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  by_name = Config.of(**parse(list(GROUPS.values()), [f'--config={path.stem}']).settings)
+  assert by_name == read(path)
+  (tmp_path / 'config.json').write_text(json.dumps(by_name.to_json()))
+  again = parse(list(GROUPS.values()), ['--config=config.json', '--seed=7']).settings
+  assert Config.of(**again) == by_name.replace(seed=7)
+
+
+def test_a_config_json_of_an_earlier_version(tmp_path):
+  """Lists as text with commas, texts as name=source, a setting that is gone."""
+  before = dict(num_remove=None, ratio='0.25,0.1', method='auto,sleb', mesh='1,-1,1', compare=['none', 'regularize'])
+  before |= dict(eval_data=['a=a.txt', 'b=b=b.txt'], tasks='piqa, arc_easy', remove_layers=None, gone=1, shuffle=False)
+  (tmp_path / 'config.json').write_text(json.dumps(before))
+  config = Config.of(**parse(list(GROUPS.values()), [f'--config={tmp_path}/config.json']).settings)
+  assert config == Config.of(
+    ratio=(0.25, 0.1),
+    method=('auto', 'sleb'),
+    mesh=(1, -1, 1),
+    compare=('none', 'regularize'),
+    eval_data={'a': 'a.txt', 'b': 'b=b.txt'},
+    tasks=('piqa', 'arc_easy'),
+    shuffle=False,
+  )
+
+
+@pytest.mark.parametrize(
+  'name, told',
+  [
+    ('llama7', 'did you mean llama7b'),
+    ('nothing_like_it', 'those that come with elder_jax: llama13b, '),
+    ('bad.json', 'is no config.json of a run'),
+    ('_wikitext2', 'those that come with elder_jax'),
+  ],
+)
+def test_a_config_that_there_is_not(name, told, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'bad.json').write_text('[1]')
+  with pytest.raises(BadFlags, match=told):
+    parse(list(GROUPS.values()), [f'--config={name}'])
+
+
+def mesh_of(config: Config, chips: int) -> AbstractMesh:
   """The mesh without devices; -1 is what remains, as on real ones."""
-  made = sharding.make_mesh(config.mesh, [None] * chips)
+  made = sharding.make_mesh(config.computation.mesh, [None] * chips)
   return AbstractMesh(tuple(made.shape.values()), tuple(made.shape), axis_types=made.axis_types)
 
 
@@ -130,27 +173,27 @@ def test_mesh_fits_slice_and_model(name):
   config, (slice_, chips) = read(path), SLICES[name]
   header = path.read_text().partition('\n--')[0]
   assert slice_ in header and (chips == int(slice_.split()[0].rpartition('-')[2]) or f'{chips} chips' in header)
-  json = MODELS[config.model]
-  spec, num_layers = families.FAMILIES[json['model_type']].spec_from_config(json)
-  assert config.num_remove == num_layers // 4
+  about = MODELS[config.paths.model]
+  spec, num_layers = families.FAMILIES[about['model_type']].spec_from_config(about)
+  assert config.removal.num_remove == num_layers // 4
   if name != 'paper_llama7b':  # which takes the number of devices that there is
-    assert re.fullmatch(r'\d+,\d+,\d+', config.mesh)
+    assert min(config.computation.mesh) > 0
   mesh = mesh_of(config, chips)  # refuses sizes that do not multiply to the chips
-  sharding.for_model(checkpoint_hf.abstract(spec, num_layers), mesh, config.mesh)
-  for what in (config.batch_size // config.grad_accum, config.eval_batch_size):
-    sharding.check_batch(mesh, config.mesh, what, 'batch')
+  sharding.for_model(abstract_decoder(spec, num_layers), mesh, config.computation.mesh)
+  for what in (config.data.batch_size // config.training.grad_accum, config.evaluation.eval_batch_size):
+    sharding.check_batch(mesh, config.computation.mesh, what, 'batch')
   assert not spec.num_heads % mesh.shape['tp'] and not spec.num_kv_heads % mesh.shape['tp']
   assert not spec.d_model % mesh.shape['fsdp']
   if spec.num_positions:
-    assert max(config.seq_len, config.eval_seq_len) <= spec.num_positions
+    assert max(config.data.seq_len, config.evaluation.eval_seq_len) <= spec.num_positions
 
 
 def test_meshes_that_do_not_fit_are_seen():
   """That the test above can fail."""
   spec, num_layers = families.FAMILIES['llama'].spec_from_config(MODELS['meta-llama/Llama-2-70b-hf'])
-  model = checkpoint_hf.abstract(spec, num_layers)
+  model = abstract_decoder(spec, num_layers)
   mesh = AbstractMesh((1, 4, 16), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
   with pytest.raises(sharding.InputError, match='tp=16 does not divide a size of 8'):
-    sharding.for_model(model, mesh, '1,4,16')
+    sharding.for_model(model, mesh, (1, 4, 16))
   with pytest.raises(sharding.InputError, match='makes 32 devices'):
-    sharding.make_mesh('1,4,8', [None] * 64)
+    sharding.make_mesh((1, 4, 8), [None] * 64)

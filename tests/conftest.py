@@ -1,74 +1,47 @@
 """Tiny random models and texts that all tests share. Golden tests need torch and fail without it."""
 
+import os
 import pathlib
 import shutil
 
-import jax
-import pytest
+if 'PYTEST_XDIST_WORKER' in os.environ:
+  os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker for each core
 
-from elder_jax.hf import checkpoint_hf
-from elder_jax.run import pipeline
+# Eight devices in this process. Tests get the first of them, unless they ask for `eight_devices`.
+_FLAGS = os.environ.get('XLA_FLAGS')
+os.environ['XLA_FLAGS'] = f'{_FLAGS or ""} --xla_force_host_platform_device_count=8'
+
+import jax  # noqa: E402
+
+assert len(jax.devices()) == 8
+os.environ.pop('XLA_FLAGS')  # processes that tests start have one
+if _FLAGS is not None:
+  os.environ['XLA_FLAGS'] = _FLAGS
+
+import pytest
+from tiny import write_tiny_llama
+
+from elder_jax.devices import sharding
+from elder_jax.hf import table as table_module
+from elder_jax.hf.table import rows_of
+from elder_jax.run import job
 from elder_jax.text import data
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-TINY = dict(
-  vocab_size=263,
-  hidden_size=32,
-  intermediate_size=48,
-  num_hidden_layers=6,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  max_position_embeddings=256,
-  rms_norm_eps=1e-5,
-  rope_theta=10000.0,
-  tie_word_embeddings=True,
-  bos_token_id=0,
-  eos_token_id=1,
-)
+
+def pytest_configure(config):
+  os.environ['ELDER_JAX_QUICK'] = str(int('not slow' in (config.option.markexpr or '')))
 
 
-def write_tokenizer(folder: pathlib.Path):
-  """A byte-level tokenizer of 258 tokens, with a chat template and a licence file beside it."""
-  import tokenizers
-  from tokenizers import decoders
-  from tokenizers import models
-  from tokenizers import pre_tokenizers
-
-  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  vocab = {t: i for i, t in enumerate(['<s>', '</s>', *alphabet])}
-  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_special_tokens(['<s>', '</s>'])
-  tokenizer.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(
-    '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}'
-  )
-  (folder / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content }}\n{% endfor %}')
-  (folder / 'LICENSE').write_text('Free for all.\n')
-
-
-def write_tiny_llama(folder: pathlib.Path, dtype: str = 'float32', shard: str = '5GB', **config) -> pathlib.Path:
-  """A random Llama as transformers saves it, weights large enough that every layer matters."""
-  import torch
-  import transformers
-
-  torch.manual_seed(0)
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, 'initializer_range': 0.2, **config}))
-  for name, parameter in model.named_parameters():
-    if 'norm' in name:  # else they are all ones and could be swapped unseen
-      torch.nn.init.uniform_(parameter, 0.5, 1.5)
-  model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
-  write_tokenizer(folder)
-  return folder
-
-
-@pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Runs of one shape are compiled once in a session; half of the time of the whole runs goes otherwise into it."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('jax')))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+# Programs are kept between runs, a folder for each jax and for each compiler: half of the time is otherwise the compiler's.
+# Without most optimisations: tests run tiny programs once. A module that needs them says so by `whole_compiler`.
+_CACHE = pathlib.Path(os.environ.get('ELDER_JAX_TEST_CACHE', '~/.cache/elder_jax/tests')).expanduser() / jax.__version__
+jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+jax.config.update('jax_compilation_cache_max_size', 2**31)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -76,6 +49,17 @@ def forget_programs():
   """Programs of one module are of no use to the next, and thousands of them take more mappings than a process may have."""
   yield
   jax.clear_caches()
+
+
+_all_devices = sharding.all_devices
+sharding.all_devices = lambda: jax.devices()[:1]
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+  """What a run sees is all eight."""
+  monkeypatch.setattr(sharding, 'all_devices', _all_devices)
+  return jax.devices()
 
 
 @pytest.fixture(scope='session')
@@ -131,14 +115,17 @@ def model(tiny, tmp_path, settings) -> pathlib.Path:
 @pytest.fixture
 def no_long_work(monkeypatch):
   """Weights are never read here, and no table of a billion rows is made, whatever a config.json says."""
-  rows = checkpoint_hf._rows
+  rows = rows_of
 
   def few_rows(family, spec, num_layers):
     assert num_layers < 1000, 'the layers of config.json were believed'
     return rows(family, spec, num_layers)
 
-  monkeypatch.setattr(pipeline, 'load', lambda job: pytest.fail('the bad input was not seen, the model was loaded'))
-  monkeypatch.setattr(checkpoint_hf, '_rows', few_rows)
+  def seen(*args):
+    return pytest.fail('the bad input was not seen, the model was loaded')
+
+  monkeypatch.setattr(job, 'load_model', seen)
+  monkeypatch.setattr(table_module, 'rows_of', few_rows)
 
 
 @pytest.fixture
@@ -147,24 +134,9 @@ def no_text(monkeypatch):
   monkeypatch.setattr(data, 'load_tokenizer', lambda name: pytest.fail('the bad input was not seen, text was read'))
 
 
-@pytest.fixture(scope='module')
-def quick_compiler():
-  """Half of the time of tests on tiny models is XLA's, for programs that run in no time."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', True)
+@pytest.fixture
+def whole_compiler():
+  """With the optimisations that a user's run has."""
+  jax.config.update('jax_disable_most_optimizations', False)
   yield
-  jax.config.update('jax_disable_most_optimizations', before)
-
-
-def without_additions(config: dict, before: dict) -> dict:
-  """An exported config.json without what is there for version 4 of transformers, which `before` has in rope_parameters."""
-  added = {
-    'rope_theta',
-    'rope_scaling',
-    'rope_local_base_freq',
-    'partial_rotary_factor',
-    'rotary_emb_base',
-    'rotary_pct',
-  }
-  assert config.keys() - before.keys() <= added and ('rope_parameters' in before or config.keys() == before.keys())
-  return {key: value for key, value in config.items() if key in before}
+  jax.config.update('jax_disable_most_optimizations', True)

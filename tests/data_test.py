@@ -10,6 +10,7 @@ import pytest
 
 from elder_jax.errors import InputError
 from elder_jax.text import data
+from elder_jax.training.batches import batch_at
 
 TEXT = '\n First line \n\n\nünïcode: 漢字 🙂 \u2028 \x0c end\r\nof Windows, \r of a Mac\n\n'
 DOCUMENTS = ['a first\nof two lines', '', ' ünïcode 漢字 🙂 ', 'the last\n']
@@ -48,7 +49,7 @@ def test_a_txt_file_is_one_document_kept_as_it_is(tmp_path):
 def test_a_txt_file_that_is_not_utf8_is_refused(tmp_path):
   path = tmp_path / 'text.txt'
   path.write_bytes('naïve'.encode('latin-1'))
-  with pytest.raises(InputError, match='--train_data.*text.txt'):
+  with pytest.raises(InputError, match='train_data.*text.txt'):
     data.read_text('--train_data', str(path), 'text')
 
 
@@ -73,7 +74,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
 
 def test_a_missing_file_is_refused(tmp_path):
   for name in ('none.txt', 'none.parquet'):
-    with pytest.raises(InputError, match=f'--eval_data=x.*{name}.*no such file'):
+    with pytest.raises(InputError, match=f'eval_data=x.*{name}.*no such file'):
       data.read_text('--eval_data=x', str(tmp_path / name), 'text')
 
 
@@ -109,31 +110,31 @@ def test_a_first_token_stands_inside_each_row():
   rows_NT = data.pack(corpus(107), '--x', 5, 26, None, 999)
   assert (rows_NT[:, 0] == 999).all() and rows_NT.dtype == np.int32
   np.testing.assert_array_equal(rows_NT[:, 1:], np.arange(104).reshape(26, 4))
-  with pytest.raises(InputError, match='--seq_len=5 need 108'):
+  with pytest.raises(InputError, match='seq_len=5 need 108'):
     data.pack(corpus(107), '--train_data', 5, 27, None, 999)
 
 
 def test_pack_refuses_a_short_text():
-  with pytest.raises(InputError, match='--train_data=text.txt.*107 tokens.*--num_sequences=22.*--seq_len=5.*110'):
-    data.pack(corpus(107), '--train_data', 5, 22, None)
+  with pytest.raises(InputError, match='train_data=text.txt.*107 tokens.*--num_sequences=22.*--seq_len=5.*110'):
+    data.pack(corpus(107), 'train_data', 5, 22, None)
 
 
 def test_batch_is_a_pure_function_that_visits_each_row_once_a_pass():
   rows_NT = np.arange(36).reshape(12, 3)
-  steps = [data.batch(rows_NT, 4, i, 5) for i in range(12)]
+  steps = [batch_at(rows_NT, 4, i, 5) for i in range(12)]
   for i in (7, 2, 11, 0):  # in any order, at any time
-    np.testing.assert_array_equal(data.batch(rows_NT, 4, i, 5), steps[i])
+    np.testing.assert_array_equal(batch_at(rows_NT, 4, i, 5), steps[i])
   passes = [np.concatenate(steps[i : i + 3]) for i in range(0, 12, 3)]
   for rows in passes:
     np.testing.assert_array_equal(rows[np.argsort(rows[:, 0])], rows_NT)
   assert len({rows.tobytes() for rows in passes}) == 4
-  assert any((data.batch(rows_NT, 4, i, 6) != steps[i]).any() for i in range(3))
+  assert any((batch_at(rows_NT, 4, i, 6) != steps[i]).any() for i in range(3))
 
 
 def test_no_seed_keeps_the_order():
   rows_NT = np.arange(36).reshape(12, 3)
   for i in range(6):
-    np.testing.assert_array_equal(data.batch(rows_NT, 4, i, None), rows_NT[4 * (i % 3) : 4 * (i % 3) + 4])
+    np.testing.assert_array_equal(batch_at(rows_NT, 4, i, None), rows_NT[4 * (i % 3) : 4 * (i % 3) + 4])
 
 
 def test_a_tokenizer_in_the_home_folder(tiny, monkeypatch):

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from elder_jax.errors import InputError
-from elder_jax.model import decoder as model_lib
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
 from elder_jax.text import perplexity as perplexity_lib
 from elder_jax.text.data import Corpus
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 V = 40
 SPEC = Spec(
@@ -38,7 +37,7 @@ def random_model() -> Decoder:
 
 @jax.jit
 def all_logits(model, tokens_BT):
-  return model_lib.logits(model, model_lib.forward(model, tokens_BT)[0])
+  return logits_of(model, forward(model, tokens_BT)[0])
 
 
 def corpus(length: int) -> Corpus:
@@ -129,5 +128,5 @@ def test_max_tokens_are_the_first(max_tokens, count):
 
 
 def test_what_cannot_be_cut_is_refused():
-  with pytest.raises(InputError, match='--eval_data=x.*8 tokens.*--eval_seq_len=9'):
+  with pytest.raises(InputError, match='eval_data=x.*8 tokens.*--eval_seq_len=9'):
     perplexity_lib.make_windows(corpus(8), '--eval_data=x', 9, 0, 'tokenizer', None)

@@ -4,18 +4,18 @@ import json
 import pathlib
 import shutil
 
-from conftest import write_tiny_llama
-from conftest import write_tokenizer
 import pytest
 from refusal import edit_json
 from refusal import refused
+from tiny import config_of
+from tiny import write_tiny_llama
+from tiny import write_tokenizer
 import transformers
 
 from elder_jax.errors import InputError
 from elder_jax.hf import folder as model_folder
 from elder_jax.hf import manifest
 from elder_jax.run import pipeline
-from elder_jax.run.config import Config
 
 TAKEN_OVER = (
   'tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model '
@@ -105,7 +105,7 @@ def other_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 def test_another_tokenizer_takes_the_place_of_the_sources(settings, model, tmp_path):
   write(model, ['vocab.json', 'special_tokens_map.json', 'additional_chat_templates/old.jinja'])
   settings |= dict(tokenizer=str(other_tokenizer(tmp_path / 'tokenizer')), recipe='none', compare=(), train_steps=0)
-  pipeline.run(Config(**settings))
+  pipeline.run(config_of(**settings))
   export = pathlib.Path(settings['workdir']) / 'export'
   files = {p.relative_to(export).as_posix() for p in export.rglob('*') if p.is_file()}
   of_tokenizer = {
@@ -116,7 +116,15 @@ def test_another_tokenizer_takes_the_place_of_the_sources(settings, model, tmp_p
   }
   assert (
     files
-    == {'README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'generation_config.json', 'LICENSE'}
+    == {
+      'README.md',
+      'SHA256SUMS',
+      'config.json',
+      'elder_jax.json',
+      'model.safetensors',
+      'generation_config.json',
+      'LICENSE',
+    }
     | of_tokenizer
   )
   for name in of_tokenizer:
@@ -139,7 +147,7 @@ def test_a_folder_without_a_tokenizer_is_refused(settings, no_text, tmp_path):
 def exported(settings, model) -> pathlib.Path:
   settings |= dict(model=str(model), num_remove=None, remove_layers='2,3', recipe='none', compare=())
   settings |= dict(train_data='', eval_data=())
-  pipeline.run(Config(**settings))
+  pipeline.run(config_of(**settings))
   return pathlib.Path(settings['workdir']) / 'export'
 
 

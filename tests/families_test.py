@@ -3,21 +3,26 @@
 import json
 import pathlib
 
-from conftest import without_additions
-from conftest import write_tokenizer
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny import config_of
+from tiny import without_additions
+from tiny import write_tokenizer
 import torch
 import transformers
 
-from elder_jax.hf import checkpoint_hf
-from elder_jax.model import decoder as model_lib
+from elder_jax.hf.load import load_model
+from elder_jax.hf.save import pieces_of_model
+from elder_jax.hf.save import pieces_of_source
+from elder_jax.hf.save import save_model
+from elder_jax.hf.source import open_source
 from elder_jax.model import pruning
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.run import pipeline
-from elder_jax.run.config import Config
-from elder_jax.text import generation
+from elder_jax.text.generation import generate
 
 V, T = 131, 40
 SMALL = dict(
@@ -114,6 +119,10 @@ CASES = {
 }
 
 
+# Of each kind of block one, for make test.
+QUICK = ('llama, biases', 'gemma3_text, scaled', 'phi, grouped', 'opt, post-norm', 'gpt2', 'phi3, partial')
+
+
 def write_model(path: pathlib.Path, case: str) -> pathlib.Path:
   """A random model of a family as transformers saves it."""
   kind = case.split(',')[0]
@@ -129,7 +138,7 @@ def write_model(path: pathlib.Path, case: str) -> pathlib.Path:
   return path
 
 
-@pytest.fixture(scope='module', params=CASES)
+@pytest.fixture(scope='module', params=[pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
 def folder(request, tmp_path_factory) -> pathlib.Path:
   """Read only."""
   return write_model(tmp_path_factory.mktemp('model'), request.param)
@@ -145,12 +154,12 @@ def torch_logits(folder: pathlib.Path, tokens_BT) -> np.ndarray:
 
 @jax.jit
 def logits(model, tokens_BT):
-  return model_lib.logits(model, model_lib.forward(model, tokens_BT)[0])
+  return logits_of(model, forward(model, tokens_BT)[0])
 
 
 def opened(folder: pathlib.Path):
-  source = checkpoint_hf.open_source(str(folder), folder)
-  return source, checkpoint_hf.load(source, 'float32')
+  source = open_source(str(folder), folder)
+  return source, load_model(source, 'float32')
 
 
 def tokens(batch: int = 2, length: int = T) -> np.ndarray:
@@ -171,9 +180,7 @@ def tensors_of(folder: pathlib.Path) -> dict:
 
 def test_the_round_trip_changes_no_byte(folder, tmp_path):
   source, model = opened(folder)
-  checkpoint_hf.save(
-    checkpoint_hf.from_model(model), source, list(range(source.num_layers)), tmp_path, 'float32', int(5e9)
-  )
+  save_model(pieces_of_model(model), source, list(range(source.num_layers)), tmp_path, 'float32', int(5e9))
   before, after = tensors_of(folder), tensors_of(tmp_path)
   assert before.keys() == after.keys()
   assert all(before[n].tobytes() == after[n].tobytes() and before[n].shape == after[n].shape for n in before)
@@ -185,7 +192,7 @@ def test_two_layers_less(folder, tmp_path):
   source, model = opened(folder)
   kept = [l for l in range(source.num_layers) if l not in (1, 2)]
   pruned = pruning.prune(model, [1, 2])
-  checkpoint_hf.save(checkpoint_hf.from_model(pruned), source, kept, tmp_path, 'float32', int(5e9))
+  save_model(pieces_of_model(pruned), source, kept, tmp_path, 'float32', int(5e9))
   expected = np.asarray(logits(pruned, tokens()))
   close(torch_logits(tmp_path, tokens().astype(np.int64)), expected)
   again, read = opened(tmp_path)
@@ -193,14 +200,14 @@ def test_two_layers_less(folder, tmp_path):
   np.testing.assert_array_equal(logits(read, tokens()), expected)
   # Skipping them is the same as their being gone.
   alive_L = np.isin(np.arange(source.num_layers), kept)
-  skipped_BTD, _ = jax.jit(model_lib.forward)(model, tokens(), alive_L)
-  close(jax.jit(model_lib.logits)(model, skipped_BTD), expected)
+  skipped_BTD, _ = jax.jit(forward)(model, tokens(), alive_L)
+  close(jax.jit(logits_of)(model, skipped_BTD), expected)
 
 
 def test_generation_with_a_cache_equals_that_without(folder):
   _, model = opened(folder)
   prompts = [tokens()[0, :n].tolist() for n in (3, 11)]
-  got = generation.generate(model, prompts, 20)
+  got = generate(model, prompts, 20)
   for prompt, new in zip(prompts, got):
     rows = np.zeros((1, T), np.int32)
     for token in new:
@@ -228,7 +235,7 @@ def test_what_is_not_understood_is_named(folder, tmp_path, damage):
   (tmp_path / 'config.json').write_text(json.dumps(config))
   safetensors.numpy.save_file(weights, tmp_path / 'model.safetensors')
   with pytest.raises(Exception, match=name.replace('.', r'\.')) as error:
-    checkpoint_hf.open_source(str(tmp_path), tmp_path)
+    open_source(str(tmp_path), tmp_path)
   assert type(error.value).__name__ == 'InputError' and '\n' not in str(error.value)
 
 
@@ -245,7 +252,7 @@ def test_old_names_without_the_prefix(case, prefix, tmp_path):
   close(logits(model, tokens()), torch_logits(folder, tokens().astype(np.int64)))
   out = tmp_path / 'out'
   out.mkdir()
-  checkpoint_hf.save(checkpoint_hf.from_source(source, [0, 2]), source, [0, 2], out, '', int(5e9))
+  save_model(pieces_of_source(source, [0, 2]), source, [0, 2], out, '', int(5e9))
   assert tensors_of(out).keys() <= before.keys()
   close(torch_logits(out, tokens().astype(np.int64)), logits(pruning.prune(model, [1, 3, 4]), tokens()))
 
@@ -255,7 +262,7 @@ def test_a_run_with_the_default_recipe_on_blocks_with_a_norm_after_the_mlp(kind,
   monkeypatch.setitem(CASES, kind, CASES[kind] | {'vocab_size': 258})
   settings |= dict(model=str(write_model(tmp_path / 'in', kind)), recipe='absorb_then_train', num_remove=None)
   settings |= dict(remove_layers='2,3', compare=('none', 'absorb'), verify='torch')
-  report = pipeline.run(Config(**settings))
+  report = pipeline.run(config_of(**settings))
   removed, absorbed, trained = (row['ppl']['text'] for row in report['rows'])
   assert len({removed, absorbed, trained}) == 3 and report['verify']['torch'] <= 1e-4
   before, after = tensors_of(tmp_path / 'in'), tensors_of(tmp_path / 'work' / 'export')

@@ -8,9 +8,15 @@ import pytest
 from report_test import make
 from report_test import sweep
 
+from elder_jax.commands import evaluate
 from elder_jax.commands import speed
-from elder_jax.run import report as report_lib
-from elder_jax.text import zero_shot
+from elder_jax.log import write_json
+from elder_jax.run import timing
+from elder_jax.run.card import model_card
+from elder_jax.run.plot import plot_sweep
+from elder_jax.run.report import markdown
+from elder_jax.run.report import table
+from elder_jax.run.report import verdict
 
 MISSING = object()
 BAD = [MISSING, None, 'N/A', math.nan, math.inf, -math.inf, 1e300]
@@ -72,24 +78,24 @@ def test_every_figure_of_a_report(tmp_path, bad):
   assert len(paths) > 50 and ('params', 'dense') in paths and ('rows', 3, 'tasks', 'piqa', 'acc_stderr') in paths
   for path in paths:
     made = spoiled(report(), path, bad)
-    for text in (report_lib.table(made), report_lib.markdown(made), report_lib.model_card(made, CARD)):
+    for text in (table(made), markdown(made), model_card(made, CARD)):
       assert 'nan' not in text and 'inf' not in text and 'None' not in text and 'N/A' not in text, path
-    report_lib.verdict(made)
-    report_lib.write_json(tmp_path / 'report.json', made)
+    verdict(made)
+    write_json(tmp_path / 'report.json', made)
     read = json.loads(
-      (tmp_path / 'report.json').read_text(), parse_constant=lambda name: pytest.fail(f'{path}: {name}')
+      (tmp_path / 'report.json').read_text(), parse_constant=lambda name, path=path: pytest.fail(f'{path}: {name}')
     )
-    assert report_lib.table(read) == report_lib.table(made), path
+    assert table(read) == table(made), path
 
 
 @pytest.mark.parametrize('bad', BAD, ids=lambda bad: 'missing' if bad is MISSING else repr(bad))
 def test_a_plot_of_what_is_there(tmp_path, bad):
   made = report()
   for path in (('ppl', 'wiki', 'dense'), ('rows', 0, 'ppl', 'wiki')):
-    report_lib.plot(spoiled(made, path, bad), tmp_path / 'sweep.svg')
+    plot_sweep(spoiled(made, path, bad), tmp_path / 'sweep.svg')
   for path in [path for path in figures(made) if 'wiki' in path and 'ppl' in path]:
     made = spoiled(made, path, bad)
-  report_lib.plot(made, tmp_path / 'none.svg')
+  plot_sweep(made, tmp_path / 'none.svg')
   assert '<svg' in (tmp_path / 'none.svg').read_text()
 
 
@@ -97,8 +103,8 @@ def test_a_plot_of_what_is_there(tmp_path, bad):
 def test_every_figure_of_the_other_commands(bad):
   tasks = report()['tasks']['dense']
   for path in figures(tasks):
-    assert 'nan' not in zero_shot.table(spoiled(tasks, path, bad))
-  rows = [speed.figures([2.0], [1.0], 8, 6, new_tokens, absolute=True) | {'what': 'x'} for new_tokens in (0, 9)]
+    assert 'nan' not in evaluate.table(spoiled(tasks, path, bad))
+  rows = [timing.figures([2.0], [1.0], 8, 6, new_tokens, absolute=True) | {'what': 'x'} for new_tokens in (0, 9)]
   result = {
     'rows': rows,
     'settings': {'dtype': 'float32', 'repeats': 5},
@@ -115,7 +121,7 @@ def test_a_dash_stands_for_what_is_missing():
   rows = [{'method': 'given', 'recipe': 'none', 'removed': [2], 'ppl': {'wiki': None, 'news': 7.0}, 'tasks': {}}]
   made = make('none', rows=rows, tasks={'dense': tasks, 'pruned': {}})
   made['ppl']['wiki']['dense'] = math.inf
-  assert report_lib.table(made).splitlines()[2:] == [
+  assert table(made).splitlines()[2:] == [
     '| dense | 6 | — | 7.00 | 70.0 | — |',
     '| direct removal (exported) | 5 | — | 7.00 | — | — |',
   ]
@@ -129,12 +135,12 @@ def test_each_task_shows_its_own_figures():
     'group': {},
   }
   made = make('none', rows=make()['rows'][:1], ppl={}, tasks={'dense': tasks, 'pruned': {}})
-  assert report_lib.table(made).splitlines()[:3] == [
+  assert table(made).splitlines()[:3] == [
     '| model | layers | lambada, % | wiki word_perplexity | gsm exact_match (strict), % |',
     '| --- | ---: | ---: | ---: | ---: |',
     '| dense | 6 | 50.0 ± 2.0 | 1.2e+05 | 25.0 ± 1.5 |',
   ]
-  assert zero_shot.table(tasks).splitlines() == [
+  assert evaluate.table(tasks).splitlines() == [
     '| task | questions | perplexity | acc, % | word_perplexity | exact_match (strict), % | exact_match (loose), % |',
     '| --- | ---: | ---: | ---: | ---: | ---: | ---: |',
     '| lambada | 100 | 30.50 ± 1.25 | 50.00 ± 2.00 | — | — | — |',
@@ -147,12 +153,12 @@ def test_each_task_shows_its_own_figures():
 def test_a_rival_beats_an_export_without_a_figure():
   made = make()
   made['rows'][-1]['ppl']['wiki'] = None
-  (line,) = report_lib.verdict(made)
+  (line,) = verdict(made)
   assert line.endswith('"regularise, then prune": 21.00 against —.')
 
 
 def test_large_models_and_long_runs_are_told_in_full():
   made = make(params={'dense': 70.6e9, 'pruned': 60.1e9}, seconds={'train': 123456.0}, peak_bytes=70 * 2**30)
-  text = report_lib.markdown(made)
+  text = markdown(made)
   assert 'Parameters: 70600.0 M → 60100.0 M (14.9% fewer).' in text
   assert 'Seconds: train 123456.' in text and 'Peak memory of one: 70.00 GiB.' in text

@@ -6,17 +6,20 @@ import chex
 import jax
 import numpy as np
 import pytest
+from tiny import Endless
 
 from elder_jax.methods import elder
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
-from elder_jax.training import loop
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
 from elder_jax.training import losses
-from elder_jax.training import regularize
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+from elder_jax.training import step as step_module
+from elder_jax.training.optimizer import make_optimizer
+from elder_jax.training.settings import TrainSettings
+from elder_jax.training.step import make_step
+from elder_jax.training.step import train_mask
+from elder_jax.training.trainer import train
 
 SPEC = Spec(
   vocab_size=40,
@@ -31,14 +34,17 @@ SPEC = Spec(
 )
 L = 5
 BATCH_BT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (4, 9), np.int32)
-MAKE_STEP = loop.make_step
+MAKE_STEP = make_step
 
 
 @functools.cache
 def step_of(lr: float):
   """learn's own step, which depends on nothing but the learning rate here: compiled once for all tests."""
-  rate = lambda step: lr + 0.0 * step
-  return MAKE_STEP(loop.optimizer(loop.mask(random_model(), 'gates'), rate, 0.0, 1e9), Mode(), 1, rate)
+
+  def rate(step):
+    return lr + 0.0 * step
+
+  return MAKE_STEP(make_optimizer(train_mask(random_model(), 'gates'), rate, 0.0, 1e9), Mode(), 1, rate)
 
 
 @functools.cache
@@ -53,19 +59,28 @@ def with_gates(*values: float) -> Decoder:
 
 
 def learn(model, num_remove=2, iterative=True, steps=2, lambda1=1e-4, candidates=(1, 2, 3), lr=0.02):
-  settings = elder.GateSettings(num_remove, iterative, steps, lr, lambda1, candidates, clip=1e9)
+  settings = elder.GateSettings(
+    selection='iterative' if iterative else 'one_shot',
+    steps=steps,
+    lr=lr,
+    lambda1=lambda1,
+    protect_first=candidates[0],
+    protect_last=L - 1 - candidates[-1],
+  )
   log = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'make_step', lambda *_: step_of(lr))
-    chosen, history = elder.learn(model, settings, Mode(), lambda i: BATCH_BT, lambda r, i, m: log.append((r, i, m)))
+    patch.setattr(step_module, 'make_step', lambda *_: step_of(lr))
+    chosen, history = elder.learn(
+      model, num_remove, settings, Mode(), Endless(lambda i: BATCH_BT), lambda r, i, m: log.append((r, i, m)), clip=1e9
+    )
   return chosen, np.array(history), log
 
 
 @pytest.fixture(scope='module')
 def trained() -> Decoder:
   """A model whose layers all serve the batch: to shrink any of their gates costs LM loss."""
-  settings = regularize.TrainSettings(steps=30, lr=5e-3, lambda2=0.0)
-  return regularize.fit(random_model(), [], settings, Mode(), lambda i: BATCH_BT, lambda i, m: None)
+  settings = TrainSettings(steps=30, lr=5e-3, lambda2=0.0)
+  return train(random_model(), [], settings, Mode(), Endless(lambda i: BATCH_BT))
 
 
 def without_effect(model: Decoder, *layers: int) -> Decoder:

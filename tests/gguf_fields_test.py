@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-from conftest import write_tiny_llama
 import gguf
 from gguf_test import BOS
 from gguf_test import CASES
@@ -12,17 +11,18 @@ from gguf_test import CONTROL
 from gguf_test import SIZES
 from gguf_test import VOCAB
 from gguf_test import open_folder
-from gguf_test import open_source
+from gguf_test import open_gguf_file
 from gguf_test import write_gguf
 import pytest
 from refusal import edit_json
 from refusal import one_sentence
+from tiny import write_tiny_llama
 import torch
 import transformers
 
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
 from elder_jax.hf import folder as model_folder
+from elder_jax.hf.source import open_source
 from elder_jax.text import data
 
 FAMILIES = ['llama', 'qwen2', 'qwen3', 'gemma3_text']
@@ -114,7 +114,7 @@ OF_FAMILY = {
 
 @pytest.mark.parametrize('kind', FAMILIES)
 def test_fields_of_published_files_are_known(kind, folders, tmp_path):
-  source = open_source(write_gguf(tmp_path / 'm.gguf', folders[kind], fields=ANYWHERE | OF_FAMILY[kind]))
+  source = open_gguf_file(write_gguf(tmp_path / 'm.gguf', folders[kind], fields=ANYWHERE | OF_FAMILY[kind]))
   assert source.spec == open_folder(folders[kind]).spec
 
 
@@ -135,13 +135,13 @@ def test_a_rope_factor_is_linear(kind, fields, folders, tmp_path):
   rope = json.loads((linear / 'config.json').read_text())['rope_parameters']
   rope.get('full_attention', rope).update(rope_type='linear', factor=4.0)
   edit_json(linear / 'config.json', rope_parameters=rope)
-  spec = open_source(write_gguf(tmp_path / 'm.gguf', folders[kind], fields=fields)).spec
+  spec = open_gguf_file(write_gguf(tmp_path / 'm.gguf', folders[kind], fields=fields)).spec
   assert spec == open_folder(linear).spec != open_folder(folders[kind]).spec
 
 
 def test_a_rope_factor_of_type_none_scales_nothing(folders, tmp_path):
   fields = {'ARCH.rope.scaling.type': 'none', 'ARCH.rope.scaling.factor': 4.0}
-  source = open_source(write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields))
+  source = open_gguf_file(write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields))
   assert source.spec == open_folder(folders['llama']).spec
 
 
@@ -156,7 +156,7 @@ def test_gemma_3_says_its_window_pattern_local_base_and_cap(folders, tmp_path):
     'ARCH.final_logit_softcapping': 30.0,
     'ARCH.rope.freq_base_swa': 5000.0,
   }
-  spec = open_source(write_gguf(tmp_path / 'm.gguf', folders['gemma3_text'], fields=fields)).spec
+  spec = open_gguf_file(write_gguf(tmp_path / 'm.gguf', folders['gemma3_text'], fields=fields)).spec
   assert spec == open_folder(folder).spec != open_folder(folders['gemma3_text']).spec
 
 
@@ -164,7 +164,7 @@ def test_the_width_of_a_head_is_llama_cpps_default(folders, tmp_path):
   """embedding_length / head_count, in every architecture, not transformers' default."""
   for kind in ('qwen3', 'gemma3_text'):
     with pytest.raises(InputError, match=r'q_proj.weight has shape \[96, 64\], config.json asks for \[64, 64\]'):
-      open_source(write_gguf(tmp_path / f'{kind}.gguf', folders[kind], head_dim=False))
+      open_gguf_file(write_gguf(tmp_path / f'{kind}.gguf', folders[kind], head_dim=False))
 
 
 REFUSED = {
@@ -201,17 +201,17 @@ def test_a_field_that_may_change_the_computation_is_refused(key, folders, tmp_pa
   fields = {key: REFUSED[key]}
   path = write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields, head_dim=key != 'ARCH.attention.value_length')
   with pytest.raises(InputError) as caught:
-    open_source(path)
+    open_gguf_file(path)
   name = 'rope scaling' if key == 'ARCH.rope.scaling.type' else key.removeprefix('ARCH.')
-  one_sentence(str(caught.value), path, name, 'Hugging Face folder')
+  one_sentence(caught.value.for_command(), path, name, 'Hugging Face folder')
 
 
 def test_unknown_fields_are_named_at_once(folders, tmp_path):
   fields = {'ARCH.one': 1, 'tokenizer.two': 'x' * 99, 'ARCH.three': [3]}
   path = write_gguf(tmp_path / 'm.gguf', folders['qwen3'], fields=fields)
   with pytest.raises(InputError) as caught:
-    open_source(path)
-  one_sentence(str(caught.value), 'qwen3.one=1, tokenizer.two=xxx', 'qwen3.three=[3]')
+    open_gguf_file(path)
+  one_sentence(caught.value.for_command(), 'qwen3.one=1, tokenizer.two=xxx', 'qwen3.three=[3]')
   assert 'x' * 41 not in str(caught.value)
 
 
@@ -219,7 +219,7 @@ def test_a_value_for_each_layer_is_refused(folders, tmp_path):
   folder = tmp_path / 'm.gguf'
   write_gguf(folder, folders['llama'], fields={'ARCH.rope.scaling.factor': [1.0, 2.0]})
   with pytest.raises(InputError, match=r'llama.rope.scaling.factor has a value for each layer, only one for all'):
-    open_source(folder)
+    open_gguf_file(folder)
 
 
 def test_a_number_that_no_array_can_have_is_refused(folders, tmp_path):
@@ -229,19 +229,21 @@ def test_a_number_that_no_array_can_have_is_refused(folders, tmp_path):
   octets = path.read_bytes()
   path.write_bytes(octets[:at] + b'\xff\xff\xff\xff' + octets[at + 4 :])
   with pytest.raises(InputError, match=f'llama.embedding_length is {2**32 - 1}, which is larger than in any model'):
-    open_source(path)
+    open_gguf_file(path)
 
 
 # ---- tokens that end a text ----
 
 
 def generation_config(path: pathlib.Path) -> dict:
-  open_source(path)
+  open_gguf_file(path)
   return json.loads((path.parent / 'files' / 'generation_config.json').read_text())
 
 
 def test_turns_end_generation(folders, tmp_path):
-  write = lambda **how: generation_config(write_gguf(tmp_path / 'm.gguf', folders['llama'], **how))
+  def write(**how):
+    return generation_config(write_gguf(tmp_path / 'm.gguf', folders['llama'], **how))
+
   im_start, tool = VOCAB - 2, VOCAB - 1
   assert write() == {'bos_token_id': 0, 'eos_token_id': 1}
   fields = {'tokenizer.ggml.eot_token_id': tool, 'tokenizer.ggml.eom_token_id': im_start}
@@ -261,10 +263,13 @@ def test_an_end_token_and_further_templates(folders, tmp_path):
     'tokenizer.chat_templates': ['tool_use'],
     'tokenizer.chat_template.tool_use': 'tools: {{ messages[0].content }}',
   }
-  open_source(write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields))
+  open_gguf_file(write_gguf(tmp_path / 'm.gguf', folders['llama'], fields=fields))
   tokenizer = data.load_tokenizer(str(tmp_path / 'files'))
   assert tokenizer('a').input_ids == [0, *tokenizer('a', add_special_tokens=False).input_ids, 1]
-  chat = lambda **how: tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False, **how)
+
+  def chat(**how):
+    return tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False, **how)
+
   assert chat() == 'hi' and chat(chat_template='tool_use') == 'tools: hi'
   assert tokenizer.bos_token == BOS
 
@@ -274,8 +279,8 @@ def test_an_end_token_and_further_templates(folders, tmp_path):
 
 def refused_file(path: pathlib.Path, *parts):
   with pytest.raises(InputError) as caught:
-    open_source(path)
-  one_sentence(str(caught.value), *parts)
+    open_gguf_file(path)
+  one_sentence(caught.value.for_command(), *parts)
   assert 'truncated' not in str(caught.value) and 'fetch it again' not in str(caught.value)
 
 
@@ -285,9 +290,9 @@ def test_parts_of_a_split_file_are_one_model(tmp_path):
   write_gguf(tmp_path / 'm.gguf', folder, split_max_tensors=8)
   parts = sorted(tmp_path.glob('m-*.gguf'))
   assert [p.name for p in parts] == [f'm-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
-  expected = open_source(whole)
+  expected = open_gguf_file(whole)
   for path in parts:
-    source = open_source(path)
+    source = open_gguf_file(path)
     assert (source.spec, source.shapes) == (expected.spec, expected.shapes)
     for name in source.shapes:
       assert (source.read(name) == expected.read(name)).all(), name
@@ -295,7 +300,7 @@ def test_parts_of_a_split_file_are_one_model(tmp_path):
   refused_file(tmp_path / 'renamed.gguf', 'renamed.gguf', 'one of 3 parts', 'llama-gguf-split --merge')
   shutil.copy(parts[1], parts[2])
   with pytest.raises(InputError, match='3 parts of this split GGUF file do not belong together'):
-    open_source(parts[0])
+    open_gguf_file(parts[0])
   parts[2].unlink()
   refused_file(parts[0], parts[2], 'is missing', 'one of 3 parts')
 
@@ -348,8 +353,6 @@ def test_what_is_no_model_says_so(fields, architecture, what, tmp_path):
 
 def test_the_suffix_may_be_in_capitals_and_a_folder_is_none(folders, tmp_path):
   write_gguf(tmp_path / 'M.GGUF', folders['llama'])
-  assert open_source(tmp_path / 'M.GGUF').num_layers == 1
+  assert open_gguf_file(tmp_path / 'M.GGUF').num_layers == 1
   folder = shutil.copytree(folders['llama'], tmp_path / 'folder.gguf')
-  assert (
-    not model_folder.is_gguf(str(folder)) and checkpoint_hf.open_source(str(folder), tmp_path / 's').num_layers == 1
-  )
+  assert not model_folder.is_gguf(str(folder)) and open_source(str(folder), tmp_path / 's').num_layers == 1

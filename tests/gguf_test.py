@@ -3,19 +3,24 @@
 import json
 import pathlib
 
-from conftest import write_tiny_llama
 import gguf
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny import write_tiny_llama
 import torch
 import transformers
 
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
 from elder_jax.hf.gguf import header
-from elder_jax.model import decoder as model_lib
+from elder_jax.hf.load import load_model
+from elder_jax.hf.save import pieces_of_model
+from elder_jax.hf.save import save_model
+from elder_jax.hf.source import Source
+from elder_jax.hf.source import open_source
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.text import data
 
 BOS, EOS, CONTROL, USER = '<s>', '</s>', '<|im_start|>', '<|tool|>'
@@ -207,8 +212,8 @@ def llama3_divisors(rope: dict, head_dim: int) -> np.ndarray:
   return np.array(factors, np.float32)
 
 
-def open_source(path: pathlib.Path) -> checkpoint_hf.Source:
-  return checkpoint_hf.open_source(str(path), path.parent / 'files')
+def open_gguf_file(path: pathlib.Path) -> Source:
+  return open_source(str(path), path.parent / 'files')
 
 
 def load_torch(folder: pathlib.Path):
@@ -234,35 +239,33 @@ def folder(request, tmp_path_factory) -> pathlib.Path:
 
 
 def test_gguf_is_the_checkpoint_it_was_made_from(folder, tmp_path):
-  source, original = open_source(write_gguf(tmp_path / 'm.gguf', folder)), open_folder(folder)
+  source, original = open_gguf_file(write_gguf(tmp_path / 'm.gguf', folder)), open_folder(folder)
   assert source.spec == original.spec and source.num_layers == original.num_layers
   assert source.shapes == original.shapes
   for name in original.shapes:
     np.testing.assert_array_equal(source.read(name), original.read(name), err_msg=name)
   # Saved, it is a Hugging Face folder that transformers reads.
   (tmp_path / 'out').mkdir()
-  model = checkpoint_hf.load(source, 'float32')
-  checkpoint_hf.save(
-    checkpoint_hf.from_model(model), source, list(range(source.num_layers)), tmp_path / 'out', 'float32', int(5e9)
-  )
+  model = load_model(source, 'float32')
+  save_model(pieces_of_model(model), source, list(range(source.num_layers)), tmp_path / 'out', 'float32', int(5e9))
   tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (2, 24), np.int32)
   with torch.no_grad():
     got, expected = (load_torch(f)(torch.tensor(tokens_BT.astype(int))).logits for f in (tmp_path / 'out', folder))
   np.testing.assert_array_equal(got, expected)
-  ours = jax.jit(lambda m, t: model_lib.logits(m, model_lib.forward(m, t)[0]))(model, tokens_BT)
+  ours = jax.jit(lambda m, t: logits_of(m, forward(m, t)[0]))(model, tokens_BT)
   np.testing.assert_allclose(ours, expected, atol=1e-5 * max(1, float(expected.abs().max())))
   tokenizer = data.load_tokenizer(str(tmp_path / 'out'))
   assert tokenizer(TEXT).input_ids == data.load_tokenizer(str(tmp_path / 'files'))(TEXT).input_ids
 
 
-def open_folder(path: pathlib.Path) -> checkpoint_hf.Source:
-  return checkpoint_hf.open_source(str(path), path / 'scratch')
+def open_folder(path: pathlib.Path) -> Source:
+  return open_source(str(path), path / 'scratch')
 
 
 @pytest.mark.parametrize('kind', ['F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1'])
 def test_quantised_types(kind, two_layers, tmp_path):
   kind = Type[kind]
-  source = open_source(write_gguf(tmp_path / 'm.gguf', two_layers, quantize=kind, head_dim=False))
+  source = open_gguf_file(write_gguf(tmp_path / 'm.gguf', two_layers, quantize=kind, head_dim=False))
   original = open_folder(two_layers)
   assert source.spec == original.spec and source.shapes == original.shapes
   for name in source.shapes:
@@ -272,7 +275,7 @@ def test_quantised_types(kind, two_layers, tmp_path):
     np.testing.assert_array_equal(source.read(name), expected)
     np.testing.assert_allclose(source.read(name), exact, atol=np.abs(exact).max() / 7)
     assert exact.ndim == 1 or (source.read(name) != exact).any()
-  assert checkpoint_hf.load(source, 'bfloat16').embed[...].dtype == 'bfloat16'
+  assert load_model(source, 'bfloat16').embed[...].dtype == 'bfloat16'
 
 
 @pytest.mark.parametrize('kind', ['Q4_K', 'Q5_K', 'Q6_K'])
@@ -300,7 +303,7 @@ def test_k_quants(kind, tmp_path):
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  got = open_source(tmp_path / 'm.gguf').read('model.layers.0.mlp.down_proj.weight')
+  got = open_gguf_file(tmp_path / 'm.gguf').read('model.layers.0.mlp.down_proj.weight')
   np.testing.assert_array_equal(got, gguf.dequantize(blocks, kind))
   assert got.shape == (32, width) and np.isfinite(got).all() and got.std() > 0
 
@@ -330,7 +333,10 @@ def test_the_head_is_read_as_the_gguf_package_reads_it(tmp_path, alignment):
   assert fields == {name: field.contents() for name, field in reader.fields.items() if not name.startswith('GGUF.')}
   assert [t[:3] for t in tensors] == [(t.name, tuple(t.shape.tolist()), t.tensor_type) for t in reader.tensors]
   for ours, theirs in zip(tensors, reader.tensors):
-    octets = lambda a: np.ascontiguousarray(a).view(np.uint8)
+
+    def octets(a):
+      return np.ascontiguousarray(a).view(np.uint8)
+
     np.testing.assert_array_equal(octets(ours.data), octets(theirs.data))
     if ours.name != 'c':  # of which no weights are
       np.testing.assert_array_equal(
@@ -349,7 +355,7 @@ def test_an_alignment_that_is_none_is_refused(tmp_path, alignment):
   writer.write_kv_data_to_file()
   writer.close()
   with pytest.raises(InputError, match=r'm\.gguf: .*general.alignment is no power of two'):
-    open_source(tmp_path / 'm.gguf')
+    open_gguf_file(tmp_path / 'm.gguf')
 
 
 def test_other_rope_frequencies_than_llama3s_are_refused(tmp_path):
@@ -358,14 +364,14 @@ def test_other_rope_frequencies_than_llama3s_are_refused(tmp_path):
   config['rope_parameters']['low_freq_factor'] = 2.0
   (folder / 'config.json').write_text(json.dumps(config))
   with pytest.raises(InputError, match='rope_freqs.weight'):
-    open_source(write_gguf(tmp_path / 'm.gguf', folder))
+    open_gguf_file(write_gguf(tmp_path / 'm.gguf', folder))
 
 
 def test_a_tensors_name_of_more_than_one_line_is_told_in_one(two_layers, tmp_path):
   path = write_gguf(tmp_path / 'm.gguf', two_layers)
   path.write_bytes(path.read_bytes().replace(b'blk.1.attn_norm', b'blk\n1.attn_\x1borm'))
   with pytest.raises(InputError, match=r'GGUF tensor blk\\n1.attn_\\x1borm.weight is not known for llama; use'):
-    open_source(path)
+    open_gguf_file(path)
 
 
 # ---- tokenizers ----
@@ -380,7 +386,7 @@ def two_layers(tmp_path_factory) -> pathlib.Path:
 def tokenizer_of(two_layers, tmp_path):
   def load(**how):
     path = write_gguf(tmp_path / 'm.gguf', two_layers, **how)
-    open_source(path)
+    open_gguf_file(path)
     return data.load_tokenizer(str(tmp_path / 'files'))
 
   return load
@@ -395,7 +401,9 @@ def test_gguf_tokenizer_round_trip(pre, tokenizer_of):
   assert len(tokenizer) == len(names) and tokenizer.convert_ids_to_tokens(range(len(names))) == names
   assert names.index('it') in ids  # merges are there
 
-  split = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+  def split(text):
+    return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
   digits = {
     'gpt-2': ['1234', '5'],
     'smollm': ['1', '2', '3', '4', '5'],
@@ -452,9 +460,12 @@ def test_sentencepiece(prefix, tmp_path):
   folder = tmp_path / 'in'
   write_tiny_llama(folder, vocab_size=len(tokens), num_hidden_layers=1)
   how = dict(pre='prefix' if prefix else '', vocabulary=(tokens, kinds, scores))
-  open_source(write_gguf(tmp_path / 'm.gguf', folder, **how))
+  open_gguf_file(write_gguf(tmp_path / 'm.gguf', folder, **how))
   tokenizer = data.load_tokenizer(str(tmp_path / 'files'))
-  split = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
+  def split(text):
+    return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
   assert split('abc')[:1] == ['<s>'] and split('abc')[1:] == (['▁a', 'bc'] if prefix else ['abc'])
   assert split('ab')[1:] == (['▁ab'] if prefix else ['ab'])
   assert split('c  b')[-3:] == ['c', '▁▁', 'b']

@@ -12,10 +12,12 @@ import threading
 import time
 import urllib.parse
 
-from conftest import write_tiny_llama
 import pytest
+from tiny import write_tiny_llama
 
 FIRST, SECOND = 'a' * 40, 'b' * 40  # commits
+
+pytestmark = pytest.mark.slow  # each has a process of its own
 
 
 class Hub:
@@ -52,7 +54,10 @@ class Hub:
     if not path.startswith(('/api/models/own/tiny', '/own/tiny')):
       return 404, {'X-Error-Code': 'RepoNotFound'}, b''
     if '/tree/' in path:
-      blob = lambda p: hashlib.sha1(p.read_bytes()).hexdigest()
+
+      def blob(p):
+        return hashlib.sha1(p.read_bytes()).hexdigest()
+
       tree = [{'type': 'file', 'path': f, 'size': p.stat().st_size, 'oid': blob(p)} for f, p in files.items()]
       return 200, {'Content-Type': 'application/json'}, json.dumps(tree).encode()
     if path.startswith('/api/'):
@@ -74,7 +79,7 @@ def python(code: str, hub: str, home: pathlib.Path, **env) -> subprocess.Complet
 
 
 def find(hub: str, home: pathlib.Path, name='own/tiny', what='model', **env) -> pathlib.Path:
-  code = f'from elder_jax.hf import folder as model_folder; print(model_folder.find("--model", {name!r}, {what!r}))'
+  code = f'from elder_jax.hf import folder as model_folder; print(model_folder.find("model", {name!r}, {what!r}))'
   result = python(code, hub, home, **env)
   assert result.returncode == 0, result.stderr
   return pathlib.Path(result.stdout.splitlines()[-1])
@@ -125,14 +130,15 @@ def test_of_a_tokenizer_no_weights_and_of_a_plan_only_the_config(repository, tmp
 
 
 LOADS = """
-from elder_jax import checkpoint_hf, data, model_folder
+from elder_jax.text import data
+from elder_jax.hf.source import read_config
 from elder_jax.errors import InputError
-for attempt in (lambda: data.load_tokenizer('own/none'), lambda: checkpoint_hf.read_config('own/gated'),
-                lambda: checkpoint_hf.read_config('own/none')):
+for attempt in (lambda: data.load_tokenizer('own/none'), lambda: read_config('own/gated'),
+                lambda: read_config('own/none')):
   try:
     attempt()
   except InputError as e:
-    print(e)
+    print(e.for_command())
 """
 
 
@@ -158,7 +164,7 @@ def test_a_repository_without_a_config_says_so(tiny, tmp_path):
   folder = tmp_path / 'repository'
   folder.mkdir()
   shutil.copy(tiny / 'model.safetensors', folder / 'model-Q8_0.gguf')
-  for call in ('checkpoint_hf.read_config("own/tiny")', 'model_folder.find("--model", "own/tiny")'):
-    code = f'from elder_jax.hf import checkpoint_hf, folder as model_folder\n{call}'
+  for call in ('source.read_config("own/tiny")', 'folder.find("model", "own/tiny")'):
+    code = f'from elder_jax.hf import source, folder\n{call}'
     result = python(code, Hub(folder).url, tmp_path / 'home')
-    assert 'InputError: --model=own/tiny: the folder has no config.json' in result.stderr, result.stderr
+    assert 'InputError: model=own/tiny: the folder has no config.json' in result.stderr, result.stderr

@@ -1,28 +1,33 @@
-"""Rivals' scores against the published formulas in PyTorch. Run as a script, this file is the worker with eight devices."""
+"""Rivals' scores against the published formulas in PyTorch; on one device and on eight."""
 
-import functools
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+import tiny
+from tiny import Endless
 
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
-from elder_jax.methods import importance
+from elder_jax.hf.load import load_model
+from elder_jax.hf.save import pieces_of_model
+from elder_jax.hf.save import save_model
+from elder_jax.hf.source import open_source
+from elder_jax.methods import METHODS as ALL_METHODS
+from elder_jax.methods import ablation as ablation_module
 from elder_jax.methods import laco as laco_lib
+from elder_jax.methods.ablation import _loss_without_each
+from elder_jax.methods.ablation import nll_without_each
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
+from elder_jax.recipes.context import Choice
 from elder_jax.text import data
 from elder_jax.text import perplexity as perplexity_lib
-from elder_jax.training import regularize
+from elder_jax.training.settings import TrainSettings
+from elder_jax.training.trainer import train
 
 ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
 GGUF = ASSETS / 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -53,13 +58,11 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler(request):
-  """Half the time of these tests is XLA's, for programs that run in no time. The real model's runs are worth its pains."""
-  before = jax.config.read('jax_disable_most_optimizations')
-  jax.config.update('jax_disable_most_optimizations', 'smollm2' not in request.node.name)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
+METHODS = [name for name in ALL_METHODS if name not in ('auto', 'elder', 'laco')]  # those that score
+
+
+def choose(method, model, num_remove, batches=BATCHES, mode=Mode(), seed=0) -> Choice:
+  return tiny.choose(method, model, num_remove, batches, mode, seed)
 
 
 class Reference:
@@ -98,7 +101,9 @@ class Reference:
   def uidl(self, n):
     import torch
 
-    angle = lambda a, b: torch.arccos(self.cosine_BT(a[:, -1], b[:, -1]).clamp(-1, 1)) / torch.pi
+    def angle(a, b):
+      return torch.arccos(self.cosine_BT(a[:, -1], b[:, -1]).clamp(-1, 1)) / torch.pi
+
     return [angle(a, b).mean().item() for a, b in zip(self.x_MBTD, self.x_MBTD[n:])]
 
   def taylor(self):
@@ -160,7 +165,7 @@ def compare_states_and_gradients(model: Decoder, batches, reference: Reference, 
   }
   sizes = {'shortgpt': len(layers), 'cosine_block': n, 'uidl': n, 'taylor': len(middle(len(layers)))}
   for method, size in sizes.items():
-    choice = importance.choose(method, model, size, batches, Mode())
+    choice = choose(method, model, size, batches, Mode())
     np.testing.assert_allclose(choice.scores, expected[method], **TOLERANCE[method], err_msg=method)
     if method in ('cosine_block', 'uidl'):
       assert len(choice.scores) == len(layers) + 1 - n
@@ -177,7 +182,7 @@ def test_scores_equal_the_published_formulas(deep, deep_model):
   compare_states_and_gradients(deep_model, batches, reference, 3)
 
   one_gone = [reference.loss_without(l, [], reference.stream([])) for l in range(L)]
-  choice = importance.choose('ppl', deep_model, 3, batches, Mode())
+  choice = choose('ppl', deep_model, 3, batches, Mode())
   np.testing.assert_allclose(choice.scores, np.exp(one_gone), **TOLERANCE['ppl'])
   assert choice.removed == ascending(one_gone, middle(L))
 
@@ -187,18 +192,20 @@ def test_scores_equal_the_published_formulas(deep, deep_model):
     losses = {l: reference.loss_without(l, removed, reads) for l in reads}
     scores |= losses
     removed.append(min(losses, key=losses.get))
-  choice = importance.choose('sleb', deep_model, 4, batches, Mode())
+  choice = choose('sleb', deep_model, 4, batches, Mode())
   np.testing.assert_allclose(choice.scores, [scores[l] for l in range(L)], **TOLERANCE['sleb'])
   assert choice.removed == removed
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('whole_compiler')
 def test_scores_of_smollm2_equal_the_published_formulas(tmp_path):
   """8 sequences of 256 tokens from the start of a text."""
-  source = checkpoint_hf.open_source(str(GGUF), tmp_path / 'scratch')
-  model = checkpoint_hf.load(source, 'float32')
+  source = open_source(str(GGUF), tmp_path / 'scratch')
+  model = load_model(source, 'float32')
   folder = tmp_path / 'whole'
   folder.mkdir()
-  checkpoint_hf.save(checkpoint_hf.from_model(model), source, list(range(30)), folder, 'float32', int(5e9))
+  save_model(pieces_of_model(model), source, list(range(30)), folder, 'float32', int(5e9))
   tokens = data.load_tokenizer(str(folder))(NEWS.read_text())['input_ids'][: 8 * 256]
   tokens_BT = np.array(tokens, np.int32).reshape(8, 256)
   batches = [tokens_BT[:4], tokens_BT[4:]]
@@ -206,7 +213,7 @@ def test_scores_of_smollm2_equal_the_published_formulas(tmp_path):
   compare_states_and_gradients(model, batches, reference, 7)
 
   # ppl computes what the first step of sleb does, and gets it from there: a minute less. Later steps: the test above.
-  steps, compute = [], importance._loss_without_each
+  steps, compute = [], _loss_without_each
 
   def once(*args):
     if not steps:
@@ -214,9 +221,9 @@ def test_scores_of_smollm2_equal_the_published_formulas(tmp_path):
     return steps[0]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(importance, '_loss_without_each', once)
-    greedy = importance.choose('sleb', model, 1, batches, Mode())
-    one_shot = importance.choose('ppl', model, len(middle(30)), batches, Mode())
+    patch.setattr(ablation_module, '_loss_without_each', once)
+    greedy = choose('sleb', model, 1, batches, Mode())
+    one_shot = choose('ppl', model, len(middle(30)), batches, Mode())
   losses = [reference.loss_without(l, [], reference.x_MBTD) for l in range(30)]
   np.testing.assert_allclose(greedy.scores, losses, **TOLERANCE['sleb'])
   np.testing.assert_allclose(one_shot.scores, np.exp(losses), **TOLERANCE['ppl'])
@@ -226,22 +233,22 @@ def test_scores_of_smollm2_equal_the_published_formulas(tmp_path):
 @pytest.fixture(scope='module')
 def deep(tmp_path_factory) -> pathlib.Path:
   """A tiny Llama of nine layers: Shortened LLaMA keeps six of them."""
-  from conftest import write_tiny_llama
+  from tiny import write_tiny_llama
 
   return write_tiny_llama(tmp_path_factory.mktemp('deep'), num_hidden_layers=L)
 
 
 @pytest.fixture(scope='module')
 def deep_model(deep) -> Decoder:
-  return checkpoint_hf.load(checkpoint_hf.open_source(str(deep), deep / 'scratch'), 'float32')
+  return load_model(open_source(str(deep), deep / 'scratch'), 'float32')
 
 
 @pytest.fixture(scope='module')
 def trained() -> Decoder:
   """A model whose layers all serve BATCHES: to remove any of them costs LM loss."""
-  settings = regularize.TrainSettings(steps=40, lr=5e-3, lambda2=0.0)
+  settings = TrainSettings(steps=40, lr=5e-3, lambda2=0.0)
   model = Decoder(SPEC, L, jax.random.key(0))
-  return regularize.fit(model, [], settings, Mode(), lambda i: BATCHES[i % 2], lambda i, m: None)
+  return train(model, [], settings, Mode(), Endless(lambda i: BATCHES[i % 2]))
 
 
 def without_effect(model: Decoder, *layers: int) -> Decoder:
@@ -250,9 +257,6 @@ def without_effect(model: Decoder, *layers: int) -> Decoder:
   for param in (model.layers.wo, model.layers.w_down):
     param.set_value(param.get_value().at[np.array(layers)].set(0.0))
   return model
-
-
-choose = functools.partial(importance.choose, batches=BATCHES, mode=Mode())
 
 
 @pytest.mark.parametrize('method', ['shortgpt', 'ppl', 'sleb', 'taylor', 'uidl', 'cosine_block'])
@@ -298,11 +302,11 @@ def test_sleb_scores_as_if_the_chosen_layers_had_been_pruned(trained):
 
 
 def test_sleb_compiles_once(trained):
-  compiled = importance._nll_without_each._cache_size
+  compiled = nll_without_each._cache_size
   batches = [batch[:3] for batch in BATCHES]  # a shape that no other test has
   before = compiled()
-  importance.choose('sleb', trained, 4, batches, Mode())
-  importance.choose('ppl', trained, 2, batches, Mode())
+  choose('sleb', trained, 4, batches, Mode())
+  choose('ppl', trained, 2, batches, Mode())
   assert compiled() == before + 1
 
 
@@ -323,15 +327,15 @@ def test_random_depends_on_the_seed_alone(trained):
 
 
 def test_last_spares_the_very_last(trained):
-  assert choose('last', trained, 3) == importance.Choice([5, 6, 7], [])
+  assert choose('last', trained, 3) == Choice([5, 6, 7], [])
   assert choose('last', trained, L - 1).removed == list(range(L - 1))
 
 
-@pytest.mark.parametrize('method', importance.METHODS)
+@pytest.mark.parametrize('method', METHODS)
 def test_the_cut_into_batches_and_the_gates_change_nothing(trained, method):
   expected = choose(method, trained, 2)
   whole = np.concatenate(BATCHES)
-  choice = importance.choose(method, pruning.with_gates(trained, 0.5), 2, [whole[:12], whole[12:]], Mode(gate='output'))
+  choice = choose(method, pruning.with_gates(trained, 0.5), 2, [whole[:12], whole[12:]], Mode(gate='output'))
   np.testing.assert_allclose(choice.scores, expected.scores, rtol=2e-5, atol=1e-6)
   assert choice.removed == expected.removed
 
@@ -347,73 +351,51 @@ def test_bfloat16(trained, method):
 
 
 def test_nothing_to_remove(trained):
-  for method in importance.METHODS:
-    assert choose(method, trained, 0) == importance.Choice([], [])
+  for method in METHODS:
+    assert choose(method, trained, 0) == Choice([], [])
 
 
-@pytest.mark.parametrize(
-  'method, most', [(m, {'taylor': 3, 'ppl': 3, 'last': L - 1}.get(m, L)) for m in importance.METHODS]
-)
+@pytest.mark.parametrize('method, most', [(m, {'taylor': 3, 'ppl': 3, 'last': L - 1}.get(m, L)) for m in METHODS])
 def test_more_than_there_are_to_choose_from(trained, method, most):
-  with pytest.raises(InputError, match=rf'--num_remove={most + 1}: --method={method} may choose from {most} of the 9'):
+  with pytest.raises(InputError, match=rf'method={method}: may choose from {most} of the 9 layers, {most + 1} are'):
     choose(method, trained, most + 1)
 
 
 def test_too_few_layers_for_the_ends_that_stay():
   for method in ('taylor', 'ppl'):
-    with pytest.raises(InputError, match=rf'--method={method} may choose from 0 of the 5 layers; remove fewer'):
+    with pytest.raises(InputError, match=rf'method={method}: may choose from 0 of the 5 layers, 1 are'):
       choose(method, Decoder(SPEC, 5, jax.random.key(0)), 1)
 
 
 def test_an_unknown_method():
-  with pytest.raises(InputError, match='--method=best: is none of shortgpt, sleb, '):
-    choose('best', None, 1)
+  with pytest.raises(InputError, match='method=best: is not known; choose one of: auto, elder, shortgpt, sleb, '):
+    choose('best', Decoder(SPEC, L, jax.random.key(0)), 1)
 
 
 def test_scores_that_are_not_finite(trained):
   model = jax.tree.map(lambda a: a, trained)
   model.layers.wq.set_value(model.layers.wq.get_value().at[2].set(np.nan))
   for method in ('shortgpt', 'taylor', 'ppl', 'uidl', 'magnitude'):
-    with pytest.raises(InputError, match=rf'--method={method}: some scores are not finite'):
+    with pytest.raises(InputError, match=rf'method={method}: some scores are not finite'):
       choose(method, model, 1)
 
 
-def worker(out: pathlib.Path):
-  """Each method's choice on one device and on meshes of eight."""
-  jax.config.update('jax_numpy_rank_promotion', 'raise')
-  jax.config.update('jax_disable_most_optimizations', True)  # half the time is XLA's
+def test_eight_devices_choose_as_one_does(eight_devices):
   whole, result = Decoder(SPEC, L, jax.random.key(0)), {}
-  for flag in ('1,1,1', '2,2,2'):
-    mesh = sharding.make_mesh(flag, jax.devices()[: 1 if flag == '1,1,1' else 8])
-    model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, flag))
-    batches = [sharding.put_batch(batch, mesh) for batch in BATCHES]
-    result[flag] = {}
-    for method in importance.METHODS:
-      choice = importance.choose(method, model, 3, batches, Mode())
-      result[flag][method] = choice.removed, choice.scores
-    collapsed = laco_lib.laco(model, 3, batches, Mode())
-    cut_LDF, whole_LDF = collapsed.model.layers.w_up[...], model.layers.w_up[...]
-    assert cut_LDF.sharding.shard_shape((1, 16, 24)) == whole_LDF.sharding.shard_shape((1, 16, 24))
-    result[flag]['laco'] = collapsed.removed, [collapsed.cosine, collapsed.threshold]
-  out.write_text(json.dumps(result))
-
-
-def test_eight_devices_choose_as_one_does(tmp_path):
-  root = str(pathlib.Path(__file__).parents[1])
-  env = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-  }
-  command = [sys.executable, '-W', 'error::UserWarning', __file__, str(tmp_path / 'out.json')]
-  done = subprocess.run(command, env=env, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-3000:]
-  result = json.loads((tmp_path / 'out.json').read_text())
-  assert len(result['2,2,2']) == len(importance.METHODS) + 1
-  for method, (removed, scores) in result['2,2,2'].items():
-    assert removed == result['1,1,1'][method][0], method
-    np.testing.assert_allclose(scores, result['1,1,1'][method][1], rtol=1e-5, atol=1e-6, err_msg=method)
-
-
-if __name__ == '__main__':
-  worker(pathlib.Path(sys.argv[1]))
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    mesh = sharding.make_mesh(sizes, jax.devices()[: 1 if sizes == (1, 1, 1) else 8])
+    with jax.set_mesh(mesh):
+      model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, sizes))
+      batches = [sharding.put_batch(batch, mesh) for batch in BATCHES]
+      result[sizes] = {}
+      for method in METHODS:
+        choice = choose(method, model, 3, batches, Mode())
+        result[sizes][method] = choice.removed, choice.scores
+      collapsed = laco_lib.laco(model, 3, batches, Mode())
+      cut_LDF, whole_LDF = collapsed.model.layers.w_up[...], model.layers.w_up[...]
+      assert cut_LDF.sharding.shard_shape((1, 16, 24)) == whole_LDF.sharding.shard_shape((1, 16, 24))
+      result[sizes]['laco'] = collapsed.removed, [collapsed.cosine, collapsed.threshold]
+  assert len(result[2, 2, 2]) == len(METHODS) + 1
+  for method, (removed, scores) in result[2, 2, 2].items():
+    assert removed == result[1, 1, 1][method][0], method
+    np.testing.assert_allclose(scores, result[1, 1, 1][method][1], rtol=1e-5, atol=1e-6, err_msg=method)

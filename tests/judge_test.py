@@ -5,25 +5,25 @@ import pathlib
 
 from absorb_test import tiny
 import chex
-from conftest import write_tiny_llama
 import jax
 import numpy as np
 import pytest
+from tiny import config_of
+from tiny import write_tiny_llama
 
+from elder_jax import methods
 from elder_jax.errors import InputError
 from elder_jax.methods import auto
-from elder_jax.methods import importance
-from elder_jax.model import decoder as model_lib
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
+from elder_jax.model.spec import Mode
 from elder_jax.recipes import absorb
+from elder_jax.recipes.context import Context
 from elder_jax.run import pipeline
 from elder_jax.run import prepare as prepare_lib
-from elder_jax.run.config import Config
 from elder_jax.text import perplexity as perplexity_lib
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (6, 4, 16), np.int32))
 FIT, HELD_OUT = BATCHES[:3], BATCHES[3:]
@@ -34,7 +34,7 @@ def plain_loss(model: Decoder) -> float:
   """Mean over the held-out tokens of −log p, from whole logits."""
   nll = []
   for tokens_BT in HELD_OUT:
-    logit_BTV = np.asarray(model_lib.logits(model, model_lib.forward(model, tokens_BT)[0]), np.float64)
+    logit_BTV = np.asarray(logits_of(model, forward(model, tokens_BT)[0]), np.float64)
     log_p_BTV = logit_BTV - np.log(np.exp(logit_BTV).sum(-1, keepdims=True))
     nll.append(-np.take_along_axis(log_p_BTV[:, :-1], tokens_BT[:, 1:, None], -1))
   return float(np.mean(nll))
@@ -58,7 +58,7 @@ def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
 
 def test_a_loss_that_is_not_finite_is_told(monkeypatch):
   monkeypatch.setattr(perplexity_lib, 'nll', lambda *_: (np.float32(np.nan), np.float32(1)))
-  with pytest.raises(InputError, match='--method=auto: some losses are not finite'):
+  with pytest.raises(InputError, match='method=auto: some losses are not finite'):
     auto.judge(tiny(), CHOICES, FIT, HELD_OUT, Mode())
 
 
@@ -66,8 +66,7 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
   'num_sequences, batch_size, score_steps, expected', [(64, 4, 4, 4), (128, 4, 8, 8), (12, 4, 8, 1), (8, 4, 1, 1)]
 )
 def test_as_many_batches_are_held_out_as_are_read(num_sequences, batch_size, score_steps, expected):
-  config = Config(num_sequences=num_sequences, batch_size=batch_size, score_steps=score_steps)
-  assert auto.steps(config) == expected
+  assert auto.num_fitted(score_steps, num_sequences // batch_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,18 +74,17 @@ def test_as_many_batches_are_held_out_as_are_read(num_sequences, batch_size, sco
   [(9, 3, ['cosine_block', 'taylor', 'ppl']), (9, 4, ['cosine_block']), (2, 1, ['cosine_block'])],
 )
 def test_methods_that_have_too_few_layers_are_no_candidates(num_layers, num_remove, expected):
-  assert auto.methods(num_layers, num_remove) == expected
-  for method in expected:
-    importance.check(method, num_layers, num_remove)
+  candidates = {name: methods.METHODS[name] for name in auto.PARTS}
+  assert list(auto.usable(candidates, config_of(), num_layers, num_remove)) == expected
 
 
 def test_only_elder_is_bound_by_the_protected_ends():
   settings = dict(num_remove=6, protect_first=3, protect_last=4)
-  assert prepare_lib.count_removed(Config(method='auto', **settings), 10) == [6]
+  assert prepare_lib.count_removed(config_of(method='auto', **settings), 10) == [6]
   with pytest.raises(InputError, match='--protect_first=3'):
-    prepare_lib.count_removed(Config(method='elder', **settings), 10)
+    prepare_lib.count_removed(config_of(method='elder', **settings), 10)
   with pytest.raises(InputError, match='--protect_first=3'):
-    prepare_lib.count_removed(Config(method='auto,elder', **settings), 10)
+    prepare_lib.count_removed(config_of(method='auto,elder', **settings), 10)
 
 
 @pytest.fixture
@@ -98,7 +96,7 @@ def deep(settings, tmp_path) -> dict:
 
 
 def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
-  report = pipeline.run(Config(**deep))
+  report = pipeline.run(config_of(**deep))
   choice, work = report['choices'][0], pathlib.Path(deep['workdir'])
   assert json.loads((work / 'report.json').read_text())['choices'] == report['choices']
   candidates = choice['candidates']
@@ -110,7 +108,7 @@ def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
   assert f'{candidates[1]["method"]} {sorted(candidates[1]["removed"])}' in (work / 'report.md').read_text()
   assert f'chosen by auto ({candidates[0]["method"]})' in (work / 'export/README.md').read_text()
   for c in candidates:  # each is what its method alone would choose
-    alone = pipeline.run(Config(**deep | dict(method=c['method'], workdir=str(tmp_path / c['method']))))
+    alone = pipeline.run(config_of(**deep | dict(method=c['method'], workdir=str(tmp_path / c['method']))))
     assert alone['removed'] == sorted(c['removed']) and alone['choices'][0]['scores'] == c['scores']
     if c is candidates[0]:
       assert alone['rows'][0]['ppl'] == report['rows'][0]['ppl']
@@ -118,32 +116,35 @@ def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
 
 def test_what_is_judged_on_was_neither_fitted_nor_scored_on(deep, monkeypatch):
   seen = {'scored': set()}
-  rows = lambda batches: {tuple(row) for batch in batches for row in np.asarray(batch).tolist()}
-  choose, judged = importance.choose, auto.judge
 
-  def spy_choose(method, model, num_remove, batches, *more):
-    seen['scored'] |= rows(batches)
-    return choose(method, model, num_remove, batches, *more)
+  def rows(batches):
+    return {tuple(row) for batch in batches for row in np.asarray(batch).tolist()}
+
+  judged, scored = auto.judge, Context.scored.fget
+
+  def spy_scored(context):
+    seen['scored'] |= rows(scored(context))
+    return scored(context)
 
   def spy_judge(model, choices, fit, held_out, *more):
     seen.update(fit=rows(fit), held_out=rows(held_out))
     return judged(model, choices, fit, held_out, *more)
 
-  monkeypatch.setattr(importance, 'choose', spy_choose)
+  monkeypatch.setattr(Context, 'scored', property(spy_scored))
   monkeypatch.setattr(auto, 'judge', spy_judge)
-  pipeline.run(Config(**deep | dict(score_steps=8)))  # more than the text has
+  pipeline.run(config_of(**deep | dict(score_steps=8)))  # more than the text has
   assert len(seen['fit']) == len(seen['held_out']) == 4 and seen['scored'] == seen['fit']
   assert not seen['fit'] & seen['held_out']
 
 
 def test_text_that_is_one_batch_is_refused(deep, no_text):
   with pytest.raises(InputError) as caught:
-    pipeline.prepare(Config(**deep | dict(batch_size=8)))
-  said = str(caught.value)
+    pipeline.prepare(config_of(**deep | dict(batch_size=8)))
+  said = caught.value.for_command()
   assert all(flag in said for flag in ('--num_sequences=8', '--batch_size=8', '--method=cosine_block'))
 
 
 def test_each_depth_of_a_sweep_is_judged_anew(deep):
-  report = pipeline.run(Config(**deep | dict(num_remove=None, ratio='0.2,0.3,0.6')))
+  report = pipeline.run(config_of(**deep | dict(num_remove=None, ratio='0.2,0.3,0.6')))
   assert [len(c['chosen']) for c in report['choices']] == [2, 3, 6]
   assert [len(c['candidates']) > 1 for c in report['choices']] == [True, True, False]

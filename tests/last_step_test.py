@@ -4,14 +4,13 @@ import json
 import pathlib
 
 import pytest
+from tiny import config_of
 
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
-from elder_jax.hf import verify
+from elder_jax.hf import manifest
+from elder_jax.hf.source import open_source
+from elder_jax.run import job as job_module
 from elder_jax.run import pipeline
-from elder_jax.run.config import Config
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 SMALL = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja', 'LICENSE')
 WRITTEN = ('config.json', 'model.safetensors', 'README.md', 'SHA256SUMS', *SMALL)  # by an export
@@ -49,17 +48,17 @@ def json_of_another_kind(path: pathlib.Path):
 def test_a_small_file_of_the_source(settings, model, monkeypatch, name, state):
   """Refused in one sentence before the model is loaded, or a whole export: nothing between."""
   state(model / name)
-  load, loaded = pipeline.load, []
-  monkeypatch.setattr(pipeline, 'load', lambda job: loaded.append(1) or load(job))
+  load, loaded = job_module.load_model, []
+  monkeypatch.setattr(job_module, 'load_model', lambda *args: loaded.append(1) or load(*args))
   settings |= dict(recipe='none', compare=(), method='last', verify='torch')
   try:
-    pipeline.run(Config(**settings))
+    pipeline.run(config_of(**settings))
   except InputError as e:
     assert not loaded, f'refused only after {LOADED}: {e}'
     assert name in str(e) or 'tokenizer' in str(e), e
     return
   export = pathlib.Path(settings['workdir']) / 'export'
-  assert verify.manifest.check(export) and checkpoint_hf.open_source(str(export), export).num_layers == 4
+  assert manifest.check(export) and open_source(str(export), export).num_layers == 4
   if state is not missing and state is not folder:
     assert (export / name).read_bytes() == (model / name).read_bytes()
 
@@ -69,11 +68,11 @@ def test_a_folder_that_an_earlier_attempt_left(settings, name):
   """export.partial and export of a killed run may hold anything under the names that are written."""
   work = pathlib.Path(settings['workdir'])
   settings |= dict(recipe='none', compare=(), method='last')
-  pipeline.prepare(Config(**settings))
+  pipeline.prepare(config_of(**settings))
   for there in ('export', 'export.partial'):
     (work / there / name).mkdir(parents=True)
-  pipeline.run(Config(**settings))
-  assert verify.manifest.check(work / 'export') and (work / 'export' / name).is_file()
+  pipeline.run(config_of(**settings))
+  assert manifest.check(work / 'export') and (work / 'export' / name).is_file()
   assert not (work / 'export.partial').exists()
 
 
@@ -83,9 +82,9 @@ def test_a_folder_that_an_earlier_attempt_left(settings, name):
 def test_a_damaged_line_of_metrics_costs_nothing(settings, content):
   work = pathlib.Path(settings['workdir'])
   settings |= dict(recipe='prune_then_train', compare=(), method='last')
-  pipeline.prepare(Config(**settings))
+  pipeline.prepare(config_of(**settings))
   (work / 'metrics.jsonl').write_bytes(content)
-  report = pipeline.run(Config(**settings))
+  report = pipeline.run(config_of(**settings))
   assert report['verify']['jax'] <= 1e-4
   lines = [json.loads(line) for line in (work / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines if line.get('stage') == 'prune_then_train' and 'loss' in line] == [0, 1, 2]

@@ -204,6 +204,7 @@ def local(tmp_path):
     ('exit 0,sleep 1; exit 0,exit 0', 0, 1),  # nothing is ended because of a success
   ],
 )
+@pytest.mark.slow
 def test_local_ends(local, tmp_path, ends, status, least):
   start, command = time.monotonic(), ['bash', 'launch/local.sh', '3', *FLAGS]
   result = subprocess.run(command, cwd=REPO, env=local | {'ENDS': ends}, capture_output=True, text=True, timeout=60)
@@ -214,6 +215,7 @@ def test_local_ends(local, tmp_path, ends, status, least):
 
 
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_local_signal_reaches_all(local, tmp_path, sent):
   process = subprocess.Popen(
     ['bash', 'launch/local.sh', '2', *FLAGS], cwd=REPO, env=local | {'ENDS': 'forever,forever'}, stdout=subprocess.PIPE
@@ -226,6 +228,7 @@ def test_local_signal_reaches_all(local, tmp_path, sent):
   assert 'checkpoint 1' in (tmp_path / 'logs/1.log').read_text()
 
 
+@pytest.mark.slow
 def test_local_says_why_another_process_failed(local):
   result = subprocess.run(
     ['bash', 'launch/local.sh', '2', *FLAGS],
@@ -265,6 +268,7 @@ def test_slurm_dry_run():
 
 
 @pytest.mark.parametrize(('status', 'requeued'), [(0, False), (1, False), (2, False), (75, True)])
+@pytest.mark.slow
 def test_slurm_job(tmp_path, status, requeued):
   """The script as Slurm runs it, a copy elsewhere; sbatch hands it over."""
   bin_ = tmp_path / 'bin'
@@ -364,6 +368,7 @@ esac
     ([], 'DENIED', '0', '0', '', 1),
   ],
 )
+@pytest.mark.slow
 def test_pod_loop(tmp_path, options, states, runs, setups, did, status):
   bin_ = tmp_path / 'bin'
   program(bin_, 'gcloud', GCLOUD)
@@ -380,6 +385,7 @@ def test_pod_loop(tmp_path, options, states, runs, setups, did, status):
 
 
 @pytest.mark.parametrize('worker', ['0', '1'])
+@pytest.mark.slow
 def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
   home = tmp_path / 'home'
   (home / 'elder/src').mkdir(parents=True)
@@ -479,6 +485,7 @@ def test_manifest(options):
     assert pod['volumes'][0]['persistentVolumeClaim'] == {'claimName': 'my-claim'}
 
 
+@pytest.mark.slow
 def test_manifest_runs_the_flags_as_given(tmp_path):
   """What the pod's shell starts, once Kubernetes has replaced $(NAME) and unmasked $$(NAME)."""
   made = manifest(*JOBSET, '--', *FLAGS, r'--prompt=back\slash: #no "comment"')
@@ -513,6 +520,7 @@ def test_schema_sees_mistakes():
     check_schema(made)
 
 
+@pytest.mark.slow
 def test_jobset_is_created(tmp_path):
   program(tmp_path, 'kubectl', 'printf "%s\\n" "$@" >"$T/args"; cat >"$T/manifest"')
   env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', T=str(tmp_path))

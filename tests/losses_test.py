@@ -14,14 +14,14 @@ from model_test import with_gates
 import numpy as np
 import pytest
 
-from elder_jax.model import decoder as model_lib
-from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import logits_of
+from elder_jax.model.spec import Mode
 from elder_jax.run.plan import compile as plan
 from elder_jax.training import losses
 
 
 def plain_nll(model, x_BTD, tokens_BT, weight_BT=None):
-  logp_BTV = jax.nn.log_softmax(model_lib.logits(model, x_BTD), -1)
+  logp_BTV = jax.nn.log_softmax(logits_of(model, x_BTD), -1)
   nll_BT = -jnp.take_along_axis(logp_BTV[:, :-1], jnp.array(tokens_BT)[:, 1:, None], -1)[..., 0]
   weight_BT = jnp.ones(tokens_BT.shape) if weight_BT is None else weight_BT
   return jnp.sum(nll_BT * weight_BT[:, :-1]), jnp.sum(weight_BT[:, :-1])
@@ -61,9 +61,7 @@ def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monke
     return 3 * total / count
 
   def plain(x_BTD):
-    logp_BTV, teacher_BTV = (
-      jax.nn.log_softmax(model_lib.logits(*a)[:, :-1]) for a in ((model, x_BTD), (teacher, y_BTD))
-    )
+    logp_BTV, teacher_BTV = (jax.nn.log_softmax(logits_of(*a)[:, :-1]) for a in ((model, x_BTD), (teacher, y_BTD)))
     kl_BT = jnp.sum(jnp.exp(teacher_BTV) * (teacher_BTV - logp_BTV), -1)
     nll, count = plain_nll(model, x_BTD, tokens_BT)
     return 3 * ((1 - distill) * nll / count + distill * jnp.mean(kl_BT))
@@ -81,7 +79,10 @@ def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monke
 def test_products_with_the_head(trained, distill, products):
   x_BTD = jnp.ones((B, T, SPEC.d_model))
   teacher = (decoder(), x_BTD) if distill else None
-  total = lambda m, x: losses._token_sums(m, x, tokens(), teacher=teacher, distill=distill)[0]
+
+  def total(m, x):
+    return losses._token_sums(m, x, tokens(), teacher=teacher, distill=distill)[0]
+
   found = plan.traced_flops(jax.make_jaxpr(jax.grad(total, argnums=trained))(decoder(), x_BTD).jaxpr)
   assert found == products * 2 * B * T * SPEC.vocab_size * SPEC.d_model
 
@@ -113,7 +114,9 @@ def test_the_logits_of_a_whole_batch_are_never_there(dtype, monkeypatch):
   x_BTD = jnp.ones((B, length, SPEC.d_model), dtype)
 
   def largest(f):
-    loss = lambda m, x: f(m, x, tokens(B, length))[0]
+    def loss(m, x):
+      return f(m, x, tokens(B, length))[0]
+
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(model, x_BTD).jaxpr
     return max(a.size for a in _arrays(jaxpr) if hasattr(a, 'size'))
 

@@ -3,16 +3,16 @@
 import jax
 import numpy as np
 import pytest
+from tiny import config_of
 
+from elder_jax import methods
 from elder_jax.errors import InputError
 from elder_jax.methods import laco as laco_lib
-from elder_jax.model import decoder as model_lib
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+from elder_jax.model.decoder import forward
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
 
 SPEC = Spec(
   vocab_size=40,
@@ -56,7 +56,7 @@ def by_formula(model: Decoder, merges) -> dict[str, np.ndarray]:
 
 
 def output(model: Decoder, tokens_BT) -> np.ndarray:
-  x_BTD, _ = jax.jit(model_lib.forward)(pruning.with_gates(model, 1.0), tokens_BT)
+  x_BTD, _ = jax.jit(forward)(pruning.with_gates(model, 1.0), tokens_BT)
   return np.asarray(x_BTD, np.float64)
 
 
@@ -119,7 +119,9 @@ def test_four_layers_become_one(model):
 
 
 def test_the_interval_and_the_last_smaller_merge(model):
-  run = lambda **more: laco_lib.laco(model, 4, BATCHES, Mode(), threshold=-1.0, **more).merges
+  def run(**more):
+    return laco_lib.laco(model, 4, BATCHES, Mode(), threshold=-1.0, **more).merges
+
   # 10 layers, C = 4: from 5. Then 7 layers are left, 0 … 5 and the last: 4 − 2 = 3 is too high, 2 has room for C.
   assert run() == [(5, 6, 7, 8), (2, 3)]
   assert run(interval=5) == [(5, 6, 7, 8), (0, 1)]
@@ -173,15 +175,16 @@ def test_nothing_to_merge(model):
   assert (result.removed, result.merges, result.cosine) == ([], [], 1.0) and result.model.num_layers == L
 
 
-def test_more_than_can_be_merged(model):
-  with pytest.raises(InputError, match='--num_remove=8: --method=laco can merge away at most 6 of the 10 layers'):
-    laco_lib.laco(model, 8, BATCHES, Mode())
-  with pytest.raises(InputError, match='--num_remove=2: --method=laco can merge away at most 0 of the 3 layers'):
-    laco_lib.laco(Decoder(SPEC, 3, jax.random.key(0)), 2, BATCHES, Mode())
+@pytest.mark.parametrize('num_layers, num_remove, most', [(10, 8, 6), (3, 2, 0)])
+def test_more_than_can_be_merged(num_layers, num_remove, most):
+  with pytest.raises(InputError, match=f'method=laco: can merge away at most {most} of the {num_layers} layers'):
+    methods.check('laco', config_of(), num_layers, num_remove)
+  with pytest.raises(InputError, match='method=laco: cannot merge away'):
+    laco_lib.laco(Decoder(SPEC, num_layers, jax.random.key(0)), num_remove, BATCHES, Mode())
 
 
 def test_an_output_that_is_not_finite(model):
   model = jax.tree.map(lambda a: a, model)
   model.layers.wq.set_value(model.layers.wq.get_value().at[2].set(np.nan))
-  with pytest.raises(InputError, match='--method=laco: the output of a model is not finite'):
+  with pytest.raises(InputError, match='method=laco: the output of a model is not finite'):
     laco_lib.laco(model, 2, BATCHES, Mode())

@@ -5,18 +5,30 @@ import functools
 
 from absl.testing import parameterized
 import chex
-from conftest import write_tiny_llama
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import write_tiny_llama
 
-from elder_jax.hf import checkpoint_hf
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
 from elder_jax.model import decoder as model_lib
 from elder_jax.model import pruning
+from elder_jax.model.attention import QUERY_BLOCK
+from elder_jax.model.attention import apply_rope
+from elder_jax.model.attention import attention
+from elder_jax.model.attention import rope_and_window
+from elder_jax.model.attention import rope_tables
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
+from elder_jax.model.layers import Block
+from elder_jax.model.layers import rms_norm
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
+from elder_jax.training.penalty import delta_norm
+from elder_jax.training.penalty import measure_of
 
 SPEC = Spec(
   vocab_size=37,
@@ -62,14 +74,14 @@ def alive_without(*skipped):
   return np.array([l not in skipped for l in range(LAYERS)])
 
 
-def layer_of(model: Decoder, l: int) -> model_lib.Block:
+def layer_of(model: Decoder, l: int) -> Block:
   return jax.tree.map(lambda a: a[l], model.layers)
 
 
 @functools.partial(jax.jit, static_argnames='mode')
 def forward_jit(model, tokens_BT, alive_L=None, mode=Mode()):
-  x_BTD, delta_L = model_lib.forward(model, tokens_BT, alive_L, mode)
-  return x_BTD, delta_L, model_lib.logits(model, x_BTD)
+  x_BTD, delta_L = forward(model, tokens_BT, alive_L, mode, measure=measure_of(mode))
+  return x_BTD, delta_L, logits_of(model, x_BTD)
 
 
 @jax.jit
@@ -80,7 +92,7 @@ def layer_jit(block, x_BTD, rope):
 def by_hand(model: Decoder, tokens_BT, alive_L, mode: Mode):
   """forward as a Python loop, with the norms of the updates taken in numpy."""
   x_BTD = model.embed[...][tokens_BT]
-  rope, _ = model_lib.rope_and_window(model.spec, model_lib.rope_tables(model.spec, tokens_BT.shape[1]), {})
+  rope, _ = rope_and_window(model.spec, rope_tables(model.spec, tokens_BT.shape[1]), {})
   delta_L = []
   for l in range(model.num_layers):
     if not alive_L[l]:
@@ -91,7 +103,7 @@ def by_hand(model: Decoder, tokens_BT, alive_L, mode: Mode):
     gate = model.gate_L[...][l]
     delta_L.append(plain_norm(np.asarray(f_BTD - x_BTD), np.asarray(x_BTD), mode.penalty, mode.penalty_scale))
     x_BTD = gate * f_BTD if mode.gate == 'output' else x_BTD + gate * (f_BTD - x_BTD)
-  return model_lib.rms_norm(x_BTD, model.final_norm.scale[...], model.spec.norm_eps), np.array(delta_L)
+  return rms_norm(x_BTD, model.final_norm.scale[...], model.spec.norm_eps), np.array(delta_L)
 
 
 def plain_norm(d_BTD, x_BTD, penalty, scale):
@@ -133,8 +145,8 @@ def test_logits_equal_those_of_torch(config, tmp_path):
   import transformers
 
   folder = write_tiny_llama(tmp_path, initializer_range=0.1, **config)
-  source = checkpoint_hf.open_source(str(folder), tmp_path / 'scratch')
-  model = checkpoint_hf.load(source, 'float32')
+  source = open_source(str(folder), tmp_path / 'scratch')
+  model = load_model(source, 'float32')
   assert model.spec.tied == ('tie_word_embeddings' not in config) and (model.head is None) == model.spec.tied
   tokens_BT = tokens(2, 40, source.spec.vocab_size)
   reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -174,20 +186,22 @@ def test_gate_zero_is_the_removed_layer():
 def _ungated(block, x_BTD, gate, rope, mode, window):
   """The layer of the paper's dense network; no gate anywhere."""
   del gate, mode, window
-  h_BTD = model_lib.rms_norm(x_BTD, block.attn_norm.scale[...], SPEC.norm_eps)
+  h_BTD = rms_norm(x_BTD, block.attn_norm.scale[...], SPEC.norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (jnp.einsum('BTD,DNH->BTNH', h_BTD, w[...]) for w in (block.wq, block.wk, block.wv))
-  a_BTNH = model_lib.attention(model_lib.apply_rope(q_BTNH, rope), model_lib.apply_rope(k_BTKH, rope), v_BTKH)
+  a_BTNH = attention(apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), v_BTKH)
   y_BTD = x_BTD + jnp.einsum('BTNH,NHD->BTD', a_BTNH, block.wo[...])
-  h_BTD = model_lib.rms_norm(y_BTD, block.mlp_norm.scale[...], SPEC.norm_eps)
+  h_BTD = rms_norm(y_BTD, block.mlp_norm.scale[...], SPEC.norm_eps)
   gate_BTF, up_BTF = (jnp.einsum('BTD,DF->BTF', h_BTD, w[...]) for w in (block.w_gate, block.w_up))
   y_BTD = y_BTD + jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, block.w_down[...])
   return y_BTD, y_BTD - x_BTD
 
 
 def test_gates_of_one_change_no_bit(monkeypatch):
-  run = lambda gate: jax.jit(lambda m, t: model_lib.forward(m, t, None, Mode(gate=gate)))(decoder(), tokens())
+  def run(gate):
+    return jax.jit(lambda m, t: forward(m, t, None, Mode(gate=gate)))(decoder(), tokens())
+
   (residual_BTD, residual_L), (output_BTD, output_L) = run('residual'), run('output')
-  monkeypatch.setattr(model_lib.Block, '__call__', _ungated)
+  monkeypatch.setattr(Block, '__call__', _ungated)
   dense_BTD, dense_L = run('residual')
   np.testing.assert_array_equal(residual_BTD, dense_BTD)
   np.testing.assert_array_equal(output_BTD, dense_BTD)
@@ -239,7 +253,7 @@ class ForwardTest(chex.TestCase):
     mode = Mode(*mode)
     model = with_gates(decoder(), [0.9, 0.4, -0.3, 1.2, 0.7])
     alive_L = alive_without(3)
-    run = self.variant(lambda m, t, a: model_lib.forward(m, t, a, mode))
+    run = self.variant(lambda m, t, a: forward(m, t, a, mode, measure=measure_of(mode)))
     x_BTD, delta_L = run(model, tokens(), alive_L)
     chex.assert_shape((x_BTD, delta_L), ((B, T, SPEC.d_model), (LAYERS,)))
     expected_BTD, expected_L = by_hand(model, tokens(), np.asarray(alive_L), mode)
@@ -249,9 +263,9 @@ class ForwardTest(chex.TestCase):
 
   @chex.variants(with_jit=True, without_jit=True)
   def test_without_alive_all_layers_run(self):
-    run = self.variant(lambda m, t, a: model_lib.forward(m, t, a))
+    run = self.variant(lambda m, t, a: forward(m, t, a))
     all_alive = run(decoder(), tokens(), jnp.ones(LAYERS, bool))
-    chex.assert_trees_all_equal(self.variant(lambda m, t: model_lib.forward(m, t))(decoder(), tokens()), all_alive)
+    chex.assert_trees_all_equal(self.variant(lambda m, t: forward(m, t))(decoder(), tokens()), all_alive)
 
 
 def test_gate_forms_differ_where_the_gate_is_not_one():
@@ -306,15 +320,14 @@ def test_a_skipped_layer_is_not_read(remat):
   assert all(not a[2].any() and a[1].any() for a in jax.tree.leaves(grad(model).layers))
 
 
-def test_a_skipped_layer_is_not_computed(monkeypatch):
-  calls, delta_norm = [], model_lib.delta_norm
+def test_a_skipped_layer_is_not_computed():
+  calls = []
 
   def counted(*args):
     jax.debug.callback(lambda: calls.append(1))  # when the program runs, not when it is traced
-    return delta_norm(*args)
+    return delta_norm(*args, 'l2', 'token')
 
-  monkeypatch.setattr(model_lib, 'delta_norm', counted)
-  run = jax.jit(lambda m, t, a: model_lib.forward(m, t, a))
+  run = jax.jit(lambda m, t, a: forward(m, t, a, measure=counted))
   for skipped in ([], [0], [1, 2, 4]):
     calls.clear()
     jax.block_until_ready(run(decoder(), tokens(), alive_without(*skipped)))
@@ -328,7 +341,7 @@ def test_other_alive_layers_and_gates_do_not_recompile():
   @jax.jit
   def run(model, tokens_BT, alive_L):
     traces.append(1)
-    return model_lib.forward(model, tokens_BT, alive_L)[0]
+    return forward(model, tokens_BT, alive_L)[0]
 
   model = decoder()
   outputs = [run(model, tokens(), alive_without(*s)) for s in ([], [1], [0, 4], [0, 1, 2, 3, 4])]
@@ -339,8 +352,8 @@ def test_other_alive_layers_and_gates_do_not_recompile():
 
 def test_remat_changes_no_gradient():
   def loss(model, mode):
-    x_BTD, delta_L = model_lib.forward(model, tokens(), alive_without(1), mode)
-    return jnp.mean(model_lib.logits(model, x_BTD) ** 2) + jnp.sum(delta_L)
+    x_BTD, delta_L = forward(model, tokens(), alive_without(1), mode, measure=measure_of(mode))
+    return jnp.mean(logits_of(model, x_BTD) ** 2) + jnp.sum(delta_L)
 
   grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   model = with_gates(decoder(), [0.9, 0.4, 0.3, 1.2, 0.7])
@@ -354,7 +367,9 @@ def test_remat_recomputes():
   """Else three times 'none' would pass the test above."""
 
   def kept(remat):  # numbers that the forward pass leaves for the backward pass
-    run = lambda m: model_lib.forward(m, tokens(), None, Mode(remat=remat))[0]
+    def run(m):
+      return forward(m, tokens(), None, Mode(remat=remat))[0]
+
     return sum(a.size for a in jax.tree.leaves(jax.eval_shape(lambda m: jax.vjp(run, m)[1], decoder())))
 
   assert kept('none') > kept('dots') > kept('full')
@@ -364,9 +379,15 @@ def test_remat_recomputes():
 def test_gradient_of_the_gates(gate):
   """By differences: the gates are all that stage 1 learns."""
   gates, mode = np.array([0.9, 0.4, 0.3, 1.2, 0.7]), Mode(gate=gate)
-  loss = lambda m: jnp.mean(model_lib.logits(m, model_lib.forward(m, tokens(), None, mode)[0]) ** 2)
+
+  def loss(m):
+    return jnp.mean(logits_of(m, forward(m, tokens(), None, mode)[0]) ** 2)
+
   both = jax.jit(jax.value_and_grad(loss))
-  f = lambda gates: both(with_gates(decoder(), gates))[0]
+
+  def f(gates):
+    return both(with_gates(decoder(), gates))[0]
+
   gradient_L = both(with_gates(decoder(), gates))[1].gate_L[...]
   for l in range(LAYERS):
     step = 0.01 * np.eye(LAYERS)[l]
@@ -396,7 +417,7 @@ def test_on_a_gpu_cudnn_is_asked_for_what_it_has(dtype, head_dim, expected, monk
   asked = []
   monkeypatch.setattr(model_lib.sharding, 'platform', lambda: 'gpu')
   monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda *_, implementation, **__: asked.append(implementation))
-  model_lib.attention(*[jnp.zeros((1, 4, 2, head_dim), dtype)] * 3)
+  attention(*[jnp.zeros((1, 4, 2, head_dim), dtype)] * 3)
   assert asked == [expected]
 
 
@@ -406,23 +427,23 @@ def test_on_a_gpu_cudnn_is_asked_for_what_it_has(dtype, head_dim, expected, monk
 @pytest.mark.parametrize('penalty, scale', ALL_NORMS)
 def test_delta_norm_equals_numpy(penalty, scale):
   d_BTD, x_BTD = np.random.default_rng(3).normal(size=(2, B, T, 8)).astype(np.float32)
-  got = model_lib.delta_norm(jnp.array(d_BTD), jnp.array(x_BTD), penalty, scale)
+  got = delta_norm(jnp.array(d_BTD), jnp.array(x_BTD), penalty, scale)
   chex.assert_shape(got, ())
   chex.assert_type(got, jnp.float32)
   np.testing.assert_allclose(got, plain_norm(d_BTD, x_BTD, penalty, scale), rtol=1e-5)
-  half = model_lib.delta_norm(jnp.array(d_BTD, jnp.bfloat16), jnp.array(x_BTD, jnp.bfloat16), penalty, scale)
+  half = delta_norm(jnp.array(d_BTD, jnp.bfloat16), jnp.array(x_BTD, jnp.bfloat16), penalty, scale)
   chex.assert_type(half, jnp.float32)
 
 
 @pytest.mark.parametrize('penalty, scale', ALL_NORMS)
 def test_delta_norm_at_zero(penalty, scale):
   x_BTD = jnp.array(np.random.default_rng(3).normal(size=(B, T, 8)), jnp.float32)
-  value, gradient = jax.value_and_grad(model_lib.delta_norm)(jnp.zeros_like(x_BTD), x_BTD, penalty, scale)
+  value, gradient = jax.value_and_grad(delta_norm)(jnp.zeros_like(x_BTD), x_BTD, penalty, scale)
   assert value == 0
   np.testing.assert_array_equal(gradient, 0)
   # One token of zeros among others, and x of zeros, which `relative` divides by.
   some = x_BTD.at[0, 3].set(0)
-  _, gradients = jax.value_and_grad(model_lib.delta_norm, (0, 1))(some, jnp.zeros_like(x_BTD), penalty, scale)
+  _, gradients = jax.value_and_grad(delta_norm, (0, 1))(some, jnp.zeros_like(x_BTD), penalty, scale)
   chex.assert_tree_all_finite(gradients)
   np.testing.assert_array_equal(gradients[0][0, 3], 0)
   assert np.all(np.abs(gradients[0][1]) > 0)
@@ -431,7 +452,7 @@ def test_delta_norm_at_zero(penalty, scale):
 @pytest.mark.parametrize('penalty, scale', ALL_NORMS)
 def test_delta_norm_gradient(penalty, scale):
   d_BTD, x_BTD = np.random.default_rng(3).normal(size=(2, B, T, 8)).astype(np.float32)
-  to_d, to_x = jax.grad(model_lib.delta_norm, (0, 1))(jnp.array(d_BTD), jnp.array(x_BTD), penalty, scale)
+  to_d, to_x = jax.grad(delta_norm, (0, 1))(jnp.array(d_BTD), jnp.array(x_BTD), penalty, scale)
   axis = None if scale == 'none' else -1
   order = {'l1': 1, 'l2': 2}[penalty]
   direction = np.sign(d_BTD)
@@ -447,7 +468,7 @@ def test_delta_norm_gradient(penalty, scale):
 
 @pytest.mark.parametrize('length, kv_heads', [(5, 2), (8, 2), (16, 4), (21, 1)])
 def test_blocks_of_queries_equal_the_whole_square(length, kv_heads, monkeypatch):
-  monkeypatch.setitem(model_lib.QUERY_BLOCK, 'cpu', 8)
+  monkeypatch.setitem(QUERY_BLOCK, 'cpu', 8)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
   random = np.random.default_rng(0)
   q, k, v = (jnp.array(random.normal(size=(B, length, n, 6)), jnp.float32) for n in (4, kv_heads, kv_heads))
@@ -459,7 +480,7 @@ def test_blocks_of_queries_equal_the_whole_square(length, kv_heads, monkeypatch)
     return whole(q, k, v, **how)
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', noted)
-  np.testing.assert_allclose(jax.jit(model_lib.attention)(q, k, v), expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(attention)(q, k, v), expected, rtol=1e-5, atol=1e-6)
   ends = [*range(8, length, 8), length]
   assert squares == [(end - start, end) for start, end in zip([0, *ends], ends)]
 
@@ -469,6 +490,4 @@ def test_query_head_reads_its_own_key_value_head():
   random = np.random.default_rng(0)
   q, k, v = (jnp.array(random.normal(size=(B, 7, n, 6)), jnp.float32) for n in (4, 2, 2))
   repeated = (jnp.array(np.repeat(a, 2, axis=2)) for a in (k, v))
-  np.testing.assert_allclose(
-    jax.jit(model_lib.attention)(q, k, v), jax.jit(model_lib.attention)(q, *repeated), rtol=1e-5, atol=1e-6
-  )
+  np.testing.assert_allclose(jax.jit(attention)(q, k, v), jax.jit(attention)(q, *repeated), rtol=1e-5, atol=1e-6)

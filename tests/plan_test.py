@@ -1,27 +1,32 @@
 """The plan of a run: its bytes against the arrays of a real one, FLOPs, what does not fit. As a script: the worker."""
 
 import dataclasses
+import gc
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from tiny import config_of
 
 from elder_jax.devices import memory
 from elder_jax.devices import sharding
+from elder_jax.errors import DOES_NOT_FIT
 from elder_jax.errors import InputError
-from elder_jax.model.decoder import Spec
-from elder_jax.run import prepare as prepare_lib
-from elder_jax.run.config import Config
-from elder_jax.run.plan import compile as plan
-from elder_jax.run.plan import flops as flops_lib
-from elder_jax.training import regularize
+from elder_jax.methods import METHODS
+from elder_jax.model import program as program_lib
+from elder_jax.model.program import Program
+from elder_jax.model.program import device_bytes
+from elder_jax.model.spec import Spec
+from elder_jax.recipes import RECIPES
+from elder_jax.run import plan as plan_lib
+from elder_jax.run.plan import compile as compile_lib
+from elder_jax.run.plan.advice import advice
+from elder_jax.run.plan.programs import abstract_model
+from elder_jax.training.penalty import penalty_terms
+from elder_jax.training.trainer import begin_training
 
 SPEC = Spec(
   vocab_size=320,
@@ -35,7 +40,7 @@ SPEC = Spec(
   rope_freq_RH=((1.0, 0.1),),
 )
 L = 4
-CONFIG = Config(
+CONFIG = config_of(
   model='m',
   plan=True,
   method='elder',
@@ -64,69 +69,45 @@ def live_bytes() -> list[int]:
   return list(on.values())
 
 
-def worker(mesh_flag: str, changes: dict):
-  """Two steps of training as a run does them; then what the plan says, and what the devices hold."""
-  jax.config.update('jax_disable_most_optimizations', True)  # half the time is XLA's
-  config = dataclasses.replace(CONFIG, mesh=mesh_flag, **changes)
-  mesh = sharding.make_mesh(mesh_flag)
+@pytest.mark.parametrize(
+  'sizes, changes',
+  [((1, 2, 2), {}), ((4, 1, 1), {'dtype': 'bfloat16', 'trainable': 'all'}), ((2, 2, 1), {'lora_rank': 4})],
+)
+def test_the_plans_bytes_are_those_that_the_devices_hold(sizes, changes, eight_devices):
+  """Two steps of training as a run does them, and what the plan has of them."""
+  config = CONFIG.replace(mesh=sizes, **changes)
+  mesh = sharding.make_mesh(sizes, eight_devices[:4])
   with jax.set_mesh(mesh):
-    planned = next(p for p in plan.programs(config, SPEC, L, [1], mesh) if p.name.startswith('training'))
+    planned = next(p for p in plan_lib.planned(config, SPEC, L, [1], mesh)[1] if p.name.startswith('training'))
+    gc.collect()
     before = live_bytes()
-    abstract = flops_lib.abstract_model(SPEC, L, config.dtype, mesh, mesh_flag)
+    abstract = abstract_model(SPEC, L, config.computation.dtype, mesh, sizes)
     model = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, 0.01, a.dtype), a.sharding), abstract)
-    settings = prepare_lib.train_settings(config)
-    step, state, frozen = regularize.begin(model, settings, prepare_lib.mode(config), memory.free)  # as in a run
+    settings = config.train_settings()
+    step, state, frozen = begin_training(model, settings, config.mode(), memory.free)  # as in a run
     batch = sharding.put_batch(np.zeros((8, 32), np.int32), mesh)
     for i in range(2):
-      state, metrics = step(state, (frozen, None), batch, regularize.penalty_terms(L, [], settings, i))
+      state, metrics = step(state, (frozen, None), batch, penalty_terms(L, [], settings, i))
     jax.block_until_ready(metrics)
     held = max(after - at_first for after, at_first in zip(live_bytes(), before))
-    stage = plan.measure(planned, mesh)
-    m = stage.compiled.memory_analysis()
-  arguments = flops_lib.device_bytes(planned.args)
-  print(
-    json.dumps(
-      {
-        'planned': planned.params + planned.opt_state + planned.beside + flops_lib.device_bytes(batch),
-        'held': held,
-        'arguments': arguments,
-        'compiler': m.argument_size_in_bytes,
-        'peak': stage.peak,
-        'state': stage.state,
-      }
-    )
-  )
-
-
-@pytest.mark.parametrize(
-  'mesh, changes', [('1,2,2', {}), ('4,1,1', {'dtype': 'bfloat16', 'trainable': 'all'}), ('2,2,1', {'lora_rank': 4})]
-)
-def test_the_plans_bytes_are_those_that_the_devices_hold(mesh, changes):
-  root = str(pathlib.Path(__file__).parents[1])
-  env = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-  }
-  command = [sys.executable, __file__, mesh, json.dumps(changes)]
-  done = subprocess.run(command, env=env, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-3000:]
-  facts = json.loads(done.stdout.splitlines()[-1])
-  print(f'{mesh} {changes}: planned / held {facts["planned"] / facts["held"]:.3f}')
-  assert abs(facts['planned'] / facts['held'] - 1) < 0.15, facts
-  assert abs(facts['arguments'] / facts['compiler'] - 1) < 0.02, facts
-  assert facts['peak'] > facts['held'] > 0, facts
+    needs = compile_lib.measure(planned, mesh)
+    compiler = needs.compiled.memory_analysis().argument_size_in_bytes
+  expected = planned.params + planned.opt_state + planned.beside + device_bytes(batch)
+  print(f'{sizes} {changes}: planned / held {expected / held:.3f}')
+  assert abs(expected / held - 1) < 0.15
+  assert abs(device_bytes(planned.args) / compiler - 1) < 0.02
+  assert needs.peak > held > 0
 
 
 @pytest.fixture
 def one_device():
-  mesh = sharding.make_mesh('1,1,1', jax.devices()[:1])
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   with jax.set_mesh(mesh):
     yield mesh
 
 
-def programs(mesh, **changes) -> dict[str, plan.Program]:
-  return {p.name: p for p in plan.programs(dataclasses.replace(CONFIG, **changes), SPEC, L, [1], mesh)}
+def programs(mesh, **changes) -> dict[str, Program]:
+  return {p.name: p for p in plan_lib.planned(CONFIG.replace(**changes), SPEC, L, [1], mesh)[1]}
 
 
 @pytest.mark.parametrize('changes', [{}, {'trainable': 'all'}, {'distill': 0.5}])
@@ -141,7 +122,7 @@ def test_formula_and_program_agree_on_flops(changes, one_device):
     'verification',
   ]
   for p in computed:
-    traced = plan.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr)
+    traced = compile_lib.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr)
     head_again = (
       2 * SPEC.d_model * SPEC.vocab_size * 8 * 32
     )  # where the head is trained a loss's logits are computed again
@@ -151,45 +132,36 @@ def test_formula_and_program_agree_on_flops(changes, one_device):
 
 def test_what_is_computed_again_counts_in_what_is_done(one_device):
   at = {remat: programs(one_device, remat=remat)['training, 4 layers'] for remat in ('none', 'full')}
-  flops = {remat: plan.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr) for remat, p in at.items()}
-  layers, attention, _ = flops_lib.forward_flops(SPEC, L, 32)
+  flops = {remat: compile_lib.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr) for remat, p in at.items()}
+  layers, attention, _ = program_lib.forward_flops(SPEC, L, 32)
   assert flops['full'] - flops['none'] == (layers + attention) * 8 * 32  # once, and the head not
   assert at['full'].model_flops == at['none'].model_flops
 
 
 def test_every_method_and_recipe_has_a_plan(one_device):
-  methods = 'shortgpt,sleb,uidl,cosine_block,laco,elder,random,last'
-  recipes = ('none', 'absorb', 'replace_linear_then_train', 'regularize', 'prune_then_train')
-  found = programs(one_device, method=methods, recipe=recipes[0], compare=recipes, verify='torch')
-  assert list(found) == [
-    'loading',
-    'evaluation, 4 layers',
-    *(f'choosing by {m}' for m in ('shortgpt', 'sleb', 'uidl', 'cosine_block', 'laco')),
-    'stage 1, gates',
-    'absorb',
-    'removing layers',
-    'evaluation, 3 layers',
-    'replace_linear',
-    'training, 3 layers',
-    'training, 4 layers',
-    'removing layers, as trained',
-    'merging layers',
-    'export',
-    'verification',
-    'verification in PyTorch',
-  ]
+  """Of METHODS and RECIPES whole: a new entry is planned, too."""
+  settings = dict(
+    protect_first=1, protect_last=1, verify='torch', compare=tuple(RECIPES), recipe='none', num_sequences=16
+  )
+  found = {
+    p.name: p for p in plan_lib.planned(CONFIG.replace(method=tuple(METHODS), **settings), SPEC, 9, [1], one_device)[1]
+  }
+  reading = {f'choosing by {name}' for name, m in METHODS.items() if m.reads_text and name not in ('auto', 'elder')}
+  assert reading | {'stage 1, gates', 'judging, 8 layers'} <= found.keys()
+  of_recipes = {'absorb', 'replace_linear', 'training, 8 layers', 'training, 9 layers', 'merging layers'}
+  assert of_recipes | {'removing layers', 'removing layers, as trained'} <= found.keys()
+  assert {'loading', 'evaluation, 9 layers', 'evaluation, 8 layers', 'export', 'verification'} <= found.keys()
+  assert found['verification in PyTorch'].host
   for p in found.values():
-    assert p.params > 0
+    assert p.params > 0 and p.calls > 0
     if p.call:
       p.call.trace(*p.args)
 
 
 @pytest.mark.parametrize('block, refits', [('pre', ['absorb']), ('post', [])])
 def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block, refits):
-  config = dataclasses.replace(
-    CONFIG, method='auto', recipe='prune_then_train' if block == 'post' else 'absorb_then_train'
-  )
-  found = plan.programs(config, dataclasses.replace(SPEC, block=block), 8, [1], one_device)
+  config = CONFIG.replace(method=('auto',), recipe='prune_then_train' if block == 'post' else 'absorb_then_train')
+  shapes, found = plan_lib.planned(config, dataclasses.replace(SPEC, block=block), 8, [1], one_device)
   choosing = [f'choosing by {method}' for method in ('cosine_block', 'taylor', 'ppl')]
   judging = [*refits, 'judging, removing layers', 'judging, 7 layers', 'removing layers', 'training, 7 layers']
   assert [p.name for p in found] == [
@@ -202,14 +174,13 @@ def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block,
     'verification',
   ]
   taylor = next(stage for stage in found if stage.name == 'choosing by taylor')
-  stage = plan.measure(dataclasses.replace(taylor, gradients=1 << 60), one_device, compile_it=False)
-  advice = plan.advice(stage, config, SPEC, 8, [1], one_device, 'float32')
-  assert '--method=cosine_block, or ppl: no gradients are needed' in advice
+  needs = compile_lib.measure(dataclasses.replace(taylor, gradients=1 << 60), one_device, compile_it=False)
+  assert '--method=cosine_block, or ppl: no gradients are needed' in advice(needs, shapes)
 
 
 def test_bytes_of_each_kind(one_device):
   p = programs(one_device)['training, 4 layers']
-  model = flops_lib.abstract_model(SPEC, L, 'float32', one_device, '')
+  model = abstract_model(SPEC, L, 'float32', one_device, ())
   blocks = sum(math.prod(a.shape) for a in jax.tree.leaves(model.layers))
   rest = sum(math.prod(a.shape) for a in jax.tree.leaves(model)) - blocks
   assert (p.params, p.gradients, p.beside) == (4 * (blocks + rest), 4 * blocks, 0)
@@ -239,26 +210,29 @@ def bare(tmp_path):
     tie_word_embeddings=False,
   )
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  return dataclasses.replace(CONFIG, model=str(tmp_path), method='random', mesh='1,1,1')
+  return CONFIG.replace(model=str(tmp_path), method=('random',), mesh=(1, 1, 1))
 
 
 def test_a_config_is_enough_and_what_fits_ends_with_0(bare, capsys):
-  assert plan.main(bare) == 0
+  assert plan_lib.plan(bare) == 0
   out = capsys.readouterr().out
   assert 'All stages fit.' in out and 'training, 4 layers' in out and 'evaluation' in out and '?' in out
 
 
 def test_of_a_hub_id_only_config_json_is_fetched(bare, capsys, monkeypatch):
   asked = []
-  fetch = lambda hub_id, allow_patterns: asked.append((hub_id, allow_patterns)) or bare.model
+
+  def fetch(hub_id, allow_patterns):
+    return asked.append((hub_id, allow_patterns)) or bare.paths.model
+
   monkeypatch.setattr('huggingface_hub.snapshot_download', fetch)
-  assert plan.main(dataclasses.replace(bare, model='someone/model')) == 0
+  assert plan_lib.plan(bare.replace(model='someone/model')) == 0
   assert asked == [('someone/model', ['config.json'])] and 'All stages fit.' in capsys.readouterr().out
 
 
 def test_what_does_not_fit_ends_with_3_and_figures(bare, capsys, monkeypatch):
-  monkeypatch.setattr(plan, '_memory', lambda device: 1_000_000)
-  assert plan.main(bare) == plan.DOES_NOT_FIT == 3
+  monkeypatch.setattr(compile_lib, '_memory', lambda device: 1_000_000)
+  assert plan_lib.plan(bare) == DOES_NOT_FIT == 3
   out = capsys.readouterr().out
   assert re.search(r'\ntraining, 4 layers needs 0\.0\d+ GiB, the device has 0\.000931\. Options:\n', out)
   for flag in ('--dtype=bfloat16: 0', '--optimizer=lion: 0', '--lora_rank=16: 0', '--remat=full: ', '--grad_accum=8: '):
@@ -283,7 +257,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
   call = Refused()
   call.jaxpr = type('Closed', (), {'jaxpr': jax.make_jaxpr(lambda x: x)(1.0).jaxpr})
   Refused.compile = refuse
-  stage = plan.measure(plan.Program('p', call, (np.zeros(1),), 1.0, params=0, beside=7), one_device)
+  stage = compile_lib.measure(Program('p', call, (np.zeros(1),), 1.0, params=0, beside=7), one_device)
   assert stage.peak == 51.25 * 2**30 + 7 and not stage.fits
 
 
@@ -295,15 +269,11 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
       "--topology=v5e:4x4: the TPU compiler is missing; install it with pip install 'elder_jax",
     ),
     ({'topology': 'v5e:4x4', 'plan': False}, '--topology=v5e:4x4: is only compiled for; add --plan.'),
-    ({'mesh': '3,1,1'}, '--mesh=3,1,1: makes 3 devices, there are 1'),
+    ({'mesh': (3, 1, 1)}, '--mesh=3,1,1: makes 3 devices, there are 1'),
   ],
 )
 def test_refusals(bare, changes, sentence, monkeypatch):
-  monkeypatch.setattr(plan.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(plan_lib.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(InputError) as caught:
-    plan.main(dataclasses.replace(bare, **changes))
-  assert str(caught.value).startswith(sentence)
-
-
-if __name__ == '__main__':
-  worker(sys.argv[1], json.loads(sys.argv[2]))
+    plan_lib.plan(bare.replace(**changes))
+  assert caught.value.for_command().startswith(sentence)

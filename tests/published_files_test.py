@@ -12,15 +12,19 @@ import pytest
 from refusal import edit_json
 from refusal import one_sentence
 import safetensors.numpy
+from tiny import config_of
 
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
 from elder_jax.hf import families
-from elder_jax.model import decoder as model_lib
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import Source
+from elder_jax.hf.source import _head_and_embedding
+from elder_jax.hf.source import open_source
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.run import pipeline
-from elder_jax.run.config import Config
+from elder_jax.run import work as work_module
 
-pytestmark = pytest.mark.usefixtures('quick_compiler')
 TOKENS_BT = np.arange(5, 21, dtype=np.int32)[None]
 HEADS = ('lm_head.weight', 'lm_head.bias', 'embed_out.weight')
 
@@ -42,13 +46,13 @@ def edit(folder: pathlib.Path, change):
   safetensors.numpy.save_file(change(safetensors.numpy.load_file(path)), path, metadata={'format': 'pt'})
 
 
-def opened(folder: pathlib.Path) -> checkpoint_hf.Source:
-  return checkpoint_hf.open_source(str(folder), folder / 'scratch')
+def opened(folder: pathlib.Path) -> Source:
+  return open_source(str(folder), folder / 'scratch')
 
 
 def logits(folder: pathlib.Path) -> np.ndarray:
-  model = checkpoint_hf.load(opened(folder), 'float32')
-  return np.asarray(model_lib.logits(model, model_lib.forward(model, TOKENS_BT)[0]))
+  model = load_model(opened(folder), 'float32')
+  return np.asarray(logits_of(model, forward(model, TOKENS_BT)[0]))
 
 
 @pytest.mark.parametrize('dtype', ['uint8', 'bool', 'float32', 'float64', 'int64'])
@@ -69,19 +73,23 @@ def test_names_without_the_prefix_are_read_as_transformers_reads_them(own):
   edit(own, lambda tensors: {n if n in HEADS else n.removeprefix(prefix): t for n, t in tensors.items()})
   np.testing.assert_array_equal(logits(own), before)
   np.testing.assert_array_equal(torch_logits(own, TOKENS_BT), theirs)
-  half = lambda tensors: {
-    (prefix + n if i % 2 and n not in HEADS else n): t for i, (n, t) in enumerate(tensors.items())
-  }
+
+  def half(tensors):
+    return {(prefix + n if i % 2 and n not in HEADS else n): t for i, (n, t) in enumerate(tensors.items())}
+
   edit(own, half)  # some with it, some without
   np.testing.assert_array_equal(logits(own), before)
-  twice = lambda name: name if name in HEADS else f'{prefix}{prefix}{name.removeprefix(prefix)}'
+
+  def twice(name):
+    return name if name in HEADS else f'{prefix}{prefix}{name.removeprefix(prefix)}'
+
   edit(own, lambda tensors: {twice(name): tensor for name, tensor in tensors.items()})
   np.testing.assert_array_equal(logits(own), before)
 
 
 def test_a_tied_model_may_have_its_matrix_under_the_heads_name(own):
   source = opened(own)
-  head, embed = checkpoint_hf._head_and_embedding(source)
+  head, embed = _head_and_embedding(source)
   edit(own, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != head})
   edit_json(own / 'config.json', tie_word_embeddings=True)
   before = logits(own)
@@ -98,7 +106,10 @@ def test_a_tied_model_keeps_a_head_of_its_own(own, settings, capsys):
   tied = logits(own)
   edit(own, lambda tensors: tensors | {head: tensors[embed]})
   assert opened(own).spec.tied and head not in opened(own).shapes and not capsys.readouterr().err
-  round_off = lambda tensor: tensor.astype(jnp.bfloat16).astype(np.float32)
+
+  def round_off(tensor):
+    return tensor.astype(jnp.bfloat16).astype(np.float32)
+
   edit(own, lambda tensors: tensors | {embed: round_off(tensors[embed]), head: tensors[embed].astype(jnp.bfloat16)})
   assert opened(own).spec.tied and not capsys.readouterr().err  # the same values in another type
   tied = logits(own)
@@ -110,7 +121,7 @@ def test_a_tied_model_keeps_a_head_of_its_own(own, settings, capsys):
   np.testing.assert_allclose(logits(own), torch_logits(own, TOKENS_BT), atol=2e-5)
   assert f'{head} is not {embed}; it is kept' in capsys.readouterr().err
   what = dict(num_remove=0, recipe='none', compare=(), train_data='', eval_data=(), verify='torch')
-  pipeline.run(Config(**settings | what | dict(model=str(own))))
+  pipeline.run(config_of(**settings | what | dict(model=str(own))))
   export = pathlib.Path(settings['workdir']) / 'export'
   assert json.loads((export / 'config.json').read_text())['tie_word_embeddings'] is False
   np.testing.assert_array_equal(torch_logits(export, TOKENS_BT), torch_logits(own, TOKENS_BT))
@@ -127,15 +138,15 @@ def test_a_value_that_does_not_fit_the_exported_type_is_not_exported(settings, m
   if copies:
     settings |= dict(num_remove=None, remove_layers='2', train_data='', eval_data=())
   with pytest.raises(InputError) as caught:
-    pipeline.run(Config(**settings))
-  one_sentence(str(caught.value), 'model.norm.weight', '7e+04', 'float16', '--export_dtype=bfloat16')
+    pipeline.run(config_of(**settings))
+  one_sentence(caught.value.for_command(), 'model.norm.weight', '7e+04', 'float16', '--export_dtype=bfloat16')
   assert not (pathlib.Path(settings['workdir']) / 'export').exists()
-  assert pipeline.run(Config(**settings | dict(export_dtype='bfloat16')))['kept']  # in the same folder
+  assert pipeline.run(config_of(**settings | dict(export_dtype='bfloat16')))['kept']  # in the same folder
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_what_is_not_finite_is_not_exported(settings, monkeypatch, value):
-  make = pipeline.apply_recipe
+  make = work_module.apply_recipe
 
   def poisoned(*args, **how):
     pruned = make(*args, **how)
@@ -143,12 +154,14 @@ def test_what_is_not_finite_is_not_exported(settings, monkeypatch, value):
     w.set_value(w.get_value().at[1, 2, 3].set(value))
     return pruned
 
-  monkeypatch.setattr(pipeline, 'apply_recipe', poisoned)
+  monkeypatch.setattr(work_module, 'apply_recipe', poisoned)
   settings |= dict(recipe='none', compare=(), method='last', eval_data=())
   settings |= dict(train_steps=0)
   with pytest.raises(InputError) as caught:
-    pipeline.run(Config(**settings | dict(method='cosine_block')))
-  one_sentence(str(caught.value), 'model.layers.1.mlp.down_proj.weight', 'NaN or infinite', 'nothing is exported')
+    pipeline.run(config_of(**settings | dict(method='cosine_block')))
+  one_sentence(
+    caught.value.for_command(), 'model.layers.1.mlp.down_proj.weight', 'NaN or infinite', 'nothing is exported'
+  )
 
 
 def test_a_git_lfs_pointer_is_named(model):

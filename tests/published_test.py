@@ -14,12 +14,14 @@ import transformers
 from transformers.activations import ACT2FN
 
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
 from elder_jax.hf import families
+from elder_jax.hf.cut import pruned_config
 from elder_jax.hf.families.fields import ACTIVATIONS
 from elder_jax.hf.families.fields import NEUTRAL
 from elder_jax.hf.families.fields import OFF
-from elder_jax.model import decoder as model_lib
+from elder_jax.model import layers
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import forward
 
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / 'data' / 'published_configs.json').read_text())
 del PUBLISHED['_about']
@@ -64,7 +66,7 @@ def test_published_is_refused_for_a_documented_reason(name):
   entry = PUBLISHED[name]
   with pytest.raises(InputError) as caught:
     read(entry['config'])
-  one_sentence(str(caught.value), 'config.json', entry['expect'])
+  one_sentence(caught.value.for_command(), 'config.json', entry['expect'])
   assert len(str(caught.value)) < 250
   supported, refused = DOCS.split('refused by name', 1)
   assert entry['doc'].lower() in refused.lower()
@@ -84,7 +86,7 @@ def test_the_config_of_a_pruned_one_is_read(name):
   config = PUBLISHED[name]['config']
   family, (spec, num_layers) = families.FAMILIES[config['model_type']], read(config)
   kept = [l for l in range(num_layers) if l not in (1, 3)]
-  again = read(checkpoint_hf.pruned_config(family, config, kept, 'bfloat16'))
+  again = read(pruned_config(family, config, kept, 'bfloat16'))
   assert again == (spec.with_layers(kept), num_layers - 2)
 
 
@@ -133,7 +135,7 @@ def test_layers_before_the_windows_are_counted_where_config_json_does_not(kind):
   config = of_family(kind) | {'num_hidden_layers': 32, 'sliding_window': 64, 'use_sliding_window': True}
   kept = list(range(1, 31))
   for absent in (config | {'max_window_layers': None}, {k: v for k, v in config.items() if k != 'max_window_layers'}):
-    cut = checkpoint_hf.pruned_config(families.FAMILIES[kind], absent, kept, '')
+    cut = pruned_config(families.FAMILIES[kind], absent, kept, '')
     assert cut['max_window_layers'] == 27 and read(cut)[0] == read(absent)[0].with_layers(kept)
 
 
@@ -166,7 +168,7 @@ def test_a_feature_that_is_on_is_refused(key):
   on = {bool: not OFF[key], int: 7, dict: {'0': [1]}}[type(OFF[key])]
   with pytest.raises(InputError) as caught:
     read(of_family('gpt2') | {key: on})
-  one_sentence(str(caught.value), f'{key}={on!r} is not supported')
+  one_sentence(caught.value.for_command(), f'{key}={on!r} is not supported')
 
 
 def test_old_and_new_spellings_of_rope_scaling():
@@ -198,7 +200,7 @@ def test_every_family_knows_every_activation(kind):
 def test_activations_are_those_of_transformers(name):
   x = np.linspace(-12, 12, 4001, dtype=np.float32)
   expected = ACT2FN[name](torch.from_numpy(x)).numpy()
-  np.testing.assert_allclose(model_lib.ACTIVATIONS[ACTIVATIONS[name]](jnp.asarray(x)), expected, rtol=0, atol=2e-6)
+  np.testing.assert_allclose(layers.ACTIVATIONS[ACTIVATIONS[name]](jnp.asarray(x)), expected, rtol=0, atol=2e-6)
 
 
 # ---- learned positions ----
@@ -210,8 +212,8 @@ def test_padding_beyond_the_learned_positions_is_no_nan(kind):
   small |= dict(word_embed_proj_dim=8, max_position_embeddings=6)
   config = of_family(kind)
   spec, _ = read(config | {key: value for key, value in small.items() if key in config})
-  model = model_lib.Decoder(spec, 2, jax.random.key(0))
+  model = Decoder(spec, 2, jax.random.key(0))
   tokens_BT = jnp.arange(9)[None]
-  got_BTD, _ = jax.jit(model_lib.forward)(model, tokens_BT)
-  expected_BTD, _ = jax.jit(model_lib.forward)(model, tokens_BT[:, :6])
+  got_BTD, _ = jax.jit(forward)(model, tokens_BT)
+  expected_BTD, _ = jax.jit(forward)(model, tokens_BT[:, :6])
   np.testing.assert_allclose(got_BTD[:, :6], expected_BTD, rtol=0, atol=1e-5)

@@ -5,10 +5,10 @@ import pathlib
 import re
 
 import pytest
+from tiny import config_of
 
 from elder_jax.errors import InputError
 from elder_jax.run import pipeline
-from elder_jax.run.config import Config
 
 
 def refused(settings, *parts, **more) -> str:
@@ -17,10 +17,10 @@ def refused(settings, *parts, **more) -> str:
   record = pathlib.Path(settings['workdir']) / 'config.json'
   before = record.read_bytes() if record.is_file() else None
   with pytest.raises(InputError) as caught:
-    pipeline.run(Config(**settings))
-  one_sentence(str(caught.value), *parts)
+    pipeline.run(config_of(**settings))
+  one_sentence(caught.value.for_command(), *parts)
   assert (record.read_bytes() if record.is_file() else None) == before
-  return str(caught.value)
+  return caught.value.for_command()
 
 
 def one_sentence(message: str, *parts):

@@ -9,24 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import Endless
 
-from elder_jax.model import decoder as model_lib
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
-from elder_jax.training import loop
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
 from elder_jax.training import losses
-from elder_jax.training import regularize
+from elder_jax.training import step as step_module
 from elder_jax.training.checkpoints import Checkpoints
-from elder_jax.training.regularize import TrainSettings
-from elder_jax.training.regularize import penalty_terms
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+from elder_jax.training.optimizer import learning_rate
+from elder_jax.training.penalty import penalty_terms
+from elder_jax.training.settings import TrainSettings
+from elder_jax.training.step import make_step
+from elder_jax.training.trainer import train
 
 L = 4
 BATCHES_SBT = np.random.default_rng(0).integers(0, 40, (8, 4, 9), np.int32)
-MAKE_STEP, STEPS = loop.make_step, {}
+MAKE_STEP, STEPS = make_step, {}
 
 
 @functools.cache
@@ -54,7 +56,7 @@ def leaves(model) -> dict:
 
 
 def settings(**more) -> TrainSettings:
-  return TrainSettings(**({'steps': 3, 'lr': 1e-3, 'lambda2': 0.5} | more))
+  return TrainSettings(**({'steps': 3, 'lr': 1e-3, 'lambda2': 0.5, 'order': 'joint'} | more))
 
 
 def fit(
@@ -69,10 +71,10 @@ def fit(
 ):
   s = settings(**more)
   # What the step depends on: such fits share one, as they would share its compilation if jax could tell.
-  key = mode, dataclasses.replace(s, lambda2=0, lambda2_power=0, sequential=False, anneal=0)
+  key = mode, dataclasses.replace(s, lambda2=0, lambda2_power=0, order='joint', anneal=0)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'make_step', lambda *args: STEPS.get(key) or STEPS.setdefault(key, MAKE_STEP(*args)))
-    return regularize.fit(model, layers, s, mode, batch, log, checkpoint, teacher)
+    patch.setattr(step_module, 'make_step', lambda *args: STEPS.get(key) or STEPS.setdefault(key, MAKE_STEP(*args)))
+    return train(model, layers, s, mode, Endless(batch), log, checkpoint, teacher)
 
 
 def weights(layers, steps, **more) -> list[list[float]]:
@@ -80,7 +82,7 @@ def weights(layers, steps, **more) -> list[list[float]]:
 
 
 def skipped(layers, steps, **more) -> list[list[int]]:
-  more |= {'steps': steps, 'sequential': True}
+  more |= {'steps': steps, 'order': 'sequential'}
   return [np.flatnonzero(~penalty_terms(L, layers, settings(**more), i)['alive_L']).tolist() for i in range(steps)]
 
 
@@ -99,7 +101,7 @@ def test_ramp_ends_at_lambda2(power, ramp):
 
 
 def test_sequential_takes_the_layers_in_the_order_given():
-  assert weights([3, 1], 4, sequential=True) == [[0, 0, 0, 0.5]] * 2 + [[0, 0.5, 0, 0]] * 2
+  assert weights([3, 1], 4, order='sequential') == [[0, 0, 0, 0.5]] * 2 + [[0, 0.5, 0, 0]] * 2
   assert skipped([3, 1], 4) == [[], [], [3], [3]]
 
 
@@ -115,7 +117,7 @@ def test_sequential_takes_the_layers_in_the_order_given():
   ],
 )
 def test_turns_where_steps_do_not_divide(steps, layers, turns):
-  assert [np.flatnonzero(w).tolist() for w in weights(layers, steps, sequential=True)] == [[t] for t in turns]
+  assert [np.flatnonzero(w).tolist() for w in weights(layers, steps, order='sequential')] == [[t] for t in turns]
   assert skipped(layers, steps) == [list(range(t)) for t in turns]
 
 
@@ -128,7 +130,12 @@ def test_annealed_gates_fall_to_zero_and_stay_there():
   assert gates_of([1], anneal=1.0) == [[1, g, 1, 1] for g in (0.75, 0.5, 0.25, 0)]
   assert gates_of([2, 1], anneal=0.5) == [[1, g, g, 1] for g in (0.5, 0, 0, 0)]
   # One after another: a layer whose turn is over is skipped, so that its gate is of no account.
-  assert gates_of([2, 1], anneal=1.0, sequential=True) == [[1, 1, 0.5, 1], [1, 1, 0, 1], [1, 0.5, 1, 1], [1, 0, 1, 1]]
+  assert gates_of([2, 1], anneal=1.0, order='sequential') == [
+    [1, 1, 0.5, 1],
+    [1, 1, 0, 1],
+    [1, 0.5, 1, 1],
+    [1, 0, 1, 1],
+  ]
 
 
 def test_what_is_annealed_away_leaves_without_a_jump():
@@ -136,14 +143,14 @@ def test_what_is_annealed_away_leaves_without_a_jump():
   trained = fit(model, [2, 1], log=lambda i, m: lm.append(m['lm_loss']), steps=4, anneal=0.5, lambda2=0.0, lr=0.0)
   pruned = pruning.prune(trained, [1, 2])
   tokens_BT = BATCHES_SBT[3]
-  nll, count = losses.next_token_nll(pruned, model_lib.forward(pruned, tokens_BT)[0], tokens_BT)
+  nll, count = losses.next_token_nll(pruned, forward(pruned, tokens_BT)[0], tokens_BT)
   np.testing.assert_allclose(lm[3], nll / count, rtol=1e-6)
   assert abs(lm[3] - lm[0]) > 1e-3
 
 
 @pytest.mark.parametrize('steps', range(4, 14))
 def test_every_layer_has_its_turn_and_its_whole_ramp(steps):
-  w_SL = np.array(weights([2, 0, 3, 1], steps, sequential=True, lambda2_power=1.0))
+  w_SL = np.array(weights([2, 0, 3, 1], steps, order='sequential', lambda2_power=1.0))
   assert ((w_SL > 0).sum(1) == 1).all()
   for l in range(L):
     turn = w_SL[w_SL[:, l] > 0, l]
@@ -153,14 +160,14 @@ def test_every_layer_has_its_turn_and_its_whole_ramp(steps):
 
 @pytest.mark.parametrize('steps', [1, 2, 3])
 def test_fewer_steps_than_layers_give_some_layers_a_turn(steps):
-  w_SL = np.array(weights([0, 1, 2, 3], steps, sequential=True, lambda2_power=1.0))
+  w_SL = np.array(weights([0, 1, 2, 3], steps, order='sequential', lambda2_power=1.0))
   assert ((w_SL == 0.5).sum(1) == 1).all() and ((w_SL > 0).sum(1) == 1).all()
   assert len(set(w_SL.argmax(1))) == steps
 
 
 def test_no_layers_are_no_penalty():
   for sequential in (False, True):
-    terms = penalty_terms(L, [], settings(sequential=sequential), 2)
+    terms = penalty_terms(L, [], settings(order='sequential' if sequential else 'joint'), 2)
     assert terms['alive_L'].all() and not terms['delta_weight_L'].any()
 
 
@@ -196,11 +203,11 @@ def test_no_penalty_is_plain_lm_training():
   def lm_loss(layers, tokens_BT):
     changed = jax.tree.map(lambda a: a, model)
     changed.layers = layers
-    x_BTD, _ = model_lib.forward(changed, tokens_BT)
-    logp_BTV = jax.nn.log_softmax(model_lib.logits(changed, x_BTD)[:, :-1])
+    x_BTD, _ = forward(changed, tokens_BT)
+    logp_BTV = jax.nn.log_softmax(logits_of(changed, x_BTD)[:, :-1])
     return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], -1))
 
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(loop.schedule(1e-3, steps, 0.05)))
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate(1e-3, steps, 0.05)))
   layers = jax.tree.map(lambda a: a, model.layers)
   state = tx.init(layers)
 
@@ -223,9 +230,7 @@ def test_lambda2_of_zero_is_no_penalty_bit_for_bit():
 
 def plain_kl(teacher, model, tokens_BT):
   """Mean over predicted tokens of Σ_v p log(p / q), from whole logits."""
-  logp_BTV, logq_BTV = (
-    jax.nn.log_softmax(model_lib.logits(m, model_lib.forward(m, tokens_BT)[0])[:, :-1]) for m in (teacher, model)
-  )
+  logp_BTV, logq_BTV = (jax.nn.log_softmax(logits_of(m, forward(m, tokens_BT)[0])[:, :-1]) for m in (teacher, model))
   return jnp.mean(jnp.sum(jnp.exp(logp_BTV) * (logp_BTV - logq_BTV), -1))
 
 
@@ -234,7 +239,10 @@ def test_distillation_is_the_formula(tied, chunk, monkeypatch):
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', chunk)  # 8 tokens are 2 of each row: chunks that do not divide 9
   teacher, model, tokens_BT = tiny(tied), pruning.prune(tiny(tied), [1, 2]), BATCHES_SBT[0]
   terms = penalty_terms(L - 2, [], settings(), 0)
-  both = lambda m, t, w: losses.loss(m, tokens_BT, terms, Mode(), t, w)
+
+  def both(m, t, w):
+    return losses.loss(m, tokens_BT, terms, Mode(), t, w)
+
   total, parts = both(model, teacher, 0.25)
   kl = plain_kl(teacher, model, tokens_BT)
   assert kl > 0.1
@@ -269,7 +277,13 @@ def test_what_trains_and_what_is_logged():
   old = leaves(model)
   new = leaves(
     fit(
-      model, [2, 1], log=lambda i, m: log.append((i, m)), steps=4, sequential=True, trainable='all', lambda2_power=1.0
+      model,
+      [2, 1],
+      log=lambda i, m: log.append((i, m)),
+      steps=4,
+      order='sequential',
+      trainable='all',
+      lambda2_power=1.0,
     )
   )
   assert [i for i, _ in log] == [0, 1, 2, 3]
@@ -281,7 +295,7 @@ def test_what_trains_and_what_is_logged():
 
 
 def test_a_killed_training_goes_on_exactly(tmp_path):
-  options = dict(steps=6, sequential=True, lambda2_power=1.0, warmup_ratio=0.3, weight_decay=0.1)
+  options = dict(steps=6, order='sequential', lambda2_power=1.0, warmup_ratio=0.3, weight_decay=0.1)
   straight = fit(tiny(), [2, 1], **options)
 
   class Killed(BaseException):
@@ -292,7 +306,9 @@ def test_a_killed_training_goes_on_exactly(tmp_path):
       raise Killed
     return BATCHES_SBT[i]
 
-  checkpoints = lambda: Checkpoints(tmp_path / 'c', 2, 6)
+  def checkpoints():
+    return Checkpoints(tmp_path / 'c', 2, 6)
+
   with pytest.raises(Killed):
     fit(tiny(), [2, 1], checkpoint=checkpoints(), batch=dying, **options)
   steps = []

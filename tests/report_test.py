@@ -6,8 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from elder_jax.log import Metrics
-from elder_jax.run import report as report_lib
+from elder_jax.devices.about import device_name
+from elder_jax.devices.about import package_versions
+from elder_jax.log import MetricsFile
+from elder_jax.log import write_json
+from elder_jax.run.plot import plot_sweep
+from elder_jax.run.report import markdown
+from elder_jax.run.report import table
+from elder_jax.run.report import verdict
 
 
 def row(recipe, wiki, news, method='elder', removed=(2, 3), tasks=None) -> dict:
@@ -49,7 +55,7 @@ def make(recipe='regularize', **changes) -> dict:
 
 
 def test_table():
-  assert report_lib.table(make()).splitlines() == [
+  assert table(make()).splitlines() == [
     '| model | layers | PPL wiki | PPL news |',
     '| --- | ---: | ---: | ---: |',
     '| dense | 6 | 10.13 | 7.00 |',
@@ -60,7 +66,9 @@ def test_table():
 
 
 def sweep() -> dict:
-  acc = lambda value: {'piqa': {'acc': value, 'acc_stderr': 0.011, 'n': 9}}
+  def acc(value):
+    return {'piqa': {'acc': value, 'acc_stderr': 0.011, 'n': 9}}
+
   rows = [
     row('none', 30.0, 31.0, 'sleb', [3], acc(0.6)),
     row('none', 28.0, 33.0, 'laco', [3], acc(0.5)),
@@ -75,7 +83,7 @@ def sweep() -> dict:
 
 
 def test_table_of_several_methods_and_depths_with_tasks():
-  assert report_lib.table(sweep()).splitlines() == [
+  assert table(sweep()).splitlines() == [
     '| model | layers chosen by | layers | PPL wiki | PPL news | piqa, % |',
     '| --- | --- | ---: | ---: | ---: | ---: |',
     '| dense |  | 6 | 10.13 | 7.00 | 70.0 ± 1.1 |',
@@ -84,15 +92,15 @@ def test_table_of_several_methods_and_depths_with_tasks():
     '| direct removal (exported) | sleb | 4 | 31.00 | 30.00 | 55.0 ± 1.1 |',
     '| direct removal | laco | 4 | 29.00 | 32.00 | 40.0 ± 1.1 |',
   ]
-  text = report_lib.markdown(sweep())
+  text = markdown(sweep())
   assert 'Layers merged by laco, 2 fewer: 1 ← 2, 3.' in text and '![perplexity over layers](sweep.svg)' in text
   # Only models of the same depth are rivals.
-  (line,) = report_lib.verdict(sweep())
+  (line,) = verdict(sweep())
   assert line.startswith('On wiki, "direct removal, layers chosen by laco"') and '29.00 against 31.00' in line
 
 
 def test_plot_has_a_line_for_each_way(tmp_path):
-  report_lib.plot(sweep(), tmp_path / 'sweep.svg')
+  plot_sweep(sweep(), tmp_path / 'sweep.svg')
   text = (tmp_path / 'sweep.svg').read_text()
   assert '<svg' in text and [p.name for p in tmp_path.iterdir()] == ['sweep.svg']
   for label in ('laco: direct removal', 'sleb: direct removal', 'wiki', 'news'):
@@ -100,58 +108,58 @@ def test_plot_has_a_line_for_each_way(tmp_path):
 
 
 def test_verdict_is_silent_where_the_exported_recipe_wins():
-  assert report_lib.verdict(make()) == []
+  assert verdict(make()) == []
   tie = make()
   tie['rows'][0]['ppl']['wiki'] = 20.5  # no better, and first in the file's order it is not
-  assert report_lib.verdict(tie) == []
+  assert verdict(tie) == []
 
 
 def test_verdict_names_the_best_rival_on_its_corpus():
   report = make()
   report['rows'][1]['ppl']['wiki'] = 19.25
   report['rows'][0]['ppl']['wiki'] = 20.0
-  (line,) = report_lib.verdict(report)
+  (line,) = verdict(report)
   assert line.startswith('On wiki, "prune, then train" is better than the exported "regularise, then prune"')
   assert '19.25 against 20.50' in line and 'news' not in line
   report['rows'][0]['ppl']['news'] = 5.0
-  assert len(report_lib.verdict(report)) == 2
+  assert len(verdict(report)) == 2
   report = make(rows=[row('regularize', 20.5, 9999.0), row('none', 123456.0, 10000.0)])
-  assert [line.split(',')[0] for line in report_lib.verdict(report)] == ['On wiki', 'On news']
+  assert [line.split(',')[0] for line in verdict(report)] == ['On wiki', 'On news']
 
 
 def test_markdown():
   report = make()
-  text = report_lib.markdown(report)
+  text = markdown(report)
   assert text.startswith('# some/model: 6 → 4 layers\n')
   assert 'numbers of the dense model): [2, 3]. Kept: [0, 1, 4, 5].' in text
   assert 'Parameters: 12.3 M → 9.3 M (25.0% fewer).' in text
-  assert report_lib.table(report) in text and 'is better than' not in text
+  assert table(report) in text and 'is better than' not in text
   assert f'- wiki: wiki.txt, sha256 {"w" * 16}…, 8 windows of 32 tokens, BOS: tokenizer.' in text
   assert '- Protocol: P/1.' in text
   assert '0: 1.000, 1: 0.900, 2: 0.123, 3: -0.050, 4: 1.000, 5: 1.000.' in text  # of the last round
   assert 'Seconds: load 1, gates 62. Device: 1 × cpu.' in text and 'python 3.11, jax 0.10.' in text
   report['rows'][0]['ppl']['wiki'] = 2.0
-  assert report_lib.verdict(report)[0] in report_lib.markdown(report)
+  assert verdict(report)[0] in markdown(report)
 
 
 def test_markdown_of_a_run_without_texts_and_gates():
   rows = [{'method': 'given', 'recipe': 'none', 'removed': [2, 3], 'ppl': {}, 'tasks': {}}]
-  text = report_lib.markdown(make('none', ppl={}, gates=[], corpora={}, rows=rows))
+  text = markdown(make('none', ppl={}, gates=[], corpora={}, rows=rows))
   assert '|' not in text and 'Protocol' not in text and 'Gates' not in text and 'Parameters' in text
 
 
 def test_versions_and_device():
-  versions = report_lib.versions()
+  versions = package_versions()
   assert versions['jax'] == jax.__version__ and all(versions.values())
-  assert report_lib.device().startswith(f'{len(jax.devices())} × ')
+  assert device_name().startswith(f'{len(jax.devices())} × ')
 
 
 def test_write_json_leaves_no_half(tmp_path):
   path = tmp_path / 'report.json'
-  report_lib.write_json(path, {'a': [1, 'ü']})
+  write_json(path, {'a': [1, 'ü']})
   assert json.loads(path.read_text()) == {'a': [1, 'ü']} and [p.name for p in tmp_path.iterdir()] == ['report.json']
   with pytest.raises(TypeError):
-    report_lib.write_json(path, {'a': object()})
+    write_json(path, {'a': object()})
   assert json.loads(path.read_text()) == {'a': [1, 'ü']}
 
 
@@ -161,7 +169,7 @@ def steps(path) -> list[tuple]:
 
 def test_metrics_begin_drops_what_will_be_written_again(tmp_path):
   path = tmp_path / 'metrics.jsonl'
-  metrics = Metrics(path)
+  metrics = MetricsFile(path)
   metrics.begin('gates', 0)
   assert not path.exists()
   for stage in ('gates', 'regularize'):
@@ -186,7 +194,7 @@ def test_metrics_begin_drops_what_will_be_written_again(tmp_path):
 @pytest.mark.parametrize('half', ['{"stage": "gates", "st', '{', '{"stage": "gates", "step": 2, "loss": 1.0}'])
 def test_metrics_begin_mends_a_last_line_that_a_kill_cut_off(tmp_path, half):
   path = tmp_path / 'metrics.jsonl'
-  metrics = Metrics(path)
+  metrics = MetricsFile(path)
   for i in range(2):
     metrics.write('gates', i, {'loss': 1.0})
   with path.open('a') as file:

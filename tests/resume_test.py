@@ -3,7 +3,6 @@
 Run as a script, this file is a run that sends itself SIGTERM.
 """
 
-import dataclasses
 import errno
 import json
 import os
@@ -21,26 +20,36 @@ import numpy as np
 import pytest
 from refusal import refused
 import safetensors.numpy
+from tiny import Endless
+from tiny import config_of
 
-from elder_jax import log as log_lib
-from elder_jax import main
-from elder_jax.commands import cli
+from elder_jax.commands import prune
+from elder_jax.commands import run_verb
+from elder_jax.commands.flags import Parsed
 from elder_jax.devices import preemption
+from elder_jax.errors import CTRL_C
+from elder_jax.errors import as_text
 from elder_jax.errors import disk_is_full
-from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import safetensors_files
+from elder_jax.hf import save as save_module
+from elder_jax.hf.load import check_finite
+from elder_jax.log import MetricsFile
+from elder_jax.log import write_whole
 from elder_jax.methods import elder
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
 from elder_jax.run import pipeline
-from elder_jax.run import prepare as prepare_lib
-from elder_jax.run.config import Config
+from elder_jax.run import work as work_module
 from elder_jax.training import checkpoints
-from elder_jax.training import loop
+from elder_jax.training.batches import Batches
 from elder_jax.training.checkpoints import Checkpoints
+from elder_jax.training.optimizer import make_optimizer
+from elder_jax.training.step import TrainState
+from elder_jax.training.step import make_step
+from elder_jax.training.step import train_mask
 
 pytestmark = [
-  pytest.mark.usefixtures('quick_compiler'),
   # Of damaged checkpoints Orbax's own threads may complain to an event loop that is closed, after the test is over.
   pytest.mark.filterwarnings('ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning'),
 ]
@@ -58,12 +67,12 @@ SPEC = Spec(
 )
 L = 5
 BATCHES_SBT = np.random.default_rng(0).integers(0, SPEC.vocab_size, (9, 4, 9), np.int32)
-SETTINGS = elder.GateSettings(3, True, 3, 0.02, 1e-4, (1, 2, 3), clip=1e9)
+SETTINGS = elder.GateSettings(selection='iterative', steps=3, lr=0.02, lambda1=1e-4, protect_first=1, protect_last=1)
 
 
-def state_at(step: int, scale: float = 1.0) -> loop.TrainState:
+def state_at(step: int, scale: float = 1.0) -> TrainState:
   w = np.random.default_rng(0).normal(size=(64, 33)).astype(np.float32)  # large enough for a data file of its own
-  return loop.TrainState(jnp.int32(step), {'w': jnp.asarray(scale * w)}, {'mu': jnp.ones((2, 3))})
+  return TrainState(jnp.int32(step), {'w': jnp.asarray(scale * w)}, {'mu': jnp.ones((2, 3))})
 
 
 def checkpoints_of(folder, *steps) -> Checkpoints:
@@ -83,7 +92,9 @@ def names(folder: pathlib.Path) -> list[str]:
 
 
 def test_due_by_steps_and_at_the_end(tmp_path):
-  due = lambda every: [s for s in range(1, 8) if Checkpoints(tmp_path / 'c', every, 7).due(s)]
+  def due(every):
+    return [s for s in range(1, 8) if Checkpoints(tmp_path / 'c', every, 7).due(s)]
+
   assert due(2) == [2, 4, 6, 7] and due(0) == [7]
 
 
@@ -126,7 +137,7 @@ def test_the_last_ones_stay_and_nothing_else(tmp_path, keep):
 
 def test_what_is_saved_is_the_state_that_was_given_though_it_is_donated(tmp_path):
   step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
-  state = step(loop.TrainState(jnp.int32(0), {'w': jnp.zeros((1000, 1000))}, {}))
+  state = step(TrainState(jnp.int32(0), {'w': jnp.zeros((1000, 1000))}, {}))
   checkpoints = Checkpoints(tmp_path / 'c', 1, 9)
   for _ in range(3):
     checkpoints.save(state)
@@ -202,8 +213,8 @@ def test_all_checkpoints_damaged_is_a_new_start(tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def gate_step():
-  tx = loop.optimizer(loop.mask(random_model(), 'gates'), rate, 0.0, SETTINGS.clip)
-  return loop.make_step(tx, Mode(), 1, rate)
+  tx = make_optimizer(train_mask(random_model(), 'gates'), rate, 0.0, 1e9)
+  return make_step(tx, Mode(), 1, rate)
 
 
 def rate(step):
@@ -221,8 +232,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize('every, death', [(1, 4), (2, 1), (2, 5), (3, 3), (3, 6), (3, 8), (0, 7)])
 def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death):
   """Death in a round, at its border, before any checkpoint; nine steps in three rounds."""
-  monkeypatch.setattr(loop, 'make_step', lambda *_: gate_step)
-  log, total = [], SETTINGS.steps * SETTINGS.num_remove
+  monkeypatch.setattr(elder, 'make_step', lambda *_: gate_step)
+  log, total = [], SETTINGS.steps * 3
 
   def dying(i):
     if i == death:
@@ -232,7 +243,14 @@ def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death)
   def learn(batch, folder):
     log.clear()
     return elder.learn(
-      random_model(), SETTINGS, Mode(), batch, lambda *row: log.append(row), Checkpoints(folder, every, total)
+      random_model(),
+      3,
+      SETTINGS,
+      Mode(),
+      Endless(batch),
+      lambda *row: log.append(row),
+      Checkpoints(folder, every, total),
+      clip=1e9,
     )
 
   straight = learn(lambda i: BATCHES_SBT[i], tmp_path / 'straight')
@@ -251,7 +269,7 @@ def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death)
 
 
 def whole_run(settings, **more):
-  return pipeline.run(Config(**{**settings, **more}))
+  return pipeline.run(config_of(**{**settings, **more}))
 
 
 def left_behind(workdir, report) -> tuple:
@@ -262,7 +280,7 @@ def left_behind(workdir, report) -> tuple:
 
 def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) -> subprocess.CompletedProcess:
   """`python -m elder_jax.main` that is sent a signal when it takes its n-th batch."""
-  args = [f'--{k}={v}' for k, v in settings.items() if k != 'eval_data']
+  args = [f'--{k}={as_text(v)}' for k, v in settings.items() if k != 'eval_data']
   args += [f'--eval_data={text}' for text in settings['eval_data']]
   env = os.environ | {
     'SIGNAL': str(int(number)),
@@ -281,7 +299,7 @@ def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) ->
 
 def struck():
   """The script: an ordinary run, but for the signal."""
-  left, batch = int(os.environ['BATCHES']), prepare_lib.Run.batch
+  left, batch = int(os.environ['BATCHES']), Batches.__getitem__
 
   def counting(self, i):
     nonlocal left
@@ -290,17 +308,18 @@ def struck():
       os.kill(os.getpid(), int(os.environ['SIGNAL']))
     return batch(self, i)
 
-  prepare_lib.Run.batch = counting
-  main.run()
+  Batches.__getitem__ = counting
+  run_verb('prune')
 
 
+@pytest.mark.slow
 def test_from_8_devices_to_2_to_1_by_sigterm(settings, tmp_path):
   settings |= dict(gate_steps=3, train_steps=6, batch_size=8, num_sequences=16, eval_batch_size=8, checkpoint_every=100)
   straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
   # 6 steps of stage 1, then as many of stage 2; the second process has one of stage 1 left.
   for devices, mesh, stage, step in [(8, '2,4,1', 'gates', 5), (2, '1,2,1', 'regularize', 4)]:
     done = in_a_process(settings | {'mesh': mesh}, devices, batches=5)
-    assert done.returncode == preemption.EXIT_STATUS == 75, done.stderr[-3000:]
+    assert done.returncode == preemption.PREEMPTED == 75, done.stderr[-3000:]
     sentence = f'stopped by SIGTERM after step {step} of {stage}; saved; rerun the same command to resume'
     assert done.stderr.splitlines()[-1] == f'elder_jax: {sentence}'
     assert not {'Traceback', 'Warning', 'Error'} & set(re.findall(r'\w+', done.stderr)), done.stderr
@@ -325,9 +344,9 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypat
     monkeypatch.setattr(preemption, '_signalled', len(seen) == count)
     return run_batch(self, i)
 
-  run_batch = prepare_lib.Run.batch
+  run_batch = Batches.__getitem__
   with monkeypatch.context() as patch:
-    patch.setattr(prepare_lib.Run, 'batch', batch)
+    patch.setattr(Batches, '__getitem__', batch)
     with pytest.raises(preemption.Preempted, match=f'after step {step + 1} of {stage}; saved'):
       whole_run(settings)
   monkeypatch.setattr(preemption, '_signalled', False)
@@ -338,10 +357,11 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypat
   assert mine[0] == whole[0] and mine[2] == whole[2]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on_exactly(settings, tmp_path):
   straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
   done = in_a_process(settings, 1, batches=6, number=signal.SIGINT)
-  assert done.returncode == cli.CTRL_C_STATUS == 130, done.stderr[-3000:]
+  assert done.returncode == CTRL_C == 130, done.stderr[-3000:]
   told = done.stderr.splitlines()
   assert told[-1] == 'elder_jax: stopped by Ctrl-C after step 2 of regularize; saved; rerun the same command to resume'
   assert 'elder_jax: stopping at the next step; press Ctrl-C again to abort at once' in told
@@ -375,15 +395,15 @@ def test_the_second_ctrl_c_aborts_and_a_program_of_its_own_keeps_its_signals(mon
 
 def test_sigterm_ends_a_copy_within_a_tensor(settings, monkeypatch):
   settings |= dict(recipe='none', compare=(), num_remove=None, remove_layers='2', train_data='', eval_data=())
-  monkeypatch.setattr(checkpoint_hf.safetensors_files, 'PIECE', 1024)
-  seen, finite = [], checkpoint_hf._check_finite
+  monkeypatch.setattr(safetensors_files, 'PIECE', 1024)
+  seen, finite = [], check_finite
 
   def count(*args, **kwargs):
     seen.append(1)
     monkeypatch.setattr(preemption, '_signalled', len(seen) == 3)
     return finite(*args, **kwargs)
 
-  monkeypatch.setattr(checkpoint_hf, '_check_finite', count)
+  monkeypatch.setattr(save_module, 'check_finite', count)
   with pytest.raises(preemption.Preempted, match='rerun the same command to resume'):
     whole_run(settings)
   assert len(seen) == 3 and not (pathlib.Path(settings['workdir']) / 'export').exists()
@@ -393,14 +413,14 @@ def test_sigterm_ends_a_copy_within_a_tensor(settings, monkeypatch):
 
 def test_sigterm_outside_training_ends_the_run_at_the_next_batch(settings, monkeypatch):
   settings |= dict(eval_tokens=0, recipe='none')
-  done, put = [], pipeline.sharding.put_batch
+  done, put = [], work_module.sharding.put_batch
 
   def counting(*args):
     done.append(1)
     monkeypatch.setattr(preemption, '_signalled', len(done) == 3)
     return put(*args)
 
-  monkeypatch.setattr(pipeline.sharding, 'put_batch', counting)
+  monkeypatch.setattr(work_module.sharding, 'put_batch', counting)
   with pytest.raises(preemption.Preempted, match='the stages that are finished are kept'):
     whole_run(settings)
   assert len(done) == 3
@@ -418,7 +438,10 @@ def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text,
   refused(settings, f'--eval_data=text={text}, not text={other}', eval_data=(f'text={other}',))
   # Cadence, mesh and other ways to write a path are free.
   monkeypatch.chdir(tmp_path)
-  near = lambda path: os.path.relpath(path, tmp_path)
+
+  def near(path):
+    return os.path.relpath(path, tmp_path)
+
   free = dict(
     checkpoint_every=7,
     checkpoint_minutes=3.0,
@@ -460,14 +483,11 @@ def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, cap
   def full(config):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(main.pipeline, 'run', full)
-  monkeypatch.setattr(main.config_lib, 'from_flags', lambda: Config(**settings))
-  monkeypatch.setattr(main.config_lib, 'launch_from_flags', lambda: None)
-  monkeypatch.setattr(main.config_lib, 'replaced', lambda: '')
-  monkeypatch.setattr(main.hosts, 'start', lambda launch: None)
-  monkeypatch.setattr(main.preemption, 'listen', lambda: None)
+  monkeypatch.setattr(prune.pipeline, 'run', full)
+  monkeypatch.setattr(prune.hosts, 'start', lambda launch: None)
+  monkeypatch.setattr(prune.preemption, 'listen', lambda: None)
   with pytest.raises(SystemExit) as caught:
-    main.main([])
+    prune.run_config(Parsed({}, []), config_of(**settings).flat())
   told = capsys.readouterr().err
   assert caught.value.code == 1 and told.count('\n') == 1
   assert f'--workdir={settings["workdir"]}: the disk is full; free some space' in told
@@ -475,7 +495,7 @@ def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, cap
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
   path = tmp_path / 'metrics.jsonl'
-  log = log_lib.Metrics(path)
+  log = MetricsFile(path)
   for step in range(3):
     log.write('gates', step, {'loss': 1.0})
   before = path.read_text()
@@ -488,7 +508,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'):
       log.begin('gates', 1)
     with pytest.raises(OSError, match='No space'):
-      log_lib.write_whole(tmp_path / 'report.md', 'text')
+      write_whole(tmp_path / 'report.md', 'text')
   assert path.read_text() == before and not (tmp_path / 'report.md').exists()
   with path.open('a') as file:
     file.write('{"stage": "gates", "st')  # what a full disk leaves of a line
@@ -503,7 +523,7 @@ def test_a_folder_in_which_a_run_had_only_begun_is_not_foreign(settings):
     (work / name).touch()
   settings |= dict(recipe='none', num_remove=None, remove_layers='2', eval_data=())
   assert whole_run(settings)['removed'] == [2] and not {'.writable', 'config.json.partial'} & set(names(work))
-  assert dataclasses.asdict(Config(**settings))['workdir'] == json.loads((work / 'config.json').read_text())['workdir']
+  assert config_of(**settings).flat()['workdir'] == json.loads((work / 'config.json').read_text())['workdir']
 
 
 if __name__ == '__main__':

@@ -1,11 +1,7 @@
-"""Meshes, and the same training on each of them. Run as a script, this file is the worker with eight devices."""
+"""Meshes, and the same training on each of them, on eight simulated devices."""
 
-import json
-import os
+import functools
 import pathlib
-import subprocess
-import sys
-import tempfile
 
 import jax
 import numpy as np
@@ -14,11 +10,15 @@ import pytest
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
-from elder_jax.text import generation
-from elder_jax.training import loop
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
+from elder_jax.text.generation import generate
 from elder_jax.training.checkpoints import Checkpoints
+from elder_jax.training.optimizer import learning_rate
+from elder_jax.training.optimizer import make_optimizer
+from elder_jax.training.step import init_state
+from elder_jax.training.step import make_step
+from elder_jax.training.step import train_mask
 
 SPEC = Spec(
   vocab_size=48,
@@ -48,47 +48,54 @@ def named(tree) -> dict:
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def worker(out: pathlib.Path):
-  """Two steps on each mesh: losses, weights, how every leaf lies before and after, and a resume after the first step."""
-  jax.config.update('jax_numpy_rank_promotion', 'raise')
-  jax.config.update('jax_disable_most_optimizations', True)  # half the time is XLA's
-  compiled = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **more: compiled.append(event) if 'backend_compile' in event else None
-  )
+def sizes_of(flag: str) -> tuple[int, ...]:
+  return tuple(int(size) for size in flag.split(','))
+
+
+def lies(state) -> dict:
+  """{leaf: (shape, shape of a device's part)}."""
+  return {k: [[*a.shape], [*a.sharding.shard_shape(a.shape)]] for k, a in named(state).items()}
+
+
+COMPILED: list[str] = []  # jax's own events
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, seconds, **more: COMPILED.append(event) if 'backend_compile' in event else None
+)
+
+
+def trained_on(flag: str, folder: pathlib.Path) -> tuple[dict, dict]:
+  """Two steps on a mesh: (losses, how every leaf lies before and after, a resume after the first step …; arrays)."""
+  remat, grad_accum = MESHES[flag]
+  whole = Decoder(SPEC, L, jax.random.key(0))
   batches = np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 16, 9), np.int32)
   terms = {
     'alive_L': np.ones(L, bool),
     'gate_weight_L': np.zeros(L, np.float32),
     'delta_weight_L': np.float32([0, 0.1, 0]),
   }
-  facts, arrays, whole = {}, {}, Decoder(SPEC, L, jax.random.key(0))
-  arrays |= {f'start/{k}': np.asarray(a) for k, a in named(whole).items()}
-  for flag, (remat, grad_accum) in MESHES.items():
-    mesh = sharding.make_mesh(flag, jax.devices()[: 1 if flag == '1,1,1' else 8])
-    jax.set_mesh(mesh)
-    model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, flag))
-    mask, rate = loop.mask(model, 'all'), loop.schedule(1e-3, 2, 0.0)
-    tx = loop.optimizer(mask, rate, 0.0, 1.0)
-    step = loop.make_step(tx, Mode(remat=remat), grad_accum, rate)
-    state, frozen = loop.init(model, mask, tx)
-    lies = lambda state: {k: [a.shape, a.sharding.shard_shape(a.shape)] for k, a in named(state).items()}
-    before, losses = lies(state), []
+  mesh = sharding.make_mesh(sizes_of(flag), jax.devices()[: 1 if flag == '1,1,1' else 8])
+  with jax.set_mesh(mesh):
+    model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, sizes_of(flag)))
+    mask, rate = train_mask(model, 'all'), learning_rate(1e-3, 2, 0.0)
+    tx = make_optimizer(mask, rate, 0.0, 1.0)
+    step = make_step(tx, Mode(remat=remat), grad_accum, rate)
+    state, frozen = init_state(model, mask, tx)
+    before, losses, arrays = lies(state), [], {}
     whole_stacks = {str(list(a.shape)).replace(' ', '') for a in jax.tree.leaves(model.layers) if a.ndim > 2}
-    checkpoints = Checkpoints(out / flag, 1, 2)
+    checkpoints = Checkpoints(folder / flag, 1, 2)
     for i, batch in enumerate([sharding.put_batch(b, mesh) for b in batches]):
-      compiled.clear()
+      COMPILED.clear()
       state, metrics = step(state, (frozen, None), batch, terms)
-      again = len(compiled)  # of the second step, in the end
+      again = len(COMPILED)  # of the second step, in the end
       losses.append(float(metrics['loss']))
       if not i:
         checkpoints.save(state)
         checkpoints.wait()
-        arrays |= {f'{flag}/gradient{k}': np.asarray(a) for k, a in named(state.opt_state).items() if '.mu.' in k}
+        arrays |= {f'gradient{k}': np.asarray(a) for k, a in named(state.opt_state).items() if '.mu.' in k}
         program = step.lower(state, (frozen, None), batch, terms).compile().as_text()
-    restored = checkpoints.latest(loop.init(model, mask, tx)[0])
+    restored = checkpoints.latest(init_state(model, mask, tx)[0])
     resumed, _ = step(restored, (frozen, None), batch, terms)
-    facts[flag] = {
+    facts = {
       'losses': losses,
       'before': before,
       'after': lies(state),
@@ -97,31 +104,23 @@ def worker(out: pathlib.Path):
       'stacks': len(whole_stacks),
       'whole_stacks': [s for s in whole_stacks if s in program],
       'gathers': program.count(' all-gather('),
-      'batch': batch.sharding.shard_shape((16, 9)),
+      'batch': [*batch.sharding.shard_shape((16, 9))],
       'resumed': all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(state))),
     }
     if flag in ('1,1,1', '2,2,2'):  # fewer prompts than devices
-      put = lambda a, mesh=mesh: sharding.put_batch(a, mesh)
-      facts[flag]['written'] = generation.generate(model, [[1, 2, 3], [4], [5, 6]], 5, put=put)
-    arrays |= {f'{flag}/{k}': np.asarray(a) for k, a in named(state.trained).items()}
-  np.savez(out / 'arrays.npz', **arrays)
-  (out / 'facts.json').write_text(json.dumps(facts))
+      facts['written'] = generate(
+        model, [[1, 2, 3], [4], [5, 6]], 5, put=functools.partial(sharding.put_batch, mesh=mesh)
+      )
+    return facts, arrays | {k: np.asarray(a) for k, a in named(state.trained).items()}
 
 
 @pytest.fixture(scope='module')
-def result():
-  root = str(pathlib.Path(__file__).parents[1])
-  with tempfile.TemporaryDirectory() as folder:
-    env = os.environ | {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]),
-    }
-    done = subprocess.run([sys.executable, __file__, folder], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(pathlib.Path(folder) / 'arrays.npz') as file:
-      arrays = dict(file)
-    return json.loads((pathlib.Path(folder) / 'facts.json').read_text()), arrays
+def result(tmp_path_factory):
+  facts, arrays = {}, {f'start/{k}': np.asarray(a) for k, a in named(Decoder(SPEC, L, jax.random.key(0))).items()}
+  for flag in MESHES:
+    facts[flag], found = trained_on(flag, tmp_path_factory.mktemp('mesh'))
+    arrays |= {f'{flag}/{k}': a for k, a in found.items()}
+  return facts, arrays
 
 
 @pytest.mark.parametrize('flag', [*MESHES][1:])
@@ -195,16 +194,17 @@ def test_training_goes_on_from_a_checkpoint_of_a_mesh(result, flag):
   [('1,8,1', (1, 8, 1)), ('-1,1,1', (8, 1, 1)), ('2,-1,2', (2, 2, 2)), ('1,4,-1', (1, 4, 2)), ('8,1,-1', (8, 1, 1))],
 )
 def test_make_mesh(flag, sizes):
-  mesh = sharding.make_mesh(flag, np.arange(8))
+  mesh = sharding.make_mesh(sizes_of(flag), np.arange(8))
   assert dict(mesh.shape) == dict(zip(('data', 'fsdp', 'tp'), sizes))
 
 
 @pytest.mark.parametrize(
-  'flag', ['', '8', '1,8', '1,8,1,1', 'a,b,c', '-1,-1,1', '0,8,1', '-2,4,1', '1.0,8,1', '2,2,1', '3,-1,1', '16,-1,1']
+  'sizes', [(), (8,), (1, 8), (1, 8, 1, 1), (-1, -1, 1), (0, 8, 1), (-2, 4, 1), (2, 2, 1), (3, -1, 1), (16, -1, 1)]
 )
-def test_make_mesh_refuses(flag):
-  with pytest.raises(InputError, match=f'^--mesh={flag}: '):
-    sharding.make_mesh(flag, np.arange(8))
+def test_make_mesh_refuses(sizes):
+  with pytest.raises(InputError) as caught:
+    sharding.make_mesh(sizes, np.arange(8))
+  assert caught.value.for_command().startswith(f'--mesh={",".join(map(str, sizes))}: ')
 
 
 def one_device_as(**sizes):
@@ -219,17 +219,17 @@ def one_device_as(**sizes):
 def test_a_size_that_does_not_divide_is_refused(sizes, axis, size, monkeypatch):
   monkeypatch.setattr(sharding, 'NamedSharding', lambda mesh, spec: spec)
   model = jax.eval_shape(lambda: Decoder(SPEC, L, jax.random.key(0)))
-  with pytest.raises(InputError, match=rf'^--mesh=x,y,z: {axis} does not divide a size of {size}\.$'):
-    sharding.for_model(model, one_device_as(**sizes), 'x,y,z')
+  with pytest.raises(InputError, match=rf'^mesh=1,2,3: {axis} does not divide a size of {size}\.$'):
+    sharding.for_model(model, one_device_as(**sizes), (1, 2, 3))
 
 
 def test_a_batch_that_does_not_divide_is_refused():
   mesh = one_device_as(data=2, fsdp=4)
-  sharding.check_batch(mesh, '2,4,1', 16, '--batch_size')
-  with pytest.raises(InputError, match='^--mesh=2,4,1: .*8.*--batch_size=12; .*: 8 and 16.$'):
-    sharding.check_batch(mesh, '2,4,1', 12, '--batch_size')
-  with pytest.raises(InputError, match='--batch_size=3; .*: 8.$'):
-    sharding.check_batch(mesh, '2,4,1', 3, '--batch_size')
+  sharding.check_batch(mesh, (2, 4, 1), 16, '--batch_size')
+  with pytest.raises(InputError, match='^mesh=2,4,1: .*8.*--batch_size=12; .*: 8 and 16.$'):
+    sharding.check_batch(mesh, (2, 4, 1), 12, '--batch_size')
+  with pytest.raises(InputError, match='batch_size=3; .*: 8.$'):
+    sharding.check_batch(mesh, (2, 4, 1), 3, '--batch_size')
 
 
 def test_constraints_are_nothing_without_a_mesh():
@@ -243,7 +243,3 @@ def test_constraints_are_nothing_without_a_mesh():
   ):
     assert held is a
   assert sharding.batch_ways() == 1 and sharding.platform() == jax.default_backend()
-
-
-if __name__ == '__main__':
-  worker(pathlib.Path(sys.argv[1]))

@@ -6,16 +6,20 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from tiny import config_of
 
-from elder_jax.hf import checkpoint_hf
-from elder_jax.model import decoder as model_lib
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.run import pipeline
-from elder_jax.run.config import Config
 from elder_jax.text import data
 
 ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
 GGUF = ASSETS / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 NEWS = ASSETS / 'lee_news.txt'
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('whole_compiler')]
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +40,7 @@ def export(work, model, remove_layers, **more):
     compare=[],
     verify='torch',
   )
-  report = pipeline.run(Config(**{**settings, **more}))
+  report = pipeline.run(config_of(**{**settings, **more}))
   return report, work / 'export'
 
 
@@ -53,9 +57,9 @@ def test_logits_equal_torch_on_512_tokens(whole):
   _, folder = whole
   tokens = data.load_tokenizer(str(folder))(NEWS.read_text())['input_ids'][:512]
   tokens_BT = np.array([tokens], np.int32)
-  source = checkpoint_hf.open_source(str(folder), folder)
-  model = checkpoint_hf.load(source, 'float32')
-  logits_BTV = jax.jit(lambda m, t: model_lib.logits(m, model_lib.forward(m, t)[0]))(model, tokens_BT)
+  source = open_source(str(folder), folder)
+  model = load_model(source, 'float32')
+  logits_BTV = jax.jit(lambda m, t: logits_of(m, forward(m, t)[0]))(model, tokens_BT)
   with torch.no_grad():
     expected_BTV = torch_model(folder)(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
   assert tokens_BT.shape == (1, 512) and expected_BTV.std() > 1
@@ -93,5 +97,5 @@ def test_an_exported_folder_prunes_as_its_gguf_does(whole, tmp_path):
   assert config == before | {'num_hidden_layers': 23}
   model = torch_model(a)
   assert len(model.model.layers) == 23 and model.lm_head.weight is model.model.embed_tokens.weight
-  tensors = checkpoint_hf.open_source(str(a), a).shapes
+  tensors = open_source(str(a), a).shapes
   assert 'lm_head.weight' not in tensors and len(tensors) == 2 + 9 * 23

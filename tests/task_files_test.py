@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 from refusal import one_sentence
 
+from elder_jax.commands import evaluate
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
 from elder_jax.text import data
 from elder_jax.text import zero_shot
 
@@ -57,7 +59,7 @@ def local_only(monkeypatch):
 
 @pytest.fixture(scope='module')
 def loaded_model(tiny):
-  return checkpoint_hf.load(checkpoint_hf.open_source(str(tiny), tiny), 'float32'), data.load_tokenizer(str(tiny))
+  return load_model(open_source(str(tiny), tiny), 'float32'), data.load_tokenizer(str(tiny))
 
 
 def rolling(metric: str) -> str:
@@ -80,19 +82,20 @@ def test_a_broken_task_file_gives_the_harness_s_complaint(tmp_path, local_only, 
   folder = write(tmp_path / 'tasks', **{name: content})
   with pytest.raises(InputError) as caught:
     zero_shot.load_tasks([name], str(folder))
-  one_sentence(str(caught.value), f'--tasks={name}: ', *parts)
+  one_sentence(caught.value.for_command(), f'--tasks={name}: ', *parts)
   assert 'no such task' not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_broken_task_file_does_not_give_way_to_the_harness_s_own(tmp_path):
   folder = write(tmp_path / 'tasks', piqa='include: gone.yaml\ntask: piqa\n' + BODY)
-  with pytest.raises(InputError, match=r'--tasks=piqa: the harness cannot read .*piqa\.yaml .*gone\.yaml'):
+  with pytest.raises(InputError, match=r'tasks=piqa: the harness cannot read .*piqa\.yaml .*gone\.yaml'):
     zero_shot.load_tasks(['piqa'], str(folder))
 
 
 def test_a_task_file_under_another_name_is_still_its_task_s(tmp_path, local_only):
   folder = write(tmp_path / 'tasks', other='task: "mine"\ninclude: gone.yaml\n' + BODY)
-  with pytest.raises(InputError, match=r'--tasks=mine: the harness cannot read .*other\.yaml'):
+  with pytest.raises(InputError, match=r'tasks=mine: the harness cannot read .*other\.yaml'):
     zero_shot.load_tasks(['mine'], str(folder))
   (folder / 'other.yaml').rename(folder / 'mine.yml')
   with pytest.raises(InputError, match=r'reads \.yaml files only; rename .*mine\.yml'):
@@ -103,10 +106,11 @@ def test_a_task_file_under_another_name_is_still_its_task_s(tmp_path, local_only
 
 @pytest.mark.parametrize('name', ['[v1] tasks', 'a*', 'a?', 'a::b'])
 def test_a_folder_that_the_harness_takes_for_a_pattern(tmp_path, local_only, name):
-  with pytest.raises(InputError, match='--tasks_dir=.*pattern'):
+  with pytest.raises(InputError, match='tasks_dir=.*pattern'):
     zero_shot.load_tasks(['odd'], str(write(tmp_path / name, odd='task: odd\n' + BODY)))
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_no_folder_of_the_current_one(tmp_path, monkeypatch):
   """The harness's piqa is baber/piqa on the hub, whatever lies here."""
   for constants in ('huggingface_hub.constants', 'datasets.config'):
@@ -116,7 +120,7 @@ def test_a_hub_id_is_no_folder_of_the_current_one(tmp_path, monkeypatch):
   for split in ('train', 'validation', 'test'):
     (tmp_path / 'baber' / 'piqa' / f'{split}.jsonl').write_text(json.dumps(row) + '\n')
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(InputError, match='--tasks=piqa: the questions cannot be loaded'):
+  with pytest.raises(InputError, match='tasks=piqa: the questions cannot be loaded'):
     zero_shot.load_tasks(['piqa'])
 
 
@@ -139,7 +143,7 @@ def test_figures_that_the_harness_does_not_give(tmp_path, local_only, loaded_mod
   assert figures['roll']['word_perplexity'] > 1 and all(figures[name]['n'] == 6 for name in names)
   one = zero_shot.run(*loaded_model, zero_shot.load_tasks(['odd'], str(folder)), max_length=64, limit=1)['odd']
   assert one['acc'] in (0, 1) and one['acc_stderr'] is None and one['n'] == 1
-  assert zero_shot.table({'odd': one}).splitlines()[-1] == f'| odd | 1 | {100 * one["acc"]:.2f} |'
+  assert evaluate.table({'odd': one}).splitlines()[-1] == f'| odd | 1 | {100 * one["acc"]:.2f} |'
   assert 'using default' not in capsys.readouterr().err
 
 
@@ -149,7 +153,7 @@ def test_a_task_that_fails_over_its_answers(tmp_path, local_only, loaded_model):
   loaded = zero_shot.load_tasks(['bad'], str(folder))
   with pytest.raises(InputError) as caught:
     zero_shot.run(*loaded_model, loaded, max_length=64)
-  one_sentence(str(caught.value), '--tasks=bad: the harness fails', "KeyError: 'gone'")
+  one_sentence(caught.value.for_command(), '--tasks=bad: the harness fails', "KeyError: 'gone'")
 
   def put(array):
     raise ValueError('a fault of our own')
@@ -175,12 +179,15 @@ def test_scores_that_are_no_numbers_are_no_result(tmp_path, local_only, loaded_m
   assert not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(broken))
   with pytest.raises(InputError) as caught:
     zero_shot.run(broken, tokenizer, loaded, max_length=64, limit=2)
-  one_sentence(str(caught.value), 'not finite' if kind == 'generation' else f'{kind}: the model gives')
+  one_sentence(caught.value.for_command(), 'not finite' if kind == 'generation' else f'{kind}: the model gives')
 
 
 def test_the_context_of_a_model():
   tokenizer = types.SimpleNamespace(model_max_length=int(1e30))
-  length = lambda **config: zero_shot.context_length(config, tokenizer)
+
+  def length(**config):
+    return zero_shot.context_length(config, tokenizer)
+
   assert length(n_positions=1024, n_ctx=512) == 1024 and length(max_position_embeddings=256) == 256
   assert length(n_positions=None, n_ctx=512) == 512 and length() == 2048
   tokenizer.model_max_length = 4096

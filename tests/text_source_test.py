@@ -35,7 +35,7 @@ def read(source) -> str:
 def refused(source, *parts):
   with pytest.raises(InputError) as caught:
     read(source)
-  one_sentence(str(caught.value), f'--x={source}', *parts)
+  one_sentence(caught.value.for_command(), f'--x={source}', *parts)
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'json', 'parquet'])
@@ -99,7 +99,10 @@ def test_a_byte_order_mark_changes_nothing(tmp_path, name):
   without = write(tmp_path / name, 'sôme text')
   marked = tmp_path / f'marked_{name}'
   marked.write_bytes(b'\xef\xbb\xbf' + without.read_bytes())
-  tokenizer = lambda text, **_: {'input_ids': list(text.encode())}
+
+  def tokenizer(text, **_):
+    return {'input_ids': list(text.encode())}
+
   one, other = (data.tokenise('--x', str(path), 'text', tokenizer) for path in (without, marked))
   assert one.sha256 == other.sha256 and one.tokens_N.tolist() == other.tokens_N.tolist()
   marked.write_bytes(b'\xef\xbb\xbf')

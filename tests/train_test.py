@@ -10,12 +10,19 @@ import optax
 import pytest
 
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
-from elder_jax.training import loop
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
 from elder_jax.training.checkpoints import Checkpoints
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+from elder_jax.training.loop import NonFiniteLoss
+from elder_jax.training.loop import run_steps
+from elder_jax.training.optimizer import learning_rate
+from elder_jax.training.optimizer import make_optimizer
+from elder_jax.training.step import TrainState
+from elder_jax.training.step import combine
+from elder_jax.training.step import init_state
+from elder_jax.training.step import make_step
+from elder_jax.training.step import partition
+from elder_jax.training.step import train_mask
 
 SPEC = Spec(
   vocab_size=40,
@@ -57,7 +64,9 @@ def random_model() -> Decoder:
 
 
 def tiny(dtype=jnp.float32) -> Decoder:
-  to_dtype = lambda path, a: a if 'gate_L' in jax.tree_util.keystr(path) else a.astype(dtype)
+  def to_dtype(path, a):
+    return a if 'gate_L' in jax.tree_util.keystr(path) else a.astype(dtype)
+
   return jax.tree_util.tree_map_with_path(to_dtype, random_model())
 
 
@@ -72,14 +81,14 @@ def terms(**more) -> dict:
 @functools.cache
 def adam_step(what: str, dtype: str = 'float32'):
   """(tx, step); compiled once for all tests."""
-  tx = loop.optimizer(loop.mask(tiny(), what), rate, 0.0, 1.0)
-  return tx, loop.make_step(tx, Mode(dtype=dtype), 1, rate)
+  tx = make_optimizer(train_mask(tiny(), what), rate, 0.0, 1.0)
+  return tx, make_step(tx, Mode(dtype=dtype), 1, rate)
 
 
 def begin(what: str, model: Decoder | None = None, dtype: str = 'float32'):
   model = tiny() if model is None else model
   tx, step = adam_step(what, dtype)
-  return step, *loop.init(model, loop.mask(model, what), tx)
+  return step, *init_state(model, train_mask(model, what), tx)
 
 
 @pytest.mark.parametrize('what', ['gates', 'blocks', 'all'])
@@ -90,7 +99,7 @@ def test_nothing_but_what_is_named_trains(what):
   assert set(named(frozen)) == {name for name in before if not trains(name, what)}
   state, _ = step(state, (frozen, None), BATCHES_SBT[0], terms())
   assert int(state.step) == 1
-  after = copy(loop.combine(state.trained, frozen))
+  after = copy(combine(state.trained, frozen))
   assert list(after) == list(before)  # the order too: it is the tree's
   for name in before:
     assert np.array_equal(after[name], before[name]) != trains(name, what), name
@@ -106,16 +115,14 @@ def test_optimiser_state_is_of_the_trained_leaves_only(what):
 
 def test_gradient_accumulation_changes_nothing():
   model = tiny()
-  mask = loop.mask(model, 'all')
+  mask = train_mask(model, 'all')
   tx = optax.masked(optax.sgd(0.5), mask)  # an update that is the gradient; Adam's hides a wrong scale
   results = []
   for parts in (1, 2, 4):
-    state, frozen = loop.init(model, mask, tx)
-    state, metrics = loop.make_step(tx, Mode(), parts, rate)(state, (frozen, None), BATCHES_SBT[0], terms())
+    state, frozen = init_state(model, mask, tx)
+    state, metrics = make_step(tx, Mode(), parts, rate)(state, (frozen, None), BATCHES_SBT[0], terms())
     results.append((copy(state.trained), jax.device_get(metrics)))
-  moved = max(
-    np.abs(a - b).max() for a, b in zip(results[0][0].values(), copy(loop.partition(model, mask)[0]).values())
-  )
+  moved = max(np.abs(a - b).max() for a, b in zip(results[0][0].values(), copy(partition(model, mask)[0]).values()))
   assert moved > 1e-2
   chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)
   chex.assert_trees_all_close(results[0], results[2], atol=1e-6, rtol=1e-5)
@@ -167,7 +174,7 @@ def test_changed_terms_do_not_recompile():
 
 
 def test_schedule():
-  r = loop.schedule(2.0, 100, 0.1)
+  r = learning_rate(2.0, 100, 0.1)
   rates = np.array([float(r(i)) for i in range(100)])
   np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-6)
   assert rates.max() == rates[9] == rates[10] == 2.0 and rates[0] > 0
@@ -178,7 +185,7 @@ def test_schedule():
 @pytest.mark.parametrize('warmup', [0.0, 0.05, 0.5, 0.99])
 @pytest.mark.parametrize('steps', [1, 2, 3, 10])
 def test_schedule_wastes_no_step(steps, warmup):
-  r = loop.schedule(1.0, steps, warmup)
+  r = learning_rate(1.0, steps, warmup)
   rates = [float(r(i)) for i in range(steps)]
   assert min(rates) > 0 and max(rates) == 1.0
   if not warmup:
@@ -188,9 +195,9 @@ def test_schedule_wastes_no_step(steps, warmup):
 @pytest.mark.parametrize('kind', ['adamw', 'adafactor', 'lion'])
 def test_weight_decay_is_for_matrices(kind):
   model = tiny()
-  mask = loop.mask(model, 'all')
-  tx = loop.optimizer(mask, rate, 0.5, 1.0, kind)
-  state, _ = loop.init(model, mask, tx)
+  mask = train_mask(model, 'all')
+  tx = make_optimizer(mask, rate, 0.5, 1.0, kind)
+  state, _ = init_state(model, mask, tx)
   updates, _ = jax.jit(tx.update)(jax.tree.map(np.zeros_like, state.trained), state.opt_state, state.trained)
   weights = copy(state.trained)
   assert {'.embed.value', '.head.value', '.layers.w_down.value'} | NORMS < set(weights)
@@ -201,28 +208,31 @@ def test_weight_decay_is_for_matrices(kind):
 
 def updates_of(tx, mask, steps: int = 1):
   """(updates of the last of some steps on random gradients, optimiser state), leaves by name."""
-  state, _ = loop.init(tiny(), mask, tx)
+  state, _ = init_state(tiny(), mask, tx)
   opt_state = state.opt_state
   update = jax.jit(tx.update)
   for i in range(steps):
-    grads = jax.tree.map(lambda a: 0.01 * jax.random.normal(jax.random.key(i), a.shape), state.trained)
+    grads = jax.tree.map(lambda a, i=i: 0.01 * jax.random.normal(jax.random.key(i), a.shape), state.trained)
     updates, opt_state = update(grads, opt_state, state.trained)
   return copy(updates), opt_state, copy(grads)
 
 
 def test_the_default_is_optax_adamw_bit_for_bit():
-  mask = loop.mask(tiny(), 'blocks')
+  mask = train_mask(tiny(), 'blocks')
   plain = optax.masked(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0)), mask)
-  mine, theirs = updates_of(loop.optimizer(mask, rate, 0.0, 1.0), mask, 3), updates_of(plain, mask, 3)
+  mine, theirs = updates_of(make_optimizer(mask, rate, 0.0, 1.0), mask, 3), updates_of(plain, mask, 3)
   chex.assert_trees_all_equal(mine[0], theirs[0])
   chex.assert_trees_all_equal(copy(mine[1]), copy(theirs[1]))
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'lion'])
 def test_bfloat16_is_for_first_moments(kind):
-  mask = loop.mask(tiny(), 'blocks')
-  full, half = (updates_of(loop.optimizer(mask, rate, 0.0, 1.0, kind, d), mask, 3) for d in ('float32', 'bfloat16'))
-  dtypes = lambda state, name: {a.dtype.name for n, a in named(state).items() if f'.{name}.' in n}
+  mask = train_mask(tiny(), 'blocks')
+  full, half = (updates_of(make_optimizer(mask, rate, 0.0, 1.0, kind, d), mask, 3) for d in ('float32', 'bfloat16'))
+
+  def dtypes(state, name):
+    return {a.dtype.name for n, a in named(state).items() if f'.{name}.' in n}
+
   assert dtypes(full[1], 'mu') == {'float32'} and dtypes(half[1], 'mu') == {'bfloat16'}
   assert dtypes(half[1], 'nu') == dtypes(full[1], 'nu') == ({'float32'} if kind == 'adamw' else set())
   # lion takes signs, of which those near 0 may turn.
@@ -233,14 +243,14 @@ def test_bfloat16_is_for_first_moments(kind):
 @pytest.mark.parametrize('kind', ['adafactor', 'lion'])
 def test_first_step_is_the_sign_of_the_gradient(kind):
   # Of lion's mean with a moment of 0, and of g / sqrt(g^2): adafactor where nothing is factored.
-  mask = loop.mask(tiny(), 'blocks')
-  updates, state, grads = updates_of(loop.optimizer(mask, rate, 0.0, 1.0, kind), mask)
+  mask = train_mask(tiny(), 'blocks')
+  updates, state, grads = updates_of(make_optimizer(mask, rate, 0.0, 1.0, kind), mask)
   for name in updates:
     np.testing.assert_allclose(updates[name], -0.01 * np.sign(grads[name]), rtol=1e-4, err_msg=name)
 
 
 def test_adafactor_keeps_rows_and_columns():
-  shape, tx = (L, 128, 256), loop.optimizer({'w': True}, rate, 0.0, 1e9, 'adafactor')
+  shape, tx = (L, 128, 256), make_optimizer({'w': True}, rate, 0.0, 1e9, 'adafactor')
   w, g = {'w': jnp.zeros(shape)}, {'w': jax.random.normal(jax.random.key(0), shape)}
   state = tx.init(w)
   assert sum(a.size for a in jax.tree.leaves(state)) < L * (128 + 256) + 10
@@ -257,9 +267,9 @@ def test_adafactor_keeps_rows_and_columns():
 @pytest.mark.parametrize('scale, norm', [(1e-3, None), (10.0, 0.25), (1e4, 0.25)])
 def test_gradients_are_clipped_by_their_global_norm(scale, norm):
   model = tiny()
-  mask = loop.mask(model, 'blocks')
-  tx = loop.optimizer(mask, rate, 0.0, 0.25)
-  state, _ = loop.init(model, mask, tx)
+  mask = train_mask(model, 'blocks')
+  tx = make_optimizer(mask, rate, 0.0, 0.25)
+  state, _ = init_state(model, mask, tx)
   grads = jax.tree.map(lambda a: scale * a, state.trained)
   grads = jax.tree.map(lambda a: a / optax.global_norm(state.trained), grads)  # of the norm `scale`
   _, opt_state = jax.jit(tx.update)(grads, state.opt_state, state.trained)
@@ -299,13 +309,13 @@ def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(due):
   step, state, frozen = begin('blocks')
   bad = terms(delta_weight_L=np.array([0, np.nan, 0], np.float32))
   logged, recorder = [], Recorder(*due)
-  with pytest.raises(loop.NonFiniteLoss, match='loss of step 3 is nan'):
-    loop.fit(
+  with pytest.raises(NonFiniteLoss, match='loss of step 3 is nan'):
+    run_steps(
       step,
       state,
       (frozen, None),
       5,
-      lambda i: BATCHES_SBT[i],
+      BATCHES_SBT,
       lambda i: bad if i == 2 else terms(),
       lambda i, m: logged.append(i),
       recorder,
@@ -321,10 +331,10 @@ def fake_step(losses, grad_norms):
 
 
 def test_a_gradient_that_is_not_finite_spoils_the_state_though_the_loss_is_finite():
-  recorder, state = Recorder(1, 2, 3), loop.TrainState(jnp.int32(0), None, None)
+  recorder, state = Recorder(1, 2, 3), TrainState(jnp.int32(0), None, None)
   step = fake_step([1.0, 1.0, 1.0], [1.0, np.inf, 1.0])
-  with pytest.raises(loop.NonFiniteLoss, match='gradient of step 2 is inf'):
-    loop.fit(step, state, None, 3, lambda i: i, lambda i: {}, lambda i, m: None, recorder)
+  with pytest.raises(NonFiniteLoss, match='gradient of step 2 is inf'):
+    run_steps(step, state, None, 3, range(9), lambda i: {}, lambda i, m: None, recorder)
   assert recorder.saved == [1]
 
 
@@ -333,10 +343,13 @@ def test_a_gradient_that_is_not_finite_spoils_the_state_though_the_loss_is_finit
 def test_each_step_is_logged_once_and_before_it_is_saved(start, due):
   events, recorder = [], Recorder(*due)
   recorder.save = lambda state: events.append(('save', int(state.step)))
-  state = loop.TrainState(jnp.int32(start), None, None)
+  state = TrainState(jnp.int32(start), None, None)
   step = fake_step([5.0, 6.0, 7.0], [1.0] * 3)
-  log = lambda i, m: events.append((i, float(m['loss'])))
-  state = loop.fit(step, state, None, 3, lambda i: i, lambda i: {}, log, recorder)
+
+  def log(i, m):
+    return events.append((i, float(m['loss'])))
+
+  state = run_steps(step, state, None, 3, range(9), lambda i: {}, log, recorder)
   expected = []
   for i in range(start, 3):
     expected += [(i, 5.0 + i)] + ([('save', i + 1)] if i + 1 in due else [])
@@ -344,8 +357,10 @@ def test_each_step_is_logged_once_and_before_it_is_saved(start, due):
 
 
 def fit(step, state, frozen, steps, checkpoint=None):
-  change = lambda i: terms(delta_weight_L=np.full(L, i, np.float32))
-  return loop.fit(step, state, (frozen, None), steps, lambda i: BATCHES_SBT[i], change, lambda i, m: None, checkpoint)
+  def change(i):
+    return terms(delta_weight_L=np.full(L, i, np.float32))
+
+  return run_steps(step, state, (frozen, None), steps, BATCHES_SBT, change, lambda i, m: None, checkpoint)
 
 
 def test_saved_and_restored_is_bit_for_bit_the_straight_run(tmp_path):

@@ -57,7 +57,8 @@ def export_all(models: pathlib.Path):
   from families_test import write_model
   import numpy as np
 
-  from elder_jax.hf import checkpoint_hf
+  from elder_jax.hf.load import load_model
+  from elder_jax.hf.source import open_source
   from elder_jax.run import pipeline
   from elder_jax.run.config import Config
 
@@ -68,13 +69,13 @@ def export_all(models: pathlib.Path):
     source = write_model(models.parent / 'sources' / work.name, case)
     run = models.parent / 'runs' / work.name
     pipeline.run(
-      Config(model=str(source), workdir=str(run), recipe='none', compare=(), remove_layers='1,2', verify='torch')
+      Config.of(model=str(source), workdir=str(run), recipe='none', compare=(), remove_layers=(1, 2), verify='torch')
     )
     work.mkdir(parents=True)
     (run / 'export').rename(work / 'export')
-    opened = checkpoint_hf.open_source(str(work / 'export'), work / 'export')
+    opened = open_source(str(work / 'export'), work / 'export')
     np.save(work / 'tokens.npy', tokens().astype(np.int64))
-    np.save(work / 'logits.npy', np.asarray(logits(checkpoint_hf.load(opened, 'float32'), tokens())))
+    np.save(work / 'logits.npy', np.asarray(logits(load_model(opened, 'float32'), tokens())))
 
 
 def main():

@@ -1,5 +1,6 @@
 """The checks of source and export in PyTorch: of weights, not of sampling; a failure of the check itself costs nothing."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,15 +9,16 @@ import pytest
 from refusal import one_sentence
 from refusal import refused
 import safetensors.numpy
+from tiny import config_of
 
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
+from elder_jax.hf import families
+from elder_jax.hf import manifest
 from elder_jax.hf import verify
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
 from elder_jax.run import pipeline
-from elder_jax.run import prepare as prepare_lib
-from elder_jax.run.config import Config
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+from elder_jax.run import work as work_module
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def quick(settings) -> dict:
 def test_sampling_settings_of_the_source_do_not_matter(quick, model, sampling):
   path = model / 'generation_config.json'
   path.write_text(json.dumps({'bos_token_id': 0, 'eos_token_id': 1} | sampling))
-  report = pipeline.run(Config(**quick))
+  report = pipeline.run(config_of(**quick))
   assert report['verify']['torch'] <= 1e-4 and len(report['verify']['generated']) > 16
   assert 'torch_error' not in report['verify']
   assert (pathlib.Path(quick['workdir']) / 'export' / 'generation_config.json').read_bytes() == path.read_bytes()
@@ -50,22 +52,21 @@ def test_sampling_settings_of_the_source_do_not_matter(quick, model, sampling):
 
 def test_what_pytorch_raises_for_another_reason_costs_no_export(quick, monkeypatch, capsys):
   monkeypatch.setattr(verify, '_figures_in_torch', lambda *args: (_ for _ in ()).throw(OSError('no such kernel')))
-  report = pipeline.run(Config(**quick))
+  report = pipeline.run(config_of(**quick))
   assert report['verify']['torch_error'] == 'no such kernel' and report['verify']['jax'] <= 1e-4
   assert 'could not be checked in PyTorch: no such kernel' in capsys.readouterr().err
   work = pathlib.Path(quick['workdir'])
   for page in (work / 'report.md', work / 'export' / 'README.md'):
     assert '**Not verified in PyTorch**: no such kernel.' in page.read_text()
-  assert verify.manifest.check(work / 'export')
+  assert manifest.check(work / 'export')
 
 
 def test_a_mismatch_leaves_nothing_under_the_final_name(quick, monkeypatch):
   monkeypatch.setattr(verify, '_torch_logits', lambda model, tokens_BT: 0.0)
-  monkeypatch.setattr(
-    prepare_lib.verify, 'use_torch', lambda wish, params, say=None: params < 50_000
-  )  # not the dense model
+  # Not the dense model.
+  monkeypatch.setattr(verify, 'use_torch', lambda wish, params, say=None: params < 50_000)
   with pytest.raises(verify.ExportMismatch):
-    pipeline.run(Config(**quick))
+    pipeline.run(config_of(**quick))
   assert not (pathlib.Path(quick['workdir']) / 'export').exists()
 
 
@@ -74,7 +75,7 @@ def test_a_config_that_transformers_cannot_make_is_known_at_once(quick, no_text,
   monkeypatch.setattr(verify, 'why_torch_cannot', lambda config: why(config | {'model_type': 'not_yet'}))
   refused(quick, '--verify=torch', 'not_yet', '--verify=jax')
   with pytest.raises(pytest.fail.Exception):  # the text is read
-    pipeline.run(Config(**quick | dict(verify='auto')))
+    pipeline.run(config_of(**quick | dict(verify='auto')))
   assert 'the check in PyTorch is left out' in capsys.readouterr().err
 
 
@@ -82,30 +83,32 @@ def test_a_config_that_transformers_cannot_make_is_known_at_once(quick, no_text,
 def test_a_checkpoint_that_is_misread_is_found_before_anything_else(quick, monkeypatch, recipe):
   if recipe == 'none':  # a copy, of which the model is not loaded for anything else
     quick |= dict(train_data='', eval_data=(), num_remove=None, remove_layers='4', recipe='none')
-  spec_from_config = checkpoint_hf.families.FAMILIES['llama'].spec_from_config
+  spec_from_config = families.FAMILIES['llama'].spec_from_config
 
   def misread(config):
     spec, num_layers = spec_from_config(config)
-    return checkpoint_hf.dataclasses.replace(spec, rope_freq_RH=((0.5,) * len(spec.rope_freq_RH[0]),)), num_layers
+    return dataclasses.replace(spec, rope_freq_RH=((0.5,) * len(spec.rope_freq_RH[0]),)), num_layers
 
-  monkeypatch.setattr(checkpoint_hf.families.FAMILIES['llama'], 'spec_from_config', misread)
-  monkeypatch.setattr(pipeline, 'measure', lambda *args: pytest.fail('it was measured first'))
+  monkeypatch.setattr(families.FAMILIES['llama'], 'spec_from_config', misread)
+  monkeypatch.setattr(work_module, 'measure', lambda *args, **how: pytest.fail('it was measured first'))
   with pytest.raises(InputError) as caught:
-    pipeline.run(Config(**quick))
-  one_sentence(str(caught.value), f'--model={quick["model"]}', 'read this checkpoint differently', '--verify=jax')
+    pipeline.run(config_of(**quick))
+  one_sentence(
+    caught.value.for_command(), f'--model={quick["model"]}', 'read this checkpoint differently', '--verify=jax'
+  )
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_checkpoint_that_is_read_well_is_told_so(quick, dtype):
-  pipeline.run(Config(**quick | dict(dtype=dtype)))
+  pipeline.run(config_of(**quick | dict(dtype=dtype)))
   found = json.loads((pathlib.Path(quick['workdir']) / 'stages' / 'source.json').read_text())['result']
   assert found['torch'] < 1e-4
 
 
 def test_the_source_is_compared_as_it_is_computed(quick, model, tmp_path):
   """That the comparison can fail: another weight in the file than in the model."""
-  source = checkpoint_hf.open_source(str(model), tmp_path)
-  loaded = checkpoint_hf.load(source, 'float32')
+  source = open_source(str(model), tmp_path)
+  loaded = load_model(source, 'float32')
   path = model / 'model.safetensors'
   tensors = safetensors.numpy.load_file(path)
   tensors['model.layers.3.self_attn.q_proj.weight'][0] += 1

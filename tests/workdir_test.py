@@ -11,21 +11,25 @@ import time
 import pytest
 from refusal import edit_json
 from refusal import refused
+from tiny import config_of
 
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
-from elder_jax.hf import verify
+from elder_jax.hf import manifest
+from elder_jax.hf.cut import pruned_config
+from elder_jax.methods import elder
+from elder_jax.run import checks
+from elder_jax.run import exporting
 from elder_jax.run import inputs
+from elder_jax.run import job as job_module
 from elder_jax.run import pipeline
+from elder_jax.run import results
 from elder_jax.run import workdir
-from elder_jax.run.config import Config
-from elder_jax.training import loop
-
-pytestmark = pytest.mark.usefixtures('quick_compiler')
+from elder_jax.training import trainer
+from elder_jax.training.loop import NonFiniteLoss
 
 
 def run(settings, **more) -> dict:
-  return pipeline.run(Config(**{**settings, **more}))
+  return pipeline.run(config_of(**{**settings, **more}))
 
 
 def names(folder) -> list[str]:
@@ -43,7 +47,8 @@ def own_text(settings, text, tmp_path) -> pathlib.Path:
 
 def killed_before_training(settings, monkeypatch):
   with monkeypatch.context() as patch:
-    patch.setattr(loop, 'fit', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for module in (elder, trainer):
+      patch.setattr(module, 'run_steps', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
       run(settings)
 
@@ -55,7 +60,7 @@ HOLDER = """
 import sys, time
 from elder_jax.run import workdir
 from elder_jax.run.config import Config
-with workdir.held(Config(workdir=sys.argv[1])):
+with workdir.held(Config.of(workdir=sys.argv[1])):
   print('held', flush=True)
   time.sleep(60)
 """
@@ -72,7 +77,7 @@ def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_gone(settin
   holder.kill()  # the kernel lets go of the lock, whatever became of the file
   holder.wait()
   assert names(settings['workdir']) == ['.lock']
-  assert pipeline.prepare(Config(**settings)).num_removes == [2]
+  assert pipeline.prepare(config_of(**settings)).num_removes == [2]
 
 
 def test_a_refused_run_leaves_nothing_behind(settings, tmp_path):
@@ -148,14 +153,14 @@ def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkey
 
 
 def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, monkeypatch):
-  with pytest.raises(loop.NonFiniteLoss):
+  with pytest.raises(NonFiniteLoss):
     run(settings, lr=1e30, train_steps=5)
   work = pathlib.Path(settings['workdir'])
   assert (work / 'failed.txt').read_text().startswith('the ')
-  chosen = (work / 'stages' / 'gates.json').read_bytes()
+  chosen = (work / 'stages' / 'choose-elder-2.json').read_bytes()
   settings |= dict(train_steps=5)
   report = run(settings)  # with another --lr
-  assert (work / 'stages' / 'gates.json').read_bytes() == chosen and not (work / 'failed.txt').exists()
+  assert (work / 'stages' / 'choose-elder-2.json').read_bytes() == chosen and not (work / 'failed.txt').exists()
   alone = run(settings, workdir=f'{work}2')
   assert report['ppl'] == alone['ppl']
   refused(settings, '--lr=0.001, not 0.002', lr=0.002)  # one that is finished does not let go
@@ -164,9 +169,9 @@ def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, mo
 @pytest.mark.parametrize(
   'changes, kept',
   [
-    (dict(export_dtype='bfloat16'), ['dense', 'gates', 'none', 'regularize', 'source']),
-    (dict(eval_tokens=128), ['gates', 'source']),
-    (dict(distill=0.5), ['dense', 'gates', 'source']),
+    (dict(export_dtype='bfloat16'), ['choose-elder-2', 'dense', 'none', 'regularize', 'source']),
+    (dict(eval_tokens=128), ['choose-elder-2', 'source']),
+    (dict(distill=0.5), ['choose-elder-2', 'dense', 'source']),
     (dict(gate_lr=0.1), ['dense', 'source']),
     (dict(eval_tokens=128, gate_lr=0.1), ['source']),
     (dict(seq_len=16), []),
@@ -174,20 +179,20 @@ def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, mo
   ids=str,
 )
 def test_what_does_not_depend_on_a_changed_setting_is_kept(settings, changes, kept):
-  pipeline.prepare(Config(**settings))
+  pipeline.prepare(config_of(**settings))
   work = pathlib.Path(settings['workdir'])
   (work / 'stages').mkdir()
-  for name in ('dense', 'gates', 'none', 'regularize', 'source'):
+  for name in ('dense', 'choose-elder-2', 'none', 'regularize', 'source'):
     (work / 'stages' / f'{name}.json').write_text('{}')
   for name in ('gates', 'regularize'):
     (work / 'checkpoints' / name / '5').mkdir(parents=True)
   (work / workdir.FAILED).touch()
-  pipeline.prepare(Config(**settings | changes))
+  pipeline.prepare(config_of(**settings | changes))
   assert names(work / 'stages') == [f'{name}.json' for name in kept]
   trained = {'export_dtype', 'eval_tokens'} >= set(changes)
-  chosen = 'gates' in kept
+  chosen = 'choose-elder-2' in kept
   assert names(work / 'checkpoints') == ['gates'] * chosen + ['regularize'] * trained
-  assert json.loads((work / 'config.json').read_text()) == json.loads(json.dumps(vars(Config(**settings | changes))))
+  assert json.loads((work / 'config.json').read_text()) == config_of(**settings | changes).to_json()
 
 
 @pytest.mark.parametrize('content', [b'', b'{"result"', b'[]', b'{}', b'\xff\xfe'])
@@ -203,9 +208,9 @@ def test_a_stage_that_cannot_be_read_is_done_again(settings, monkeypatch, capsys
 def test_the_default_ratio_is_as_good_as_unset(settings):
   settings |= dict(num_remove=None)
   for before, after in (('0.25', None), (None, '0.25')):  # earlier versions wrote it out
-    pipeline.prepare(Config(**settings | dict(ratio=before)))
-    pipeline.prepare(Config(**settings | dict(ratio=after)))
-  refused(settings, '--ratio=None, not 0.3', ratio='0.3')
+    pipeline.prepare(config_of(**settings | dict(ratio=before)))
+    pipeline.prepare(config_of(**settings | dict(ratio=after)))
+  refused(settings, '--ratio=unset, not 0.3', ratio='0.3')
 
 
 def test_a_finished_report_that_cannot_be_read_is_told(settings):
@@ -231,23 +236,23 @@ def test_a_report_that_cannot_be_made_is_known_before_the_model_is_loaded(settin
   class Loading(Exception):
     pass
 
-  def load(job):
+  def load(*args):
     raise Loading
 
-  monkeypatch.setattr(pipeline.report_lib, 'markdown', broken)
-  monkeypatch.setattr(pipeline, 'load', load)
+  monkeypatch.setattr(results, 'markdown', broken)
+  monkeypatch.setattr(job_module, 'load_model', load)
   with pytest.raises(Loading):
     run(settings)
   assert "report.md could not be written (KeyError: 'acc_stderr')" in capsys.readouterr().err
-  monkeypatch.setattr(pipeline.report_lib, 'model_card', lambda report, config: broken(report))
+  monkeypatch.setattr(results, 'model_card', lambda report, config: broken(report))
   with pytest.raises(KeyError):
     run(settings)
 
 
-@pytest.mark.parametrize('name', ['markdown', 'model_card', 'plot'])
+@pytest.mark.parametrize('name', ['markdown', 'model_card', 'plot_sweep'])
 def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
   settings |= dict(recipe='none', compare=(), num_remove=None, ratio='0.33,0.17', method='last', verify='jax')
-  function, calls = getattr(pipeline.report_lib, name), []
+  function, calls = getattr(results, name), []
 
   def fails_at_the_end(*args):
     calls.append(1)
@@ -255,11 +260,12 @@ def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
       raise ValueError('no such figure')
     return function(*args)
 
-  monkeypatch.setattr(pipeline.report_lib, name, fails_at_the_end)
+  for module in (results, exporting):
+    monkeypatch.setattr(module, name, fails_at_the_end, raising=False)
   report = run(settings)
   work = pathlib.Path(settings['workdir'])
-  assert verify.manifest.check(work / 'export') and json.loads((work / 'report.json').read_text()) == report
-  file = {'markdown': 'report.md', 'model_card': 'README.md', 'plot': 'sweep.svg'}[name]
+  assert manifest.check(work / 'export') and json.loads((work / 'report.json').read_text()) == report
+  file = {'markdown': 'report.md', 'model_card': 'README.md', 'plot_sweep': 'sweep.svg'}[name]
   assert f'{file} could not be written (no such figure)' in capsys.readouterr().err
   assert not (work / file).exists() and not (work / 'export' / file).exists()
 
@@ -267,14 +273,14 @@ def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
 def test_a_disk_without_room_for_the_export_is_known_before_the_text_is_read(
   settings, no_text, no_long_work, monkeypatch
 ):
-  usage = pipeline.shutil.disk_usage
-  monkeypatch.setattr(pipeline.shutil, 'disk_usage', lambda path: usage(path)._replace(free=100))
+  usage = shutil.disk_usage
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(path)._replace(free=100))
   refused(settings, f'--workdir={settings["workdir"]}', 'the export needs', 'GB are free')
 
 
 def test_a_config_that_is_cut_wrongly_is_known_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
-  pruned = checkpoint_hf.pruned_config
-  monkeypatch.setattr(checkpoint_hf, 'pruned_config', lambda *args: pruned(*args) | {'num_hidden_layers': 5})
+  pruned = pruned_config
+  monkeypatch.setattr(checks, 'pruned_config', lambda *args: pruned(*args) | {'num_hidden_layers': 5})
   refused(settings, '--model=', 'cannot be cut to 4 layers')
 
 
@@ -286,8 +292,8 @@ def test_a_config_that_is_cut_wrongly_is_known_before_the_text_is_read(settings,
   [
     (dict(num_remove=0), ['--recipe=regularize', 'no layer is removed', '--recipe=none']),
     (dict(num_remove=None, ratio='0.3,0', distill=0.5), ['--distill=0.5', 'from itself']),
-    (dict(ratio='0.2'), ['--ratio=0.2 and --num_remove=2', 'one way only']),
-    (dict(remove_layers='2'), ['--num_remove=2 and --remove_layers=2', 'one way only']),
+    (dict(ratio='0.2'), ['--ratio=0.2: and --num_remove', 'one way only']),
+    (dict(remove_layers='2'), ['--num_remove=2: and --remove_layers', 'one way only']),
     (dict(optimizer='adam'), ['--optimizer=adam', 'adamw']),
     (dict(bos='windows'), ['--bos=windows', 'tokenizer']),
     (dict(recipe='regularise'), ['--recipe=regularise', 'regularize']),
@@ -300,9 +306,9 @@ def test_settings_that_contradict_each_other_or_are_misspelt(settings, no_text, 
 def test_the_record_of_an_input_is_under_its_own_name(tmp_path, monkeypatch):
   (tmp_path / 'a.txt').touch()
   monkeypatch.chdir(tmp_path)
-  assert inputs.named('--x', 'a.txt') == inputs.named('--x', f'{tmp_path}/a.txt') == f'--x={tmp_path}/a.txt'
-  assert inputs.named('--x', 'owner/name:train') == '--x=owner/name:train'
-  (tmp_path / 'inputs.json').write_text(json.dumps({'--x=a': 'a' * 64}))
-  inputs.check(tmp_path, {'--x=a': 'a' * 64, '--y=b': 'b' * 64})
-  with pytest.raises(InputError, match='--x=a: is not what the run'):
-    inputs.check(tmp_path, {'--x=a': 'c' * 64})
+  assert inputs.named('x', 'a.txt') == inputs.named('x', f'{tmp_path}/a.txt') == f'x={tmp_path}/a.txt'
+  assert inputs.named('x', 'owner/name:train') == 'x=owner/name:train'
+  (tmp_path / 'inputs.json').write_text(json.dumps({'x=a': 'a' * 64}))
+  inputs.check(tmp_path, {'x=a': 'a' * 64, 'y=b': 'b' * 64})
+  with pytest.raises(InputError, match='x=a: is not what the run'):
+    inputs.check(tmp_path, {'x=a': 'c' * 64})

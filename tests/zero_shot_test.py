@@ -5,18 +5,20 @@ import types
 
 import jax
 import pytest
+from tiny import config_of
 
-from elder_jax.commands import cli
+from elder_jax.commands import evaluate
+from elder_jax.commands.command import fail
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.hf import checkpoint_hf
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
 from elder_jax.model.decoder import Decoder
 from elder_jax.run import pipeline
-from elder_jax.run import report as report_lib
-from elder_jax.run.config import Config
+from elder_jax.run.report import table
 from elder_jax.text import data
-from elder_jax.text import generation
 from elder_jax.text import zero_shot
+from elder_jax.text.generation import generate
 
 # The harness and what it imports warn of much.
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -36,10 +38,10 @@ def both(tiny):
 
   from elder_jax.text.lm_eval_adapter import JaxLM
 
-  source = checkpoint_hf.open_source(str(tiny), tiny)
+  source = open_source(str(tiny), tiny)
   abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
-  mesh = sharding.make_mesh('1,1,1', jax.devices()[:1])
-  model = checkpoint_hf.load(source, 'float32', sharding.for_model(abstract, mesh, '1,1,1'))
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  model = load_model(source, 'float32', sharding.for_model(abstract, mesh, (1, 1, 1)))
   ours = JaxLM(model, data.load_tokenizer(str(tiny)), batch_size=5, max_length=MAX_LENGTH)
   theirs = HFLM(pretrained=str(tiny), device='cpu', dtype='float32', batch_size=5, max_length=MAX_LENGTH)
   return ours, theirs
@@ -63,7 +65,7 @@ def test_loglikelihoods_equal_the_hf_backend(both):
 def test_greedy_is_told_where_it_is_true(both):
   ours, _ = both
   context = ours.tok_encode(WORDS[0])
-  (greedy,) = generation.generate(ours.model, [context], 4)
+  (greedy,) = generate(ours.model, [context], 4)
   other = [*greedy[:3], (greedy[3] + 1) % 258]
   answers = ours._loglikelihood_tokens([(None, context, list(greedy)), (None, context, other)])
   assert [is_greedy for _, is_greedy in answers] == [True, False]
@@ -117,6 +119,7 @@ def tasks_dir(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow  # the harness lists its tasks for seconds
 def test_accuracies_equal_the_hf_backend(both, tasks_dir):
   from lm_eval import evaluator
 
@@ -130,59 +133,60 @@ def test_accuracies_equal_the_hf_backend(both, tasks_dir):
   assert mine['n'] == 24 and 0 < mine['acc'] < 1 and mine['acc_stderr'] > 0
   short = zero_shot.run(ours.model, ours.tokenizer, loaded, limit=7, max_length=MAX_LENGTH)['sums']
   assert short['n'] == 7
-  line = zero_shot.table({'sums': mine}).splitlines()[-1]
+  line = evaluate.table({'sums': mine}).splitlines()[-1]
   assert line.startswith(f'| sums | 24 | {100 * mine["acc"]:.2f} ± {100 * mine["acc_stderr"]:.2f} |')
 
 
 def test_the_command_and_a_run_give_one_figure(tasks_dir, tiny, settings, tmp_path, capsys):
   out = tmp_path / 'tasks.json'
   values = dict(model=str(tiny), tokenizer='', tasks=('sums',), tasks_dir=str(tasks_dir), limit=0, batch_size=4)
-  command = zero_shot.evaluate_model(zero_shot.Settings(**values, dtype='float32', mesh='1,1,1', out=str(out)))
+  command = evaluate.evaluate_model(evaluate.TaskSettings(**values, mesh=(1, 1, 1), out=str(out)))
   assert json.loads(out.read_text())['tasks'] == command['tasks'] and 'lm_eval' in command['versions']
   settings |= dict(
-    tasks='sums', tasks_dir=str(tasks_dir), num_remove=None, remove_layers='2', recipe='none', mesh='1,1,1'
+    tasks='sums', tasks_dir=str(tasks_dir), num_remove=None, remove_layers='2', recipe='none', mesh=(1, 1, 1)
   )
-  report = pipeline.run(Config(**settings))
+  report = pipeline.run(config_of(**settings))
   assert report['tasks']['dense'] == command['tasks']
   assert report['tasks']['pruned'] == report['rows'][-1]['tasks'] != report['tasks']['dense']
   assert '| sums, % |' in (tmp_path / 'work' / 'report.md').read_text()
 
 
+@pytest.mark.slow  # the harness lists its tasks for seconds
 def test_tasks_that_fail_after_training_cost_a_row_its_figures_alone(tasks_dir, settings, monkeypatch, capsys):
-  settings |= dict(tasks='sums', tasks_dir=str(tasks_dir), recipe='none', compare=(), method='last', mesh='1,1,1')
-  evaluate, calls = zero_shot.run, []
+  settings |= dict(tasks='sums', tasks_dir=str(tasks_dir), recipe='none', compare=(), method='last', mesh=(1, 1, 1))
+  run_tasks, calls = zero_shot.run, []
 
   def fails_later(*args):
     calls.append(1)
     if len(calls) > 1:
       raise InputError('sums: the model gives nan.')
-    return evaluate(*args)
+    return run_tasks(*args)
 
   monkeypatch.setattr(zero_shot, 'run', fails_later)
-  report = pipeline.run(Config(**settings))
+  report = pipeline.run(config_of(**settings))
   assert report['tasks']['dense']['sums']['n'] and report['tasks']['pruned'] == {}
   assert 'none has no figures of tasks: sums: the model gives nan.' in capsys.readouterr().err
-  assert '| direct removal (exported) | 4 |' in report_lib.table(report) and report_lib.table(report).endswith(' — |')
+  assert '| direct removal (exported) | 4 |' in table(report) and table(report).endswith(' — |')
 
 
+@pytest.mark.slow  # the harness lists its tasks for seconds
 def test_bad_tasks_are_told_in_a_sentence(tasks_dir, tmp_path):
   for names, folder, words in (
     (['nosuchtask'], '', ['--tasks=nosuchtask', 'no such task']),
-    ([], '', ['--tasks is empty']),
+    ([], '', ['--tasks=: is empty']),
     (['sums'], str(tmp_path / 'none'), ['--tasks_dir=', 'no such folder']),
   ):
     with pytest.raises(InputError) as e:
       zero_shot.load_tasks(names, folder)
-    assert all(word in str(e.value) for word in words), e.value
+    assert all(word in e.value.for_command() for word in words), e.value
   (tmp_path / 'broken.yaml').write_text((tasks_dir / 'sums.yaml').read_text().replace('sums.jsonl', 'gone.jsonl'))
-  with pytest.raises(InputError, match='--tasks=sums: the questions cannot be loaded'):
+  with pytest.raises(InputError, match='tasks=sums: the questions cannot be loaded'):
     zero_shot.load_tasks(['sums'], str(tmp_path))
 
 
-def test_the_command_refuses_bad_flags(tiny, capsys):
-  settings = zero_shot.Settings(str(tiny), '', ('sums',), '', 0, 0, 'float32', '1,1,1', '')
-  with pytest.raises(InputError, match='--batch_size=0'):
-    zero_shot.evaluate_model(settings)
+def test_the_command_refuses_bad_flags(capsys):
+  with pytest.raises(InputError, match='batch_size=0'):
+    evaluate.TaskSettings(batch_size=0)
   with pytest.raises(SystemExit):
-    cli.fail(2, 'x')
+    fail(2, 'x')
   assert capsys.readouterr().err == 'elder_jax: x\n'

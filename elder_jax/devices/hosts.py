@@ -5,6 +5,7 @@ the course of a run depends on anything outside the arrays (a file that is there
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import json
 import os
@@ -19,23 +20,59 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from elder_jax.commands import cli
 from elder_jax.errors import InputError
+from elder_jax.errors import as_text
 from elder_jax.errors import reason
+from elder_jax.errors import short
+from elder_jax.settings import Settings
+from elder_jax.settings import setting
 
 SHARED_FOLDER_PATIENCE = 20.0  # seconds; network file systems remember for a while that a file was not there
 
 
-def start(launch):
+@dataclasses.dataclass(frozen=True)
+class Launch(Settings):
+  """What differs between the processes of a run, and so is not of its config.json."""
+
+  distributed: str = setting(
+    'auto',
+    'Several processes as one run: auto, where flags or the environment (Cloud TPU, GKE, Slurm, Open MPI) name them; on, '
+    'the same, an error where they do not; off, this process alone.',
+    choices=('auto', 'on', 'off'),
+  )
+  coordinator: str = setting(
+    '', "Process 0's host:port, where the environment does not have it; the same in all processes."
+  )
+  num_processes: int | None = setting(None, 'Number of processes; with --coordinator.', least=1)
+  process_id: int | None = setting(None, 'Number of this process, from 0; with --coordinator.')
+
+  def __post_init__(self):
+    super().__post_init__()
+    given = [bool(self.coordinator), self.num_processes is not None, self.process_id is not None]
+    if any(given) and not all(given):
+      raise InputError('--coordinator, --num_processes and --process_id: give all three or none.')
+    if not any(given):
+      return
+    if self.distributed == 'off':
+      raise InputError('distributed', 'off', 'and --coordinator exclude each other; leave out one.')
+    host, _, port = self.coordinator.rpartition(':')
+    if not (host and port.isdecimal()):
+      raise InputError('coordinator', self.coordinator, 'must be host:port, as in 10.0.0.2:1234.')
+    if not 0 <= self.process_id < self.num_processes:
+      raise InputError(
+        'process_id', self.process_id, f'is not in 0 … {self.num_processes - 1}, the range of --num_processes.'
+      )
+
+
+def start(launch: Launch):
   """Joins this process to the others; must come before anything that touches a device.
 
-  By flags (`launch`, a config.Launch), or by what Cloud TPU VMs, GKE, Slurm and Open MPI have in the environment
+  By flags (`launch`), or by what Cloud TPU VMs, GKE, Slurm and Open MPI have in the environment
   (jax.distributed.initialize).
 
   Raises:
     InputError: the others are not found.
   """
-  launch.check()
   if launch.distributed == 'off':
     return
   by_flags = launch.coordinator or None, launch.num_processes, launch.process_id
@@ -45,8 +82,9 @@ def start(launch):
     # What jax raises where it is told nothing and finds no cluster: one process, then.
     if launch.distributed == 'on' or launch.coordinator:
       raise InputError(
-        f'--distributed={launch.distributed}: the other processes are not found ({reason(e)}); give --coordinator, '
-        '--num_processes and --process_id.'
+        'distributed',
+        launch.distributed,
+        f'the other processes are not found ({reason(e)}); give --coordinator, --num_processes and --process_id.',
       ) from e
   except RuntimeError as e:
     raise InputError(
@@ -55,17 +93,17 @@ def start(launch):
     ) from e
 
 
-def leads() -> bool:
+def is_leader() -> bool:
   return jax.process_index() == 0
 
 
-def agree(value: Any) -> Any:
+def broadcast_json(value: Any) -> Any:
   """Process 0's value, which JSON must be able to hold, in all processes."""
   if jax.process_count() == 1:
     return value
   octets = np.frombuffer(json.dumps(value).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(octets.size)))
-  mine = octets if leads() else np.zeros(size, np.uint8)
+  mine = octets if is_leader() else np.zeros(size, np.uint8)
   return json.loads(multihost_utils.broadcast_one_to_all(mine).astype(np.uint8).tobytes())
 
 
@@ -84,13 +122,13 @@ def where(true: bool) -> list[int]:
   return np.flatnonzero(multihost_utils.process_allgather(np.array(true)).reshape(-1)).tolist()
 
 
-def wait(what: str):
+def barrier(what: str):
   """Until all processes are here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
-def lead_first(compute: Callable[[], Any]) -> Any:
+def leader_first(compute: Callable[[], Any]) -> Any:
   """compute() in process 0 and, when that is done, in the others: for what writes files that all read.
 
   Raises:
@@ -98,37 +136,39 @@ def lead_first(compute: Callable[[], Any]) -> Any:
   """
   if jax.process_count() == 1:
     return compute()
-  result, error = None, ''
-  if leads():
+  result, error = None, None
+  if is_leader():
     try:
       result = compute()
     except InputError as e:
-      error = str(e)
-  if error := agree(error):
-    raise InputError(error)
-  return result if leads() else compute()
+      error = [e.setting, as_text(e.value), e.why] if e.setting else [e.why]
+  if error := broadcast_json(error):
+    raise InputError(*error)
+  return result if is_leader() else compute()
 
 
 def check_shared(folder: pathlib.Path, flag: str):
   """Raises InputError in all processes unless all see the same folder; process 0 must have made it."""
   if jax.process_count() == 1:
     return
-  token = folder / agree(f'.shared-{os.getpid()}-{time.time_ns()}')
-  if leads():
+  token = folder / broadcast_json(f'.shared-{os.getpid()}-{time.time_ns()}')
+  if is_leader():
     for left in folder.glob('.shared-*'):  # by a run that was killed at this place
       left.unlink()
     token.touch()
-  wait('shared folder')
+  barrier('shared folder')
   end = time.monotonic() + SHARED_FOLDER_PATIENCE
   while not (seen := token.exists()) and time.monotonic() < end:
     time.sleep(0.5)
   blind = where(not seen)
-  if leads():
+  if is_leader():
     token.unlink()
   if blind:
     raise InputError(
-      f'{flag}={folder}: is not shared, process {blind[0]} does not see what process 0 writes there; give a folder on '
-      'storage that all hosts mount.'
+      flag,
+      folder,
+      f'is not shared, process {blind[0]} does not see what process 0 writes there; give a folder on '
+      'storage that all hosts mount.',
     )
 
 
@@ -147,7 +187,8 @@ def _gather(everywhere: NamedSharding):
 def leave(status: int, sentence: str):
   """Says why and ends this process; one of several does not wait for the others, which may wait for it in vain."""
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
-    cli.fail(status, sentence)
+    print(f'elder_jax: {short(sentence)}', file=sys.stderr)
+    sys.exit(status)
   print(f'elder_jax: process {jax.process_index()}: {sentence}', file=sys.stderr, flush=True)
   sys.stdout.flush()
   os._exit(status)

@@ -6,9 +6,8 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-from elder_jax.commands import cli
-
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command will do later what it could not do now
+from elder_jax.errors import CTRL_C
+from elder_jax.errors import PREEMPTED
 
 
 class Preempted(BaseException):
@@ -64,7 +63,7 @@ def _on_sigint(number, frame):
 
 def exit_status() -> int:
   """That of a run that was `Preempted`."""
-  return cli.CTRL_C_STATUS if _by_ctrl_c else EXIT_STATUS  # scripts that restart a run after 75 leave it at the other
+  return CTRL_C if _by_ctrl_c else PREEMPTED  # scripts that restart a run after 75 leave it at the other
 
 
 def by() -> str:

@@ -4,6 +4,7 @@ A run sets its mesh around everything (`with jax.set_mesh(mesh)`), and what is c
 under "inside the computation": they read the mesh that is set and do nothing where there is none, or one device.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 
@@ -24,20 +25,22 @@ RULES = {'D': 'fsdp', 'N': 'tp', 'K': 'tp', 'F': 'tp', 'V': 'tp'}
 BATCH = P(('data', 'fsdp'))
 
 
-def make_mesh(flag: str, devices=None) -> Mesh:
+def all_devices() -> list[jax.Device]:
+  """What a mesh is made of where nothing else is said."""
+  return jax.devices()
+
+
+def make_mesh(sizes: Sequence[int], devices=None) -> Mesh:
   """The mesh of --mesh=data,fsdp,tp; one size may be -1, the devices that remain."""
-  devices = jax.devices() if devices is None else devices
-  try:
-    sizes = [int(part) for part in flag.split(',')]
-  except ValueError:
-    sizes = []
+  devices = all_devices() if devices is None else devices
+  flag, sizes = tuple(sizes), list(sizes)
   if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-    raise InputError(f'--mesh={flag}: must be three sizes data,fsdp,tp, as in 1,8,1; one of them may be -1.')
+    raise InputError('mesh', flag, 'must be three sizes data,fsdp,tp, as in 1,8,1; one of them may be -1.')
   if -1 in sizes:
     sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes) or 1
   if math.prod(sizes) != len(devices):
     raise InputError(
-      f'--mesh={flag}: makes {math.prod(sizes)} devices, there are {len(devices)}; let the sizes multiply to that.'
+      'mesh', flag, f'makes {math.prod(sizes)} devices, there are {len(devices)}; let the sizes multiply to that.'
     )
   order = np.array(devices).reshape(sizes)
   if getattr(devices[0], 'platform', '') == 'tpu' and len({getattr(d, 'slice_index', 0) for d in devices}) == 1:
@@ -52,7 +55,7 @@ def spec(axes: str) -> P:
   return P(*(axis if axis not in axes_of_mesh[:i] else None for i, axis in enumerate(axes_of_mesh)))
 
 
-def for_model(model, mesh: Mesh, flag: str):
+def for_model(model, mesh: Mesh, flag: Sequence[int] = ()):
   """A model of shardings: each parameter's NamedSharding in its place. A size that does not divide is refused."""
 
   params = jax.tree.leaves(model, is_leaf=_is_param)
@@ -63,8 +66,10 @@ def for_model(model, mesh: Mesh, flag: str):
     if axis and size % mesh.shape[axis]:
       common = math.gcd(*(n for _, n, a in cuts if a == axis))
       raise InputError(
-        f'--mesh={flag}: {axis}={mesh.shape[axis]} does not divide a size of {size} of the model (axis {letter}); the '
-        f'nearest that divide all that {axis} cuts: {_nearest(_divisors(common), mesh.shape[axis])}.'
+        'mesh',
+        flag,
+        f'{axis}={mesh.shape[axis]} does not divide a size of {size} of the model (axis {letter}); the '
+        f'nearest that divide all that {axis} cuts: {_nearest(_divisors(common), mesh.shape[axis])}.',
       )
   return jax.tree.map(
     lambda p: p.replace(NamedSharding(mesh, spec(p.get_metadata()['axes']))), model, is_leaf=_is_param
@@ -108,13 +113,14 @@ def _nearest(numbers: list[int], wanted: int) -> str:
   return ' and '.join(map(str, below + above))
 
 
-def check_batch(mesh: Mesh, flag: str, size: int, what: str):
+def check_batch(mesh: Mesh, flag: Sequence[int], size: int, what: str):
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   if size % ways:
     multiples = [n for n in (size // ways * ways, -(-size // ways) * ways) if n]
     raise InputError(
-      f'--mesh={flag}: data × fsdp = {ways} does not divide {what}={size}; the nearest that it divides: '
-      f'{_nearest(multiples, size)}.'
+      'mesh',
+      flag,
+      f'data × fsdp = {ways} does not divide {what}={size}; the nearest that it divides: {_nearest(multiples, size)}.',
     )
 
 
@@ -150,7 +156,10 @@ def constrain(a, *spec):
   mesh = _mesh()
   if mesh is None:
     return a
-  ways = lambda names: math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+
+  def ways(names):
+    return math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+
   return jax.lax.with_sharding_constraint(a, P(*(e if n % ways(e) == 0 else None for n, e in zip(a.shape, spec))))
 
 

@@ -23,7 +23,7 @@ _BIG = [
 _NOT_TAKEN_OVER = (
   '.* config.json readme* sha256sums *.index.json params.json *quant*config* recipe.y*ml mergekit* adapter_* modules.json '
   'trainer_* training_args* optimizer* scheduler* rng_state* latest checkpoint *_results.json results* eval* report.* '
-  'metrics.jsonl *.tfevents* *.log *.py *.pyc *.ipynb *.sh'
+  'elder_jax.json metrics.jsonl *.tfevents* *.log *.py *.pyc *.ipynb *.sh'
 ).split()
 _OF_TOKENIZER = re.compile(
   r'tokeniz|.*(token|vocab|merges|sentencepiece|spiece|tekken)|.*\.(model|model\.v\d+|tiktoken|spm|bpe)$|chat_template|'
@@ -50,19 +50,21 @@ def find(flag: str, name: str, what: str = 'model') -> pathlib.Path:
   path = user_path(name)
   if os.path.isfile(path):
     kind = 'is a file' if what == 'tokenizer' else 'is a file but not a .gguf'
-    raise InputError(f'{flag}={name}: {kind}; give the folder that holds it.')
+    raise InputError(flag, name, f'{kind}; give the folder that holds it.')
   if not os.path.isdir(path):
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', name) or name.startswith(('.', '/')):
-      raise InputError(f'{flag}={name}: there is no such folder; check the path, or give a hub id (owner/name).')
+      raise InputError(flag, name, 'there is no such folder; check the path, or give a hub id (owner/name).')
     path = _fetch(flag, name, what)
   if what == 'model' and (path / 'adapter_config.json').is_file() and not any(path.glob('model*.safetensors')):
     raise InputError(
-      f'{flag}={name}: is a LoRA adapter, not a model; merge it into its base model (merge_and_unload of peft) and give '
-      'the merged folder.'
+      flag,
+      name,
+      'is a LoRA adapter, not a model; merge it into its base model (merge_and_unload of peft) and give '
+      'the merged folder.',
     )
   if what != 'tokenizer' and not (path / 'config.json').is_file():
     files = 'is empty' if path.is_dir() and not any(path.iterdir()) else 'has no config.json'
-    raise InputError(f'{flag}={name}: the folder {files}; give a folder in Hugging Face format, or a .gguf file.')
+    raise InputError(flag, name, f'the folder {files}; give a folder in Hugging Face format, or a .gguf file.')
   return path
 
 
@@ -82,15 +84,16 @@ def _fetch(flag: str, hub_id: str, what: str) -> pathlib.Path:
   except InputError:
     raise
   except huggingface_hub.errors.GatedRepoError as e:
-    raise InputError(f'{flag}={hub_id}: is gated on the hub; accept its terms there and run hf auth login.') from e
+    raise InputError(flag, hub_id, 'is gated on the hub; accept its terms there and run hf auth login.') from e
   except huggingface_hub.errors.RepositoryNotFoundError as e:
     raise InputError(
-      f'{flag}={hub_id}: no such folder here, and no such repository on the hub, or a private one; check the name or run '
-      'hf auth login.'
+      flag,
+      hub_id,
+      'no such folder here, and no such repository on the hub, or a private one; check the name or run hf auth login.',
     ) from e
   except Exception as e:  # the hub client raises many more kinds  # noqa: BLE001
     raise InputError(
-      f'{flag}={hub_id}: no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
+      flag, hub_id, f'no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
     ) from e
 
 
@@ -119,7 +122,7 @@ def small_files(folder: pathlib.Path, tokenizer: pathlib.Path | None = None) -> 
   if tokenizer is not None:
     theirs = {name: path for name, path in _taken_over(tokenizer).items() if _OF_TOKENIZER.match(name)}
     if not theirs:
-      raise InputError(f'--tokenizer={tokenizer}: the folder holds no tokenizer; give one that does.')
+      raise InputError('tokenizer', tokenizer, 'the folder holds no tokenizer; give one that does.')
     found = {name: path for name, path in found.items() if not _OF_TOKENIZER.match(name)} | theirs
   if _CONFIG in found and (code := _code(found[_CONFIG])):
     beside = {path.name: path for path in found[_CONFIG].parent.glob('*.py')}

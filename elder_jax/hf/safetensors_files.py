@@ -1,6 +1,6 @@
-"""Safetensors files: headers through the package, which checks them; tensors in pieces, which it cannot.
+"""Safetensors files: read through the package, which checks headers; written tensor by tensor.
 
-The package gives whole tensors only, and writes a file only from all of its tensors at once.
+The package writes a file from all of its tensors at once, and gives copies where `load` needs views of the file.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ from elder_jax.errors import InputError
 from elder_jax.errors import reason
 
 DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
-PIECE = 2**22  # bytes of a tensor that is copied in pieces
+PIECE = 2**22  # bytes of a tensor that are read at a time, at least a row
+_INDEX = 'model.safetensors.index.json'
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -39,103 +40,123 @@ def open_folder(folder: pathlib.Path):
 
   A dtype is one of DTYPES' values or, of what `read` does not read, safetensors' own name, such as U8.
   """
-  single, index = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
-  where = None
-  if single.is_file():
-    paths = [single]
-  elif index.is_file():
-    where = read_json(index).get('weight_map')
-    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
-      raise InputError(f'{index}: has no weight_map of names to files; fetch the file again.')
-    paths = []
-    for file in sorted(set(where.values())):
-      # A plain name: an index from a stranger must not make us read outside the folder.
-      if pathlib.PurePath(file).name != file or '\\' in file or file in ('.', '..'):
-        raise InputError(
-          f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.'
-        )
-      if not (folder / file).is_file():
-        raise InputError(f'{index}: names {file}, which is not in the folder; fetch the missing file.')
-      paths.append(folder / file)
-  else:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
-    if pickles:
-      raise InputError(
-        f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
-      )
-    others = sorted(p.name for p in folder.iterdir() if p.suffix in ('.safetensors', '.gguf'))
-    if any(re.fullmatch(r'model-\d+-of-\d+\.safetensors', name) for name in others):
-      raise InputError(f'{folder}: has {others[0]} but no model.safetensors.index.json; fetch that file, too.')
-    have = f' (but {", ".join(others[:3])})' if others else ''
-    raise InputError(
-      f'{folder}: has no model.safetensors and no model.safetensors.index.json{have}; fetch the weights, or give a '
-      '.gguf file by its own path.'
-    )
-
-  shapes, dtypes, home = {}, {}, {}
+  paths, weight_map = _shards(folder)
+  tensors = _Tensors()
   for path in paths:
+    tensors.add(path)
+  for name, file in weight_map.items():
+    if name not in tensors.home or (tensors.home[name].name != file and name not in _names(folder / file)):
+      index = folder / _INDEX
+      raise InputError(f'{index}: says that {name} is in {file}, but it is not; use the index of these files.')
+  return tensors.shapes, tensors.dtypes, tensors.read, tensors.pieces
+
+
+def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+  """(files with tensors, what the index says: {tensor: file}, empty without an index)."""
+  single, index = folder / 'model.safetensors', folder / _INDEX
+  if single.is_file():
+    return [single], {}
+  if not index.is_file():
+    raise InputError(_without_weights(folder))
+  where = read_json(index).get('weight_map')
+  if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+    raise InputError(f'{index}: has no weight_map of names to files; fetch the file again.')
+  for file in sorted(set(where.values())):
+    # A plain name: an index from a stranger must not make us read outside the folder.
+    if pathlib.PurePath(file).name != file or '\\' in file or file in ('.', '..'):
+      raise InputError(f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.')
+    if not (folder / file).is_file():
+      raise InputError(f'{index}: names {file}, which is not in the folder; fetch the missing file.')
+  return [folder / file for file in sorted(set(where.values()))], where
+
+
+def _without_weights(folder: pathlib.Path) -> str:
+  """What is wrong with a folder that has neither the one file nor an index."""
+  pickles = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
+  if pickles:
+    return (
+      f'{folder / pickles[0]}: is a pickle checkpoint, which can run code when read; convert it to safetensors first.'
+    )
+  others = sorted(p.name for p in folder.iterdir() if p.suffix in ('.safetensors', '.gguf'))
+  if any(re.fullmatch(r'model-\d+-of-\d+\.safetensors', name) for name in others):
+    return f'{folder}: has {others[0]} but no {_INDEX}; fetch that file, too.'
+  have = f' (but {", ".join(others[:3])})' if others else ''
+  none = f'{folder}: has no model.safetensors and no {_INDEX}{have}'
+  return f'{none}; fetch the weights, or give a .gguf file by its own path.'
+
+
+class _Tensors:
+  """The tensors of several files, by name."""
+
+  def __init__(self):
+    self.shapes: dict[str, tuple[int, ...]] = {}
+    self.dtypes: dict[str, str] = {}
+    self.home: dict[str, pathlib.Path] = {}
+    self._offsets: dict[pathlib.Path, tuple[int, dict]] = {}
+
+  def add(self, path: pathlib.Path):
+    """The headers of a file. A tensor that two files have is no harm where both have the same."""
     with _opened(path) as file:
       for name in file.keys():  # noqa: SIM118 (not a dict)
-        if name in home:
-          _check_equal(name, home[name], path)
+        if name in self.home:
+          _check_equal(name, self.home[name], path)
           continue
         tensor = file.get_slice(name)
-        shapes[name], home[name] = tuple(tensor.get_shape()), path
-        dtypes[name] = DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
-  for name, file in (where or {}).items():
-    if name not in home or (home[name].name != file and not _holds(folder / file, name)):
-      raise InputError(f'{index}: says that {name} is in {file}, but it is not; use the index of these files.')
+        self.shapes[name], self.home[name] = tuple(tensor.get_shape()), path
+        self.dtypes[name] = DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
+    self._offsets[path] = _data_begins(path)
 
-  begins = {path: _data_begins(path) for path in paths}
-
-  def opened_at(name: str):
-    begin, header = begins[home[name]]
-    file = home[name].open('rb', buffering=0)
-    file.seek(begin + header[name]['data_offsets'][0])
-    return file
-
-  def read(name: str) -> np.ndarray:
-    """A view of the file: what is not looked at is not read."""
-    dtype = jnp.dtype(dtypes[name])
-    if not (count := math.prod(shapes[name])):
-      return np.empty(shapes[name], dtype)
-    begin, header = begins[home[name]]
+  def read(self, name: str) -> np.ndarray:
+    """A view of the file, which the package does not give: what is not looked at is not read, however it is turned."""
+    dtype, shape, path = jnp.dtype(self.dtypes[name]), self.shapes[name], self.home[name]
+    if not (count := math.prod(shape)):
+      return np.empty(shape, dtype)
+    begin, header = self._offsets[path]
     start = begin + header[name]['data_offsets'][0]
     try:
-      octets = np.memmap(home[name], np.uint8, 'r', start, count * dtype.itemsize)
+      octets = np.memmap(path, np.uint8, 'r', start, count * dtype.itemsize)
     except ValueError as e:
-      raise _shorter(home[name]) from e
-    return np.asarray(octets).view(dtype).reshape(shapes[name])
+      raise InputError(f'{path}: has become shorter while it was read; fetch it again.') from e
+    return np.asarray(octets).view(dtype).reshape(shape)
 
-  def pieces(name: str) -> Iterator[np.ndarray]:
-    dtype = jnp.dtype(dtypes[name])
-    left, buffers = math.prod(shapes[name]), [np.empty(PIECE // dtype.itemsize, dtype) for _ in range(2)]
-    with opened_at(name) as file:
-      while left:
-        buffers.reverse()
-        piece = buffers[0][:left]
-        _read_all(file, piece.view(np.uint8))
-        left -= piece.size
-        yield piece
-
-  return shapes, dtypes, read, pieces
+  def pieces(self, name: str) -> Iterator[np.ndarray]:
+    """The tensor from its start to its end, some rows at a time."""
+    shape, itemsize, path = self.shapes[name], jnp.dtype(self.dtypes[name]).itemsize, self.home[name]
+    rows = max(1, PIECE // (math.prod(shape[1:]) * itemsize or 1))
+    with _opened(path) as file:
+      try:
+        if len(shape) < 2 or not math.prod(shape):
+          yield file.get_tensor(name)
+          return
+        tensor = file.get_slice(name)
+        for first in range(0, shape[0], rows):
+          yield tensor[first : min(first + rows, shape[0])]
+      except safetensors.SafetensorError as e:
+        raise InputError(f'{path}: the tensor {name} cannot be read ({reason(e)}); fetch the file again.') from e
 
 
 def _check_equal(name: str, first: pathlib.Path, second: pathlib.Path):
-  """A tensor that two files have is no harm where both have the same."""
-  octets = []
+  kinds, octets = [], []
   for path in (first, second):
-    begin, header = _data_begins(path)
-    about = header[name]
-    with path.open('rb') as file:
-      file.seek(begin + about['data_offsets'][0])
-      octets.append((about['dtype'], about['shape'], file.read(about['data_offsets'][1] - about['data_offsets'][0])))
-  if octets[0] != octets[1]:
+    with _opened(path) as file:
+      kinds.append((file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()))
+      octets.append(_octets(path, name))
+  if kinds[0] != kinds[1] or octets[0] != octets[1]:
     raise InputError(f'{second}: the tensor {name} is also in {first.name}, with other values; remove one of the two.')
 
 
-def _holds(path: pathlib.Path, name: str) -> bool:
-  return name in _data_begins(path)[1]
+def _octets(path: pathlib.Path, name: str) -> bytes:
+  """As they stand in the file: numpy does not have all types."""
+  begin, header = _data_begins(path)
+  first, end = header[name]['data_offsets']
+  with path.open('rb') as file:
+    file.seek(begin + first)
+    return file.read(end - first)
+
+
+def _names(path: pathlib.Path) -> set[str]:
+  with _opened(path) as file:
+    return set(file.keys())
 
 
 def finite(tensor: np.ndarray) -> bool:
@@ -148,18 +169,6 @@ def finite(tensor: np.ndarray) -> bool:
   bits = np.ascontiguousarray(tensor).reshape(-1).view(kind)
   size = 2**18
   return all(np.bitwise_and(bits[i : i + size], exponent).max() < exponent for i in range(0, len(bits), size))
-
-
-def _read_all(file, octets: np.ndarray):
-  rest = memoryview(octets)
-  while len(rest):
-    if not (count := file.readinto(rest)):
-      raise _shorter(file.name)
-    rest = rest[count:]
-
-
-def _shorter(path) -> InputError:
-  return InputError(f'{path}: has become shorter while it was read; fetch it again.')
 
 
 def _opened(path: pathlib.Path):

@@ -1,30 +1,26 @@
-"""Does an exported folder hold the pruned model? Read back in JAX and, where it is installed, in PyTorch.
-
-  python -m elder_jax.verify FOLDER
-
-says whether the files of an exported folder are those that were written, and whether they make a model.
-"""
+"""Does an exported folder hold the pruned model? Read back in JAX and, where it is installed, in PyTorch."""
 
 from collections.abc import Callable
 import importlib.util
 import json
-import os
 import pathlib
 import tempfile
 
 import jax
 import numpy as np
 
-from elder_jax import log as log_lib
-from elder_jax.commands import cli
 from elder_jax.devices import hosts
 from elder_jax.devices import memory
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
-from elder_jax.errors import user_path
-from elder_jax.hf import checkpoint_hf
-from elder_jax.hf import manifest
-from elder_jax.model import decoder
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import Source
+from elder_jax.hf.source import open_source
+from elder_jax.log import log
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
+from elder_jax.model.spec import Spec
 
 # Largest difference of a logit, both sides in float32, per unit of the logits' standard deviation: PyTorch is as far from
 # its own float64 (1e-5 at 30 layers); a wrong weight is seen at 1e-2 and more.
@@ -44,14 +40,14 @@ def torch_bytes(num_params: int) -> int:
   return 4 * num_params
 
 
-def use_torch(wish: str, num_params: int, say: Callable[[str], None] = log_lib.say) -> bool:
+def use_torch(wish: str, num_params: int, say: Callable[[str], None] = log) -> bool:
   """Whether a model is loaded in PyTorch, by --verify; auto leaves out a model that would fill the memory.
 
   Raises:
     InputError: --verify=torch without torch.
   """
   if wish == 'torch' and not has_torch():
-    raise InputError('--verify=torch: torch is not installed; install it or use --verify=auto.')
+    raise InputError('verify', 'torch', 'torch is not installed; install it or use --verify=auto.')
   if wish != 'auto' or not has_torch():
     return wish == 'torch'
   size, there = torch_bytes(num_params), memory.total()
@@ -64,11 +60,9 @@ def use_torch(wish: str, num_params: int, say: Callable[[str], None] = log_lib.s
   return False
 
 
-def check_copy(
-  folder: pathlib.Path, expected: decoder.Spec, num_layers: int, tokens_BT: np.ndarray, torch: bool
-) -> dict:
+def check_copy(folder: pathlib.Path, expected: Spec, num_layers: int, tokens_BT: np.ndarray, torch: bool) -> dict:
   """As `check`, for layers that were copied from file to file: every name and shape, and config.json as it is read."""
-  source = checkpoint_hf.open_source(str(folder), folder)
+  source = open_source(str(folder), folder)
   if source.spec != expected or source.num_layers != num_layers:
     raise ExportMismatch(f'{folder}: config.json says {source.spec}, the pruned model is {expected}')
   return {'tensors': len(source.shapes)} | (_check_torch(folder, None, tokens_BT, 0.0) if torch else {})
@@ -76,7 +70,7 @@ def check_copy(
 
 def check(
   folder: pathlib.Path,
-  model: decoder.Decoder,
+  model: Decoder,
   dtype: str,
   tokens_BT: np.ndarray,
   torch: bool,
@@ -87,7 +81,7 @@ def check(
 
   Args:
     tokens_BT: real text; T at most 512 keeps it quick.
-    shardings: as in checkpoint_hf.load.
+    shardings: as in load_model.
     torch: also load it by transformers' AutoModelForCausalLM, and generate with and without a cache.
     free: called with the model's arrays, each as soon as it is not needed any more: memory.free there means that only
       one of the models that are compared is in memory at a time. Unset, `model` is left as it is.
@@ -109,14 +103,14 @@ def check(
       free(a)
     return new
 
-  source = checkpoint_hf.open_source(str(folder), folder)
+  source = open_source(str(folder), folder)
   with jax.default_matmul_precision('highest'):
     model = jax.tree_util.tree_map_with_path(rounded, model)
     expected = hosts.to_host(_logits(model, tokens_BT))
     if free:
       free(model)
     del model
-    got = hosts.to_host(_logits(checkpoint_hf.load(source, dtype, shardings), tokens_BT))
+    got = hosts.to_host(_logits(load_model(source, dtype, shardings), tokens_BT))
   result = {'jax': float(np.max(np.abs(got - expected)))}
   tolerance = TOLERANCE * max(1.0, float(expected.std()))
   if not result['jax'] <= tolerance:
@@ -126,20 +120,25 @@ def check(
   return result
 
 
-def program(model: decoder.Decoder, dtype: str, num_tokens: int):
+def program(model: Decoder, dtype: str, num_tokens: int):
   """(jitted function, its arguments) of `check`'s heaviest step, the model being abstract."""
-  kind = lambda path, a: a.dtype if path[0].name == 'gate_L' else dtype
-  rounded = lambda path, a: jax.ShapeDtypeStruct(a.shape, kind(path, a), sharding=a.sharding)
+
+  def kind(path, a):
+    return a.dtype if path[0].name == 'gate_L' else dtype
+
+  def rounded(path, a):
+    return jax.ShapeDtypeStruct(a.shape, kind(path, a), sharding=a.sharding)
+
   return _logits, (jax.tree_util.tree_map_with_path(rounded, model), np.zeros((1, num_tokens), np.int32))
 
 
 @jax.jit
 def _logits(model, tokens_BT):
-  x_BTD, _ = decoder.forward(model, tokens_BT)
-  return decoder.logits(model, x_BTD)
+  x_BTD, _ = forward(model, tokens_BT)
+  return logits_of(model, x_BTD)
 
 
-def check_source(source: checkpoint_hf.Source, model: decoder.Decoder, dtype: str, tokens_BT, torch: bool) -> dict:
+def check_source(source: Source, model: Decoder, dtype: str, tokens_BT, torch: bool) -> dict:
   """Compares the logits of the loaded model with those of the same files in PyTorch; all processes must call it.
 
   Args:
@@ -163,8 +162,10 @@ def check_source(source: checkpoint_hf.Source, model: decoder.Decoder, dtype: st
   difference = float(np.max(np.abs(ours_BTV - theirs_BTV)))
   if not difference <= TOLERANCE * max(1.0, float(theirs_BTV.std())):
     raise InputError(
-      f'--model={source.name}: JAX and PyTorch read this checkpoint differently (logits differ by {difference:.2g}, their '
-      f'standard deviation is {theirs_BTV.std():.2g}); please report it, or leave this check out by --verify=jax.'
+      'model',
+      source.name,
+      f'JAX and PyTorch read this checkpoint differently (logits differ by {difference:.2g}, their '
+      f'standard deviation is {theirs_BTV.std():.2g}); please report it, or leave this check out by --verify=jax.',
     )
   return {'torch': difference}
 
@@ -244,19 +245,3 @@ def _figures_in_torch(folder: pathlib.Path, expected_BTV, tokens_BT, tolerance: 
   if cached != uncached:
     raise ExportMismatch(f'{folder}: PyTorch generates {cached} with a cache and {uncached} without')
   return figures | {'generated': cached}
-
-
-def main(argv: list[str]):
-  folder = user_path(argv[1])
-  if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name too long
-    raise InputError(f'{folder}: there is no such folder; check the path.')
-  try:
-    files = manifest.check(folder)
-    source = checkpoint_hf.open_source(str(folder), folder)
-  except InputError as e:
-    cli.fail(1, str(e))
-  print(f'{folder}: {files} files as written, {source.config["model_type"]}, {source.num_layers} layers')
-
-
-if __name__ == '__main__':
-  cli.run(main, operand='FOLDER')

@@ -1,0 +1,129 @@
+"""Ways to choose the layers that go: one entry per method. A new one is an entry here and its file."""
+
+import numpy as np
+
+from elder_jax.entries import find_entry
+from elder_jax.errors import InputError
+from elder_jax.methods import ablation
+from elder_jax.methods import auto
+from elder_jax.methods import elder
+from elder_jax.methods import laco
+from elder_jax.methods import order
+from elder_jax.methods import stream
+from elder_jax.methods import weights
+from elder_jax.methods.method import Method
+from elder_jax.methods.scores import KEPT_FIRST
+from elder_jax.methods.scores import KEPT_LAST
+from elder_jax.methods.scores import by_scores
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+
+_KEPT = (KEPT_FIRST, KEPT_LAST)
+
+_SCORING: dict[str, Method] = {
+  'shortgpt': Method(
+    by_scores(stream.shortgpt),
+    'the layers of the lowest block influence, all at once (ShortGPT)',
+    paper='2403.03853',
+    programs=stream.programs_shortgpt,
+  ),
+  'sleb': Method(
+    by_scores(ablation.sleb),
+    'greedily the layer that costs least, scored anew each time (SLEB)',
+    paper='2402.09025',
+    programs=ablation.programs_sleb,
+  ),
+  'uidl': Method(
+    by_scores(stream.uidl),
+    'the contiguous block of the least angle at the last token (Unreasonable Ineffectiveness of the Deeper Layers)',
+    paper='2403.17887',
+    nested=False,
+    programs=stream.programs_uidl,
+  ),
+  'taylor': Method(
+    by_scores(weights.taylor),
+    'the layers of the lowest first-order cost, all at once (Shortened LLaMA)',
+    paper='2402.02834',
+    spared=_KEPT,
+    programs=weights.programs_taylor,
+  ),
+  'ppl': Method(
+    by_scores(ablation.ppl),
+    'the layers whose removal alone costs the least perplexity, all at once (Shortened LLaMA)',
+    paper='2402.02834',
+    spared=_KEPT,
+    programs=ablation.programs_ppl,
+  ),
+  'cosine_block': Method(
+    by_scores(stream.cosine_block),
+    'the contiguous block with the highest cosine similarity between its input and output (LLM-Streamline)',
+    paper='2403.19135',
+    nested=False,
+    programs=stream.programs_cosine_block,
+  ),
+  'magnitude': Method(
+    by_scores(weights.magnitude),
+    'the layers of the smallest weights, all at once (Shortened LLaMA)',
+    paper='2402.02834',
+    reads_text=False,
+    reads=(),
+  ),
+  'random': Method(by_scores(order.random), 'layers drawn by --seed', reads_text=False, reads=()),
+  'last': Method(
+    by_scores(order.last),
+    'the last layers but one (Unreasonable Ineffectiveness of the Deeper Layers)',
+    paper='2403.17887',
+    nested=False,
+    spared=(0, 1),
+    reads_text=False,
+    reads=(),
+  ),
+}
+
+METHODS: dict[str, Method] = {
+  'auto': auto.method({name: _SCORING[name] for name in auto.PARTS}),
+  'elder': Method(
+    elder.choose,
+    'the layers of the lowest learned gates (ELDeR)',
+    paper='2505.18232',
+    refuses=elder.why_not,
+    programs=elder.programs,
+    reads=elder.READS,
+  ),
+  **_SCORING,
+  'laco': Method(
+    laco.choose,
+    'none: layers are merged into an earlier one (LaCo)',
+    paper='2402.11187',
+    nested=False,
+    refuses=laco.why_not,
+    programs=laco.programs,
+    merges=True,
+  ),
+}
+
+
+def find_method(name: str, setting: str = 'method') -> Method:
+  """The method of a name, or of the user's own package.module:NAME. Raises InputError."""
+  return find_entry(setting, name, METHODS, Method)
+
+
+def check(name: str, settings, num_layers: int, num_remove: int):
+  """Raises InputError where the method cannot choose so many layers."""
+  if why := find_method(name).why_not(settings, num_layers, num_remove):
+    raise InputError('method', name, why)
+
+
+def choose(name: str, context: Context, num_remove: int) -> Choice:
+  """The layers that a method removes; of 0 layers none, and nothing is scored.
+
+  Raises:
+    InputError: the method has fewer layers to choose from, or its scores are not finite.
+  """
+  if not num_remove:
+    return Choice([])
+  check(name, context.settings, context.model.num_layers, num_remove)
+  choice = find_method(name).choose(context, num_remove)
+  if not np.isfinite(choice.scores).all():
+    raise InputError('method', name, 'some scores are not finite; look at the weights, or use --dtype=float32.')
+  return choice

@@ -1,41 +1,85 @@
-"""Stage 1: learn a gate per layer with the weights frozen, and choose the layers whose gates end lowest."""
+"""The method elder: learn a gate per layer with the weights frozen, and choose the layers whose gates end lowest."""
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.training import loop
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import training_flops
+from elder_jax.model.spec import Mode
+from elder_jax.recipes.context import Batches
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+from elder_jax.settings import Settings
+from elder_jax.settings import fields
+from elder_jax.settings import name_of
+from elder_jax.settings import setting
+from elder_jax.training.loop import run_steps
+from elder_jax.training.optimizer import make_optimizer
+from elder_jax.training.programs import steps_program
+from elder_jax.training.step import init_state
+from elder_jax.training.step import make_step
+from elder_jax.training.step import on_all_devices
+from elder_jax.training.step import train_mask
 
 
 @dataclasses.dataclass(frozen=True)
-class GateSettings:
-  num_remove: int
-  iterative: bool
-  steps: int  # per round
-  lr: float
-  lambda1: float
-  candidates: tuple[int, ...]  # the layers that may be chosen
-  clip: float = 1.0
-  grad_accum: int = 1
+class GateSettings(Settings):
+  """How gates are learned."""
+
+  gate: str = setting(
+    'residual',
+    'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.',
+    choices=('residual', 'output'),
+  )
+  selection: str = setting(
+    'one_shot',
+    'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
+    choices=('iterative', 'one_shot'),
+  )
+  lambda1: float = setting(5e-3, 'Weight of the L1 penalty on the gates.', least=0)
+  lr: float = setting(0.005, 'Learning rate of the gates (Adam).', flag='gate_lr', least=0)
+  steps: int = setting(
+    28,
+    'Steps per round of stage 1; one_shot has one round, iterative one for each layer that goes.',
+    flag='gate_steps',
+    least=1,
+  )
+  protect_first: int = setting(3, 'Layers at the input end that elder never chooses.', least=0)
+  protect_last: int = setting(4, 'Layers at the output end that elder never chooses.', least=0)
 
   @property
-  def rounds(self) -> int:
-    return self.num_remove if self.iterative else min(1, self.num_remove)
+  def iterative(self) -> bool:
+    return self.selection == 'iterative'
+
+  def rounds(self, num_remove: int) -> int:
+    return num_remove if self.iterative else min(1, num_remove)
+
+  def candidates(self, num_layers: int) -> range:
+    """The layers that may be chosen."""
+    return range(self.protect_first, num_layers - self.protect_last)
 
 
-def begin(model: Decoder, settings: GateSettings, mode: Mode):
-  """(step of train.make_step, its first state, frozen)."""
-  mask = loop.mask(model, 'gates')
-  rate = lambda step: settings.lr + 0.0 * step
-  tx = loop.optimizer(mask, rate, 0.0, settings.clip)
-  state, frozen = loop.init(model, mask, tx)
-  ones_RL = np.ones((settings.rounds, model.num_layers), np.float32)
-  state = state._replace(history_RL=loop.on_all_devices(ones_RL, state.trained))
-  return loop.make_step(tx, mode, settings.grad_accum, rate), state, frozen
+READS = (*map(name_of, fields(GateSettings)), 'grad_clip', 'grad_accum')  # settings
+
+
+def begin(model: Decoder, num_remove: int, settings: GateSettings, mode: Mode, clip: float = 1.0, grad_accum: int = 1):
+  """(step of step.make_step, its first state, frozen)."""
+  mask = train_mask(model, 'gates')
+
+  def rate(step):
+    return settings.lr + 0.0 * step
+
+  tx = make_optimizer(mask, rate, 0.0, clip)
+  state, frozen = init_state(model, mask, tx)
+  ones_RL = np.ones((settings.rounds(num_remove), model.num_layers), np.float32)
+  state = state._replace(history_RL=on_all_devices(ones_RL, state.trained))
+  return make_step(tx, mode, grad_accum, rate), state, frozen
 
 
 def terms(alive_L: np.ndarray, lambda1: float) -> dict[str, np.ndarray]:
@@ -49,11 +93,14 @@ def terms(alive_L: np.ndarray, lambda1: float) -> dict[str, np.ndarray]:
 
 def learn(
   model: Decoder,
+  num_remove: int,
   settings: GateSettings,
   mode: Mode,
-  batch: Callable[[int], jax.Array],
-  log: Callable[[int, int, dict], None],
+  batches: Batches,
+  log: Callable[[int, int, dict], None] = lambda round_, step, metrics: None,
   checkpoint=None,
+  clip: float = 1.0,
+  grad_accum: int = 1,
 ) -> tuple[list[int], list[list[float]]]:
   """Chooses layers (ELDeR, arXiv 2505.18232, section 3.2).
 
@@ -62,12 +109,14 @@ def learn(
 
   Args:
     log: called with (round, step, metrics).
-    checkpoint: a checkpoint.Checkpoints to go on from and to write to, or None.
+    checkpoint: a checkpoints.Checkpoints to resume from and to write to, or None.
+    clip: norm that gradients are clipped to.
+    grad_accum: parts that a batch is processed in.
 
   Returns:
     The chosen layers in the order of their choice, and all gates at the end of each round.
   """
-  step_fn, state, frozen = begin(model, settings, mode)
+  step_fn, state, frozen = begin(model, num_remove, settings, mode, clip, grad_accum)
   L = model.num_layers
   if checkpoint:
     state = checkpoint.latest(state)
@@ -78,17 +127,73 @@ def learn(
   history_RL = np.array(state.history_RL)
 
   alive_L, chosen = np.ones(L, bool), []
-  for r in range(settings.rounds):
+  for r in range(settings.rounds(num_remove)):
     if r >= over:
-      now, end = terms(alive_L, settings.lambda1), (r + 1) * settings.steps
-      log_round = lambda i, m: log(r, i, m)
-      state = loop.fit(step_fn, state, (frozen, None), end, batch, lambda _: now, log_round, checkpoint)
+      end = (r + 1) * settings.steps
+      now = functools.partial(_same, terms(alive_L, settings.lambda1))
+      state = run_steps(step_fn, state, (frozen, None), end, batches, now, functools.partial(log, r), checkpoint)
       # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
       history_RL[r] = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), history_RL[r - 1])
-      state = state._replace(history_RL=loop.on_all_devices(history_RL, state.trained))
+      state = state._replace(history_RL=on_all_devices(history_RL, state.trained))
     gate_L = history_RL[r]
-    by_gate = sorted((l for l in settings.candidates if alive_L[l]), key=lambda l: (abs(gate_L[l]), l))
-    for l in by_gate[: 1 if settings.iterative else settings.num_remove]:
+    by_gate = sorted((l for l in settings.candidates(L) if alive_L[l]), key=lambda l: (abs(gate_L[l]), l))
+    for l in by_gate[: 1 if settings.iterative else num_remove]:
       chosen.append(l)
       alive_L[l] = False
   return chosen, [[float(g) for g in gate_L] for gate_L in history_RL]
+
+
+def _same(value, step: int):
+  del step
+  return value
+
+
+def why_not(settings, num_layers: int, num_remove: int) -> str:
+  """Method.refuses."""
+  gates = settings.gates
+  free = len(gates.candidates(num_layers))
+  if num_remove <= free:
+    return ''
+  return (
+    f'{num_remove} layers are to be removed of {num_layers}, but --protect_first={gates.protect_first} and '
+    f'--protect_last={gates.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
+  )
+
+
+def choose(context: Context, num_remove: int) -> Choice:
+  """Method.choose; `about` has all gates at the end of each round."""
+  config = context.settings
+  total = config.gates.steps * config.gates.rounds(num_remove)
+  progress, record = context.log.progress('stage 1, gates'), context.log.steps('gates')
+
+  def log(round_: int, step: int, metrics: dict):
+    record(step, metrics, round=round_)
+    progress(step + 1, total, f'round {round_ + 1}, loss {metrics["loss"]:.4f}')
+
+  chosen, history = learn(
+    context.model,
+    num_remove,
+    config.gates,
+    context.mode,
+    context.batches,
+    log,
+    context.checkpoints('gates', total),
+    config.training.grad_clip,
+    config.training.grad_accum,
+  )
+  return Choice(chosen, about={'gates': history})
+
+
+def programs(shapes: Shapes, num_remove: int) -> list[Program]:
+  """Method.programs."""
+  config, dense = shapes.settings, shapes.dense
+  ones_L = np.ones(shapes.num_layers, bool)
+  flops = training_flops(shapes.spec, shapes.num_layers, shapes.tokens_BT.shape[1], 'gates')
+
+  def begin_here(model: Decoder):
+    training = config.training
+    return begin(model, num_remove, config.gates, shapes.mode, training.grad_clip, training.grad_accum)
+
+  steps = config.gates.steps * config.gates.rounds(num_remove)
+  now = terms(ones_L, config.gates.lambda1)
+  return [steps_program(shapes, 'stage 1, gates', begin_here, dense, None, now, flops, steps)]

@@ -1,6 +1,6 @@
-"""LaCo: instead of removing layers, merge them into an earlier one.
+"""The method laco: instead of removing layers, merge them into an earlier one. The search for what can be merged.
 
-Dimension names: see model.py.
+Dimension names: see model/decoder.py.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elder_jax.devices import memory
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import decoder
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
+from elder_jax.model.decoder import forward
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.model.spec import Mode
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+from elder_jax.recipes.merging import layer_mask
+from elder_jax.recipes.merging import merge_into
 
 
 class Collapsed(NamedTuple):
@@ -66,7 +72,8 @@ def laco(
   """
   L = model.num_layers
   combine = min(combine, num_remove + 1)
-  check(L, num_remove, combine, interval)
+  if num_remove > most_removed(L, num_remove, combine, interval):
+    raise InputError('method', 'laco', f'cannot merge away {num_remove} of {L} layers; remove fewer.')
   top = L - 1 - combine
   seen = {(): 1.0}  # the merges up to and with the tried one -> its cosine; sweeps agree in their first part
   while True:
@@ -78,7 +85,7 @@ def laco(
       if trial not in seen:
         seen[trial] = _similarity(model, merged, group, left, batches, mode)
       if seen[trial] > threshold:
-        merged, merges, alive = _merge(merged, group[0], _at(group[1:], L)), trial, left
+        merged, merges, alive = merge_into(merged, group[0], layer_mask(group[1:], L)), trial, left
         l = min(l - interval, len(alive) - 1 - combine)
       else:
         refused.append(seen[trial])
@@ -92,73 +99,60 @@ def laco(
   return Collapsed(pruning.prune(merged, removed), removed, list(merges), seen[merges], threshold)
 
 
-def check(num_layers: int, num_remove: int, combine: int = 4, interval: int = 2):
-  """Raises InputError where no sweep of `laco` can remove so many layers."""
+def most_removed(num_layers: int, num_remove: int, combine: int = 4, interval: int = 2) -> int:
+  """How many layers a sweep of `laco` can remove, of num_remove that it shall."""
   combine = min(combine, num_remove + 1)
   top = num_layers - 1 - combine
-  most = (combine - 1) * (0 if top < 0 else top // max(interval, combine - 1) + 1)
-  if num_remove > most:
-    raise InputError(
-      f'--num_remove={num_remove}: --method=laco can merge away at most {most} of the {num_layers} '
-      'layers; remove fewer (--num_remove or --ratio) or use another --method.'
-    )
+  return (combine - 1) * (0 if top < 0 else top // max(interval, combine - 1) + 1)
 
 
-def merge(model: Decoder, merges: Sequence[Sequence[int]]) -> Decoder:
-  """The model without the merged layers, by the `merges` that `laco` has found."""
-  merged = model
-  for base, *members in merges:
-    merged = _merge(merged, base, _at(members, model.num_layers))
-  free = functools.partial(memory.free, spare=model)
-  return pruning.prune(merged, [l for _, *members in merges for l in members], free)
+def why_not(settings, num_layers: int, num_remove: int) -> str:
+  """Method.refuses."""
+  del settings
+  if num_remove <= (most := most_removed(num_layers, num_remove)):
+    return ''
+  return f'can merge away at most {most} of the {num_layers} layers, not {num_remove}; remove fewer or use another one.'
 
 
-def _at(layers: Sequence[int], num_layers: int) -> np.ndarray:
-  return np.isin(np.arange(num_layers), layers)
+def choose(context: Context, num_remove: int) -> Choice:
+  """Method.choose."""
+  collapsed = laco(context.model, num_remove, context.scored, context.mode)
+  return Choice(collapsed.removed, about={'merges': [list(group) for group in collapsed.merges]})
 
 
-@jax.jit
-def _merge(model: Decoder, base, members_L):
-  """The model whose layer `base` has θ_base + Σ over members_L of (θ_member − θ_base); the members still stand."""
-
-  def add_differences(a):
-    a_32 = a.astype(jnp.float32)
-    differences = jnp.where(members_L.reshape((-1,) + (1,) * (a.ndim - 1)), a_32 - a_32[base][None], 0)
-    return a.at[base].set((a_32[base] + jnp.sum(differences, 0)).astype(a.dtype))
-
-  model = jax.tree.map(lambda a: a, model)  # a new tree, whose layers can be put in place of the old
-  model.layers = sharding.constrain_state(jax.tree.map(add_differences, model.layers))
-  return model
+def programs(shapes: Shapes, num_remove: int) -> list[Program]:
+  """Method.programs: the original and a merged model on a batch."""
+  del num_remove
+  dense, all_L = shapes.dense, np.ones(shapes.num_layers, bool)
+  args = (dense, dense, np.int32(0), all_L, all_L, shapes.tokens_BT, shapes.mode)
+  size, layers = device_bytes(dense), device_bytes(dense.layers)
+  return [
+    Program('choosing by laco', _cosine_sum, args, 2 * shapes.flops(), size + layers, twice=size - layers, calls=20)
+  ]
 
 
 @functools.partial(jax.jit, static_argnames='mode')
 def _cosine_sum(model: Decoder, merged: Decoder, base, members_L, alive_L, tokens_BT, mode: Mode):
   """Σ over the sequences of the cosine between the outputs of `model` and of `merged` after one more merge."""
   gate_L = jnp.ones(model.num_layers, jnp.float32)
-  a_BTD, _ = decoder.forward(model, tokens_BT, mode=mode, gate_L=gate_L)
-  b_BTD, _ = decoder.forward(_merge(merged, base, members_L), tokens_BT, alive_L, mode, gate_L)
+  a_BTD, _ = forward(model, tokens_BT, mode=mode, gate_L=gate_L)
+  b_BTD, _ = forward(merge_into(merged, base, members_L), tokens_BT, alive_L, mode, gate_L)
   a_BTD, b_BTD = a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32)
-  dot = lambda x_BTD, y_BTD: jnp.sum(x_BTD * y_BTD, (1, 2))
+
+  def dot(x_BTD, y_BTD):
+    return jnp.sum(x_BTD * y_BTD, (1, 2))
+
   return sharding.replicate(jnp.sum(dot(a_BTD, b_BTD) / jnp.sqrt(dot(a_BTD, a_BTD) * dot(b_BTD, b_BTD))))
-
-
-def program(model: Decoder, tokens_BT, mode: Mode):
-  """(jitted function, its arguments) of `laco`'s heaviest step; arrays may be abstract."""
-  all_L = np.ones(model.num_layers, bool)
-  return _cosine_sum, (model, model, np.int32(0), all_L, all_L, tokens_BT, mode)
-
-
-def merge_program(model: Decoder):
-  """The same of `merge`."""
-  return _merge, (model, np.int32(0), np.ones(model.num_layers, bool))
 
 
 def _similarity(model, merged, group, left, batches, mode) -> float:
   total, count = 0.0, 0
-  members_L, alive_L = _at(group[1:], model.num_layers), _at(left, model.num_layers)
+  members_L, alive_L = layer_mask(group[1:], model.num_layers), layer_mask(left, model.num_layers)
   for tokens_BT in batches:
     total += float(_cosine_sum(model, merged, group[0], members_L, alive_L, tokens_BT, mode))
     count += tokens_BT.shape[0]
   if not math.isfinite(total):
-    raise InputError('--method=laco: the output of a model is not finite; look at the weights, or use --dtype=float32.')
+    raise InputError(
+      'method', 'laco', 'the output of a model is not finite; look at the weights, or use --dtype=float32.'
+    )
   return total / count

@@ -1,7 +1,6 @@
 """LoRA (arXiv 2106.09685): of each of the layers' matrices W only a change of low rank, (alpha / rank)·A·B, is trained.
 
-Matrices are the parameters of model.Block whose names begin with w; each reads or writes the stream D. Dimension names:
-see model.py; r is the rank.
+Each of the matrices (matrices.py) reads or writes the stream D. Dimension names: see decoder.py; r is the rank.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import numpy as np
 
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
+from elder_jax.model.matrices import layer_matrices
 
 
 class Lora(nnx.Module):
@@ -29,37 +29,35 @@ def _sides(axes: str) -> tuple[str, str]:
   return ('D', axes[2:]) if axes[1] == 'D' else (axes[1:-1], axes[-1])
 
 
-def _matrices(layers) -> dict[str, nnx.Param]:
-  return {name: p for name, p in sorted(vars(layers).items()) if name.startswith('w') and p is not None}
-
-
 def check(model, rank: int):
   """Raises InputError where a matrix of the Decoder (abstract or not) has fewer rows or columns than `rank`."""
   smallest = None
-  for param in _matrices(model.layers).values():
+  for param in layer_matrices(model.layers).values():
     axes, shape = param.get_metadata()['axes'], param.get_value().shape
     inner, _ = _sides(axes)
     rows, columns = np.prod(shape[1 : 1 + len(inner)]), np.prod(shape[1 + len(inner) :])
     smallest = min(rows, columns, smallest or rows)
   if rank > smallest:
     raise InputError(
-      f"--lora_rank={rank}: the smallest side of this model's matrices is {smallest}; give at most that, or 0 for "
-      'training without LoRA.'
+      'lora_rank',
+      rank,
+      f"the smallest side of this model's matrices is {smallest}; give at most that, or 0 for training without LoRA.",
     )
 
 
 def factors(layers, rank: int, seed: int) -> dict[str, dict[str, nnx.Param]]:
   """{name of a matrix: {'a', 'b'}}: a normal with variance 1 / rows, b zeros, so that training starts at the base."""
-  made, matrices = {}, _matrices(layers)
+  made, matrices = {}, layer_matrices(layers)
   for key, (name, param) in zip(jax.random.split(jax.random.key(seed), len(matrices)), matrices.items()):
     inner, outer = _sides(param.get_metadata()['axes'])
     sizes = dict(zip(param.get_metadata()['axes'], param.get_value().shape), r=rank)
     a, b = f'L{inner}r', f'Lr{outer}'
-    shape = lambda axes: tuple(sizes[x] for x in axes)
+    shape_a, shape_b = (tuple(sizes[x] for x in axes) for axes in (a, b))
+
     rows = np.prod([sizes[x] for x in inner])
     made[name] = {
-      'a': nnx.Param(rows**-0.5 * jax.random.normal(key, shape(a)), axes=a),
-      'b': nnx.Param(jnp.zeros(shape(b)), axes=b),
+      'a': nnx.Param(rows**-0.5 * jax.random.normal(key, shape_a), axes=a),
+      'b': nnx.Param(jnp.zeros(shape_b), axes=b),
     }
   return made
 
@@ -67,7 +65,7 @@ def factors(layers, rank: int, seed: int) -> dict[str, dict[str, nnx.Param]]:
 def wrap(model, made: dict[str, dict[str, nnx.Param]], scale: float):
   """The Decoder (a copy of the tree, not of its arrays) with a Lora in the place of each matrix."""
   model = jax.tree.map(lambda a: a, model)
-  for name, base in _matrices(model.layers).items():
+  for name, base in layer_matrices(model.layers).items():
     setattr(model.layers, name, Lora(base, made[name]['a'], made[name]['b'], scale))
   return model
 
@@ -77,7 +75,7 @@ def attach(model, rank: int, alpha: float, seed: int):
   home, places = getattr(jax.tree.leaves(model.layers)[0], 'sharding', None), None  # abstract, it lies nowhere
   make = functools.partial(factors, jax.eval_shape(lambda: model.layers), rank, seed)
   if isinstance(home, NamedSharding):
-    places = sharding.for_model(jax.eval_shape(make), home.mesh, '')
+    places = sharding.for_model(jax.eval_shape(make), home.mesh)
   return wrap(model, jax.jit(make, out_shardings=places)(), alpha / rank)
 
 
@@ -94,7 +92,7 @@ def merge(model, dtype: str = 'float32', free: Callable | None = None):
     free: called with each stack W when it has been merged, which memory.free gives back.
   """
   model = jax.tree.map(lambda a: a, model)
-  for name, lora in _matrices(model.layers).items():
+  for name, lora in layer_matrices(model.layers).items():
     w = lora.base.get_value()
     call, args = _merge_step(lora, dtype)
     merged = call(*args)
@@ -107,7 +105,7 @@ def merge(model, dtype: str = 'float32', free: Callable | None = None):
 
 def program(model, dtype: str):
   """(jitted function, its arguments) of `merge`'s heaviest step; arrays may be abstract."""
-  largest = max(_matrices(model.layers).values(), key=lambda lora: lora.base.get_value().size)
+  largest = max(layer_matrices(model.layers).values(), key=lambda lora: lora.base.get_value().size)
   return _merge_step(largest, dtype)
 
 

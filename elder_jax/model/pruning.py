@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from elder_jax.model.decoder import Decoder
+from elder_jax.model.program import Program
+from elder_jax.model.program import device_bytes
 
 
 def kept_layers(num_layers: int, removed: list[int]) -> list[int]:
@@ -43,10 +45,33 @@ def prune(model: Decoder, removed: list[int], free: Callable | None = None) -> D
   return with_gates(model, 1.0)
 
 
-def program(model: Decoder, num_left: int):
-  """(jitted function, its arguments) of `prune`'s heaviest step; arrays may be abstract."""
+def cut_shapes(model: Decoder, num_remove: int) -> Decoder:
+  """An abstract model with so many layers fewer."""
+  left = model.num_layers - num_remove
+
+  def cut(p):
+    a = p.get_value()
+    stacked = p.get_metadata()['axes'].startswith('L')
+    return p.replace(jax.ShapeDtypeStruct((left, *a.shape[1:]), a.dtype, sharding=a.sharding)) if stacked else p
+
+  cut_model = jax.tree.map(cut, model, is_leaf=lambda a: isinstance(a, nnx.Variable))
+  cut_model.spec = cut_model.layers.spec = model.spec.with_layers(list(range(left)))
+  return cut_model
+
+
+def removal_program(name: str, model: Decoder, num_remove: int, keeps: bool, beside: int = 0) -> Program:
+  """`prune` of an abstract model, stack by stack.
+
+  Args:
+    keeps: the model stays; else each of its stacks goes when it has been cut.
+    beside: bytes on each device of what else is there.
+  """
   largest = max(jax.tree.leaves(model.layers), key=lambda a: a.size)
-  return _take, (largest, np.arange(num_left, dtype=np.int32), largest.sharding)
+  kept_K = np.arange(model.num_layers - num_remove, dtype=np.int32)
+  size, left = device_bytes(largest), 1 - num_remove / model.num_layers
+  others = device_bytes(model) - size
+  made = int(left * (device_bytes((model.layers, model.gate_L)) - size)) if keeps else 0
+  return Program(name, _take, (largest, kept_K, largest.sharding), 0, size, beside=beside + others + made)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -18,19 +18,27 @@ import numpy as np
 from elder_jax.devices import hosts
 from elder_jax.devices import memory
 from elder_jax.devices import sharding
-from elder_jax.errors import InputError
-from elder_jax.model import decoder
 from elder_jax.model import pruning
+from elder_jax.model.attention import attention
+from elder_jax.model.attention import kinds
+from elder_jax.model.attention import rope_and_window
+from elder_jax.model.attention import rope_tables
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.model.decoder import Spec
+from elder_jax.model.decoder import embed
+from elder_jax.model.decoder import run_layers
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
+from elder_jax.recipes.context import Batches
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
 
 # Ridge of `absorb`, times the mean diagonal of its Gram matrix. Chosen on validation text: docs/decisions.md.
 RIDGE = 0.1
 # A down projection that a norm follows is refitted in rounds, by these parts of the text: the first has only to come near.
 NORMED_ROUNDS = (0.25, 1.0)
-
-Batches = Sequence[jax.Array]
 
 
 def absorb(model: Decoder, removed: Sequence[int], batches: Batches, mode: Mode, log=None, free=None) -> Decoder:
@@ -65,14 +73,40 @@ def replace_linear(
   return _each_run(model, removed, batches, mode, functools.partial(_refit, kind='outputs'), log, free)
 
 
-def check(spec: Spec, recipe: str):
-  """Raises InputError where what the layers add to the stream cannot be refitted in closed form."""
-  if spec.block == 'post' or (spec.block == 'sandwich' and recipe.startswith('replace_linear')):
-    others = 'absorb, ' if spec.block == 'sandwich' else ''
-    raise InputError(
-      f'--recipe={recipe}: layers of this family norm what their MLP gives, so that no linear map can be folded into '
-      f'it; use --recipe={others}prune_then_train or regularize, or none.'
-    )
+def start_absorbed(context: Context, choice: Choice) -> Decoder:
+  """Recipe.start by `absorb`."""
+  return absorb(context.model, choice.removed, context.fitted, context.mode, _said(context), context.free)
+
+
+def start_replaced(context: Context, choice: Choice) -> Decoder:
+  """Recipe.start by `replace_linear`."""
+  return replace_linear(context.model, choice.removed, context.fitted, context.mode, _said(context), context.free)
+
+
+def _said(context: Context) -> Callable:
+  def say(layer: int, end: int, before: float, after: float):
+    layers = f'layer {layer + 1}' if end == layer + 2 else f'layers {layer + 1}-{end - 1}'
+    context.log.say(f'absorbed {layers} into layer {layer}: relative squared error {before:.3g} → {after:.3g}')
+
+  return say
+
+
+def why_not_absorb(spec: Spec) -> str:
+  """Recipe.refuses: '' where what the MLP adds to the stream can be refitted in closed form."""
+  return _why_not('prune_then_train or regularize, or none') if spec.block == 'post' else ''
+
+
+def why_not_replace(spec: Spec) -> str:
+  """Recipe.refuses of replace_linear, which cannot refit a norm either."""
+  others = 'absorb, ' if spec.block == 'sandwich' else ''
+  return _why_not(f'{others}prune_then_train or regularize, or none') if spec.block in ('post', 'sandwich') else ''
+
+
+def _why_not(others: str) -> str:
+  return (
+    'layers of this family normalise the output of their MLP, so that no linear map can be folded into it; use '
+    f'--recipe={others}.'
+  )
 
 
 def _each_run(model: Decoder, removed, batches: Batches, mode: Mode, refit: Callable, log: Callable | None, free):
@@ -116,7 +150,7 @@ def _least_squares(gram_DD, cross_DD):
 
 def _solve_once(solve: Callable, gram, cross):
   """By process 0 for all: two processors' last bits may differ, and the devices must hold the same."""
-  return hosts.broadcast(solve(gram, cross) if hosts.leads() else np.zeros_like(cross))
+  return hosts.broadcast(solve(gram, cross) if hosts.is_leader() else np.zeros_like(cross))
 
 
 def _refit(totals: Callable, current: Decoder, l: int, kind: str) -> tuple[float, float]:
@@ -178,30 +212,44 @@ def _with_layer(stacked, value, l, axes: str):
 # ---- sums over the tokens of a batch, float32 ----
 
 
-def program(model: Decoder, tokens_BT, recipe: str, mode: Mode):
-  """(jitted function, its arguments) of the heaviest step of a recipe; arrays may be abstract."""
-  l = np.int32(0)
-  run = model, model, tokens_BT, np.ones(model.num_layers, bool), l, l + 1
-  if model.spec.block == 'sandwich':
-    return _normed_sums, (*run, np.ones(model.spec.d_model, np.float32), mode, True)
-  return _linear_sums, (*run, mode, True, 'features' if recipe.startswith('absorb') else 'outputs')
+def programs_absorb(shapes: Shapes) -> list[Program]:
+  """Recipe.programs."""
+  if shapes.spec.block == 'sandwich':
+    return [_program(shapes, 'absorb', _normed_sums, np.ones(shapes.spec.d_model, np.float32), shapes.mode, True)]
+  return [_program(shapes, 'absorb', _linear_sums, shapes.mode, True, 'features')]
+
+
+def programs_replace(shapes: Shapes) -> list[Program]:
+  """Recipe.programs."""
+  return [_program(shapes, 'replace_linear', _linear_sums, shapes.mode, True, 'outputs')]
+
+
+def _program(shapes: Shapes, name: str, sums: Callable, *args) -> Program:
+  dense, l = shapes.dense, np.int32(0)
+  arrays = dense, dense, shapes.tokens_BT, np.ones(shapes.num_layers, bool), l, l + 1
+  size, changed = device_bytes(dense), device_bytes(dense.layers.w_down)  # all else is shared with the dense model
+  calls = shapes.settings.steps() or shapes.settings.one_pass
+  return Program(name, sums, (*arrays, *args), shapes.flops(), size + changed, twice=size - changed, calls=calls)
 
 
 def _parts(dense: Decoder, current: Decoder, tokens_BT, below_L, l, end, mode: Mode, changed: bool):
   """(layer l, f_BTF: what its down projection reads, m_BTD: the stream after its attention, target_BTD in float32)."""
   layer_L, gate_L = jnp.arange(dense.num_layers), jnp.ones(dense.num_layers, jnp.float32)
-  tables = decoder.rope_tables(dense.spec, tokens_BT.shape[1])
-  kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in decoder.kinds(dense.spec).items()}
-  rope, window = decoder.rope_and_window(dense.spec, tables, kind_l)
-  run = lambda model, x_BTD, alive_L: decoder.run_layers(model, x_BTD, alive_L, mode, gate_L)[0]
-  embedded_BTD = decoder.embed(dense, tokens_BT, mode)
+  tables = rope_tables(dense.spec, tokens_BT.shape[1])
+  kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in kinds(dense.spec).items()}
+  rope, window = rope_and_window(dense.spec, tables, kind_l)
+
+  def run(model, x_BTD, alive_L):
+    return run_layers(model, x_BTD, alive_L, mode, gate_L)[0]
+
+  embedded_BTD = embed(dense, tokens_BT, mode)
   x_BTD = run(current, embedded_BTD, below_L)
   if changed:
     target_BTD = run(dense, embedded_BTD, layer_L < end)
   else:  # below l both are one
     target_BTD = run(dense, x_BTD, (l <= layer_L) & (layer_L < end))
   block = jax.tree.map(lambda a: a[l], current.layers)
-  attn_BTD = block.attn_update(decoder.attention(*block.qkv(x_BTD, rope), window, *dense.spec.scores()), x_BTD)
+  attn_BTD = block.attn_update(attention(*block.qkv(x_BTD, rope), window, *dense.spec.scores()), x_BTD)
   return block, block.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD, target_BTD.astype(jnp.float32)
 
 
@@ -251,7 +299,10 @@ def _channel_sums(dense, current, tokens_BT, below_L, l, end, mode: Mode, change
   y_SD, r_SD = _rows(block.mlp_update(f_BTF, mid_BTD)), _rows(target_BTD - mid_BTD.astype(jnp.float32))
   t_SD = _rows(target_BTD)
   w_S1 = _weights(t_SD)
-  of_D = lambda a_SD, b_SD: jnp.sum(w_S1 * a_SD * b_SD, 0)
+
+  def of_D(a_SD, b_SD):
+    return jnp.sum(w_S1 * a_SD * b_SD, 0)
+
   return sharding.replicate(
     (of_D(r_SD, r_SD), of_D(r_SD, y_SD), of_D(y_SD, y_SD), jnp.sum(w_S1 * t_SD**2), jnp.sum(w_S1))
   )

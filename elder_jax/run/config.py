@@ -1,435 +1,342 @@
-"""All settings of a run: one frozen dataclass, each field of which is a flag with one line of help.
-
-Nothing else reads flags. `config.json` in the work folder holds the same fields, and reproduces the run.
-"""
+"""All settings of a run, in groups. Every field is a flag with one line of help; config.json has the same names."""
 
 import dataclasses
 import decimal
-import math
+import functools
+import json
 import pathlib
-
-from absl import flags
+from typing import Any
 
 from elder_jax.errors import InputError
 from elder_jax.errors import user_path
-from elder_jax.methods import importance
+from elder_jax.methods import METHODS
+from elder_jax.methods import find_method
+from elder_jax.methods.elder import GateSettings
+from elder_jax.model.spec import Mode
+from elder_jax.recipes import RECIPES
+from elder_jax.recipes import find_recipe
+from elder_jax.settings import Settings
+from elder_jax.settings import default_of
+from elder_jax.settings import fields
+from elder_jax.settings import name_of
+from elder_jax.settings import setting
+from elder_jax.training.settings import TrainSettings
 
 HOW_MUCH = ('ratio', 'num_remove', 'remove_layers')  # of which a run has one
-METHODS = ('auto', 'elder', *importance.METHODS, 'laco')
-TRAINED = ('regularize', 'prune_then_train', 'absorb_then_train', 'replace_linear_then_train')
-RECIPES = (*TRAINED, 'absorb', 'replace_linear', 'none')
-
-
-def _flag(default, help_text, choices=None):
-  return dataclasses.field(default=default, metadata={'help': help_text, 'choices': choices})
+DEFAULT_RATIO = (0.25,)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-  # What goes in and out.
-  model: str = _flag('', 'Model to prune: a Hugging Face folder, a hub id (owner/name) or a .gguf file.')
-  tokenizer: str = _flag('', "Folder or hub id of the tokenizer, where it is not the model's own.")
-  workdir: str = _flag('', 'Folder for results; made if missing. A run started again in it goes on where it was.')
-  # How much goes, and what.
-  ratio: str | None = _flag(
+class PathSettings(Settings):
+  """What goes in, and where results go."""
+
+  model: str = setting('', 'Model to prune: a Hugging Face folder, a hub id (owner/name) or a .gguf file.')
+  tokenizer: str = setting('', "Folder or hub id of the tokenizer, where it is not the model's own.")
+  teacher: str = setting('', 'Model to distil from (--distill), where it is not --model itself before the removal.')
+  workdir: str = setting('', 'Folder for results; made if missing. A run started again in it resumes.')
+
+
+@dataclasses.dataclass(frozen=True)
+class RemovalSettings(Settings):
+  """How much goes, what, and what is done with it."""
+
+  ratio: tuple[float, ...] | None = setting(
     None,
     'Fraction of the layers to remove, rounded half up to a whole number of layers. Several, as in 0.25,0.1,0.4: a '
     'table and a plot of all; the first is exported. Unset: 0.25. Of --ratio, --num_remove and --remove_layers the one '
     'given last counts.',
+    least=0,
+    below=1,
   )
-  num_remove: int | None = _flag(None, 'Number of layers to remove, in place of --ratio.')
-  remove_layers: str | None = _flag(
+  num_remove: int | None = setting(None, 'Number of layers to remove, in place of --ratio.', least=0)
+  remove_layers: tuple[int, ...] | None = setting(
     None,
-    'Layers to remove by 0-based number, e.g. 3,5, in place of --ratio and --method. Empty (--remove_layers=): none.',
+    'Layers to remove by 0-based number, e.g. 3,5 or 12-18, in place of --ratio and --method. Empty (--remove_layers=): '
+    'none.',
   )
-  method: str = _flag(
-    'auto',
-    f'How layers are chosen, of {", ".join(METHODS)}. auto: what cosine_block, taylor or ppl choose, whichever leaves the '
-    'least loss when it is absorbed; elder: learned gates; laco merges layers instead of removing them. Several, as in '
-    'auto,sleb: one table of all; the first is exported.',
+  method: tuple[str, ...] = setting(
+    ('auto',),
+    f'How layers are chosen, of {", ".join(METHODS)}, or your own as package.module:NAME. Several, as in auto,sleb: one '
+    'table of all; the first is exported.',
   )
-  score_steps: int = _flag(
-    8, 'Batches of the training text that methods other than elder score the layers on; auto judges by as many more.'
+  score_steps: int = setting(
+    8,
+    'Batches of the training text that methods other than elder score the layers on; auto judges by as many more.',
+    least=1,
   )
-  recipe: str = _flag(
+  recipe: str = setting(
     'absorb_then_train',
-    'What happens to the chosen layers: regularize, then remove (ELDeR); prune_then_train, removed first and then '
-    'the same steps of LM training; absorb, removed while the layers before them are refitted, in closed form, to do '
-    "their work; replace_linear, ReplaceMe's rule for the same; either with _then_train, followed by the same steps of "
-    'LM training; none, just removed.',
-    RECIPES,
+    f'What happens to the chosen layers, of {", ".join(RECIPES)}, or your own as package.module:NAME.',
   )
-  compare: list[str] = _flag(
+  compare: tuple[str, ...] = setting(
     ('none',), 'Further recipes, run on the same layers and batches for the report only; empty (--compare=): no others.'
   )
-  # Data.
-  train_data: str = _flag(
+
+  def __post_init__(self):
+    super().__post_init__()
+    given = [name for name in HOW_MUCH if getattr(self, name) is not None]
+    if len(given) > 1:
+      others = ' and '.join(f'--{name}' for name in given[1:])
+      raise InputError(
+        given[0],
+        getattr(self, given[0]),
+        f'and {others}: say how many layers go in one way only; leave out the others.',
+      )
+    layers = self.remove_layers or ()
+    if len(set(layers)) < len(layers):
+      raise InputError('remove_layers', layers, 'names a layer twice; name each once.')
+    if not self.method:
+      raise InputError('method', '', 'is empty; give a method, as in --method=auto.')
+    for name in self.method:
+      find_method(name)
+    if not find_recipe(self.recipe).exportable:
+      raise InputError(
+        'recipe', self.recipe, 'leaves no stock checkpoint, so it cannot be exported; use --compare for its row.'
+      )
+    for name in self.compare:
+      find_recipe(name, 'compare')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings(Settings):
+  """The training text, which layers are chosen by as well."""
+
+  train_data: str = setting(
     '',
     'Text to train on: a .txt, .jsonl or .parquet file, a folder of files of one of these kinds, or a hub id with '
     'configuration and split, id:config:split.',
   )
-  eval_data: tuple[str, ...] = _flag(
-    (),
-    'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
-  )
-  text_column: str = _flag('text', 'Column of jsonl, parquet and hub data that holds the text.')
-  bos: str = _flag(
+  text_column: str = setting('text', 'Column of jsonl, parquet and hub data that holds the text.')
+  bos: str = setting(
     'auto',
-    "Begin-of-sequence token, in all texts: tokenizer, where the tokenizer's own rule puts one, at the start of the text "
-    '(the usual protocol); window, first in every training sequence and evaluation window; none; auto: window for Gemma, '
-    'which is lost without one, tokenizer for other families.',
-    ('auto', 'tokenizer', 'window', 'none'),
+    'Where to put a begin-of-sequence token. tokenizer: wherever the tokenizer adds one. window: first in every training '
+    'sequence and evaluation window. none: nowhere. auto: window for Gemma, which needs it, tokenizer otherwise.',
+    choices=('auto', 'tokenizer', 'window', 'none'),
   )
-  seq_len: int = _flag(2048, 'Tokens per training sequence.')
-  num_sequences: int = _flag(128, 'Training sequences; the text must be long enough for them.')
-  batch_size: int = _flag(4, 'Sequences per step; must divide --num_sequences.')
-  grad_accum: int = _flag(1, 'Parts that a batch is worked off in, to save memory; must divide --batch_size.')
-  shuffle: bool = _flag(True, 'Draw the sequences from the whole text and shuffle them in each pass; else text order.')
-  seed: int = _flag(
-    0, "Seed of the choice and order of the sequences and of LoRA's first factors; nothing else in a run is random."
+  seq_len: int = setting(2048, 'Tokens per training sequence.', least=2)
+  num_sequences: int = setting(128, 'Training sequences; the text must be long enough for them.', least=1)
+  batch_size: int = setting(4, 'Sequences per step; must divide --num_sequences.', least=1)
+  shuffle: bool = setting(
+    True, 'Draw the sequences from the whole text and shuffle them in each pass; else text order.'
   )
-  # Evaluation.
-  eval_seq_len: int = _flag(2048, 'Window of the perplexity, in tokens; windows do not overlap, the rest is dropped.')
-  eval_tokens: int = _flag(0, 'Tokens of each evaluation text that are used, from its start; 0: all.')
-  eval_batch_size: int = _flag(4, 'Windows per evaluation step.')
-  # Stage 1: which layers go.
-  gate: str = _flag(
-    'residual', 'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.', ('residual', 'output')
-  )
-  selection: str = _flag(
-    'one_shot',
-    'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
-    ('iterative', 'one_shot'),
-  )
-  lambda1: float = _flag(5e-3, 'Weight of the L1 penalty on the gates.')
-  gate_lr: float = _flag(0.005, 'Learning rate of the gates (Adam).')
-  gate_steps: int = _flag(
-    28, 'Steps per round of stage 1; one_shot has one round, iterative one for each layer that goes.'
-  )
-  protect_first: int = _flag(3, 'Layers at the input end that elder never chooses.')
-  protect_last: int = _flag(4, 'Layers at the output end that elder never chooses.')
-  # Stage 2: what is trained, and how.
-  penalty: str = _flag('l2', "Norm of a layer's update in the penalty.", ('l2', 'l1'))
-  penalty_scale: str = _flag(
-    'token',
-    "token: mean over tokens of each token's norm; relative: the same, divided by the norm of the layer's input; "
-    'none: norm over the whole batch.',
-    ('token', 'relative', 'none'),
-  )
-  lambda2: float = _flag(1e-3, 'Weight of the penalty on the updates of the layers that will be removed.')
-  lambda2_power: float = _flag(
-    0.0, 'Ramp of lambda2: it is lambda2 * f^power at the fraction f of the steps; 0: constant, 1: linear, 2: square.'
-  )
-  order: str = _flag(
-    'sequential',
-    'joint: all chosen layers are penalised together; sequential: one after another, each switched off after its turn.',
-    ('joint', 'sequential'),
-  )
-  anneal: float = _flag(
-    0.0,
-    'Fraction of the steps of regularize in which the gates of the chosen layers go from 1 to 0; 0: they stay at 1.',
-  )
-  distill: float = _flag(
-    0.0, "Weight of the KL divergence from the dense model's predictions, in all training; 1 minus it is the LM loss's."
-  )
-  train_steps: int | None = _flag(
-    None, 'Steps of stage 2, and of the training of other recipes; unset: one pass over the sequences.'
-  )
-  lr: float = _flag(
-    3e-4, 'Peak learning rate of stage 2; falls linearly to 0. LoRA wants a higher one, lion one 3 to 10 times lower.'
-  )
-  warmup_ratio: float = _flag(0.05, 'Fraction of the steps over which the learning rate rises from 0.')
-  weight_decay: float = _flag(0.0, 'Weight decay of matrices in stage 2.')
-  grad_clip: float = _flag(1.0, 'Norm that gradients are clipped to.')
-  trainable: str = _flag(
-    'blocks', "blocks: the layers' weights; all: embedding, final norm and head as well.", ('blocks', 'all')
-  )
-  optimizer: str = _flag(
-    'adamw',
-    'Optimiser of the training; stage 1 always has Adam. Its float32 state per trained weight: adamw 8 bytes; lion 4; '
-    'adafactor (factored, no momentum) next to none for matrices with two axes of 128 or more.',
-    ('adamw', 'adafactor', 'lion'),
-  )
-  moment_dtype: str = _flag(
-    'float32',
-    "Type of the first moment of --optimizer=adamw and of lion's only one, 2 bytes per trained weight less in bfloat16; "
-    'second moments stay float32. Stage 1 stays float32.',
-    ('float32', 'bfloat16'),
-  )
-  lora_rank: int = _flag(
+  seed: int = setting(
     0,
-    "Rank of LoRA in all training but stage 1: only a low-rank change of each of the layers' matrices is trained, the "
-    'matrices themselves, norms, biases and embeddings are frozen; merged before pruning and export. 0: no LoRA.',
+    "Seed of the choice and order of the sequences and of LoRA's first factors; nothing else in a run is random.",
+    least=0,
   )
-  lora_alpha: float | None = _flag(
-    None, "LoRA's change is alpha / rank times the product of its factors; unset: twice --lora_rank."
-  )
-  # Zero-shot tasks.
-  tasks: str = _flag('', 'Tasks of lm-evaluation-harness, as in piqa,arc_easy, to evaluate all models of the run on.')
-  tasks_dir: str = _flag('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
-  task_limit: int = _flag(0, 'Questions per task, from the start; 0: all.')
-  # Computation.
-  dtype: str = _flag(
-    'float32', 'Type of computation and of frozen weights; what is trained is kept in float32.', ('float32', 'bfloat16')
-  )
-  remat: str = _flag(
-    'dots',
-    'What the backward pass computes again, to save memory: none; dots, all but matrix products; dots_no_batch, '
-    "attention's products as well, which grow with the square of --seq_len; full.",
-    ('none', 'dots', 'dots_no_batch', 'full'),
-  )
-  mesh: str = _flag('-1,1,1', 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.')
-  plan: bool = _flag(
-    False,
-    'Only tell what the run would take of each device and how long its steps would take at least, by asking the compiler; '
-    'a config.json is enough of a model. Exit status 3 where it does not fit.',
-  )
-  force: bool = _flag(
-    False, 'Start a run that does not fit by its plan; else it ends with exit status 3 before loading.'
-  )
-  topology: str = _flag('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
-  checkpoint_every: int = _flag(100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.')
-  checkpoint_minutes: float = _flag(0.0, 'Minutes after which a checkpoint is written in any case; 0: never by time.')
-  keep_checkpoints: int = _flag(
-    2, 'Checkpoints of a stage that stay; where the newest is damaged the one before is used.'
-  )
-  # Output.
-  export_dtype: str = _flag(
-    '', "Type of the exported weights; unset: the model's own.", ('', 'float32', 'bfloat16', 'float16')
-  )
-  shard_gb: float = _flag(5.0, 'Largest size of an exported file, in GB (1e9 bytes).')
-  verify: str = _flag(
-    'auto',
-    'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are '
-    'installed; jax: JAX only; torch: both, an error if they are missing.',
-    ('auto', 'jax', 'torch'),
-  )
-
-  def check(self):
-    """Raises InputError for settings that no run can have. What depends on the model is checked in the pipeline."""
-    for field in dataclasses.fields(self):
-      value, choices = getattr(self, field.name), field.metadata['choices']
-      if choices and value not in choices:
-        known = ', '.join(choice or "''" for choice in choices)
-        raise InputError(f'--{field.name}={value}: is not known, these are: {known}.')
-    given = [f'--{name}={getattr(self, name)}' for name in HOW_MUCH if getattr(self, name) is not None]
-    if len(given) > 1:
-      raise InputError(f'{" and ".join(given)}: how much is removed can be said in one way only; leave out the others.')
-    if self.topology and not self.plan:
-      raise InputError(f'--topology={self.topology}: is only compiled for; add --plan.')
-    if not self.workdir and not self.plan:
-      raise InputError('--workdir is missing: give a folder for the results.')
-    for name in (
-      'seq_len',
-      'num_sequences',
-      'batch_size',
-      'grad_accum',
-      'eval_seq_len',
-      'eval_batch_size',
-      'gate_steps',
-      'score_steps',
-      'keep_checkpoints',
-    ):
-      least = 2 if name.endswith('seq_len') else 1
-      if getattr(self, name) < least:
-        raise InputError(f'--{name}={getattr(self, name)} is too small; give at least {least}.')
-    for name in (
-      'lambda1',
-      'lambda2',
-      'lambda2_power',
-      'gate_lr',
-      'lr',
-      'weight_decay',
-      'protect_first',
-      'protect_last',
-      'eval_tokens',
-      'seed',
-      'task_limit',
-      'checkpoint_every',
-      'checkpoint_minutes',
-      'train_steps',
-      'num_remove',
-      'lora_rank',
-    ):
-      value = getattr(self, name)
-      if value is not None and not 0 <= value < math.inf:
-        raise InputError(f'--{name}={value} is negative or not finite; give 0 or more.')
-    for name in ('grad_clip', 'shard_gb'):
-      if not 0 < getattr(self, name) < math.inf:
-        raise InputError(f'--{name}={getattr(self, name)} must be above 0 and finite.')
-    if not 0 <= self.warmup_ratio < 1:
-      raise InputError(f'--warmup_ratio={self.warmup_ratio} must be at least 0 and below 1.')
-    for name in ('anneal', 'distill'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise InputError(f'--{name}={getattr(self, name)} must be in 0 … 1.')
-    if self.num_sequences % self.batch_size:
-      raise InputError(
-        f'--batch_size={self.batch_size} does not divide --num_sequences={self.num_sequences}; change one of them.'
-      )
-    if self.batch_size % self.grad_accum:
-      raise InputError(
-        f'--grad_accum={self.grad_accum} does not divide --batch_size={self.batch_size}; change one of them.'
-      )
-    if self.optimizer == 'adafactor' and self.moment_dtype != 'float32':
-      raise InputError(
-        f'--moment_dtype={self.moment_dtype}: --optimizer=adafactor has no first moment; leave the type away, or use '
-        'adamw or lion.'
-      )
-    if self.lora_rank and self.trainable == 'all':
-      raise InputError(
-        f"--lora_rank={self.lora_rank}: LoRA trains nothing but a change of the layers' matrices; use --trainable=blocks."
-      )
-    if self.lora_alpha is not None and not (self.lora_rank and 0 < self.lora_alpha < math.inf):
-      raise InputError(
-        f'--lora_alpha={self.lora_alpha}: must be above 0 and finite, and needs --lora_rank; give both, or neither.'
-      )
-    if unknown := next((r for r in self.compare if r not in RECIPES), None):
-      raise InputError(f'--compare: {unknown!r} is no recipe, these are: {", ".join(RECIPES)}.')
-    self.corpora()
-    self.layers_given()
-    self.methods()
-    self.ratios()
-
-  def corpora(self) -> dict[str, str]:
-    """The evaluation texts: {name: source}."""
-    corpora: dict[str, str] = {}
-    for entry in self.eval_data:
-      if not entry:
-        corpora.clear()
-        continue
-      name, found, source = entry.partition('=')
-      if not (name and found and source) or '/' in name:
-        raise InputError(f'--eval_data={entry}: must be name=source, as in --eval_data=news=news.txt.')
-      corpora[name] = source
-    return corpora
-
-  def layers_given(self) -> list[int] | None:
-    """--remove_layers as sorted numbers; None where stage 1 shall choose."""
-    if self.remove_layers is None:
-      return None
-    try:
-      layers = [int(part) for part in self.remove_layers.split(',') if part.strip()]
-    except ValueError as e:
-      raise InputError(f'--remove_layers={self.remove_layers}: must be numbers with commas, as in 3,5.') from e
-    if len(set(layers)) < len(layers):
-      raise InputError(f'--remove_layers={self.remove_layers}: names a layer twice; name each once.')
-    return sorted(layers)
-
-  def methods(self) -> list[str]:
-    """The ways of choosing to run; the first is that of the exported model."""
-    methods = list(dict.fromkeys(m.strip() for m in self.method.split(',')))
-    if unknown := next((m for m in methods if m not in METHODS), None):
-      raise InputError(f'--method={self.method}: {unknown!r} is no method, these are: {", ".join(METHODS)}.')
-    return methods
-
-  def ratios(self) -> list[decimal.Decimal]:
-    """The fractions of layers to remove; the first is that of the exported model."""
-    try:
-      ratios = [decimal.Decimal(part.strip()) for part in self._ratio().split(',')]
-    except decimal.InvalidOperation as e:
-      raise InputError(f'--ratio={self.ratio}: must be numbers with commas, as in 0.1,0.25.') from e
-    if not all(ratio.is_finite() and 0 <= ratio < 1 for ratio in ratios):
-      raise InputError(f'--ratio={self.ratio} must be at least 0 and below 1.')
-    return ratios
-
-  def _ratio(self) -> str:
-    return '0.25' if self.ratio is None else str(self.ratio)
-
-  def task_names(self) -> list[str]:
-    return [task.strip() for task in self.tasks.split(',') if task.strip()]
-
-  def recipes(self) -> list[str]:
-    """The recipes to run; the one that is exported last."""
-    return [r for r in dict.fromkeys(self.compare) if r != self.recipe] + [self.recipe]
-
-  def steps(self) -> int:
-    return self.num_sequences // self.batch_size if self.train_steps is None else self.train_steps
-
-  def path(self) -> pathlib.Path:
-    return user_path(self.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
-class Launch:
-  """What differs between the processes of a run, and so is not of its config.json."""
+class EvalSettings(Settings):
+  """What all models of a run are measured on."""
 
-  distributed: str = _flag(
-    'auto',
-    'Several processes as one run: auto, where flags or the environment (Cloud TPU, GKE, Slurm, Open MPI) name them; on, '
-    'the same, an error where they do not; off, this process alone.',
-    ('auto', 'on', 'off'),
+  eval_data: dict[str, str] = setting(
+    {},
+    'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
   )
-  coordinator: str = _flag('', "Process 0's host:port, where the environment does not tell; the same in all processes.")
-  num_processes: int | None = _flag(None, 'Number of processes; with --coordinator.')
-  process_id: int | None = _flag(None, 'Number of this process, from 0; with --coordinator.')
+  eval_seq_len: int = setting(2048, 'Window of the perplexity, in tokens; windows do not overlap.', least=2)
+  eval_tokens: int = setting(0, 'Tokens of each evaluation text that are used, from its start; 0: all.', least=0)
+  eval_batch_size: int = setting(4, 'Windows per evaluation step.', least=1)
+  tasks: tuple[str, ...] = setting((), 'Tasks of lm-evaluation-harness, as in piqa,arc_easy.')
+  tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
+  task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)
 
-  def check(self):
-    given = [bool(self.coordinator), self.num_processes is not None, self.process_id is not None]
-    if any(given) and not all(given):
-      raise InputError('--coordinator, --num_processes and --process_id: give all three or none.')
-    if not any(given):
-      return
-    if self.distributed == 'off':
-      raise InputError('--distributed=off and --coordinator exclude each other; leave out one.')
-    host, _, port = self.coordinator.rpartition(':')
-    if not (host and port.isdecimal()):
-      raise InputError(f'--coordinator={self.coordinator}: must be host:port, as in 10.0.0.2:1234.')
-    if not 0 <= self.process_id < self.num_processes:
+  def __post_init__(self):
+    super().__post_init__()
+    for name, source in self.eval_data.items():
+      if not (name and source) or '/' in name:
+        raise InputError('eval_data', f'{name}={source}', 'must be name=source, as in --eval_data=news=news.txt.')
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeSettings(Settings):
+  """Devices, memory and checkpoints."""
+
+  dtype: str = setting(
+    'float32',
+    'Type of computation and of frozen weights; what is trained is kept in float32.',
+    choices=('float32', 'bfloat16'),
+  )
+  remat: str = setting(
+    'dots',
+    'What the backward pass computes again, to save memory: none; dots, all but matrix products; dots_no_batch, '
+    "attention's products as well, which grow with the square of --seq_len; full.",
+    choices=('none', 'dots', 'dots_no_batch', 'full'),
+  )
+  mesh: tuple[int, ...] = setting(
+    (-1, 1, 1), 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.'
+  )
+  plan: bool = setting(
+    False,
+    'Only print what the run would take of each device and how long its steps would take at least, as reported by the '
+    'compiler; a config.json is enough of a model. Exit status 3 where it does not fit.',
+  )
+  force: bool = setting(
+    False, 'Start a run that does not fit by its plan; else it ends with exit status 3 before loading.'
+  )
+  topology: str = setting('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
+  checkpoint_every: int = setting(
+    100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.', least=0
+  )
+  checkpoint_minutes: float = setting(
+    0.0, 'Minutes after which a checkpoint is written in any case; 0: never by time.', least=0
+  )
+  keep_checkpoints: int = setting(
+    2, 'Checkpoints of a stage that stay; where the newest is damaged the one before is used.', least=1
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.topology and not self.plan:
+      raise InputError('topology', self.topology, 'is only compiled for; add --plan.')
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSettings(Settings):
+  """The exported folder."""
+
+  export_dtype: str = setting(
+    '', "Type of the exported weights; unset: the model's own.", choices=('', 'float32', 'bfloat16', 'float16')
+  )
+  shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0)
+  verify: str = setting(
+    'auto',
+    'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are installed; '
+    'jax: JAX only; torch: both, an error if they are missing.',
+    choices=('auto', 'jax', 'torch'),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run. `Config.of` makes one from settings by name, whatever their group."""
+
+  paths: PathSettings = PathSettings()
+  removal: RemovalSettings = RemovalSettings()
+  data: DataSettings = DataSettings()
+  evaluation: EvalSettings = EvalSettings()
+  gates: GateSettings = GateSettings()
+  training: TrainSettings = TrainSettings()
+  computation: ComputeSettings = ComputeSettings()
+  output: OutputSettings = OutputSettings()
+
+  def __post_init__(self):
+    """Raises InputError for settings that exclude each other. What depends on the model is checked in prepare.py."""
+    data = self.data
+    if data.num_sequences % data.batch_size:
       raise InputError(
-        f'--process_id={self.process_id} is not in 0 … {self.num_processes - 1}, the range of --num_processes.'
+        'batch_size', data.batch_size, f'does not divide --num_sequences={data.num_sequences}; change one of them.'
+      )
+    if data.batch_size % self.training.grad_accum:
+      raise InputError(
+        'grad_accum', self.training.grad_accum, f'does not divide --batch_size={data.batch_size}; change one of them.'
       )
 
+  @classmethod
+  def of(cls, **settings) -> 'Config':
+    """Of settings by their names outside Python (settings.name_of). Raises InputError for one that is not known."""
+    groups: dict[str, dict] = {}
+    for name, value in settings.items():
+      if name not in PLACES:
+        raise InputError(name, value, 'there is no such setting; check the name.')
+      group, field = PLACES[name]
+      groups.setdefault(group, {})[field] = value
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    return cls(**{group: kinds[group](**values) for group, values in groups.items()})
 
-class _LastCounts(flags.Flag):
-  """One of HOW_MUCH: the last one on the command line, flag files included, takes the place of the others."""
+  @classmethod
+  def of_json(cls, text: str) -> 'Config':
+    """From the text of a run's config.json, of earlier versions as well."""
+    return cls.of(**settings_of_json(json.loads(text)))
 
-  def __init__(self, flag_values: flags.FlagValues, parser: flags.ArgumentParser, name: str, help_text: str):
-    super().__init__(parser, flags.ArgumentSerializer(), name, None, help_text)
-    self._flag_values, self.replaced = flag_values, []
+  def flat(self) -> dict[str, Any]:
+    """{name outside Python: value} of all settings."""
+    return {name: getattr(getattr(self, group), field) for name, (group, field) in PLACES.items()}
 
-  def parse(self, argument):
-    for other in (self._flag_values[name] for name in HOW_MUCH if name != self.name):
-      if other.present:
-        self.replaced.append(f'--{other.name}={other.value}')
-        other.unparse()
-    super().parse(argument)
+  def to_json(self) -> dict[str, Any]:
+    """`flat` as JSON has it."""
+    return json.loads(json.dumps(self.flat()))
+
+  def replace(self, **settings) -> 'Config':
+    return Config.of(**(self.flat() | settings))
+
+  # ---- what follows from several settings ----
+
+  def recipes(self) -> list[str]:
+    """The recipes to run; the one that is exported last."""
+    return [r for r in dict.fromkeys(self.removal.compare) if r != self.removal.recipe] + [self.removal.recipe]
+
+  def methods(self) -> list[str]:
+    """The ways of choosing to run; the first is that of the exported model. Empty where the layers are given."""
+    return [] if self.removal.remove_layers is not None else list(dict.fromkeys(self.removal.method))
+
+  def trains(self, recipe: str) -> bool:
+    return find_recipe(recipe).trains and self.steps() > 0
+
+  @property
+  def one_pass(self) -> int:
+    """Batches in a pass over the training sequences."""
+    return self.data.num_sequences // self.data.batch_size
+
+  def steps(self) -> int:
+    """Of the training."""
+    return self.one_pass if self.training.steps is None else self.training.steps
+
+  def train_settings(self) -> TrainSettings:
+    """The settings of training with what is left to follow from others."""
+    return dataclasses.replace(self.training, steps=self.steps(), seed=self.data.seed)
+
+  def mode(self) -> Mode:
+    training, computation = self.training, self.computation
+    return Mode(self.gates.gate, training.penalty, training.penalty_scale, computation.dtype, computation.remat)
+
+  def path(self) -> pathlib.Path:
+    """The work folder."""
+    return user_path(self.paths.workdir)
+
+  def counts(self, num_layers: int) -> list[int]:
+    """How many layers go, of the exported model first; rounded half up. Bounds are prepare.py's business."""
+    removal = self.removal
+    if removal.remove_layers is not None:
+      return [len(removal.remove_layers)]
+    if removal.num_remove is not None:
+      return [removal.num_remove]
+    exact = [decimal.Decimal(str(ratio)) * num_layers for ratio in removal.ratio or DEFAULT_RATIO]
+    return list(dict.fromkeys(int(n.to_integral_value(decimal.ROUND_HALF_UP)) for n in exact))
 
 
-def replaced(flag_values: flags.FlagValues = flags.FLAGS) -> str:
-  """A sentence on the ways of saying how much that a later one replaced; empty where there was none."""
-  flag = next((flag_values[name] for name in HOW_MUCH if flag_values[name].present), None)
-  if flag is None or not flag.replaced:
-    return ''
-  return f'{" and ".join(flag.replaced)}: not used, since --{flag.name}={flag.value} was given later'
+def groups() -> dict[str, type[Settings]]:
+  """{group of Config: its class}."""
+  return {field.name: field.type for field in dataclasses.fields(Config)}
 
 
-def define_flags(flag_values: flags.FlagValues = flags.FLAGS):
-  """Defines one absl flag for each field of Config and Launch."""
-  for field in (*dataclasses.fields(Config), *dataclasses.fields(Launch)):
-    name, default, help_text = field.name, field.default, field.metadata['help']
-    kwargs = {'flag_values': flag_values, 'module_name': 'elder_jax'}
-    if name in HOW_MUCH:
-      parser = flags.IntegerParser() if field.type == int | None else flags.ArgumentParser()
-      flags.DEFINE_flag(_LastCounts(flag_values, parser, name, help_text), **kwargs)
-    elif field.metadata['choices']:
-      flags.DEFINE_enum(name, default, list(field.metadata['choices']), help_text, **kwargs)
-    elif field.name == 'eval_data':
-      flags.DEFINE_multi_string(name, list(default), help_text, **kwargs)
-    elif field.name == 'compare':
-      flags.DEFINE_list(name, list(default), help_text, **kwargs)
-    else:
-      define = {bool: flags.DEFINE_boolean, str: flags.DEFINE_string, str | None: flags.DEFINE_string}
-      define |= {int: flags.DEFINE_integer, int | None: flags.DEFINE_integer, float: flags.DEFINE_float}
-      define |= {float | None: flags.DEFINE_float}
-      define[field.type](name, default, help_text, **kwargs)
+def all_fields() -> dict[str, dataclasses.Field]:
+  """{name outside Python: field} of all settings."""
+  return {name_of(field): field for group in groups().values() for field in fields(group)}
 
 
-def launch_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Launch:
-  return Launch(**{field.name: flag_values[field.name].value for field in dataclasses.fields(Launch)})
+# Name of a setting outside Python -> (group, field).
+PLACES = {name_of(field): (group, field.name) for group, kind in groups().items() for field in fields(kind)}
 
 
-def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-  values = {field.name: flag_values[field.name].value for field in dataclasses.fields(Config)}
-  values['eval_data'] = tuple(values['eval_data'])
-  values['compare'] = [r for r in values['compare'] if r]
-  return Config(**values)
+@functools.cache
+def defaults() -> dict[str, Any]:
+  return {name: default_of(field) for name, field in all_fields().items()}
+
+
+def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
+  """Settings as `Config.of` takes them, of a config.json that this or an earlier version wrote.
+
+  Earlier ones had lists as text with commas, and the texts to evaluate on as name=source.
+  """
+  settings = dict(value)
+  for name in ('method', 'tasks'):
+    if isinstance(settings.get(name), str):
+      settings[name] = tuple(part.strip() for part in settings[name].split(',') if part.strip())
+  for name, kind in (('ratio', float), ('remove_layers', int), ('mesh', int)):
+    if isinstance(settings.get(name), str):
+      settings[name] = tuple(kind(part) for part in settings[name].split(',') if part.strip())
+  if isinstance(settings.get('eval_data'), list | tuple):
+    pairs = [entry.partition('=') for entry in settings['eval_data'] if entry]
+    settings['eval_data'] = {pair[0]: pair[2] for pair in pairs}
+  return {name: v for name, v in settings.items() if name in PLACES}

@@ -8,16 +8,16 @@ import pathlib
 from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 from elder_jax.hf import safetensors_files
-from elder_jax.hf.checkpoint_hf import Source
 from elder_jax.hf.gguf import source as gguf_source
+from elder_jax.hf.source import Source
 
 _SAMPLES, _SAMPLE = 64, 2**20  # of a large file: pieces, bytes of each
 
 
-def named(flag: str, source: str) -> str:
-  """The key of an input: its flag and where it lies, however that was written."""
+def named(setting: str, source: str) -> str:
+  """The key of an input: its setting and where it lies, however that was written."""
   path = user_path(source)
-  return f'{flag}={path.resolve() if path.exists() else source}'
+  return f'{setting}={path.resolve() if path.exists() else source}'
 
 
 def of_model(source: Source) -> str:
@@ -75,11 +75,15 @@ def check(work: pathlib.Path, inputs: dict[str, str]):
   """Raises InputError for an input that is not the one that the run in this folder began with."""
   try:
     before = json.loads((work / 'inputs.json').read_text(encoding='utf-8'))
+    before = {name.removeprefix('--'): sha256 for name, sha256 in before.items()}  # earlier versions had the dashes
   except (OSError, ValueError):  # a new run, or one that was killed before it had claimed the folder
     return
   for name, sha256 in inputs.items():
     if before.get(name, sha256) != sha256:
+      setting, _, value = name.rpartition('=')
       raise InputError(
-        f'{name}: is not what the run in {os.fspath(work)} began with (sha256 {sha256[:12]}…, then {before[name][:12]}…); '
-        'put the old content back, or choose another --workdir.'
+        setting,
+        value,
+        f'is not what the run in {os.fspath(work)} began with (sha256 {sha256[:12]}…, then {before[name][:12]}…); put the '
+        'old content back, or choose another --workdir.',
       )

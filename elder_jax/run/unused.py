@@ -1,55 +1,57 @@
 """Settings that were given but that nothing in a run reads. None is dropped in silence."""
 
 from collections.abc import Callable
-import dataclasses
 
-from elder_jax.run.config import TRAINED
+from elder_jax.errors import as_text
+from elder_jax.methods import find_method
+from elder_jax.recipes import find_recipe
 from elder_jax.run.config import Config
-
-
-def _scores(config: Config) -> bool:
-  return config.remove_layers is None and config.methods() != ['elder']
-
-
-def _elder(config: Config) -> bool:
-  return config.remove_layers is None and 'elder' in config.methods()
+from elder_jax.run.config import defaults
 
 
 def _trains(config: Config) -> bool:
-  return bool(set(config.recipes()) & set(TRAINED)) and config.steps() > 0
+  return any(config.trains(recipe) for recipe in config.recipes())
 
 
-# (settings, what reads them, whether this run has it)
+def _penalises(config: Config) -> bool:
+  return any(config.trains(r) and find_recipe(r).removes_last for r in config.recipes())
+
+
+def _chosen_by(*names: str) -> Callable[[Config], bool]:
+  """Whether a method of the run reads one of these settings."""
+  return lambda config: any(set(names) & set(find_method(m).reads) for m in config.methods())
+
+
+_GATES = 'gate selection lambda1 gate_lr gate_steps protect_first protect_last'
+
+# (settings, why they are not read, whether this run reads them)
 _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
-  ('method', '--remove_layers names the layers', lambda c: c.remove_layers is None),
-  ('score_steps', 'no method scores layers', _scores),
-  ('gate selection lambda1 gate_lr gate_steps protect_first protect_last', '--method=elder is not run', _elder),
-  (
-    'penalty penalty_scale lambda2 lambda2_power order anneal',
-    '--recipe=regularize is not run',
-    lambda c: 'regularize' in c.recipes() and c.steps() > 0,
-  ),
+  ('method', '--remove_layers names the layers', lambda c: c.removal.remove_layers is None),
+  ('score_steps', 'no method scores layers', _chosen_by('score_steps')),
+  (_GATES, '--method=elder is not run', _chosen_by(*_GATES.split())),
+  ('penalty penalty_scale lambda2 lambda2_power order anneal', '--recipe=regularize is not run', _penalises),
   (
     'lr warmup_ratio weight_decay trainable optimizer moment_dtype lora_rank lora_alpha distill',
     'nothing trains',
     _trains,
   ),
-  ('grad_clip grad_accum', 'nothing trains', lambda c: _trains(c) or _elder(c)),
-  ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.corpora())),
-  ('eval_batch_size', '--eval_data and --tasks are empty', lambda c: bool(c.corpora() or c.task_names())),
-  ('tasks_dir task_limit', '--tasks is empty', lambda c: bool(c.task_names())),
+  ('teacher', 'nothing distils', lambda c: _trains(c) and c.training.distill > 0),
+  ('grad_clip grad_accum', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
+  ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.evaluation.eval_data)),
+  (
+    'eval_batch_size',
+    '--eval_data and --tasks are empty',
+    lambda c: bool(c.evaluation.eval_data or c.evaluation.tasks),
+  ),
+  ('tasks_dir task_limit', '--tasks is empty', lambda c: bool(c.evaluation.tasks)),
 )
 
 
-def told(config: Config) -> list[str]:
+def unused_settings(config: Config) -> list[str]:
   """A line for each group of settings that differ from their defaults and are not read."""
-  default = {field.name: field.default for field in dataclasses.fields(Config)}
-  lines = []
+  default, now, lines = defaults(), config.flat(), []
   for names, why, reads in _READERS:
-    given = [name for name in names.split() if getattr(config, name) != default[name]]
+    given = [name for name in names.split() if now[name] != default[name]]
     if given and not reads(config):
-      lines.append(f'not used: {", ".join(f"--{name}={getattr(config, name)}" for name in given)}, since {why}')
-  texts = {entry for entry in config.eval_data if entry}
-  if replaced := sorted(texts - {f'{name}={source}' for name, source in config.corpora().items()}):
-    lines.append(f'not used: {", ".join(f"--eval_data={entry}" for entry in replaced)}, since later ones replace them')
+      lines.append(f'not used: {", ".join(f"--{name}={as_text(now[name])}" for name in given)}, since {why}')
   return lines

@@ -4,9 +4,8 @@ What a run leaves in it: config.json and inputs.json (what it began with), stage
 metrics.jsonl, and at the end export/, report.json and report.md. `failed.txt` says why the last attempt ended.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import contextlib
-import dataclasses
 import datetime
 import errno
 import fcntl
@@ -17,14 +16,24 @@ import shutil
 import socket
 import traceback
 
-from elder_jax import log as log_lib
 from elder_jax.devices import hosts
 from elder_jax.errors import InputError
+from elder_jax.errors import as_text
 from elder_jax.errors import disk_is_full
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
-from elder_jax.run import report as report_lib
+from elder_jax.log import log
+from elder_jax.log import write_json
+from elder_jax.methods.elder import GateSettings
+from elder_jax.run.config import DEFAULT_RATIO
+from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import Config
+from elder_jax.run.config import EvalSettings
+from elder_jax.run.config import defaults
+from elder_jax.run.config import settings_of_json
+from elder_jax.settings import fields
+from elder_jax.settings import name_of
+from elder_jax.training.settings import TrainSettings
 
 LOCK, FAILED = '.lock', 'failed.txt'
 FILES = ('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'sweep.svg', LOCK, FAILED)
@@ -38,22 +47,18 @@ FREE_ON_RESUME = frozenset(
 )
 # What a run that failed may change as well, and what has to be done again for it; all other settings: everything.
 _EXPORTED = frozenset('export_dtype shard_gb'.split())  # nothing that is kept depends on these
-_MEASURED = frozenset('eval_data eval_seq_len eval_tokens eval_batch_size tasks tasks_dir task_limit'.split())
+_MEASURED = frozenset(name_of(field) for field in fields(EvalSettings))
 _TRAINED = frozenset(
-  'recipe compare penalty penalty_scale lambda2 lambda2_power order anneal distill train_steps lr warmup_ratio '
-  'weight_decay trainable optimizer moment_dtype lora_rank lora_alpha'.split()
+  {'recipe', 'compare', 'teacher', *map(name_of, fields(TrainSettings))} - {'grad_clip', 'grad_accum'}
 )
-_CHOSEN = frozenset(
-  'ratio num_remove remove_layers method score_steps gate selection lambda1 gate_lr gate_steps protect_first '
-  'protect_last'.split()
-)
+_CHOSEN = frozenset({'method', 'score_steps', *HOW_MUCH, *map(name_of, fields(GateSettings))})
 
 
 # ---- one run at a time ----
 
 
 @contextlib.contextmanager
-def held(config: Config) -> Iterator[None]:
+def held(config: Config) -> Generator[None]:
   """Makes the folder and holds it for this run, in all its processes; a refused run leaves nothing of it behind.
 
   Raises:
@@ -64,15 +69,15 @@ def held(config: Config) -> Iterator[None]:
 
   def take():
     nonlocal lock
-    if hosts.leads():
+    if hosts.is_leader():
       make(config)
       lock = _lock(work, config)
 
   try:
-    hosts.lead_first(take)
+    hosts.leader_first(take)
     yield
   finally:
-    if hosts.leads():
+    if hosts.is_leader():
       _let_go(work, lock, made)
 
 
@@ -87,7 +92,9 @@ def make(config: Config):
   except OSError as e:
     if disk_is_full(e):
       raise
-    raise InputError(f'--workdir={config.workdir}: cannot be written ({e.strerror}); choose another folder.') from e
+    raise InputError(
+      'workdir', config.paths.workdir, f'cannot be written ({e.strerror}); choose another folder.'
+    ) from e
 
 
 def _lock(work: pathlib.Path, config: Config) -> int | None:
@@ -104,14 +111,15 @@ def _lock(work: pathlib.Path, config: Config) -> int | None:
       holder = os.read(descriptor, 500).decode(errors='replace')
       os.close(descriptor)
       raise InputError(
-        f'--workdir={config.workdir}: a run is going on here ({holder or "just started"}); wait for its end, or choose '
-        'another folder.'
+        'workdir',
+        config.paths.workdir,
+        f'a run is going on here ({holder or "just started"}); wait for its end, or choose another folder.',
       ) from e
     except OSError as e:
       os.close(descriptor)
       if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
         raise
-      log_lib.say(f'{work}: this file system has no locks ({e.strerror}); start no second run in this folder')
+      log(f'{work}: this file system has no locks ({e.strerror}); start no second run in this folder')
       return None
   now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
   os.truncate(descriptor, 0)
@@ -139,7 +147,7 @@ def _let_go(work: pathlib.Path, lock: int | None, made: list[pathlib.Path]):
 # ---- one run's settings ----
 
 
-def claim(config: Config):
+def claim_workdir(config: Config):
   """Makes sure that the folder is free or this run's own. Writes nothing.
 
   Raises:
@@ -149,19 +157,25 @@ def claim(config: Config):
   for names, right in ((FILES, pathlib.Path.is_file), (FOLDERS, pathlib.Path.is_dir)):
     if wrong := next((name for name in names if (work / name).exists() and not right(work / name)), None):
       kind = 'file' if names is FILES else 'folder'
-      raise InputError(f'--workdir={config.workdir}: {wrong} in it is no {kind}, a run needs the name; move it away.')
+      raise InputError(
+        'workdir', config.paths.workdir, f'{wrong} in it is no {kind}, a run needs the name; move it away.'
+      )
   before = _settings(work)
   if before is None:
     names = sorted(p.name for p in work.iterdir() if not p.name.startswith('.shared-'))
     if foreign := next((name for name in names if name not in _EARLY), None):
       raise InputError(
-        f'--workdir={config.workdir}: is not empty and not of an earlier run (it has {foreign}); choose another folder.'
+        'workdir',
+        config.paths.workdir,
+        f'is not empty and not of an earlier run (it has {foreign}); choose another folder.',
       )
     return
   differ = _differences(before, config)
   if differ and not _may_change(work):
     told = '; '.join(f'--{key}={_shown(was)}, not {_shown(now)}' for key, (was, now) in differ.items())
-    raise InputError(f'--workdir={config.workdir}: holds a run with {told}; give what it had or choose another folder.')
+    raise InputError(
+      'workdir', config.paths.workdir, f'holds a run with {told}; give what it had or choose another folder.'
+    )
 
 
 def record(config: Config, inputs: dict[str, str]):
@@ -174,22 +188,22 @@ def record(config: Config, inputs: dict[str, str]):
   if before := _settings(work):
     differ = _differences(before, config)
     if differ:
-      changed = ', '.join(f'--{key}={_shown(now)}' for key, (_, now) in differ.items())
-      log_lib.say(f'the run in {work} failed before; it resumes with {changed}')
+      changed = ', '.join(f'--{key}={as_text(now)}' for key, (_, now) in differ.items())
+      log(f'the run in {work} failed before; it resumes with {changed}')
       _drop(work, set(differ))
-  report_lib.write_json(work / 'inputs.json', inputs)
-  report_lib.write_json(work / 'config.json', dataclasses.asdict(config))
+  write_json(work / 'inputs.json', inputs)
+  write_json(work / 'config.json', config.to_json())
   (work / FAILED).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def noting_failure(config: Config) -> Iterator[None]:
+def noting_failure(config: Config) -> Generator[None]:
   """Notes why a run failed, so that it can be looked at and the setting that made it fail can be changed."""
   path = config.path() / FAILED
   try:
     yield
   except Exception as e:
-    if hosts.leads() and not disk_is_full(e):
+    if hosts.is_leader() and not disk_is_full(e):
       with contextlib.suppress(OSError):
         path.write_text(f'{reason(e)}\n\n{traceback.format_exc()}', encoding='utf-8')
     raise
@@ -207,7 +221,7 @@ def finished(config: Config) -> dict | None:
     except (OSError, ValueError) as e:
       raise InputError(f'{path}: cannot be read ({reason(e)}); remove it, and the run writes it anew.') from e
 
-  return hosts.agree(hosts.lead_first(lambda: read() if hosts.leads() else None))
+  return hosts.broadcast_json(hosts.leader_first(lambda: read() if hosts.is_leader() else None))
 
 
 def _settings(work: pathlib.Path) -> dict | None:
@@ -225,28 +239,26 @@ def _may_change(work: pathlib.Path) -> bool:
 
 def _differences(before: dict, config: Config) -> dict[str, tuple]:
   """{setting: (what it was, what it is now)}."""
-  now = json.loads(json.dumps(dataclasses.asdict(config)))
-  default = {field.name: field.default for field in dataclasses.fields(Config)}  # of what that run did not know yet
-  was = default | before
+  default = json.loads(json.dumps(defaults()))  # of what that run did not know yet
+  was, now = default | json.loads(json.dumps(settings_of_json(before))), config.to_json()
   for settings in (was, now):  # the default is as good as unset, and was written out by earlier versions
-    if settings['ratio'] == '0.25':
+    if settings['ratio'] == list(DEFAULT_RATIO):
       settings['ratio'] = None
   return {key: (was[key], now[key]) for key in now if key not in FREE_ON_RESUME and not _same(was[key], now[key])}
 
 
+def _shown(value) -> str:
+  return 'unset' if value is None else as_text(value)
+
+
 def _same(before, now) -> bool:
   """Whether a setting is what it was; a path may be written in another way."""
-  if isinstance(before, list | tuple) and isinstance(now, list | tuple):
-    return len(before) == len(now) and all(map(_same, before, now))
+  if isinstance(before, dict) and isinstance(now, dict):
+    return list(before) == list(now) and all(_same(before[name], now[name]) for name in now)
   if before == now or not (isinstance(before, str) and isinstance(now, str)):
     return before == now
-  (name, _, path), (name_now, _, path_now) = before.rpartition('='), now.rpartition('=')  # of --eval_data
-  path, path_now = user_path(path), user_path(path_now)
-  return name == name_now and path.exists() and path_now.exists() and path.samefile(path_now)
-
-
-def _shown(value) -> str:
-  return ','.join(value) if isinstance(value, list | tuple) else str(value)
+  path, path_now = user_path(before), user_path(now)
+  return path.exists() and path_now.exists() and path.samefile(path_now)
 
 
 def _drop(work: pathlib.Path, changed: set[str]):
@@ -255,7 +267,7 @@ def _drop(work: pathlib.Path, changed: set[str]):
   if not changed:
     return
   stages = {path.stem: path for path in (work / 'stages').glob('*.json')}
-  choices = {name for name in stages if name == 'gates' or name.startswith('choose-')}
+  choices = {name for name in stages if name in ('gates', 'given') or name.startswith('choose-')}
   kept = set()
   if changed <= _MEASURED | _TRAINED | _CHOSEN:
     kept |= {'source'}

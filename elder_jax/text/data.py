@@ -1,4 +1,4 @@
-"""Text in: read, tokenised once, packed to [N, T]. A batch is a pure function of (seed, step)."""
+"""Text in: read, tokenised once, packed to [N, T]."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,11 +10,11 @@ import re
 
 import numpy as np
 
-from elder_jax import log as log_lib
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
 from elder_jax.hf import folder as model_folder
+from elder_jax.log import log
 
 _KINDS = ('.txt', '.jsonl', '.json', '.parquet')
 _MAGIC = {  # how files of other kinds begin, whatever they are called
@@ -36,7 +36,7 @@ def load_tokenizer(name: str):
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # else it calls for PyTorch, which nothing here needs
   import transformers  # here: it takes seconds, and reading headers shall not wait for it
 
-  folder = model_folder.find('--tokenizer', name, 'tokenizer')
+  folder = model_folder.find('tokenizer', name, 'tokenizer')
   try:
     return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
   except Exception as e:  # it raises many kinds for a bad folder  # noqa: BLE001
@@ -59,16 +59,16 @@ def read_text(flag: str, source: str, column: str) -> str:
   elif os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
     documents = _documents(flag, source, path, column)
   elif path.suffix.lower() in _KINDS:
-    raise InputError(f'{flag}={source}: there is no such file; check the path.')
+    raise InputError(flag, source, 'there is no such file; check the path.')
   else:
     documents = _hub_documents(flag, source, column)
   text = '\n\n'.join(documents)
   if not text:
-    raise InputError(f'{flag}={source}: is empty; give a file with text.')
+    raise InputError(flag, source, 'is empty; give a file with text.')
   try:
     text.encode()
   except UnicodeEncodeError as e:  # JSON can hold it
-    raise InputError(f'{flag}={source}: holds half of a surrogate pair, which is no character; remove it.') from e
+    raise InputError(flag, source, 'holds half of a surrogate pair, which is no character; remove it.') from e
   return text
 
 
@@ -77,14 +77,16 @@ def _files(flag: str, source: str, folder: pathlib.Path) -> list[pathlib.Path]:
   try:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
   except OSError as e:
-    raise InputError(f'{flag}={source}: cannot be read ({reason(e)}); check its permissions.') from e
+    raise InputError(flag, source, f'cannot be read ({reason(e)}); check its permissions.') from e
   found = sorted({'folders' if p.is_dir() else p.suffix.lower() or 'files without a suffix' for p in files})
   if len(found) != 1 or found[0] not in _KINDS:
     raise InputError(
-      f'{flag}={source}: a folder must hold .txt, .jsonl, .json or .parquet files, all of one kind, this one holds '
-      f'{", ".join(found[:8]) or "no files"}; give a folder of one kind, or a file.'
+      flag,
+      source,
+      f'a folder must hold .txt, .jsonl, .json or .parquet files, all of one kind, this one holds '
+      f'{", ".join(found[:8]) or "no files"}; give a folder of one kind, or a file.',
     )
-  log_lib.say(f'{flag}={source}: reading {len(files)} {found[0]} files, {files[0].name} to {files[-1].name}')
+  log(f'{flag}={source}: reading {len(files)} {found[0]} files, {files[0].name} to {files[-1].name}')
   return files
 
 
@@ -106,9 +108,9 @@ def _documents(flag: str, source: str, path: pathlib.Path, column: str) -> list[
     if what is None and kind in _KINDS and b'\0' in head:
       what = 'binary data or UTF-16'
     if what:
-      raise InputError(f'{flag}={source}: is {what}; give UTF-8 text as .txt or .jsonl, or Parquet as .parquet.')
+      raise InputError(flag, source, f'is {what}; give UTF-8 text as .txt or .jsonl, or Parquet as .parquet.')
     if kind not in _KINDS:
-      raise InputError(f'{flag}={source}: is of no kind that can be read; give a .txt, .jsonl or .parquet file.')
+      raise InputError(flag, source, 'is of no kind that can be read; give a .txt, .jsonl or .parquet file.')
     text = path.read_bytes().decode('utf-8-sig')  # -sig: without the byte order mark that some editors write
     if kind == '.txt':
       return [text]
@@ -118,7 +120,7 @@ def _documents(flag: str, source: str, path: pathlib.Path, column: str) -> list[
   except InputError:
     raise
   except Exception as e:  # of a damaged file any kind  # noqa: BLE001
-    raise InputError(f'{flag}={source}: cannot be read ({reason(e)}); give a .txt, .jsonl or .parquet file.') from e
+    raise InputError(flag, source, f'cannot be read ({reason(e)}); give a .txt, .jsonl or .parquet file.') from e
 
 
 def _json_rows(text: str) -> list[dict]:
@@ -139,14 +141,18 @@ def _json_rows(text: str) -> list[dict]:
 
 def _hub_documents(flag: str, source: str, column: str) -> list[str]:
   import datasets  # here, as above
+  from datasets import exceptions
+  from datasets import packaged_modules
 
   hub_id, *rest = source.split(':', 2)
   # `datasets` takes other names for URLs, patterns, local folders, or its own readers, which read the current folder.
   is_id = re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', hub_id) and not os.path.exists(hub_id)
-  if not is_id or hub_id in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:
+  if not is_id or hub_id in packaged_modules._PACKAGED_DATASETS_MODULES:
     raise InputError(
-      f'{flag}={source}: is no file or folder here and no id of a hub data set; give a .txt, .jsonl or .parquet file, a '
-      'folder of them, or a hub id as owner/name.'
+      flag,
+      source,
+      'is no file or folder here and no id of a hub data set; give a .txt, .jsonl or .parquet file, a '
+      'folder of them, or a hub id as owner/name.',
     )
   datasets.disable_progress_bars()
   try:
@@ -155,19 +161,19 @@ def _hub_documents(flag: str, source: str, column: str) -> list[str]:
   except InputError:
     raise
   except Exception as e:  # datasets raises many kinds, all mean the same here  # noqa: BLE001
-    why = e.__cause__ if isinstance(e, datasets.exceptions.DatasetGenerationError) and e.__cause__ else e
+    why = e.__cause__ if isinstance(e, exceptions.DatasetGenerationError) and e.__cause__ else e
     raise InputError(
-      f'{flag}={source}: cannot be read ({reason(why)}); give a .txt, .jsonl or .parquet file or a hub id.'
+      flag, source, f'cannot be read ({reason(why)}); give a .txt, .jsonl or .parquet file or a hub id.'
     ) from e
 
 
 def _texts(flag: str, source: str, column: str, names: list[str], values: Callable[[], list]) -> list[str]:
   """The values of a column; a row without one has no text."""
   if column not in names:
-    raise InputError(f'{flag}={source}: has no column {column!r} but {names[:20]}; name it with --text_column.')
+    raise InputError(flag, source, f'has no column {column!r} but {names[:20]}; name it with --text_column.')
   texts = [text for text in values() if text is not None]
   if not all(isinstance(text, str) for text in texts):
-    raise InputError(f'{flag}={source}: the column {column!r} holds no text; name another with --text_column.')
+    raise InputError(flag, source, f'the column {column!r} holds no text; name another with --text_column.')
   return texts
 
 
@@ -187,6 +193,20 @@ def tokenise(flag: str, source: str, column: str, tokenizer, special_tokens: boo
   return Corpus(source, hashlib.sha256(text.encode()).hexdigest(), np.array(tokens, np.int32))
 
 
+def bos_rule(bos: str, bos_first: bool, tokenizer) -> tuple[str, int | None]:
+  """(--bos as it is meant for a model, the token that each window begins with or None).
+
+  Args:
+    bos: tokenizer, window, none, or auto: window for families that need it, tokenizer for others.
+    bos_first: the model's family needs it.
+  """
+  if bos == 'auto':
+    bos = 'window' if bos_first else 'tokenizer'
+  if bos == 'window' and tokenizer.bos_token_id is None:
+    raise InputError('bos', 'window', 'the tokenizer has no begin-of-sequence token; use --bos=tokenizer.')
+  return bos, tokenizer.bos_token_id if bos == 'window' else None
+
+
 def windows(tokens_N: np.ndarray, length: int, first: int | None) -> np.ndarray:
   """[N, length] windows that follow each other, the rest dropped; `first`: the token that each begins with, or None."""
   text_len = length - (first is not None)
@@ -203,17 +223,11 @@ def pack(
   available = len(rows_NT)
   if available < num_sequences:
     raise InputError(
-      f'{flag}={corpus.source}: has {len(corpus.tokens_N)} tokens, --num_sequences={num_sequences} of '
-      f'--seq_len={seq_len} need {num_sequences * (seq_len - (first is not None))}; give a longer text or ask for fewer.'
+      flag,
+      corpus.source,
+      f'has {len(corpus.tokens_N)} tokens, --num_sequences={num_sequences} of '
+      f'--seq_len={seq_len} need {num_sequences * (seq_len - (first is not None))}; give a longer text or ask for fewer.',
     )
   if seed is None:
     return rows_NT[:num_sequences]
   return rows_NT[np.sort(np.random.default_rng(seed).choice(available, num_sequences, replace=False))]
-
-
-def batch(rows_NT: np.ndarray, batch_size: int, step: int, seed: int | None) -> np.ndarray:
-  """The [B, T] batch of a step, passes without end; `seed` None keeps the order of the rows. Pure: resume is the step."""
-  per_pass = len(rows_NT) // batch_size
-  epoch, i = divmod(step, per_pass)
-  order_N = np.arange(len(rows_NT)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(rows_NT))
-  return rows_NT[order_N[i * batch_size : (i + 1) * batch_size]]

@@ -18,8 +18,13 @@ import numpy as np
 from elder_jax.devices import hosts
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import decoder
-from elder_jax.text import generation
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import head_of
+from elder_jax.model.decoder import logits_of
+from elder_jax.model.spec import Mode
+from elder_jax.text.decoding import Sampling
+from elder_jax.text.generation import generate
 from elder_jax.training import losses
 
 MAX_GEN_TOKS = 256  # of a generation task that names none, as in the hf backend
@@ -29,25 +34,29 @@ _NEUTRAL = {'num_beams': 1, 'repetition_penalty': 1.0, 'min_p': 0.0, 'typical_p'
 
 
 @functools.partial(jax.jit, static_argnames='mode')
-def token_scores(model: decoder.Decoder, tokens_BT, target_BT, mode: decoder.Mode):
+def token_scores(model: Decoder, tokens_BT, target_BT, mode: Mode):
   """log p(target) after each token, float32 [B, T], and whether target is the most probable one, bool [B, T].
 
   Goes through the sequence in chunks: [B, T, V] is never in memory, and nothing of size V leaves the devices.
   """
-  x_BTD, _ = decoder.forward(model, tokens_BT, mode=mode)
+  x_BTD, _ = forward(model, tokens_BT, mode=mode)
   B, T = tokens_BT.shape
-  chunk, head = losses.chunk_length(B, T), decoder.head(model)
-  as_chunks = lambda a: jnp.moveaxis(
-    jnp.pad(a, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
-  )
+  chunk, head = losses.chunk_length(B, T), head_of(model)
+
+  def as_chunks(a):
+    return jnp.moveaxis(
+      jnp.pad(a, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
+    )
 
   def score(xs):
     x_BcD, target_Bc = xs
-    logits_BcV = decoder.logits(model, x_BcD, head)
+    logits_BcV = logits_of(model, x_BcD, head)
     chosen_Bc = jnp.take_along_axis(logits_BcV, target_Bc[..., None], -1)[..., 0]
     return chosen_Bc - jax.nn.logsumexp(logits_BcV, -1), jnp.argmax(logits_BcV, -1) == target_Bc
 
-  whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :T]
+  def whole(a):
+    return jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :T]
+
   return sharding.replicate(jax.tree.map(whole, jax.lax.map(score, (as_chunks(x_BTD), as_chunks(target_BT)))))
 
 
@@ -84,9 +93,9 @@ class JaxLM(TemplateLM):
 
   def __init__(
     self,
-    model: decoder.Decoder,
+    model: Decoder,
     tokenizer,
-    mode: decoder.Mode = decoder.Mode(),
+    mode: Mode = Mode(),
     batch_size: int = 16,
     max_length: int = 2048,
     put: Callable = jnp.asarray,
@@ -123,7 +132,7 @@ class JaxLM(TemplateLM):
     _check_finite(requests, [logp for logp, _ in answers])
     return answers
 
-  def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+  def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # ty: ignore[incompatible-method-override]
     """(sum over the continuation of log p, whether greedy decoding gives it) of ((texts), context, continuation)s."""
     numbers: dict[tuple[int, ...], list[int]] = {}  # row -> its requests: equal ones are run once
     for i, (texts, context, continuation) in enumerate(requests):
@@ -196,7 +205,7 @@ class JaxLM(TemplateLM):
       # A string that is one token ends a row like an end-of-sequence token; the others are looked for in the text.
       encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in until]
       ends = {ids[0] for ids, text in zip(encoded, until) if len(ids) == 1 and self.tokenizer.decode(ids) == text}
-      outputs = generation.generate(
+      outputs = generate(
         self.model,
         [self.tok_encode(requests[i].args[0])[-room:] for i in numbers],
         length,
@@ -214,7 +223,7 @@ class JaxLM(TemplateLM):
         self.cache_hook.add_partial('generate_until', requests[i].args, text)
     return texts
 
-  def _generation(self, gen_kwargs: dict) -> tuple[list[str], int, generation.Sampling]:
+  def _generation(self, gen_kwargs: dict) -> tuple[list[str], int, Sampling]:
     """A task's generation_kwargs: strings to stop at, largest number of new tokens, how tokens are drawn."""
     kwargs = dict(gen_kwargs)
     until = kwargs.pop('until', None) or []
@@ -224,9 +233,7 @@ class JaxLM(TemplateLM):
     temperature = float(kwargs.pop('temperature', None) or 0)
     if kwargs.pop('do_sample', None) is False:
       temperature = 0.0
-    sampling = generation.Sampling(
-      temperature, int(kwargs.pop('top_k', None) or 0), float(kwargs.pop('top_p', None) or 1)
-    )
+    sampling = Sampling(temperature, int(kwargs.pop('top_k', None) or 0), float(kwargs.pop('top_p', None) or 1))
     for name, value in kwargs.items():
       if _NEUTRAL.get(name) != value:
         raise InputError(f'a task asks for generation with {name}={value}, which is not supported; take it out.')

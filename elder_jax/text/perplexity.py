@@ -9,7 +9,12 @@ import numpy as np
 
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model import decoder
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import forward
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.model.spec import Mode
 from elder_jax.text import data
 from elder_jax.text.data import Corpus
 from elder_jax.training import losses
@@ -37,7 +42,9 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
   count = len(tokens_NT)
   if not count:
     raise InputError(
-      f'{flag}: has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.'
+      flag,
+      corpus.source,
+      f'has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.',
     )
   about = {
     'source': corpus.source,
@@ -54,14 +61,14 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
 @functools.partial(jax.jit, static_argnames='mode')
 def nll(model, tokens_BT, counted_BT, mode):
   """losses.next_token_nll of a batch, whole on every device."""
-  x_BTD, _ = decoder.forward(model, tokens_BT, mode=mode)
+  x_BTD, _ = forward(model, tokens_BT, mode=mode)
   return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT))
 
 
 def perplexity(
-  model: decoder.Decoder,
+  model: Decoder,
   windows: Windows,
-  mode: decoder.Mode,
+  mode: Mode,
   batch_size: int,
   put: Callable = jax.numpy.asarray,
   progress: Callable[[int, int], None] = lambda done, of: None,
@@ -83,3 +90,13 @@ def perplexity(
     progress(min(i + batch_size, len(rows_NT)), len(rows_NT))
   with np.errstate(over='ignore'):  # infinite, then
     return float(np.exp(total / count))
+
+
+def program(shapes: Shapes, model: Decoder, name: str) -> Program:
+  """The loss of a batch of windows, for the plan; no other model is there."""
+  settings = shapes.settings.evaluation
+  B, T = settings.eval_batch_size, settings.eval_seq_len
+  args = model, shapes.batch(B, T), shapes.batch(B, T, 'float32'), shapes.mode
+  flops = shapes.flops(model.num_layers, B * T, T)
+  calls = -(-settings.eval_tokens // (B * T)) or 1
+  return Program(f'evaluation, {name}', nll, args, flops, device_bytes(model), calls=calls * len(settings.eval_data))

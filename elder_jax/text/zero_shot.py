@@ -1,15 +1,12 @@
 """Zero-shot tasks: accuracies of a model by lm-evaluation-harness, run in JAX (lm_eval_adapter.py).
 
-`python -m elder_jax.zero_shot --model=FOLDER` evaluates any model that elder_jax reads and prints a table. A task's
+`elder_jax eval --model=FOLDER` evaluates any model that elder_jax reads and prints a table. A task's
 questions come from the model hub; where none is reached, --tasks_dir names a folder of local task files, which go before
 the harness's own of the same name (`python -m benchmarks.tasks` writes some).
 """
 
 from collections.abc import Callable
 import contextlib
-import dataclasses
-import functools
-import importlib.metadata
 import logging as python_logging
 import math
 import os
@@ -18,22 +15,16 @@ import re
 import tempfile
 import traceback
 
-from absl import flags
-import jax
 import jax.numpy as jnp
 
-from elder_jax import log as log_lib
-from elder_jax.commands import cli
-from elder_jax.devices import sharding
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
-from elder_jax.hf import checkpoint_hf
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import Mode
-from elder_jax.run import report as report_lib
-from elder_jax.text import data
-from elder_jax.text import generation
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.model.spec import Mode
 
 TASKS = ('piqa', 'winogrande', 'hellaswag', 'arc_easy', 'arc_challenge')
 
@@ -48,30 +39,34 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
     import lm_eval.tasks  # here: it is optional and takes a second
   except ImportError as e:
     raise InputError(
-      f"--tasks: lm-evaluation-harness is missing ({reason(e)}); install it with pip install 'elder_jax[eval]'."
+      'tasks',
+      ','.join(tasks),
+      f"lm-evaluation-harness is missing ({reason(e)}); install it with pip install 'elder_jax[eval]'.",
     ) from e
   folder = user_path(tasks_dir).resolve() if tasks_dir else None
   if folder and not folder.is_dir():
-    raise InputError(f'--tasks_dir={tasks_dir}: there is no such folder; check the path.')
+    raise InputError('tasks_dir', tasks_dir, 'there is no such folder; check the path.')
   if folder and re.search(r'[][*?]|::', str(folder)):
-    raise InputError(f'--tasks_dir={folder}: the harness takes [, ], *, ? and :: for a pattern; rename the folder.')
+    raise InputError('tasks_dir', folder, 'the harness takes [, ], *, ? and :: for a pattern; rename the folder.')
   _quiet()
   manager = lm_eval.tasks.TaskManager(include_path=folder)
   if not tasks:
-    raise InputError('--tasks is empty; name a task, as in --tasks=piqa.')
+    raise InputError('tasks', '', 'is empty; name a task, as in --tasks=piqa.')
   # A task file may name its questions from where it lies; a hub id is not to be found in the current folder.
   with tempfile.TemporaryDirectory() as empty, contextlib.chdir(folder or empty):
     for task in tasks:
       if folder:
         _check_task_file(manager, task, folder)
       if task not in manager.all_tasks:
-        raise InputError(f'--tasks={task}: the harness has no such task; check the name, or give --tasks_dir.')
+        raise InputError('tasks', task, 'the harness has no such task; check the name, or give --tasks_dir.')
     try:
       return manager.load(list(dict.fromkeys(tasks)))
     except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
       raise InputError(
-        f'--tasks={",".join(tasks)}: the questions cannot be loaded ({reason(e)}); correct --tasks or the task file, or '
-        'give a local one with --tasks_dir where the hub is not reached.'
+        'tasks',
+        ','.join(tasks),
+        f'the questions cannot be loaded ({reason(e)}); correct --tasks or the task file, or '
+        'give a local one with --tasks_dir where the hub is not reached.',
       ) from e
 
 
@@ -99,11 +94,11 @@ def _check_task_file(manager, task: str, folder: pathlib.Path):
     if path.stem != task and not named.search(path.read_text(encoding='utf-8', errors='replace')):
       continue
     if path.suffix != '.yaml':
-      raise InputError(f'--tasks={task}: the harness reads .yaml files only; rename {path}.')
+      raise InputError('tasks', task, f'the harness reads .yaml files only; rename {path}.')
     try:
       manager.load([str(path)])
     except Exception as e:  # any kind  # noqa: BLE001
-      raise InputError(f'--tasks={task}: the harness cannot read {path} ({reason(e)}); correct the file.') from e
+      raise InputError('tasks', task, f'the harness cannot read {path} ({reason(e)}); correct the file.') from e
 
 
 def run(
@@ -150,7 +145,7 @@ def run(
     if any(frame.f_code.co_filename == lm_eval_adapter.__file__ for frame, _ in traceback.walk_tb(e.__traceback__)):
       raise  # of the model; the rest is the harness's, which runs what a task's file says
     names = ','.join(loaded['tasks'])
-    raise InputError(f'--tasks={names}: the harness fails ({reason(e)}); correct the task or leave it out.') from e
+    raise InputError('tasks', names, f'the harness fails ({reason(e)}); correct the task or leave it out.') from e
   figures = {}
   for task, values in results['results'].items():
     # 'acc,none' is acc without a filter on the answers.
@@ -160,11 +155,15 @@ def run(
   return figures
 
 
-def token_scores() -> Callable:
-  """The jitted function that scores requests (lm_eval_adapter)."""
+def program(shapes: Shapes, model: Decoder, name: str) -> Program:
+  """The scores of a batch of requests as long as a window, for the plan; longer ones take more."""
   from elder_jax.text import lm_eval_adapter
 
-  return lm_eval_adapter.token_scores
+  settings = shapes.settings.evaluation
+  B, T = settings.eval_batch_size, settings.eval_seq_len
+  args = model, shapes.batch(B, T), shapes.batch(B, T), shapes.mode
+  flops = shapes.flops(model.num_layers, B * T, T)
+  return Program(f'zero-shot, {name}', lm_eval_adapter.token_scores, args, flops, device_bytes(model))
 
 
 def _number(value) -> float | None:
@@ -176,74 +175,6 @@ def _number(value) -> float | None:
   return value if math.isfinite(value) else None
 
 
-def table(figures: dict[str, dict[str, float | None]]) -> str:
-  """Markdown: a row per task, all that it measures with standard errors; fractions of right answers in percent."""
-  metrics_in_order = list(dict.fromkeys(m for values in figures.values() for m in report_lib.task_metrics(values)))
-  rows = [['task', 'questions', *map(report_lib.metric_head, metrics_in_order)]]
-  rows.append(['---'] + ['---:'] * (1 + len(metrics_in_order)))
-  for task, values in figures.items():
-    cells = [report_lib.metric_figure(values, metric) for metric in metrics_in_order]
-    rows.append([task, report_lib.figure(values.get('n'), 0, limit=1e9), *cells])
-  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-
-
-# ---- the command ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """The command's flags; see define_flags."""
-
-  model: str
-  tokenizer: str
-  tasks: tuple[str, ...]
-  tasks_dir: str
-  limit: int
-  batch_size: int
-  dtype: str
-  mesh: str
-  out: str
-
-
-def evaluate_model(settings: Settings) -> dict:
-  """Loads a model and evaluates it; what goes into --out.
-
-  Raises:
-    InputError.
-  """
-  for name, least in (('limit', 0), ('batch_size', 1)):
-    if (value := getattr(settings, name)) < least:
-      raise InputError(f'--{name}={value} is too small; give at least {least}.')
-  out = cli.out_file(settings.out)
-  mesh = sharding.make_mesh(settings.mesh)
-  sharding.check_batch(mesh, settings.mesh, settings.batch_size, '--batch_size')
-  with tempfile.TemporaryDirectory() as scratch:
-    source = checkpoint_hf.open_source(settings.model, pathlib.Path(scratch))
-    tokenizer = data.load_tokenizer(settings.tokenizer or str(source.files))
-    loaded = load_tasks(list(settings.tasks), settings.tasks_dir)
-    abstract = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
-    log_lib.say(f'loading {settings.model}, {source.num_layers} layers, in {settings.dtype} on {report_lib.device()}')
-    model = checkpoint_hf.load(source, settings.dtype, sharding.for_model(abstract, mesh, settings.mesh))
-    with jax.set_mesh(mesh):
-      figures = run(
-        model,
-        tokenizer,
-        loaded,
-        Mode(dtype=settings.dtype),
-        settings.batch_size,
-        context_length(source.config, tokenizer),
-        lambda batch: sharding.put_batch(batch, mesh),
-        settings.limit or None,
-        generation.eos_ids(source),
-        log_lib.Progress('requests'),
-      )
-  versions = report_lib.versions() | {'lm_eval': importlib.metadata.version('lm_eval')}
-  result = {'settings': dataclasses.asdict(settings), 'tasks': figures, 'versions': versions}
-  if out and jax.process_index() == 0:
-    report_lib.write_json(out, result)
-  return result
-
-
 def context_length(config: dict, tokenizer) -> int:
   """Tokens that a model of this config.json reads at most, by the rule of the harness's hf backend."""
   for name in ('n_positions', 'max_position_embeddings', 'n_ctx'):
@@ -251,36 +182,3 @@ def context_length(config: dict, tokenizer) -> int:
       return int(config[name])
   limit = tokenizer.model_max_length
   return int(limit) if limit < 1e29 else 2048  # a tokenizer without a limit says 1e30
-
-
-def define_flags():
-  """Only when this is the command: some have the names of flags of elder_jax.config."""
-  text = functools.partial(flags.DEFINE_string, module_name='elder_jax')
-  number = functools.partial(flags.DEFINE_integer, module_name='elder_jax')
-  kwargs = {'flag_values': flags.FLAGS}
-  text('model', '', 'Model: a Hugging Face folder, such as an export, a hub id or a .gguf file.', **kwargs)
-  text('tokenizer', '', "Folder or hub id of the tokenizer, where it is not the model's own.", **kwargs)
-  flags.DEFINE_list(
-    'tasks', list(TASKS), 'Tasks of lm-evaluation-harness, or of --tasks_dir.', module_name='elder_jax', **kwargs
-  )
-  text('tasks_dir', '', "Folder of local task files (.yaml), which go before the harness's own of a name.", **kwargs)
-  number('limit', 0, 'Questions per task, from the start; 0: all.', **kwargs)
-  number('batch_size', 16, 'Requests per step.', **kwargs)
-  flags.DEFINE_enum(
-    'dtype', 'float32', ['float32', 'bfloat16'], 'Type of weights and computation.', module_name='elder_jax', **kwargs
-  )
-  text('mesh', '-1,1,1', 'Devices for data, fsdp and tensor parallelism, as in elder_jax.main.', **kwargs)
-  text('out', '', 'File for the figures (JSON).', **kwargs)
-
-
-def main(argv: list[str]):
-  del argv
-  values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
-  result = evaluate_model(Settings(**values | {'tasks': tuple(values['tasks'])}))
-  if jax.process_index() == 0:
-    print(table(result['tasks']))
-
-
-if __name__ == '__main__':
-  define_flags()
-  cli.run(main)

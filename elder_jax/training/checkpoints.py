@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from elder_jax import log as log_lib
 from elder_jax.devices import hosts
 from elder_jax.errors import reason
-from elder_jax.training.loop import TrainState
+from elder_jax.log import log
+from elder_jax.training.step import TrainState
 
 SUMS = 'sums'
 
@@ -33,7 +33,10 @@ def _named(state: TrainState) -> dict:
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> jax.Array:
   """The sum of each leaf's bits as unsigned integers, modulo 2^32: the same on any mesh, another if a byte changes."""
-  bits = lambda a: jax.lax.bitcast_convert_type(a, f'uint{8 * a.dtype.itemsize}')
+
+  def bits(a):
+    return jax.lax.bitcast_convert_type(a, f'uint{8 * a.dtype.itemsize}')
+
   return jnp.stack([jnp.sum(bits(a), dtype=jnp.uint32) for a in leaves])
 
 
@@ -81,7 +84,7 @@ class Checkpoints:
     if not self._minutes:
       return False
     # Clocks differ, and a checkpoint that only some processes write is none.
-    return hosts.agree(time.monotonic() - self._since >= 60 * self._minutes)
+    return hosts.broadcast_json(time.monotonic() - self._since >= 60 * self._minutes)
 
   def save(self, state: TrainState):
     """Begins to write the state, which may be donated as soon as this returns; waits for the checkpoint before it.
@@ -105,14 +108,14 @@ class Checkpoints:
     self._remove_all_but(self._steps()[-self._keep :])
 
   def _remove_all_but(self, steps: list[int]):
-    if hosts.leads() and self._folder.exists():
+    if hosts.is_leader() and self._folder.exists():
       for path in self._folder.iterdir():
         if path.name not in map(str, steps):
           shutil.rmtree(path)
 
   def latest(self, state: TrainState) -> TrainState:
     """The newest saved state that can be read, shaped and sharded as `state`; `state` itself where there is none."""
-    steps = hosts.agree(self._steps())
+    steps = hosts.broadcast_json(self._steps())
     self._remove_all_but(steps)
     for i in reversed(range(len(steps))):
       path = self._folder / str(steps[i])
@@ -121,8 +124,8 @@ class Checkpoints:
         self._newest, self._since = steps[i], time.monotonic()
         return restored
       then = f'going on from step {steps[i - 1]}' if i else f'{self.stage} starts anew'
-      log_lib.say(f'{path}: this checkpoint cannot be read ({why or "by another process"}); {then}')
-      if hosts.leads():
+      log(f'{path}: this checkpoint cannot be read ({why or "by another process"}); {then}')
+      if hosts.is_leader():
         path.rename(path.with_name(f'{path.name}.unreadable'))  # to be seen until the next one is whole
     return state
 
@@ -140,7 +143,10 @@ class Checkpoints:
 
   def _read(self, path: pathlib.Path, state: TrainState) -> TrainState:
     named = _named(state)
-    shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+
+    def shape(a):
+      return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+
     sums = jax.ShapeDtypeStruct((len(named),), jnp.uint32, sharding=state.step.sharding)
     restored = ocp.load(path, {k: shape(a) for k, a in named.items()} | {SUMS: sums})
     leaves = [restored[k] for k in named]
@@ -149,5 +155,5 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
   def clear(self):
-    if hosts.leads():
+    if hosts.is_leader():
       shutil.rmtree(self._folder, ignore_errors=True)

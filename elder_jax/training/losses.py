@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax.devices import sharding
-from elder_jax.model import decoder
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import head_of
+from elder_jax.model.decoder import project
+from elder_jax.training.penalty import measure_of
 
 CHUNK_TOKENS = 1024  # of the part of a batch that a device has, whose float32 logits are alive at a time
 
@@ -49,27 +52,30 @@ def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0
 
   chunk = chunk_length(B, T)
   pad = -T % chunk
-  as_chunks = lambda a: jnp.moveaxis(
-    jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
-  )
+
+  def as_chunks(a):
+    return jnp.moveaxis(
+      jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
+    )
+
   caps = model.spec.final_softcap, teacher[0].spec.final_softcap if teacher else None
   sums = functools.partial(_chunk_sums, caps=caps, distill=distill)
-  heads = decoder.head(model), jax.lax.stop_gradient(decoder.head(teacher[0])) if teacher else None
+  heads = head_of(model), jax.lax.stop_gradient(head_of(teacher[0])) if teacher else None
   x_CBcD, *rest = jax.tree.map(as_chunks, (x_BTD, target_BT, counted_BT, teacher[1] if teacher else None))
   total, (nll, kl) = _sum_chunks(sums, heads[0], x_CBcD, heads[1], rest)
   return total, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(kl), jnp.sum(counted_BT)
 
 
-def _chunk_sums(head, x_BcD, teacher_head, rest, caps, distill: float):
+def _chunk_sums(head_of, x_BcD, teacher_head, rest, caps, distill: float):
   """Of one chunk: what is minimised, and (nll, KL)."""
   target_Bc, counted_Bc, y_BcD = rest
-  logit_BcV = decoder.project(head, x_BcD, caps[0])
+  logit_BcV = project(head_of, x_BcD, caps[0])
   log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
   nll_Bc = log_z_Bc - jnp.take_along_axis(logit_BcV, target_Bc[..., None], -1)[..., 0]
   nll, kl = jnp.sum(nll_Bc * counted_Bc), jnp.float32(0)
   if teacher_head is not None:
     # Σ_v p log(p / q), with log p = t − log Z_t and log q = s − log Z_s.
-    teacher_BcV = decoder.project(teacher_head, y_BcD, caps[1])
+    teacher_BcV = project(teacher_head, y_BcD, caps[1])
     p_BcV = jax.nn.softmax(teacher_BcV, -1)
     kl_Bc = jnp.sum(p_BcV * (teacher_BcV - logit_BcV), -1) - jax.nn.logsumexp(teacher_BcV, -1) + log_z_Bc
     kl = jnp.sum(kl_Bc * counted_Bc)
@@ -77,34 +83,41 @@ def _chunk_sums(head, x_BcD, teacher_head, rest, caps, distill: float):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_chunks(sums, head, x_CBcD, teacher_head, rest):
+def _sum_chunks(sums, head_of, x_CBcD, teacher_head, rest):
   """Σ sums(head, x, teacher_head, rest) over the chunks; its first result alone has a gradient, to `head` and x.
 
   Where the head is not trained, the gradient to x is taken in the forward pass, while a chunk's logits are there, and
   they need not be computed again: 2 products with the head instead of 3, and half of the teacher's. (So does Liger's
   FusedLinearCrossEntropy, arXiv 2410.10989, also for a trained head, whose gradient then has to be held, too.)
   """
-  return _scan_chunks(sums, head, x_CBcD, teacher_head, rest)
+  return _scan_chunks(sums, head_of, x_CBcD, teacher_head, rest)
 
 
-def _scan_chunks(sums, head, x_CBcD, teacher_head, rest):
-  add = lambda total, xs: (jax.tree.map(jnp.add, total, sums(head, xs[0], teacher_head, xs[1])), None)
+def _scan_chunks(sums, head_of, x_CBcD, teacher_head, rest):
+  def add(total, xs):
+    return (jax.tree.map(jnp.add, total, sums(head_of, xs[0], teacher_head, xs[1])), None)
+
   return jax.lax.scan(add, _NOTHING, (x_CBcD, rest))[0]
 
 
 _NOTHING = np.float32(0), (np.float32(0), np.float32(0))
 
 
-def _sum_chunks_forward(sums, head, x_CBcD, teacher_head, rest):
-  trained = any(a.perturbed for a in jax.tree.leaves(head))
-  head, x_CBcD, teacher_head, rest = jax.tree.map(lambda a: a.value, (head, x_CBcD, teacher_head, rest))
+def _sum_chunks_forward(sums, head_of, x_CBcD, teacher_head, rest):
+  trained = any(a.perturbed for a in jax.tree.leaves(head_of))
+  head_of, x_CBcD, teacher_head, rest = jax.tree.map(lambda a: a.value, (head_of, x_CBcD, teacher_head, rest))
   if trained:
-    again = lambda *trained: _scan_chunks(jax.checkpoint(sums), *trained, teacher_head, rest)
-    total, back, parts = jax.vjp(again, head, x_CBcD, has_aux=True)
+
+    def again(*trained):
+      return _scan_chunks(jax.checkpoint(sums), *trained, teacher_head, rest)
+
+    total, back, parts = jax.vjp(again, head_of, x_CBcD, has_aux=True)
     return (total, parts), (back, None)
 
   def add(total, xs):
-    of_x = lambda x_BcD: sums(head, x_BcD, teacher_head, xs[1])
+    def of_x(x_BcD):
+      return sums(head_of, x_BcD, teacher_head, xs[1])
+
     one, to_x_BcD = jax.value_and_grad(of_x, has_aux=True)(xs[0])
     return jax.tree.map(jnp.add, total, one), to_x_BcD
 
@@ -134,11 +147,11 @@ def loss(model, tokens_BT, terms, mode, teacher=None, distill=0.0):
       updates of the layers that will be removed; the rest is 0.
     teacher: the Decoder to be distilled, run with its gates at 1; needed where distill > 0. No gradient goes into it.
   """
-  x_BTD, delta_L = decoder.forward(model, tokens_BT, terms['alive_L'], mode, terms.get('gate_L'))
+  x_BTD, delta_L = forward(model, tokens_BT, terms['alive_L'], mode, terms.get('gate_L'), measure_of(mode))
   seen = None
   if distill:
     ones_L = jnp.ones(teacher.num_layers, jnp.float32)
-    seen = jax.lax.stop_gradient((teacher, decoder.forward(teacher, tokens_BT, mode=mode, gate_L=ones_L)[0]))
+    seen = jax.lax.stop_gradient((teacher, forward(teacher, tokens_BT, mode=mode, gate_L=ones_L)[0]))
   total, nll, kl, count = _token_sums(model, x_BTD, tokens_BT, teacher=seen, distill=distill)
   gate_l1 = jnp.sum(terms['gate_weight_L'] * jnp.abs(model.gate_L[...]))
   penalty = jnp.sum(terms['delta_weight_L'] * delta_L)

@@ -2,7 +2,7 @@
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 _NORMS = {'post_attention_layernorm': 'post_attn_norm', 'pre_feedforward_layernorm': 'mlp_norm'}
 _NORMS['post_feedforward_layernorm'] = 'post_mlp_norm'

@@ -1,7 +1,7 @@
 """GPT-2: learned positions, LayerNorm, matrices stored the other way round, queries, keys and values in one."""
 
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 _LAYER = 'transformer.h.{l}.'
 # '+': the parts lie one after the other in this dimension.

@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: attention and MLP side by side, a part of each head rotated, q, k and v interleaved."""
 
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 _LAYER = 'gpt_neox.layers.{l}.'
 # '*': the parts alternate here, the first of all heads' neighbours being the others of the same head.

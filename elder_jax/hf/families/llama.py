@@ -5,7 +5,7 @@ import numpy as np
 from elder_jax.errors import InputError
 from elder_jax.hf.families.fields import Fields
 from elder_jax.hf.families.fields import rope_frequencies
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 # Hugging Face name -> (path in model.Decoder, axes there 'HF->ours'), both ways; the stacked layers' L is left out.
 # A comma separates HF's dimensions, letters next to each other are folded into one. What the spec's features leave out

@@ -2,7 +2,7 @@
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 WEIGHTS = llama.WEIGHTS
 

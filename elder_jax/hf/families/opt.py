@@ -1,7 +1,7 @@
 """OPT: learned positions, LayerNorm before (all sizes but 350M) or after each part, ReLU, biases."""
 
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 _LAYER = 'model.decoder.layers.{l}.'
 WEIGHTS = {

@@ -2,7 +2,7 @@
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 _SHARED = ('q_proj', 'k_proj', 'v_proj', 'embed_tokens', 'lm_head', 'rotary_emb')
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if any(part in name for part in _SHARED)} | {

@@ -2,7 +2,7 @@
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 _FUSED = 'q_proj k_proj v_proj gate_proj up_proj q_norm k_norm'.split()
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _FUSED)} | {

@@ -4,7 +4,7 @@ import numpy as np
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 WEIGHTS = llama.WEIGHTS
 

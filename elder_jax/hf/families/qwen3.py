@@ -3,7 +3,7 @@
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import qwen2
 from elder_jax.hf.families.fields import Fields
-from elder_jax.model.decoder import Spec
+from elder_jax.model.spec import Spec
 
 WEIGHTS = llama.WEIGHTS
 pruned = qwen2.pruned

@@ -8,12 +8,12 @@ import re
 import gguf
 import numpy as np
 
-from elder_jax import log as log_lib
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.hf import families
 from elder_jax.hf.gguf import header
 from elder_jax.hf.gguf import tokenizer as gguf_tokenizer
+from elder_jax.log import write_whole
 
 _FOLDER = 'use the Hugging Face folder of this model'
 # general.type, or the architecture, of files that are no model.
@@ -41,68 +41,18 @@ _OFF = {
 }
 
 
+_MISSING = object()
+
+
 def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   """Writes config.json, tokenizer and generation_config.json into `scratch`; returns (config, {name: shape}, read)."""
   fields, listed = _read(path)
-  architecture = fields.get('general.architecture')
-  for key in ('general.type', 'general.architecture'):
-    if (what := _NO_MODEL.get(str(fields.get(key)))) is not None:
-      raise InputError(f'{path}: is {what}.')
-  known = {f.GGUF_ARCHITECTURE: f for f in families.FAMILIES.values() if hasattr(f, 'GGUF_ARCHITECTURE')}
-  family = known.get(architecture) if isinstance(architecture, str) else None
-  if family is None:
-    raise InputError(f'{path}: GGUF architecture {architecture!r} is not supported, these are: {", ".join(known)}.')
-
+  family = _family(path, fields)
   tensors = {t.name: t for t in listed}
-  missing, asked = object(), set()
-
-  def field(name, default=missing):
-    key = f'{architecture}.{name}'
-    asked.add(key)
-    value = fields.get(key, default)
-    if isinstance(value, list):
-      raise InputError(f'the GGUF field {key} has a value for each layer, only one for all is supported; {_FOLDER}.')
-    if isinstance(value, int) and value > 2**31:  # before a table of that size is made
-      raise InputError(f'the GGUF field {key} is {value}, which is larger than in any model; {_FOLDER}.')
-    if value is not missing:
-      return value
-    if name == 'vocab_size' and 'tokenizer.ggml.tokens' in fields:
-      return len(fields['tokenizer.ggml.tokens'])
-    raise InputError(f'the GGUF field {key} is missing; {_FOLDER}.')
-
-  try:
-    config = family.config_from_gguf(field, tensors)
-    _check_known(fields, architecture, asked)
-    _, num_layers = family.spec_from_config(config)
-  except InputError as e:
-    raise InputError(f'{path}: {e}') from e
-  except (TypeError, ValueError) as e:
-    raise InputError(f'{path}: the GGUF fields are not usable ({reason(e)}); {_FOLDER}.') from e
-  for ours in ('bos_token_id', 'eos_token_id'):
-    if (value := fields.get(f'tokenizer.ggml.{ours}')) is not None:
-      config[ours] = value
-  if num_layers > len(tensors):  # before a table of so many layers is made
-    raise InputError(
-      f'{path}: the GGUF field {architecture}.block_count is {num_layers}, but there are only {len(tensors)} '
-      f'tensors; {_FOLDER}.'
-    )
-  layers = range(num_layers)
-  names = {}  # GGUF name -> Hugging Face name
-  for hf_name, gguf_name in family.GGUF_NAMES.items():
-    for l in layers if '{l}' in gguf_name else [None]:
-      names[gguf_name.format(l=l)] = hf_name.format(l=l)
-  derived = getattr(family, 'GGUF_DERIVED', None)
-  if (extra := next((n for n in tensors if n not in names and n != derived), None)) is not None:
-    raise InputError(f'{path}: the GGUF tensor {extra} is not known for {architecture}; {_FOLDER}.')
-  by_hf_name = {names[n]: t for n, t in tensors.items() if n != derived}
+  config, num_layers = _config(path, fields, tensors, family)
+  by_hf_name = _by_hf_name(path, fields, tensors, family, num_layers)
   shapes = {n: t.shape[::-1] for n, t in by_hf_name.items()}  # GGUF: fastest axis first
-
-  for tensor in {t.tensor_type: t for t in listed}.values():  # one of each type, told before any is needed
-    try:
-      gguf.dequantize(tensor.data[:1], tensor.tensor_type)
-    except NotImplementedError as e:  # nothing unfinished here: what the gguf package raises for a type it cannot read
-      kind = tensor.tensor_type.name
-      raise InputError(f'{path}: the quantisation {kind} of {tensor.name} is not supported; use Q8_0 or F16.') from e
+  _check_types(path, listed)
 
   def read(name: str) -> np.ndarray:
     tensor = by_hf_name[name]
@@ -111,6 +61,85 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
 
   _write_files(scratch, config, fields, path)
   return config, shapes, read
+
+
+def _family(path: pathlib.Path, fields: dict):
+  """The family's module, by the file's architecture."""
+  for key in ('general.type', 'general.architecture'):
+    if (what := _NO_MODEL.get(str(fields.get(key)))) is not None:
+      raise InputError(f'{path}: is {what}.')
+  architecture = fields.get('general.architecture')
+  known = {f.GGUF_ARCHITECTURE: f for f in families.FAMILIES.values() if hasattr(f, 'GGUF_ARCHITECTURE')}
+  family = known.get(architecture) if isinstance(architecture, str) else None
+  if family is None:
+    raise InputError(f'{path}: GGUF architecture {architecture!r} is not supported, these are: {", ".join(known)}.')
+  return family
+
+
+class _Fields:
+  """The fields of the file's architecture, each checked when it is asked for; `asked` has the names of those."""
+
+  def __init__(self, fields: dict):
+    self._fields, self.asked = fields, set()
+
+  def __call__(self, name: str, default=_MISSING):
+    key = f'{self._fields["general.architecture"]}.{name}'
+    self.asked.add(key)
+    value = self._fields.get(key, default)
+    if isinstance(value, list):
+      raise InputError(f'the GGUF field {key} has a value for each layer, only one for all is supported; {_FOLDER}.')
+    if isinstance(value, int) and value > 2**31:  # before a table of that size is made
+      raise InputError(f'the GGUF field {key} is {value}, which is larger than in any model; {_FOLDER}.')
+    if value is not _MISSING:
+      return value
+    if name == 'vocab_size' and 'tokenizer.ggml.tokens' in self._fields:
+      return len(self._fields['tokenizer.ggml.tokens'])
+    raise InputError(f'the GGUF field {key} is missing; {_FOLDER}.')
+
+
+def _config(path: pathlib.Path, fields: dict, tensors: dict, family) -> tuple[dict, int]:
+  """(config.json, number of layers)."""
+  field = _Fields(fields)
+  try:
+    config = family.config_from_gguf(field, tensors)
+    _check_known(fields, fields['general.architecture'], field.asked)
+    _, num_layers = family.spec_from_config(config)
+  except InputError as e:
+    raise InputError(f'{path}: {e}') from e
+  except (TypeError, ValueError) as e:
+    raise InputError(f'{path}: the GGUF fields are not usable ({reason(e)}); {_FOLDER}.') from e
+  for ours in ('bos_token_id', 'eos_token_id'):
+    if (value := fields.get(f'tokenizer.ggml.{ours}')) is not None:
+      config[ours] = value
+  return config, num_layers
+
+
+def _by_hf_name(path: pathlib.Path, fields: dict, tensors: dict, family, num_layers: int) -> dict:
+  """{Hugging Face name: tensor}. Raises InputError for a tensor that the family does not know."""
+  architecture = fields['general.architecture']
+  if num_layers > len(tensors):  # before a table of so many layers is made
+    raise InputError(
+      f'{path}: the GGUF field {architecture}.block_count is {num_layers}, but there are only {len(tensors)} '
+      f'tensors; {_FOLDER}.'
+    )
+  names = {}  # GGUF name -> Hugging Face name
+  for hf_name, gguf_name in family.GGUF_NAMES.items():
+    for l in range(num_layers) if '{l}' in gguf_name else [None]:
+      names[gguf_name.format(l=l)] = hf_name.format(l=l)
+  derived = getattr(family, 'GGUF_DERIVED', None)
+  if (extra := next((n for n in tensors if n not in names and n != derived), None)) is not None:
+    raise InputError(f'{path}: the GGUF tensor {extra} is not known for {architecture}; {_FOLDER}.')
+  return {names[n]: t for n, t in tensors.items() if n != derived}
+
+
+def _check_types(path: pathlib.Path, listed: list):
+  """One tensor of each type is dequantised, before any is needed."""
+  for tensor in {t.tensor_type: t for t in listed}.values():
+    try:
+      gguf.dequantize(tensor.data[:1], tensor.tensor_type)
+    except NotImplementedError as e:  # nothing unfinished here: what the gguf package raises for a type it cannot read
+      kind = tensor.tensor_type.name
+      raise InputError(f'{path}: the quantisation {kind} of {tensor.name} is not supported; use Q8_0 or F16.') from e
 
 
 def _read(path: pathlib.Path) -> tuple[dict, list[header.Tensor]]:
@@ -178,4 +207,4 @@ def _write_files(scratch: pathlib.Path, config: dict, fields: dict, path: pathli
   for name, text in (texts | {'tokenizer.json': tokenizer.to_str(pretty=True)}).items():
     file = scratch / name
     if not file.is_file() or file.read_bytes() != text.encode():  # other processes of the run may be reading it
-      log_lib.write_whole(file, text)
+      write_whole(file, text)

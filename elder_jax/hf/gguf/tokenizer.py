@@ -21,11 +21,19 @@ from elder_jax.errors import reason
 _PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_byte_level = lambda **how: pre_tokenizers.ByteLevel(add_prefix_space=False, **how)
-_cut_by = lambda digits: [
-  pre_tokenizers.Split(tokenizers.Regex(_PATTERN.replace('DIGITS', digits)), 'isolated'),
-  _byte_level(use_regex=False),
-]
+
+
+def _byte_level(**how):
+  return pre_tokenizers.ByteLevel(add_prefix_space=False, **how)
+
+
+def _cut_by(digits):
+  return [
+    pre_tokenizers.Split(tokenizers.Regex(_PATTERN.replace('DIGITS', digits)), 'isolated'),
+    _byte_level(use_regex=False),
+  ]
+
+
 _PRE_TOKENIZERS = {
   'gpt-2': lambda: [_byte_level()],
   'smollm': lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level()],
@@ -65,7 +73,10 @@ def build(fields: dict, path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict,
 def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer, dict, list[int]]:
   tokens, types = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'token_type'))
   tokenizer = _sentencepiece(fields) if kind == 'llama' else _byte_level_bpe(fields, dialect)
-  added = lambda kind: [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == kind]
+
+  def added(kind):
+    return [tokenizers.AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == kind]
+
   tokenizer.add_special_tokens(added(_CONTROL))
   tokenizer.add_tokens(added(_USER_DEFINED))
 

@@ -1,0 +1,274 @@
+"""Flags of all commands: settings dataclasses in, their values out. Absl parses; its own flags stay out of sight.
+
+In addition to absl: a name may have dashes (--num-remove); a single-valued flag given twice with two values is refused,
+except that the command line overrides a file; flag files are UTF-8 with or without a byte order mark; --config takes the
+name of a config that comes with elder_jax, a flag file, or the config.json of a run.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import re
+
+from absl import flags
+
+from elder_jax.errors import InputError
+from elder_jax.errors import as_text
+from elder_jax.errors import reason
+from elder_jax.errors import user_path
+from elder_jax.run.config import HOW_MUCH
+from elder_jax.run.config import settings_of_json
+from elder_jax.settings import default_of
+from elder_jax.settings import fields
+from elder_jax.settings import name_of
+from elder_jax.settings import types_of
+
+CONFIGS = (pathlib.Path(__file__).parent.parent / 'configs', pathlib.Path(__file__).parent.parent.parent / 'configs')
+
+
+class BadFlags(Exception):
+  """What is wrong with the arguments, in one sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+  """Arguments of a command: the settings that were given, operands, and what there is to say of them."""
+
+  settings: dict
+  operands: list[str]
+  note: str = ''
+  typed: frozenset[str] = frozenset()  # of the settings, those that no file gave
+
+
+def parse(kinds: list[type], args: list[str]) -> Parsed:
+  """The settings of these dataclasses that the arguments give, by their names outside Python.
+
+  Raises:
+    BadFlags.
+  """
+  values = flags.FlagValues()
+  for field in [field for kind in kinds for field in fields(kind)]:
+    _define(values, field)
+  try:
+    arguments = _Arguments(values)
+    rest = values(['elder_jax', *arguments.of(args)], known_only=False)[1:]
+  except flags.UnrecognizedFlagError as e:
+    raise BadFlags(_unknown(values, e)) from e
+  except (flags.Error, ValueError) as e:  # ValueError: a value for --noflag
+    raise BadFlags(' '.join(str(e).split())) from e
+  flags_of = [values[name] for name in values]
+  given = {flag.name: flag.value for flag in flags_of if flag.present and (flag.boolean or isinstance(flag, _Setting))}
+  own = [flag for flag in flags_of if isinstance(flag, _Setting)]
+  dropped = [line for flag in own for line in flag.dropped]
+  replaced = [line for flag in own if flag.present for line in flag.replaced]
+  notes = []
+  if replaced:
+    winner = next(name for name in HOW_MUCH if name in given)
+    notes.append(f'{" and ".join(replaced)}: not used, since --{winner}={as_text(given[winner])} was given later')
+  if dropped:
+    notes.append(f'not used: {", ".join(dropped)}, since later ones replace them')
+  return Parsed(given, rest, '\n'.join(notes), frozenset(arguments.typed))
+
+
+def _unknown(values: flags.FlagValues, error: flags.UnrecognizedFlagError) -> str:
+  near = difflib.get_close_matches(error.flagname.replace('-', '_'), list(values), n=3)
+  hint = f'; did you mean {" or ".join(f"--{name}" for name in near)}?' if near else ''
+  return f'--{error.flagname}: there is no such flag ({error.flagname!r}){hint}'
+
+
+# ---- one flag ----
+
+
+def _define(values: flags.FlagValues, field: dataclasses.Field):
+  name, help_text = name_of(field), field.metadata['help']
+  if bool in types_of(field):
+    flags.DEFINE_boolean(name, bool(default_of(field)), help_text, flag_values=values)
+  else:
+    flags.DEFINE_flag(_Setting(values, field), flag_values=values)
+
+
+class _Parser(flags.ArgumentParser):
+  """Text -> the value of a setting."""
+
+  def __init__(self, field: dataclasses.Field):
+    self._field = field
+
+  def parse(self, argument):
+    return value_of(self._field, argument)
+
+
+class _Setting(flags.Flag):
+  """A flag that makes a setting. Of the ways to say how much, the last one takes the place of the others."""
+
+  def __init__(self, values: flags.FlagValues, field: dataclasses.Field):
+    self._repeats = isinstance(default_of(field), dict)
+    super().__init__(_Parser(field), flags.ArgumentSerializer(), name_of(field), None, field.metadata['help'])
+    self._values, self.value = values, None
+    self.replaced: list[str] = []
+    self.dropped: list[str] = []
+
+  def parse(self, argument):
+    before = dict(self.value or {}) if self._repeats and self.present else {}
+    if self.name in HOW_MUCH:
+      self._replace_others()
+    super().parse(argument)
+    if self._repeats:
+      self._merge(before, argument)
+
+  def _replace_others(self):
+    for other in (self._values[name] for name in HOW_MUCH if name in self._values and name != self.name):
+      if other.present:
+        self.replaced.append(f'--{other.name}={as_text(other.value)}')
+        other.unparse()
+
+  def _merge(self, before: dict, argument: str):
+    """Adds to what was given before; an empty argument drops that."""
+    gone = before if not argument else {k: v for k, v in before.items() if k in self.value and self.value[k] != v}
+    self.dropped += [f'--{self.name}={name}={source}' for name, source in gone.items()]
+    self.value = (before if argument else {}) | self.value
+
+
+def value_of(field: dataclasses.Field, text: str):
+  """A setting's value out of its text on the command line.
+
+  Raises:
+    ValueError: in a few words, what it must be.
+  """
+  kind = types_of(field)[0]
+  if getattr(kind, '__origin__', None) is tuple:
+    inner = kind.__args__[0]
+    parts = [part.strip() for part in text.split(',') if part.strip()]
+    return tuple(value for part in parts for value in (_range(part) if inner is int else [_scalar(inner, part)]))
+  if getattr(kind, '__origin__', None) is dict:
+    name, found, source = text.partition('=')
+    if text and not (name and found and source):
+      raise ValueError('must be name=source, as in --eval_data=news=news.txt')
+    return {name: source} if text else {}
+  return _scalar(kind, text)
+
+
+def _scalar(kind: type, text: str):
+  if kind is str:
+    return text
+  what = 'whole numbers' if kind is int else 'numbers'
+  try:
+    return kind(text if text.isascii() else 'x')
+  except ValueError as e:  # also for thousands of digits
+    raise ValueError(f'must be {what}, with commas where there are several') from e
+
+
+def _range(part: str) -> list[int]:
+  """12-18 as well as a single number."""
+  if match := re.fullmatch(r'(\d{1,9})-(\d{1,9})', part, re.ASCII):
+    first, last = int(match[1]), int(match[2])
+    if not first <= last < first + 100_000:
+      raise ValueError(f'{part} is no range of layers; give the lower number first')
+    return list(range(first, last + 1))
+  return [_scalar(int, part)]
+
+
+# ---- arguments and files ----
+
+
+class _Arguments:
+  """Arguments in the one form --name=value, files replaced by what they hold."""
+
+  def __init__(self, values: flags.FlagValues):
+    self._values = values
+    self.typed: set[str] = set()
+
+  def of(self, args: list[str], file: str = '', above: tuple = ()) -> list[str]:
+    """file: where they come from, '' the command line; above: paths of the files that include it, its own last."""
+    found, given, rest = [], {}, iter(args)
+    for arg in rest:
+      if arg == '--':
+        return [*found, arg, *rest]
+      match = re.fullmatch(r'--?([^=-][^=]*)(?:=(.*))?', arg, re.DOTALL)
+      name, value = (match[1].replace('-', '_'), match[2]) if match else ('', None)
+      flag, value = self._flag_and_value(name, value, arg, rest)
+      text = f'--{name}={value}' if value is not None else arg
+      if not text.isascii() and re.search('[\ud800-\udfff]', text):
+        raise flags.Error(f'{text[:100]}: holds bytes that are not UTF-8; give it in UTF-8')
+      if name in ('flagfile', 'config'):
+        found += self._file(name, value, above) if value else []
+      elif flag is None:
+        found.append(arg)  # an operand, or what absl refuses
+      else:
+        before = given.setdefault(flag.name, value)
+        if before != value and not getattr(flag, '_repeats', False):
+          where = f' in {file}' if file else ''
+          raise flags.Error(
+            f'--{flag.name}: is given twice{where}, as {before[:80]!r} and {value[:80]!r}; give it once'
+          )
+        found.append(f'--{flag.name}={value}')
+        self.typed |= set() if file else {flag.name}
+    return found
+
+  def _flag_and_value(self, name: str, value: str | None, arg: str, rest):
+    """(the flag, or None where there is none; its value, taken from the next argument where it stands there)."""
+    flag, negated = self._flag(name), self._flag(re.sub('^no_?', '', name))
+    if flag is None and value is None and negated is not None and negated.boolean:
+      flag, value = negated, 'false'
+    if value is None and flag is not None and flag.boolean:
+      value = 'true'
+    elif value is None and (flag is not None or name in ('flagfile', 'config')) and (value := next(rest, None)) is None:
+      raise flags.Error(f'Missing value for flag {arg}')
+    return flag, value
+
+  def _flag(self, name: str) -> flags.Flag | None:
+    return self._values[name] if name in self._values else None  # FlagValues has no get  # noqa: SIM401
+
+  def _file(self, flag: str, name: str, above: tuple) -> list[str]:
+    path = _path_of(flag, name.strip(), above)
+    if path in above:
+      raise flags.Error(f'--{flag}={name}: includes itself; remove that line')
+    try:
+      text = path.read_text(encoding='utf-8-sig')
+    except OSError as e:
+      raise flags.Error(f'--{flag}={name}: cannot be read ({e.strerror}); check the path') from e
+    except UnicodeDecodeError:
+      text = '\0'
+    if '\0' in text:
+      raise flags.Error(f'--{flag}={name}: is not a UTF-8 text file; give one with a flag on each line')
+    if flag == 'config' and path.suffix == '.json':
+      return _of_json(name, text)
+    lines = [line.strip() for line in text.split('\n')]
+    return self.of([l for l in lines if l and not l.startswith(('#', '//'))], name, (*above, path))
+
+
+def _path_of(flag: str, name: str, above: tuple) -> pathlib.Path:
+  """A file that is named in another one may lie beside it; --config also names a config that comes with elder_jax."""
+  path = user_path(name)
+  if above and not path.is_file() and (beside := above[-1].parent / name).is_file():
+    return beside
+  if flag == 'config' and not path.is_file():
+    names = {p.stem: p for folder in CONFIGS if folder.is_dir() for p in sorted(folder.glob('[!_]*.flags'))}
+    if name in names:
+      return names[name]
+    near = difflib.get_close_matches(name, list(names), n=2)
+    hint = f'did you mean {" or ".join(near)}?' if near else f'those that come with elder_jax: {", ".join(names)}'
+    raise flags.Error(f'--config={name}: is no file and no name of a config; {hint}')
+  return path
+
+
+def _of_json(name: str, text: str) -> list[str]:
+  """The flags of a run's config.json."""
+  try:
+    settings = settings_of_json(json.loads(text))
+  except (ValueError, AttributeError, TypeError, RecursionError) as e:
+    raise flags.Error(f'--config={name}: is no config.json of a run ({reason(e)}); give one') from e
+  found = []
+  for key, value in settings.items():
+    if isinstance(value, dict):
+      found += [f'--{key}={k}={v}' for k, v in value.items()]
+    elif value is not None:
+      found.append(f'--{key}={as_text(value)}')
+  return found
+
+
+def require(settings: dict, *names: str):
+  """Raises InputError for a setting that is not given."""
+  for name in names:
+    if not settings.get(name):
+      raise InputError(name, '', 'is missing; give it.')

@@ -1,0 +1,41 @@
+"""`elder_jax heal`: train a model that was pruned before."""
+
+from elder_jax.commands import prune
+from elder_jax.commands.command import Command
+from elder_jax.commands.flags import Parsed
+from elder_jax.errors import InputError
+from elder_jax.errors import as_text
+from elder_jax.log import log
+from elder_jax.methods.elder import GateSettings
+from elder_jax.settings import fields
+from elder_jax.settings import name_of
+
+_FIXED = {'recipe': 'heal', 'compare': (), 'remove_layers': ()}
+_NOT_HERE = {'ratio', 'num_remove', 'method', 'score_steps', *map(name_of, fields(GateSettings)), *_FIXED}
+
+
+def run(parsed: Parsed) -> int | None:
+  given = dict(parsed.settings)
+  if typed := sorted(_NOT_HERE & parsed.typed):
+    raise InputError(typed[0], given[typed[0]], 'heal removes no layers; leave it out, or use elder_jax prune.')
+  if dropped := sorted(_NOT_HERE & given.keys()):
+    log(
+      f'not used: {", ".join(f"--{name}={as_text(given.pop(name))}" for name in dropped)}, since heal removes no layers'
+    )
+  if given.get('teacher') and 'distill' not in given:
+    given['distill'] = 0.5
+  return prune.run_config(parsed, given | _FIXED)
+
+
+COMMAND = Command(
+  'heal',
+  'Train a model that was pruned before, with --teacher on the predictions of the dense one as well (--distill=0.5).',
+  run,
+  prune.GROUPS,
+  (
+    'elder_jax heal --model=runs/mine/export --teacher=DENSE --workdir=runs/healed \\',
+    '    --train_data=more.jsonl --eval_data=news=news.txt --train_steps=1000',
+  ),
+  configs=True,
+  hidden=('How much goes, and what', 'Method elder'),
+)

@@ -1,0 +1,129 @@
+"""`elder_jax prune`, which is `python -m elder_jax.main`: a whole run.
+
+Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 3 it does
+not fit (--plan, or a run without --force); 75 stopped by SIGTERM or a notice of preemption, 130 by Ctrl-C, both saved.
+After 75, 130, and after 1 for a full disk, the same command resumes.
+"""
+
+import traceback
+
+from absl import logging
+import jax
+
+from elder_jax import errors
+from elder_jax.commands.command import Command
+from elder_jax.commands.flags import Parsed
+from elder_jax.devices import hosts
+from elder_jax.devices import preemption
+from elder_jax.errors import InputError
+from elder_jax.errors import disk_is_full
+from elder_jax.errors import user_path
+from elder_jax.hf import verify
+from elder_jax.log import log
+from elder_jax.methods.elder import GateSettings
+from elder_jax.run import pipeline
+from elder_jax.run import plan
+from elder_jax.run import workdir
+from elder_jax.run.config import PLACES
+from elder_jax.run.config import ComputeSettings
+from elder_jax.run.config import Config
+from elder_jax.run.config import DataSettings
+from elder_jax.run.config import EvalSettings
+from elder_jax.run.config import OutputSettings
+from elder_jax.run.config import PathSettings
+from elder_jax.run.config import RemovalSettings
+from elder_jax.run.report import markdown
+from elder_jax.training.loop import NonFiniteLoss
+from elder_jax.training.settings import TrainSettings
+
+GROUPS = {
+  'What goes in and out': PathSettings,
+  'How much goes, and what': RemovalSettings,
+  'Training text': DataSettings,
+  'Training, of every recipe that trains': TrainSettings,
+  'Method elder': GateSettings,
+  'Evaluation': EvalSettings,
+  'Devices, memory, checkpoints': ComputeSettings,
+  'Export': OutputSettings,
+  'Several processes': hosts.Launch,
+}
+
+
+def run(parsed: Parsed) -> int | None:
+  return run_config(parsed, parsed.settings)
+
+
+def run_config(parsed: Parsed, settings: dict) -> int | None:
+  """A run of these settings, and its end: every process says why it ends in one sentence.
+
+  Args:
+    parsed: what the command line has to say of the flags, and the settings of hosts.Launch.
+    settings: by name; those of hosts.Launch are passed over.
+  """
+  logging.get_absl_logger().setLevel('CRITICAL')  # Orbax: by tracebacks, what it raises in the main thread as well
+  config = None
+  try:
+    config = Config.of(**{name: value for name, value in settings.items() if name in PLACES})
+    hosts.start(hosts.Launch(**{name: v for name, v in parsed.settings.items() if name not in PLACES}))
+    preemption.listen()
+    if parsed.note:
+      log(parsed.note)
+    if config.computation.plan:
+      return plan.plan(config)
+    _keep_programs()
+    report = pipeline.run(config)
+  except (Exception, KeyboardInterrupt, preemption.Preempted) as e:
+    _leave(e, config)
+    raise
+  if hosts.is_leader():
+    print(markdown(report))
+    print(f'The model: {config.path() / "export"}')
+  return None
+
+
+def _leave(error: BaseException, config: Config | None):
+  """Ends this process as the error asks for; returns for a fault of elder_jax, with a note of where it was kept."""
+  if isinstance(error, InputError):
+    hosts.leave(errors.BAD_INPUT, error.for_command())
+  if isinstance(error, NonFiniteLoss | verify.ExportMismatch):
+    hosts.leave(errors.FAILED, str(error))
+  if isinstance(error, plan.DoesNotFit):
+    hosts.leave(errors.DOES_NOT_FIT, str(error))
+  if isinstance(error, preemption.Preempted):
+    hosts.leave(preemption.exit_status(), str(error))
+  if isinstance(error, KeyboardInterrupt):
+    hosts.leave(errors.CTRL_C, 'aborted by Ctrl-C; rerun the same command to resume')
+  if disk_is_full(error) and config is not None:
+    full = 'the disk is full; free some space and rerun the same command to resume'
+    hosts.leave(errors.FAILED, f'--workdir={config.paths.workdir}: {full}')
+  if jax.process_count() > 1:
+    hosts.leave(errors.FAILED, traceback.format_exc())
+  if config is not None and (kept := config.path() / workdir.FAILED).exists():
+    error.add_note(str(kept))
+
+
+def _keep_programs():
+  """What the plan compiles is what the run needs, and a run that resumes needs it again: it is compiled once.
+
+  Not on a CPU, where programs are small and those of another CPU may not run, and not by several processes, which share
+  the work of compiling. Whoever has set JAX_COMPILATION_CACHE_DIR has their own way.
+  """
+  if jax.default_backend() == 'cpu' or jax.process_count() > 1 or jax.config.values['jax_compilation_cache_dir']:
+    return
+  jax.config.update('jax_compilation_cache_dir', str(user_path('~/.cache/elder_jax/programs')))
+  jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; what was not used for longest goes first
+
+
+COMMAND = Command(
+  'prune',
+  'Choose layers, fold what they do into the ones that stay, remove them, train, and export.',
+  run,
+  GROUPS,
+  (
+    'elder_jax prune --config=smollm2_135m_demo --workdir=runs/mine --num_remove=5',
+    'elder_jax prune --model=FOLDER --workdir=runs/x --remove_layers=12-14 --recipe=none --compare=',
+    'elder_jax prune --config=llama3_8b --method=auto,sleb,elder --compare=none,regularize',
+    'elder_jax prune --config=runs/x/config.json --workdir=runs/y --ratio=0.25,0.1,0.2,0.4',
+  ),
+  configs=True,
+)

@@ -1,0 +1,28 @@
+"""What a run ran on: versions of packages, devices, memory."""
+
+import importlib.metadata
+import platform
+
+import jax
+
+
+def package_versions() -> dict[str, str]:
+  packages = ('elder_jax', 'jax', 'jaxlib', 'flax', 'optax', 'transformers', 'datasets', 'numpy')
+  found = {'python': platform.python_version()}
+  for package in packages:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+      found[package] = 'not installed'
+  return found
+
+
+def device_name() -> str:
+  devices = jax.devices()
+  return f'{len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)'
+
+
+def peak_bytes() -> int | None:
+  """The most memory that one of this process's devices held so far; None where devices do not tell (CPU)."""
+  peaks = [(d.memory_stats() or {}).get('peak_bytes_in_use') for d in jax.local_devices()]
+  return None if None in peaks else max(peaks)

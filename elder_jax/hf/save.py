@@ -1,0 +1,127 @@
+"""A Hugging Face folder, tensor by tensor, from a model or from the checkpoint that it came from."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import json
+import math
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from elder_jax.devices import hosts
+from elder_jax.devices import preemption
+from elder_jax.errors import InputError
+from elder_jax.hf import folder as model_folder
+from elder_jax.hf import safetensors_files
+from elder_jax.hf.cut import pruned_config
+from elder_jax.hf.load import check_finite
+from elder_jax.hf.load import order_of
+from elder_jax.hf.load import turn
+from elder_jax.hf.source import Source
+from elder_jax.hf.table import Row
+from elder_jax.hf.table import param_at
+from elder_jax.hf.table import rows_of
+from elder_jax.model.decoder import Decoder
+
+# Row of a family's table -> the tensor as Hugging Face has it, in pieces.
+PiecesOf = Callable[[Row], Iterable[np.ndarray]]
+
+
+def pieces_of_model(model: Decoder) -> PiecesOf:
+  def pieces(row: Row):
+    preemption.check()
+    ours = []
+    for part in row.parts:
+      array = param_at(model, part.path)[...]
+      array = array if row.layer is None else array[row.layer]
+      # Turned on the device, so that what to_hf turns back lies in the file's order already.
+      theirs = hosts.to_host(turn(array, order_of(part.order), None))
+      ours.append(theirs.transpose(part.order))
+    tensor = row.to_hf(ours)
+    if not safetensors_files.finite(tensor):
+      raise InputError(f'the tensor {row.name} of the pruned model holds NaN or infinite values; nothing is exported.')
+    yield tensor
+
+  return pieces
+
+
+def pieces_of_source(source: Source, kept: list[int]) -> PiecesOf:
+  """The source's own tensors, so that a model of which layers just go is never in memory."""
+  own = _source_rows(source, kept)
+
+  def pieces(row: Row):
+    for piece in source.pieces(own(row).name):
+      preemption.check_alone()
+      check_finite(piece, source, own(row))
+      yield piece
+
+  return pieces
+
+
+def take_part(pieces_of: PiecesOf, source: Source, kept: list[int]):
+  """What a process does while another is in `save`: devices give their parts of each tensor."""
+  for row in rows_of(source.family, source.spec.with_layers(kept), len(kept)):
+    for _ in pieces_of(row):
+      pass
+
+
+def _source_rows(source: Source, kept: list[int]) -> Callable[[Row], Row]:
+  """From a row of the model that has the layers `kept` to the same tensor's in the source."""
+  rows = {(row.template, row.layer): row for row in rows_of(source.family, source.spec, source.num_layers)}
+  return lambda row: rows[row.template, None if row.layer is None else kept[row.layer]]
+
+
+def save_model(
+  pieces_of: PiecesOf,
+  source: Source,
+  kept: list[int],
+  folder: pathlib.Path,
+  dtype: str,
+  shard_bytes: int,
+  tokenizer: pathlib.Path | None = None,
+) -> dict:
+  """Writes source's layers `kept` as a Hugging Face folder; `folder` must exist and is the caller's to rename.
+
+  config.json is the source's with the depth changed and without auto_map, since transformers has the code of every family;
+  the small files are copied byte for byte. The host holds one tensor at a time.
+
+  Args:
+    pieces_of: from_model or from_source.
+    dtype: of the tensors written; empty: each has its source's own.
+    tokenizer: the folder of another tokenizer than the source's, if any (model_folder.small_files).
+
+  Returns:
+    {file name: sha256} of the files with tensors.
+  """
+  config = pruned_config(source.family, source.config, kept, dtype)
+  config.pop('auto_map', None)
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+  model_folder.copy(model_folder.small_files(source.files, tokenizer), folder)
+
+  rows = rows_of(source.family, source.spec.with_layers(kept), len(kept))
+  own = _source_rows(source, kept)
+  dtypes = {row.name: dtype or source.dtypes[own(row).name] for row in rows}
+
+  def size(row):
+    return math.prod(row.shape) * jnp.dtype(dtypes[row.name]).itemsize
+
+  shards: list[list[Row]] = [[]]
+  for row in rows:
+    if shards[-1] and sum(map(size, shards[-1])) + size(row) > shard_bytes:
+      shards.append([])
+    shards[-1].append(row)
+  names = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+  if len(shards) == 1:
+    names = ['model.safetensors']
+  hashes = {}
+  for name, shard in zip(names, shards):
+    tensors = [(row.name, row.shape, dtypes[row.name]) for row in shard]
+    hashes[name] = safetensors_files.write(folder / name, tensors, lambda i, shard=shard: pieces_of(shard[i]))
+  if len(shards) > 1:
+    index = {
+      'metadata': {'total_size': sum(map(size, rows))},
+      'weight_map': {row.name: name for name, shard in zip(names, shards) for row in shard},
+    }
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
+  return hashes

@@ -1,0 +1,237 @@
+"""Opens a checkpoint: a Hugging Face folder, a hub id or a GGUF file; checks every name, shape and type by the headers.
+
+Nothing here unpickles or runs code from a checkpoint.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from elder_jax.errors import InputError
+from elder_jax.errors import shown
+from elder_jax.errors import user_path
+from elder_jax.hf import families
+from elder_jax.hf import folder as model_folder
+from elder_jax.hf import safetensors_files
+from elder_jax.hf import table
+from elder_jax.hf.gguf import source as gguf_source
+from elder_jax.log import log
+from elder_jax.model.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A checkpoint that was opened but not read."""
+
+  name: str  # as the user called it
+  files: pathlib.Path  # folder with config.json, tokenizer and the like
+  config: dict
+  spec: Spec
+  num_layers: int
+  shapes: dict[str, tuple[int, ...]]  # by Hugging Face name
+  dtypes: dict[str, str]  # the same, of safetensors_files.DTYPES
+  read: Callable[[str], np.ndarray]
+  pieces: Callable[[str], Iterator[np.ndarray]]  # flat; one holds until the next but one
+
+  @property
+  def is_gguf(self) -> bool:
+    return model_folder.is_gguf(self.name)
+
+  @property
+  def dtype(self) -> str:
+    """That of all tensors; float32 where they differ."""
+    kinds = set(self.dtypes.values())
+    return kinds.pop() if len(kinds) == 1 else 'float32'
+
+  @property
+  def context_length(self) -> int | None:
+    """Positions that the model has for a prompt and what follows it; None where config.json does not limit them."""
+    limits = (self.config.get(name) for name in ('max_position_embeddings', 'n_positions', 'n_ctx'))
+    return self.spec.num_positions or next((n for n in limits if isinstance(n, int) and n > 0), None)
+
+  @property
+  def family(self):
+    return families.FAMILIES[self.config['model_type']]
+
+
+def open_source(model: str, scratch: pathlib.Path) -> Source:
+  """Opens `--model`. What a GGUF file holds besides weights is written as Hugging Face files into `scratch`."""
+  if not model:
+    raise InputError('model', '', 'is missing; give a Hugging Face folder, a hub id or a .gguf file.')
+  if model_folder.is_gguf(model):
+    path = user_path(model)
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
+      raise InputError('model', model, 'there is no such file; check the path.')
+    config, shapes, read = gguf_source.open_gguf(path, scratch)
+    files, dtypes = scratch, dict.fromkeys(shapes, 'float32')
+
+    def pieces(name):
+      return iter([read(name)])
+  else:
+    files = model_folder.find('model', model)
+    config = safetensors_files.read_json(files / 'config.json')
+    shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
+  _check_is_lm(model, config)
+  spec, num_layers = architecture(model, config)
+  source = _with_our_names(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
+  return _only_weights(_with_own_head(source))
+
+
+def _check_is_lm(model: str, config: dict):
+  heads = config.get('architectures')
+  for head in heads if isinstance(heads, list) else []:
+    if re.search(r'For(?!CausalLM)\w+$', str(head)):
+      raise InputError(
+        'model',
+        model,
+        f'is a {head} by its config.json, which has no head for the next token; give the language model '
+        '(…ForCausalLM) that it was made from.',
+      )
+
+
+def read_config(model: str) -> dict:
+  """config.json of a folder or of a hub id, from which nothing else is fetched."""
+  return safetensors_files.read_json(model_folder.find('model', model, 'config') / 'config.json')
+
+
+def architecture(model: str, config: dict) -> tuple[Spec, int]:
+  """(Spec, number of layers) of a config.json; model: what to call it in an error."""
+  model_type = config.get('model_type')
+  if not isinstance(model_type, str) or model_type not in families.FAMILIES:
+    raise InputError(
+      'model', model, f'model_type {shown(model_type)} is not supported, these are: {", ".join(families.FAMILIES)}.'
+    )
+  return families.FAMILIES[model_type].spec_from_config(config)
+
+
+def _with_our_names(source: Source) -> Source:
+  """Names with the prefix of the whole model left out, or twice, are read as transformers does: h.0 is transformer.h.0."""
+  templates = source.family.WEIGHTS
+  known = re.compile('|'.join(re.escape(n).replace(re.escape('{l}'), r'\d+') for n in templates))
+  prefix = next(iter(templates)).partition('.')[0] + '.'
+
+  def ours(name: str) -> str:
+    ways = name, prefix + name, name.removeprefix(prefix)
+    return next((way for way in ways if known.fullmatch(way)), name)
+
+  theirs = {ours(name): name for name in source.shapes}
+  head, embed = _head_and_embedding(source)
+  if source.spec.tied and head in theirs and embed not in theirs:  # one of the two is enough
+    theirs[embed] = theirs.pop(head)
+  if len(theirs) < len(source.shapes) or all(a == b for a, b in theirs.items()):
+    return source  # what is there twice is told as a tensor too many
+
+  def by_our_names(table):
+    return {ours: table[name] for ours, name in theirs.items()}
+
+  return dataclasses.replace(
+    source,
+    shapes=by_our_names(source.shapes),
+    dtypes=by_our_names(source.dtypes),
+    read=lambda name: source.read(theirs[name]),
+    pieces=lambda name: source.pieces(theirs[name]),
+  )
+
+
+def _head_and_embedding(source: Source) -> tuple[str, str]:
+  """Their names in the family's files."""
+  entries = [(name, entry[0]) for name, entry in source.family.WEIGHTS.items() if entry]
+  return tuple(next(name for name, path in entries if path == ours) for ours in ('head', 'embed'))
+
+
+def _with_own_head(source: Source) -> Source:
+  """A head in the files that is not the embedding is kept, whatever tie_word_embeddings says: so reads transformers 5."""
+  head, embed = _head_and_embedding(source)
+  if not source.spec.tied or not {head, embed} <= source.shapes.keys() or _equal(source, head, embed):
+    return source
+  log(
+    f'--model={source.name}: tie_word_embeddings is true, but {head} is not {embed}; it is kept, and the export says false'
+  )
+  return dataclasses.replace(
+    source,
+    config=source.config | {'tie_word_embeddings': False},
+    spec=dataclasses.replace(source.spec, tied=False),
+  )
+
+
+def _equal(source: Source, a: str, b: str) -> bool:
+  """Whether two matrices have the same values, in whatever types."""
+  if source.shapes[a] != source.shapes[b]:
+    return False
+  for name in (a, b):
+    _check_dtype(source, name)
+  x, y = source.read(a), source.read(b)
+  rows = 1024  # at a time
+
+  def wide(part):
+    return part.astype(np.float32)
+
+  return all(np.array_equal(wide(x[i : i + rows]), wide(y[i : i + rows])) for i in range(0, len(x), rows))
+
+
+def _only_weights(source: Source) -> Source:
+  """Checked, and without the buffers, whose type is of no interest."""
+  _check_names_and_shapes(source)
+  rows = table.rows_of(source.family, source.spec, source.num_layers)
+  for row in rows:
+    _check_dtype(source, row.name)
+  return dataclasses.replace(
+    source,
+    shapes={row.name: source.shapes[row.name] for row in rows},
+    dtypes={row.name: source.dtypes[row.name] for row in rows},
+  )
+
+
+def _check_dtype(source: Source, name: str):
+  if (dtype := source.dtypes[name]) in safetensors_files.DTYPES.values():
+    return
+  if dtype == 'F64':
+    mend = 'is in float64; convert the checkpoint to float32 or bfloat16'
+  else:
+    mend = f'is of type {dtype}; quantised weights are not read, use the unquantised checkpoint'
+  raise InputError('model', source.name, f'the tensor {name} {mend}.')
+
+
+def _ignored(family, spec: Spec) -> re.Pattern:
+  names = [n for n, e in family.WEIGHTS.items() if e is None or (e[0] == 'head' and spec.tied)]
+  return re.compile('|'.join(re.escape(n).replace(re.escape('{l}'), r'\d+') for n in names))
+
+
+def _check_names_and_shapes(source: Source):
+  where = 'model', source.name
+  if source.num_layers > len(source.shapes):  # before a table of so many layers is made
+    raise InputError(
+      *where,
+      f'config.json has num_hidden_layers={source.num_layers}, but there are only {len(source.shapes)} '
+      'tensors; use the config.json of these weights.',
+    )
+  rows = {row.name: row for row in table.rows_of(source.family, source.spec, source.num_layers)}
+  if (missing := next((n for n in rows if n not in source.shapes), None)) is not None:
+    raise InputError(
+      *where, f'the tensor {missing} is missing; config.json is of another model, or a file with weights is not there.'
+    )
+  ignored = _ignored(source.family, source.spec)
+  if (extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None)) is not None:
+    for part, what in (('lora_', 'LoRA factors that were not merged'), ('qweight', 'weights quantised by GPTQ or AWQ')):
+      if part in extra:
+        raise InputError(
+          *where, f'the tensor {extra} has no place in the model: these are {what}; give the plain model.'
+        )
+    raise InputError(
+      *where,
+      f'the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; use the '
+      'config.json of these weights, or a checkpoint without the tensor.',
+    )
+  for name, row in rows.items():
+    if source.shapes[name] != row.shape:
+      keys = ' by its vocab_size and width' if row.parts[0].path in ('embed', 'head') else ''
+      raise InputError(
+        *where,
+        f'the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}{keys}; '
+        'use the config.json of these weights.',
+      )

@@ -1,0 +1,106 @@
+"""A family's table of weights, both ways: which slices of our parameters a Hugging Face tensor is."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A slice of one of our parameters, and the axes that it has in a Hugging Face tensor."""
+
+  path: str  # in Decoder
+  shape: tuple[int, ...]  # as Hugging Face has it
+  folded: tuple[int, ...]  # the shape with every letter an axis of its own; '*' is one of size 1
+  order: tuple[int, ...]  # of the letters in ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One Hugging Face tensor and the slices of ours that it is: one, or several that are fused."""
+
+  template: str  # the name, with {l} for the layer
+  layer: int | None  # index on our leading axis
+  parts: tuple[Part, ...]
+  dim: int | None  # of the tensor, in which the parts are fused: '+', one after the other, or '*', in turns
+  star: int | None  # '*': the axis of the folded shape along which they take turns
+
+  @property
+  def name(self) -> str:
+    return self.template.format(l=self.layer)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(
+      sum(part.shape[j] for part in self.parts) if j == self.dim else n for j, n in enumerate(self.parts[0].shape)
+    )
+
+  def to_ours(self, tensor) -> list:
+    """Our slices, in the order of `parts`."""
+    if self.dim is None:
+      pieces = [tensor]
+    elif self.star is None:
+      pieces = np.split(tensor, np.cumsum([part.shape[self.dim] for part in self.parts])[:-1], self.dim)
+    else:
+      folded = self.parts[0].folded
+      pieces = np.split(
+        tensor.reshape(*folded[: self.star], len(self.parts), *folded[self.star + 1 :]), len(self.parts), self.star
+      )
+    return [
+      np.reshape(piece, [n for i, n in enumerate(part.folded) if i != self.star]).transpose(part.order)
+      for part, piece in zip(self.parts, pieces)
+    ]
+
+  def to_hf(self, ours: list):
+    pieces = [a.transpose(np.argsort(part.order)) for part, a in zip(self.parts, ours)]
+    shapes = [part.shape if self.star is None else part.folded for part in self.parts]
+    pieces = [piece.reshape(shape) for piece, shape in zip(pieces, shapes)]
+    if self.dim is None:
+      return pieces[0]
+    return np.concatenate(pieces, self.dim if self.star is None else self.star).reshape(self.shape)
+
+
+def make_row(template: str, layer: int | None, entry, sizes: dict[str, int]) -> Row:
+  """A row of a family's table. A rule is 'HF->ours', as families/llama.py says; fused parts have '+' or '*' in it."""
+  parts, size = [], sizes | {'*': 1}
+  for path, rule in (entry,) if isinstance(entry[0], str) else entry:
+    theirs, ours = rule.replace('+', '').split('->')
+    dims, letters = theirs.split(','), theirs.replace(',', '').replace('*', '')
+    shape, folded = (math.prod(size[a] for a in dim) for dim in dims), (size[a] for a in theirs.replace(',', ''))
+    parts.append(Part(path, tuple(shape), tuple(folded), tuple(letters.index(a) for a in ours)))
+  dim = next((j for j, text in enumerate(rule.split(',')) if {'+', '*'} & set(text)), None)
+  return Row(template, layer, tuple(parts), dim, theirs.replace(',', '').index('*') if '*' in theirs else None)
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_decoder(spec: Spec, num_layers: int) -> Decoder:
+  """The Decoder of this spec without its arrays; not to be written to."""
+  return jax.eval_shape(lambda: Decoder(spec, num_layers, jax.random.key(0)))
+
+
+def rows_of(family, spec: Spec, num_layers: int) -> list[Row]:
+  """All tensors of the checkpoint, in file order; layers expanded, what the Decoder of this spec lacks left out."""
+  sizes, model, rows = spec.sizes(num_layers), abstract_decoder(spec, num_layers), []
+  for name, entry in family.WEIGHTS.items():
+    if entry is None or param_at(model, entry[0] if isinstance(entry[0], str) else entry[0][0]) is None:
+      continue
+    rows += [make_row(name, l, entry, sizes) for l in (range(num_layers) if '{l}' in name else [None])]
+  embeds = ('embed', 'positions')
+
+  def place(row):
+    return row.layer if row.layer is not None else -1 if row.parts[0].path in embeds else num_layers
+
+  return sorted(rows, key=place)
+
+
+def param_at(model: Decoder, path: str):
+  """The nnx.Param at a dotted path; None where the Decoder has none."""
+  for name in path.split('.'):
+    model = getattr(model, name, None)
+  return model

@@ -1,0 +1,110 @@
+"""Where a layer's attention looks: positions, windows, and attention itself.
+
+Dimension names: see decoder.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elder_jax.devices import sharding
+from elder_jax.model.spec import Spec
+
+QUERY_BLOCK = {'cpu': 128, 'tpu': 512}  # queries that attend together where there is no fused kernel
+
+
+def softcap(a, cap: float | None):
+  return a if cap is None else cap * jnp.tanh(a / cap)
+
+
+def kinds(spec: Spec) -> dict:
+  """What differs between the layers, as int32_L to be scanned over; empty where all are alike."""
+  window_L = [w or NO_WINDOW for w in spec.window_L]
+  return {k: np.array(a, np.int32) for k, a in (('rope', spec.rope_L), ('window', window_L)) if len(set(a)) > 1}
+
+
+def rope_and_window(spec: Spec, tables, kind: dict):
+  """A layer's (cos_TH, sin_TH) of rope_tables, and its window or None; kind: what `kinds` gave for it."""
+  row = kind.get('rope', spec.rope_L[0] if spec.rope_L else 0)
+  window = kind.get('window', spec.window_L[0] or None if spec.window_L else None)
+  return tuple(table_RTH[row] for table_RTH in tables), window
+
+
+NO_WINDOW = 2**30  # where layers differ, one that sees all
+
+
+def rope_tables(spec: Spec, num_tokens: int):
+  """(cos_RTH, sin_RTH) of the positions 0 … num_tokens − 1 in float32, half as wide as what is rotated of a head."""
+  return rope_at(spec, jnp.arange(num_tokens))
+
+
+def rope_at(spec: Spec, position_T):
+  """rope_tables' rows of any positions."""
+  freq_RH = jnp.array(spec.rope_freq_RH, jnp.float32)
+  angle_RTH = position_T.astype(jnp.float32)[None, :, None] * freq_RH[:, None]
+  return jnp.cos(angle_RTH), jnp.sin(angle_RTH)
+
+
+def apply_rope(x_BTNH, rope):
+  """Rotates the pairs (i, i + R/2) of each head's first R dimensions, Hugging Face's layout, in float32."""
+  cos, sin = (table_TH[None, :, None, :] for table_TH in rope)
+  half, H = cos.shape[-1], x_BTNH.shape[-1]
+  if not half:
+    return x_BTNH
+  a, b = jnp.split(x_BTNH[..., : 2 * half].astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+  return rotated if 2 * half == H else jnp.concatenate([rotated, x_BTNH[..., 2 * half :]], -1)
+
+
+def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, cap: float | None = None):
+  """Causal attention [B, T, N, H]; query head n reads key/value head n // (N/K). cuDNN's fused kernel on a GPU.
+
+  Args:
+    window: how many of the last tokens, its own included, a token sees; a number, an int32 scalar, or None: all.
+    scale: of the scores; None: H ** -0.5.
+    cap: scores s become cap · tanh(s / cap).
+  """
+  backend, T = sharding.platform(), q_BTNH.shape[1]
+  plain = cap is None and (window is None or isinstance(window, int))
+  if backend == 'gpu' and plain:
+    H = q_BTNH.shape[-1]
+    fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0  # what cuDNN has on all GPUs
+    implementation = 'cudnn' if fused else 'xla'
+    local = None if window is None or window >= T else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      is_causal=True,
+      scale=scale,
+      local_window_size=local,
+      implementation=implementation,
+    )
+  # Without a fused kernel: blocks of queries that do not read the keys after them take half the time of the square.
+  size = QUERY_BLOCK.get(backend, T)
+  blocks = []
+  for start in range(0, T, size):
+    end = min(T, start + size)
+    first = max(0, start - window + 1) if isinstance(window, int) else 0
+    back_ts = jnp.arange(start, end)[:, None] - jnp.arange(first, end)[None]
+    seen_ts = back_ts >= 0 if window is None else (back_ts >= 0) & (back_ts < window)
+    blocks.append(
+      masked_attention(
+        q_BTNH[:, start:end], k_BTKH[:, first:end], v_BTKH[:, first:end], seen_ts[None, None], scale, cap
+      )
+    )
+  return jnp.concatenate(blocks, axis=1)
+
+
+def masked_attention(q_BTNH, k_BSKH, v_BSKH, seen_BNTS, scale: float | None = None, cap: float | None = None):
+  """Attention [B, T, N, H] of queries to the keys that `seen` shows them; axes of 1 in it are broadcast."""
+  if cap is None:
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen_BNTS, scale=scale, implementation='xla')
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  scale = H**-0.5 if scale is None else scale
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+  score_BKGTS = jnp.where(seen_BNTS[:, :, None], softcap(score_BKGTS, cap), -jnp.inf)
+  p_BKGTS = jax.nn.softmax(score_BKGTS, -1).astype(v_BSKH.dtype)
+  return jnp.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH).reshape(B, T, N, H)

@@ -1,0 +1,188 @@
+"""One layer: its parameters and what it computes.
+
+A parameter's axes are written once, where it is made, and serve its shape, its initialisation, its sharding
+(devices/sharding.py) and its slicing (pruning.py). Dimension names: see decoder.py.
+"""
+
+from collections.abc import Callable
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elder_jax.devices import sharding
+from elder_jax.model import lora
+from elder_jax.model.attention import apply_rope
+from elder_jax.model.attention import attention
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
+
+# weight(axes, fan_in) -> parameter. `fan_in` names the axes that are summed over; a number: all are this.
+Weight = Callable[[str, str | float], nnx.Param]
+
+
+def weight_maker(spec: Spec, num_layers: int, key: jax.Array) -> Weight:
+  sizes, keys = spec.sizes(num_layers), iter(jax.random.split(key, 16))
+
+  def weight(axes: str, fan_in: str | float) -> nnx.Param:
+    shape = tuple(sizes[a] for a in axes)
+    if not isinstance(fan_in, str):
+      return nnx.Param(jnp.full(shape, fan_in, jnp.float32), axes=axes)
+    scale = np.prod([sizes[a] for a in fan_in]) ** -0.5
+    return nnx.Param(scale * jax.random.normal(next(keys), shape), axes=axes)
+
+  return weight
+
+
+class Norm(nnx.Module):
+  """The scale of a norm, and of a LayerNorm also the bias; with the leading L kept, those of all layers."""
+
+  def __init__(self, spec: Spec, weight: Weight, axes: str, kind: str | None = None):
+    self.kind, self.eps = kind or spec.norm, spec.norm_eps
+    self.scale = weight(axes, 0.0 if self.kind == 'rms1' else 1.0)
+    self.bias = weight(axes, 0.0) if self.kind == 'layer' else None
+
+  def __call__(self, x_BTD):
+    """Computed in float32; over the last axis of x, whatever is before it."""
+    if self.kind == 'rms':
+      return rms_norm(x_BTD, whole(self.scale), self.eps)
+    x32_BTD = x_BTD.astype(jnp.float32)
+    if self.kind == 'rms1':
+      x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + self.eps)
+      return (x32_BTD * wide(1 + whole(self.scale).astype(jnp.float32), x_BTD)).astype(x_BTD.dtype)
+    x32_BTD = x32_BTD - jnp.mean(x32_BTD, -1, keepdims=True)
+    x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + self.eps)
+    scale_D, bias_D = (wide(whole(p).astype(jnp.float32), x_BTD) for p in (self.scale, self.bias))
+    return (x32_BTD * scale_D + bias_D).astype(x_BTD.dtype)
+
+
+class Block(nnx.Module):
+  """One layer's weights; with the leading L kept, those of all layers, to be scanned over."""
+
+  def __init__(self, spec: Spec, weight: Weight):
+    self.spec = spec
+
+    def norm(axes='LD', kind=None):
+      return Norm(spec, weight, axes, kind)
+
+    def bias(there, axes):
+      return weight(axes, 0.0) if there else None
+
+    self.attn_norm = norm()
+    self.wq = weight('LDNH', 'D')
+    self.wk = weight('LDKH', 'D')
+    self.wv = weight('LDKH', 'D')
+    self.bq, self.bk, self.bv = (bias(spec.qkv_bias, axes) for axes in ('LNH', 'LKH', 'LKH'))
+    self.q_norm, self.k_norm = (norm('LH') if spec.qk_norm else None for _ in 'qk')
+    self.wo = weight('LNHD', 'NH')
+    self.bo = bias(spec.out_bias, 'LD')
+    self.mlp_norm = None if spec.shared_norm else norm()
+    self.w_gate = weight('LDF', 'D') if spec.gated_mlp else None
+    self.b_gate = bias(spec.mlp_bias and spec.gated_mlp, 'LF')
+    self.w_up = weight('LDF', 'D')
+    self.b_up = bias(spec.mlp_bias, 'LF')
+    self.w_down = weight('LFD', 'F')
+    self.b_down = bias(spec.mlp_bias, 'LD')
+    self.post_attn_norm, self.post_mlp_norm = (norm() if spec.block == 'sandwich' else None for _ in 'am')
+
+  def qkv(self, x_BTD, rope):
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer, the first two rotated."""
+    h_BTD = x_BTD if self.spec.block == 'post' else self.attn_norm(x_BTD)
+
+    def project(w, b, axes):
+      return _plus(_product(f'BTD,D{axes}->BT{axes}', h_BTD, w), b)
+
+    q_BTNH, k_BTKH = project(self.wq, self.bq, 'NH'), project(self.wk, self.bk, 'KH')
+    if self.spec.qk_norm:
+      q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+    return apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), project(self.wv, self.bv, 'KH')
+
+  def attn_update(self, attended_BTNH, x_BTD):
+    """What attention adds to the stream x_BTD that this layer read."""
+    out_BTD = _plus(_product('BTNH,NHD->BTD', attended_BTNH, self.wo), self.bo)
+    if self.spec.block == 'post':
+      return self.attn_norm(x_BTD + out_BTD) - x_BTD
+    return self.post_attn_norm(out_BTD) if self.spec.block == 'sandwich' else out_BTD
+
+  def mlp_features(self, x_BTD, attn_BTD):
+    """What the down projection reads, [B, T, F], where attention added attn_BTD to x_BTD."""
+    block = self.spec.block
+    h_BTD = x_BTD if block == 'parallel' else x_BTD + attn_BTD
+    if block != 'post':
+      h_BTD = (self.attn_norm if self.spec.shared_norm else self.mlp_norm)(h_BTD)
+    act = ACTIVATIONS[self.spec.activation]
+
+    def project(w, b):
+      return _plus(_product('BTD,DF->BTF', h_BTD, w), b)
+
+    if self.spec.gated_mlp:
+      return act(project(self.w_gate, self.b_gate)) * project(self.w_up, self.b_up)
+    return act(project(self.w_up, self.b_up))
+
+  def mlp_output(self, f_BTF):
+    """What the down projection gives, before a norm that a block may have there."""
+    return _plus(_product('BTF,FD->BTD', f_BTF, self.w_down), self.b_down)
+
+  def mlp_update(self, f_BTF, mid_BTD):
+    """What the MLP adds to mid_BTD, the stream after attention."""
+    out_BTD = self.mlp_output(f_BTF)
+    if self.spec.block == 'post':
+      return self.mlp_norm(mid_BTD + out_BTD) - mid_BTD
+    return self.post_mlp_norm(out_BTD) if self.spec.block == 'sandwich' else out_BTD
+
+  def updates(self, x_BTD, attended_BTNH):
+    """(what attention adds to the stream, what the MLP adds), from what attention gave before its out projection."""
+    attn_BTD = self.attn_update(attended_BTNH, x_BTD)
+    return attn_BTD, self.mlp_update(self.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD)
+
+  def __call__(self, x_BTD, gate, rope, mode: Mode, window=None):
+    """One gated layer: (x_BTD, gate as an fp32 scalar) -> (next x_BTD, the layer's own update d_BTD, ungated)."""
+    attn_BTD, mlp_BTD = self.updates(x_BTD, attention(*self.qkv(x_BTD, rope), window, *self.spec.scores()))
+    # Added in the order of the ungated network, so that a gate of 1 changes no bit and a gate of 0 leaves x alone.
+    if mode.gate == 'residual':
+      y_BTD = (x_BTD + gate * attn_BTD) + gate * mlp_BTD
+    else:
+      y_BTD = gate * ((x_BTD + attn_BTD) + mlp_BTD)
+    return y_BTD.astype(x_BTD.dtype), attn_BTD + mlp_BTD
+
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': jax.nn.gelu,
+  'relu': jax.nn.relu,
+}
+
+
+def _plus(x, bias: nnx.Param | None):
+  """x + bias, the bias on x's last axes."""
+  return x if bias is None else x + wide(whole(bias, x.dtype), x)
+
+
+def wide(a, like):
+  return a.reshape((1,) * (like.ndim - a.ndim) + a.shape)
+
+
+def _cast(weight: nnx.Param, like):
+  return whole(weight, like.dtype)
+
+
+def whole(param: nnx.Param, dtype=None):
+  """A parameter for use: in the type that is computed in, and only then gathered from the devices that share it."""
+  value = param[...]
+  return sharding.gather(value if dtype is None else value.astype(dtype), param.get_metadata()['axes'])
+
+
+def _product(equation: str, x, weight: nnx.Param | lora.Lora):
+  """jnp.einsum of x and a layer's matrix, in the type of x."""
+  if isinstance(weight, lora.Lora):
+    return lora.product(equation, weight.scale, x, _cast(weight.base, x), whole(weight.a), whole(weight.b))
+  return jnp.einsum(equation, x, _cast(weight, x))
+
+
+def rms_norm(x_BTD, scale_D, eps: float):
+  """RMSNorm, computed in float32."""
+  x32_BTD = x_BTD.astype(jnp.float32)
+  x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + eps)
+  return x32_BTD.astype(x_BTD.dtype) * wide(scale_D.astype(x_BTD.dtype), x_BTD)

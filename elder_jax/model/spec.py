@@ -1,0 +1,81 @@
+"""What a model is (Spec) and how it is computed (Mode)."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What the family's config says of the computation, the number of layers apart (that is the weights' own).
+
+  What follows after `rope_freq_RH` are the features in which families differ, at what Llama does.
+  """
+
+  vocab_size: int
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  d_ff: int
+  norm_eps: float
+  tied: bool  # the output head is the embedding
+  # Radians per position, one for each rotated pair of a head's dimensions; what is not rotated comes after these. A
+  # table for each kind of layer; zeros: the layer knows no positions; of length 0: no layer rotates.
+  rope_freq_RH: tuple[tuple[float, ...], ...]
+  # Per layer, sliced with the layers. Empty: 0 everywhere.
+  rope_L: tuple[int, ...] = ()  # which table
+  window_L: tuple[int, ...] = ()  # how many of the last tokens, its own included, a token sees; 0: all
+  norm: str = 'rms'  # rms; rms1: RMSNorm that scales by 1 + w; layer: LayerNorm
+  # pre:      h = x + attn(norm(x)), y = h + mlp(norm(h))        parallel: y = x + attn(norm(x)) + mlp(norm(x))
+  # sandwich: pre, with a norm on what each of both adds         post:     h = norm(x + attn(x)), y = norm(h + mlp(h))
+  block: str = 'pre'
+  shared_norm: bool = False  # parallel: both read the same norm
+  final_norm: bool = True
+  qk_norm: bool = False  # an RMSNorm over each head's query and key
+  activation: str = 'silu'
+  gated_mlp: bool = True  # activation(gate) · up; else activation(up)
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  head_bias: bool = False
+  num_positions: int = 0  # learned position embeddings; 0: none
+  position_offset: int = 0  # the row of the first token's
+  embed_scale: float = 1.0
+  attn_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+  attn_softcap: float | None = None  # scores s become cap · tanh(s / cap)
+  final_softcap: float | None = None  # the same of the logits
+
+  def sizes(self, num_layers: int) -> dict[str, int]:
+    return {
+      'L': num_layers,
+      'V': self.vocab_size,
+      'D': self.d_model,
+      'N': self.num_heads,
+      'K': self.num_kv_heads,
+      'H': self.head_dim,
+      'F': self.d_ff,
+      'P': self.num_positions + self.position_offset,
+    }
+
+  def scores(self) -> tuple[float | None, float | None]:
+    """`attention`'s scale and cap."""
+    return self.attn_scale, self.attn_softcap
+
+  def with_layers(self, kept: list[int]) -> 'Spec':
+    """The spec of the model that has only the layers `kept`."""
+
+    def cut(of_L):
+      return tuple(of_L[l] for l in kept) if of_L else ()
+
+    return dataclasses.replace(self, rope_L=cut(self.rope_L), window_L=cut(self.window_L))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """How `forward` computes; static under jit."""
+
+  gate: str = 'residual'  # residual: x + g·d; output: g·(x + d)
+  # Of an update's size in the loss: training/penalty.py.
+  penalty: str = 'l2'
+  penalty_scale: str = 'token'
+  dtype: str = 'float32'  # of activations and of the weights where they are used
+  remat: str = 'none'  # what the backward pass computes again: none, dots, dots_no_batch or full

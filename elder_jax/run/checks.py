@@ -1,0 +1,51 @@
+"""What is tried at the start of a run because it would only fail at its end: the export."""
+
+import shutil
+
+import jax.numpy as jnp
+
+from elder_jax.errors import InputError
+from elder_jax.hf import verify
+from elder_jax.hf.cut import pruned_config
+from elder_jax.hf.source import Source
+from elder_jax.hf.source import architecture
+from elder_jax.hf.table import abstract_decoder
+from elder_jax.log import log
+from elder_jax.model import pruning
+from elder_jax.run.config import Config
+
+
+def check_export(config: Config, source: Source, num_remove: int):
+  """Raises InputError where the export could not be read back, or where there is no room for it."""
+  kept = list(range(source.num_layers - num_remove))
+  spec = source.spec.with_layers(kept)
+  written = pruned_config(source.family, source.config, kept, config.output.export_dtype)
+  if architecture(config.paths.model, written) != (spec, len(kept)):
+    raise InputError(
+      'model',
+      config.paths.model,
+      f'its config.json cannot be cut to {len(kept)} layers; please report this with the file.',
+    )
+  params = pruning.num_params(abstract_decoder(spec, len(kept)))
+  needed = params * jnp.dtype(config.output.export_dtype or source.dtype).itemsize
+  if (free := shutil.disk_usage(config.path()).free) < needed:
+    raise InputError(
+      'workdir',
+      config.paths.workdir,
+      f'the export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or choose another '
+      'folder.',
+    )
+
+
+def checks_in_torch(config: Config, source: Source, num_remove: int) -> bool:
+  """Whether the export is checked in PyTorch, after that was tried on the config.json that it will have."""
+  kept = list(range(source.num_layers - num_remove))
+  params = pruning.num_params(abstract_decoder(source.spec.with_layers(kept), len(kept)))
+  if not verify.use_torch(config.output.verify, params):
+    return False
+  why = verify.why_torch_cannot(pruned_config(source.family, source.config, kept, config.output.export_dtype))
+  if why and config.output.verify == 'torch':
+    raise InputError('verify', 'torch', f'transformers cannot make the pruned model ({why}); use --verify=jax.')
+  if why:
+    log(f'the check in PyTorch is left out: transformers cannot make the pruned model ({why})')
+  return not why

@@ -1,0 +1,92 @@
+"""report.json, and the files that are made of it."""
+
+from collections.abc import Callable
+import pathlib
+import tempfile
+
+from elder_jax.devices import about
+from elder_jax.devices import hosts
+from elder_jax.errors import disk_is_full
+from elder_jax.errors import reason
+from elder_jax.hf.table import abstract_decoder
+from elder_jax.log import log
+from elder_jax.log import write_whole
+from elder_jax.model import pruning
+from elder_jax.recipes.context import Choice
+from elder_jax.run import lineage
+from elder_jax.run.card import model_card
+from elder_jax.run.job import Job
+from elder_jax.run.job import Run
+from elder_jax.run.plot import plot_sweep
+from elder_jax.run.report import SCHEMA
+from elder_jax.run.report import markdown
+
+
+def make_report(run: Run) -> dict:
+  """report.json but for what is known at the very end: verify, seconds, peak_bytes."""
+  job, config = run.job, run.job.config
+  (method, _), choice = next(iter(run.choices.items()))
+  removed, num_layers, dense = choice.removed, job.source.num_layers, run.figures['dense']
+  kept = pruning.kept_layers(num_layers, removed)
+  return {
+    'schema': SCHEMA,
+    'model': config.paths.model,
+    'num_layers': num_layers,
+    'removed': sorted(removed),
+    'order': removed,
+    'kept': kept,
+    'method': method,
+    'recipe': config.removal.recipe,
+    'gates': choice.about.get('gates', []),
+    'choices': [{'method': m, 'num_remove': n, **c.to_json()} for (m, n), c in run.choices.items()],
+    'ppl': {c: {'dense': dense['ppl'][c], 'pruned': run.rows[-1]['ppl'][c]} for c in job.windows},
+    'tasks': {'dense': dense['tasks'], 'pruned': run.rows[-1]['tasks']},
+    'rows': run.rows,
+    'corpora': {c: w.about for c, w in job.windows.items()},
+    'params': {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)},
+    'lineage': [*lineage.of_source(job.source), lineage.step_of(config, num_layers, sorted(removed))],
+    'steps': config.steps() if config.trains(config.removal.recipe) else 0,
+    'tokens_per_step': config.data.batch_size * config.data.seq_len,
+    'versions': about.package_versions(),
+    'device': about.device_name(),
+  }
+
+
+def _num_params(job: Job, kept) -> int:
+  return pruning.num_params(abstract_decoder(job.source.spec.with_layers(list(kept)), len(kept)))
+
+
+def write_reports(job: Job, report: dict, folder: pathlib.Path):
+  """report.md and, of several depths, the plot. One that cannot be made costs nothing but itself."""
+  if len(job.num_removes) > 1 and job.windows:
+    cosmetic('sweep.svg', lambda: plot_sweep(report, folder / 'sweep.svg'))
+  cosmetic('report.md', lambda: write_whole(folder / 'report.md', markdown(report)))
+
+
+def cosmetic(name: str, write: Callable[[], None]):
+  """Writes a file without which the result is whole."""
+  try:
+    write()
+  except Exception as e:  # of any kind  # noqa: BLE001
+    if disk_is_full(e):
+      raise
+    log(f'{name} could not be written ({reason(e)}); nothing else is missing')
+
+
+def rehearse(job: Job, stages: list):
+  """Makes the report and all that is made of it with made-up figures: what fails here would fail after all the work."""
+  if not hosts.is_leader():
+    return
+  figures = {'ppl': dict.fromkeys(job.windows, 10.0), 'tasks': {t: {'acc': 0.5} for t in job.config.evaluation.tasks}}
+  run = Run(job, lambda: '')
+  run.figures['dense'] = figures
+  for stage in stages:
+    removed = list(range(stage.num_remove))
+    if stage.makes_model:
+      run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **figures})
+    elif stage.method and not stage.recipe:
+      run.choices[stage.method, stage.num_remove] = Choice(removed)
+  report = make_report(run) | {'verify': {}, 'seconds': {}, 'peak_bytes': None}
+  with tempfile.TemporaryDirectory() as folder:
+    write_reports(job, report, pathlib.Path(folder))
+    model_card(report, job.config.to_json())

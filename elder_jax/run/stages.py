@@ -1,0 +1,205 @@
+"""The one list of the stages of a run. prepare.py asks it what is read, the plan what it takes, pipeline.py does it."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+
+from elder_jax.hf import verify
+from elder_jax.methods import find_method
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.recipes import find_recipe
+from elder_jax.recipes import merging
+from elder_jax.run import work
+from elder_jax.run.config import Config
+from elder_jax.text import perplexity
+from elder_jax.text import zero_shot
+from elder_jax.training.programs import trained_shapes
+from elder_jax.training.programs import training_programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A part of a run between two points that it can resume from.
+
+  name: of its result in stages/, and in the log; one result may serve several stages.
+  title: for people.
+  seconds: its key in the report's seconds.
+  run: (Run, Stage) -> its result as JSON, or None.
+  take: (Run, Stage, result): puts the result where later stages find it.
+  keeps: its result is kept in stages/, so that it is not done again.
+  programs: its heaviest programs.
+  trains_on_text: it reads the training text.
+  """
+
+  name: str
+  title: str
+  seconds: str
+  run: Callable[[Any, 'Stage'], dict | None]
+  take: Callable[[Any, 'Stage', Any], None]
+  programs: Callable[[Shapes], list[Program]]
+  keeps: bool = True
+  trains_on_text: bool = False
+  method: str = ''
+  num_remove: int = 0
+  recipe: str = ''
+  exported: bool = False  # the last row's: its model is exported
+
+  @property
+  def makes_model(self) -> bool:
+    return self.run is work.treat
+
+
+def stages(config: Config, num_removes: list[int], checks_source: bool = True) -> list[Stage]:
+  """The stages of a run, in their order.
+
+  Args:
+    num_removes: numbers of layers to remove, that of the exported model first.
+    checks_source: the model is compared with PyTorch's reading of it.
+  """
+  found = [Stage('load', 'loading the model', 'load', work.load_dense, work.take_nothing, _loading, keeps=False)]
+  if checks_source:
+    found.append(
+      Stage('source', 'checking the model in PyTorch', 'check_source', work.check_source, work.take_nothing, _source)
+    )
+  found.append(
+    Stage('dense', 'measuring the dense model', 'dense', work.measure_dense, work.take_dense, _measuring_dense)
+  )
+  methods = config.methods() or [work.GIVEN]
+  found += [_choosing(method, n, num_removes) for method in methods for n in num_removes]
+  rows = [(method, n, recipe) for method in methods for n in num_removes for recipe in config.recipes()]
+  exported = methods[0], num_removes[0], config.removal.recipe
+  for row in sorted(rows, key=lambda row: row == exported):
+    method, n, recipe = row
+    name = _file_name(recipe if len(rows) == len(config.recipes()) else f'{method}-{n}-{recipe}')
+    of_row = {'method': method, 'num_remove': n, 'recipe': recipe, 'exported': row == exported}
+    reads = config.trains(recipe) or (find_recipe(recipe).reads_text and n > 0)
+    treating = functools.partial(_treating, method=method, recipe=recipe, num_remove=n)
+    title = f'{name}: removing {n} layers'
+    found.append(Stage(name, title, f'train_{name}', work.treat, work.take_nothing, treating, False, reads, **of_row))
+    measuring = functools.partial(_measuring, recipe=recipe, num_remove=n)
+    found.append(
+      Stage(name, f'measuring {name}', f'evaluate_{name}', work.measure_row, work.take_row, measuring, **of_row)
+    )
+  title = 'writing and checking the export'
+  return [*found, Stage('export', title, 'export', work.export, work.take_export, _export, keeps=False)]
+
+
+def _file_name(name: str) -> str:
+  return re.sub(r'[^\w.-]', '_', name)  # of a user's own entry: package.module:NAME
+
+
+def _choosing(method: str, num_remove: int, num_removes: list[int]) -> Stage:
+  """A method whose layers for n are the first of those for more is asked once, for the most."""
+  if method == work.GIVEN:
+    given = {'method': method, 'num_remove': num_remove}
+    return Stage('given', 'taking the given layers', 'given', work.take_given, work.take_choice, _nothing, **given)
+  entry = find_method(method)
+  most = max(num_removes) if entry.nested else num_remove
+  name = _file_name(f'choose-{method}-{most}')
+  return Stage(
+    name,
+    f'choosing {num_remove} layers by {method}',
+    name,
+    functools.partial(work.choose, most=most),
+    work.take_choice,
+    functools.partial(_method_programs, method=method, num_remove=most),
+    trains_on_text=num_remove > 0,
+    method=method,
+    num_remove=num_remove,
+  )
+
+
+# ---- what each takes ----
+
+
+def _nothing(shapes: Shapes) -> list[Program]:
+  del shapes
+  return []
+
+
+def _loading(shapes: Shapes) -> list[Program]:
+  return [Program('loading', None, (), 0, device_bytes(shapes.dense))]
+
+
+def _source(shapes: Shapes) -> list[Program]:
+  """Both readings of 32 tokens, PyTorch's in float32 on the host."""
+  call, args = verify.program(shapes.dense, shapes.settings.computation.dtype, 32)
+  size = device_bytes(args[0])
+  jax_side = Program('checking the model', call, args, shapes.flops(tokens=32, seq_len=32), size)
+  torch_bytes = verify.torch_bytes(pruning.num_params(shapes.dense))
+  return [jax_side, Program('checking the model in PyTorch', None, (), 0, torch_bytes, host=True)]
+
+
+def _measuring_dense(shapes: Shapes) -> list[Program]:
+  return evaluation_programs(shapes, shapes.dense)
+
+
+def _method_programs(shapes: Shapes, method: str, num_remove: int) -> list[Program]:
+  entry = find_method(method)
+  return entry.programs(shapes, num_remove) if entry.programs and num_remove else []
+
+
+def _treating(shapes: Shapes, method: str, recipe: str, num_remove: int) -> list[Program]:
+  entry, dense, n = find_recipe(recipe), shapes.dense, num_remove
+  trains = shapes.settings.trains(recipe)
+  whole = entry.removes_last and trains
+  distils = trains and shapes.settings.training.distill and not shapes.settings.paths.teacher
+  teacher = device_bytes(dense.layers) if distils else 0  # what is not cut is shared by both
+  found = entry.programs(shapes) if n else []
+  if n and entry.merges and method != work.GIVEN and find_method(method).merges:
+    found += merging.programs(shapes)
+  if not whole:
+    found.append(pruning.removal_program('removing layers', dense, n, keeps=bool(teacher)))
+  if trains:
+    found += training_programs(shapes, dense if whole else pruning.cut_shapes(dense, n))
+  if whole:
+    trained = trained_shapes(shapes, dense)
+    found.append(pruning.removal_program('removing layers, as trained', trained, n, keeps=False, beside=teacher))
+  return found
+
+
+def _result(shapes: Shapes, recipe: str, num_remove: int) -> Decoder:
+  start = pruning.cut_shapes(shapes.dense, num_remove)
+  return trained_shapes(shapes, start) if shapes.settings.trains(recipe) else start
+
+
+def _measuring(shapes: Shapes, recipe: str, num_remove: int) -> list[Program]:
+  return evaluation_programs(shapes, _result(shapes, recipe, num_remove))
+
+
+def evaluation_programs(shapes: Shapes, model: Decoder) -> list[Program]:
+  """Perplexity and tasks of a model; no other one is there."""
+  name = f'{model.num_layers} layers'
+  dtypes = [{a.dtype for a in jax.tree.leaves(m.layers)} for m in (model, shapes.dense)]
+  name += ', as trained' if dtypes[0] - dtypes[1] else ''
+  settings, found = shapes.settings.evaluation, []
+  if settings.eval_data:
+    found.append(perplexity.program(shapes, model, name))
+  if settings.tasks:
+    found.append(zero_shot.program(shapes, model, name))
+  return found
+
+
+def _export(shapes: Shapes) -> list[Program]:
+  """What is written, read back and compared; never two models at a time."""
+  config = shapes.settings
+  pruned = _result(shapes, config.removal.recipe, shapes.num_removes[0])
+  evaluation, data = config.evaluation, config.data
+  length = evaluation.eval_seq_len if evaluation.eval_data else data.seq_len if data.train_data else 32
+  call, args = verify.program(pruned, shapes.export_dtype, T := min(128, length))
+  flops = shapes.flops(pruned.num_layers, T, T)
+  found = [
+    Program('export', None, (), 0, device_bytes(pruned)),
+    Program('verification', call, args, flops, device_bytes(args[0])),
+  ]
+  if verify.use_torch(config.output.verify, size := pruning.num_params(pruned), say=lambda _: None):
+    found.append(Program('verification in PyTorch', None, (), 0, verify.torch_bytes(size), host=True))
+  return found

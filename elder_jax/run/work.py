@@ -1,0 +1,216 @@
+"""What the stages of a run do. Each gets the run and the stage; what it returns is kept in stages/ as JSON."""
+
+from collections.abc import Callable
+import functools
+
+from elder_jax import methods
+from elder_jax.devices import memory
+from elder_jax.devices import preemption
+from elder_jax.devices import sharding
+from elder_jax.errors import InputError
+from elder_jax.hf import verify
+from elder_jax.log import log
+from elder_jax.model import lora
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.recipes import find_recipe
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+from elder_jax.recipes.recipe import Recipe
+from elder_jax.run import exporting
+from elder_jax.run.job import Job
+from elder_jax.run.job import Run
+from elder_jax.run.job import load
+from elder_jax.text import perplexity
+from elder_jax.text import zero_shot
+from elder_jax.text.generation import eos_ids
+from elder_jax.training.checkpoints import Checkpoints
+from elder_jax.training.trainer import train
+
+GIVEN = 'given'  # in the place of a method: the layers are those of --remove_layers
+
+
+def take_nothing(run: Run, stage, result):
+  """Stage.take of a stage that only checks, or that has left its result in the run."""
+
+
+def load_dense(run: Run, stage):
+  del stage
+  run.dense.get()
+
+
+def check_source(run: Run, stage) -> dict:
+  """Compares the model with PyTorch's reading of the same files; of a run that only copies it is loaded for it."""
+  del stage
+  job = run.job
+  model = load(job) if job.copies else run.dense.get()
+  tokens_BT = exporting.some_tokens(job)[:, :32]
+  figures = verify.check_source(job.source, model, job.config.computation.dtype, tokens_BT, job.torch)
+  if why := figures.get('torch_error'):
+    log(f'the model as it is could not be checked in PyTorch: {why}')
+  return figures
+
+
+# ---- measuring ----
+
+
+def measure_dense(run: Run, stage) -> dict:
+  return measure(run.job, run.dense.get(), stage.name, fatal=True)
+
+
+def take_dense(run: Run, stage, result: dict):
+  run.figures[stage.name] = result
+
+
+def take_row(run: Run, stage, result: dict):
+  removed = sorted(run.choices[stage.method, stage.num_remove].removed)
+  run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **result})
+  if not stage.exported:
+    _checkpoints(run.job, stage.name, 0).clear()
+
+
+def measure_row(run: Run, stage) -> dict:
+  return measure(run.job, run.pruned, stage.name)
+
+
+def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> dict:
+  """{'ppl': {corpus: perplexity}, 'tasks': as zero_shot.run has it}.
+
+  Args:
+    fatal: tasks that fail end the run, since nothing is lost yet; later they cost a row its figures.
+  """
+  figures = {'ppl': _perplexities(job, model, name), 'tasks': {}}
+  if job.tasks:
+    settings = job.config.evaluation
+    try:
+      figures['tasks'] = zero_shot.run(
+        model,
+        job.tokenizer,
+        job.tasks,
+        job.mode,
+        settings.eval_batch_size,
+        zero_shot.context_length(job.source.config, job.tokenizer),
+        _put(job),
+        settings.task_limit or None,
+        eos_ids(job.source),
+        job.log.progress(f'zero-shot tasks of {name}'),
+      )
+    except InputError as e:
+      if fatal:
+        raise
+      log(f'{name} has no figures of tasks: {e.for_command()}')
+  return figures
+
+
+def _perplexities(job: Job, model: Decoder | None, name: str) -> dict[str, float]:
+  result, batch_size = {}, job.config.evaluation.eval_batch_size
+  for corpus, windows in job.windows.items():
+    progress = job.log.progress(f'perplexity of {name} on {corpus}', tokens=windows.tokens_NT.shape[1])
+    result[corpus] = perplexity.perplexity(model, windows, job.mode, batch_size, _put(job), progress)
+    log(f'perplexity of {name} on {corpus}: {result[corpus]:.3f}')
+  return result
+
+
+def _put(job: Job) -> Callable:
+  """A host array onto the devices; before each batch of an evaluation a run that is asked to stop does so."""
+
+  def put(array):
+    preemption.check()
+    return sharding.put_batch(array, job.mesh)
+
+  return put
+
+
+# ---- choosing ----
+
+
+def take_given(run: Run, stage) -> dict:
+  del stage
+  return Choice(sorted(run.job.config.removal.remove_layers)).to_json()
+
+
+def take_choice(run: Run, stage, result: dict):
+  run.choices[stage.method, stage.num_remove] = Choice.from_json(result).first(stage.num_remove)
+
+
+def choose(run: Run, stage, most: int) -> dict:
+  log(f'choosing layers by {stage.method}')
+  context = Context(
+    run.dense.get(),
+    run.job.batches if run.job.batches is not None else (),
+    run.job.config,
+    run.job.mode,
+    run.job.log,
+    functools.partial(_checkpoints, run.job),
+  )
+  return methods.choose(stage.method, context, most).to_json()
+
+
+# ---- treating ----
+
+
+def treat(run: Run, stage):
+  """Makes run.pruned by the stage's recipe. The dense model is used up: the next row loads it again."""
+  choice = run.choices[stage.method, stage.num_remove]
+  num_layers = run.job.source.num_layers
+  log(f'{stage.name}: removing layers {sorted(choice.removed)} (0-based) of {num_layers}')
+  run.pruned = None  # of the row before: its memory is needed now
+  if run.job.copies:
+    return
+  run.dense.get()
+  run.pruned = apply_recipe(run, stage, choice)
+
+
+def apply_recipe(run: Run, stage, choice: Choice) -> Decoder:
+  """The model by a recipe; all recipes see the same steps and batches.
+
+  Layers that were chosen by laco are merged where the recipe just removes layers, before or without training; the other
+  recipes have their own way of keeping what the layers did, and start from the layers as they were.
+  """
+  job, recipe = run.job, find_recipe(stage.recipe)
+  trains = job.config.trains(stage.recipe)
+  teacher = run.teacher.get() if trains and job.config.training.distill else None
+  own_teacher = trains and job.config.training.distill > 0 and teacher is None
+  model = run.dense.take()
+  spare = model if own_teacher else ()  # a teacher is needed up to the last step
+  free = functools.partial(memory.free, spare=spare)
+  batches = job.batches if job.batches is not None else ()
+  context = Context(model, batches, job.config, job.mode, job.log, functools.partial(_checkpoints, job), free)
+  start = recipe.start(context, choice)
+  memory.free(model, (start, spare))
+  if not trains:
+    return pruning.prune(start, choice.removed, free) if recipe.removes_last else start
+  result = _train(job, stage, recipe, start, choice, model if own_teacher else teacher, free)
+  return pruning.prune(result, choice.removed, free) if recipe.removes_last else result
+
+
+def _train(job: Job, stage, recipe: Recipe, start: Decoder, choice: Choice, teacher: Decoder | None, free) -> Decoder:
+  config = job.config
+  settings, name = config.train_settings(), stage.name
+  tokens = config.data.batch_size * config.data.seq_len
+  progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name)
+
+  def told(step: int, metrics: dict):
+    record(step, metrics)
+    progress(step + 1, settings.steps, f'loss {metrics["loss"]:.4f}, lm {metrics["lm_loss"]:.4f}')
+
+  dtype = lora.merged_dtype(config.computation.dtype, config.output.export_dtype or job.source.dtype)
+  penalised = choice.removed if recipe.removes_last else []
+  checkpoints = _checkpoints(job, name, settings.steps)
+  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free)
+
+
+def _checkpoints(job: Job, stage: str, steps: int) -> Checkpoints:
+  settings = job.config.computation
+  folder = job.config.path() / 'checkpoints' / stage
+  return Checkpoints(folder, settings.checkpoint_every, steps, settings.checkpoint_minutes, settings.keep_checkpoints)
+
+
+def export(run: Run, stage) -> dict:
+  del stage
+  return exporting.export(run)
+
+
+def take_export(run: Run, stage, result: dict):
+  del stage
+  run.verified = result

@@ -1,0 +1,111 @@
+"""What training takes: the plan's programs of steps, of merging LoRA, and the model that comes out."""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+
+from elder_jax.devices import sharding
+from elder_jax.model import lora
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.matrices import is_layer_matrix
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.model.program import forward_flops
+from elder_jax.model.program import training_flops
+from elder_jax.training.penalty import penalty_terms
+from elder_jax.training.step import combine
+from elder_jax.training.step import train_mask
+from elder_jax.training.trainer import begin_training
+
+
+def trained_shapes(shapes: Shapes, start: Decoder) -> Decoder:
+  """The abstract model that training from `start` gives."""
+  settings, dtype = shapes.settings.training, 'float32'
+  if settings.lora_rank:
+    dtype = lora.merged_dtype(shapes.settings.computation.dtype, shapes.export_dtype)
+    changed = jax.tree_util.tree_map_with_path(lambda path, _: is_layer_matrix(path), start)
+  else:
+    changed = train_mask(start, settings.trainable)
+
+  def of_type(true, a):
+    return jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding) if true else a
+
+  return jax.tree.map(of_type, changed, start)
+
+
+def steps_program(
+  shapes: Shapes,
+  name: str,
+  begin: Callable,
+  model: Decoder,
+  teacher: Decoder | None,
+  terms: dict,
+  flops: float,
+  calls: int,
+) -> Program:
+  """Steps of training.
+
+  Args:
+    begin: model -> (step, state, frozen).
+    flops: of the model, a token.
+    calls: number of steps.
+  """
+  made = []
+
+  def states(model):
+    step, state, frozen = begin(model)
+    made.append(step)
+    return state, frozen
+
+  def put(a, place):
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+  abstract = jax.eval_shape(states, model)
+  state, frozen = jax.tree.map(put, abstract, sharding.for_state(abstract, shapes.mesh))
+  parts = 1 if shapes.settings.training.grad_accum == 1 else 2  # the sum, and the part that is added to it
+  return Program(
+    name,
+    made[0],
+    (state, (frozen, teacher), shapes.tokens_BT, terms),
+    flops * shapes.tokens_BT.size,
+    params=device_bytes((state.trained, frozen, teacher)),
+    opt_state=device_bytes(state.opt_state),
+    gradients=parts * device_bytes(state.trained),
+    calls=calls,
+  )
+
+
+def training_programs(shapes: Shapes, start: Decoder) -> list[Program]:
+  """Training from `start`; the dense model stays where it is the teacher."""
+  config, num_layers, seq_len = shapes.settings, start.num_layers, shapes.tokens_BT.shape[1]
+  settings = config.train_settings()
+  flops = training_flops(shapes.spec, num_layers, seq_len, 'lora' if settings.lora_rank else settings.trainable)
+  if settings.distill:
+    flops += sum(forward_flops(shapes.spec, shapes.num_layers, seq_len))
+  terms = penalty_terms(num_layers, [], settings, 0)
+
+  def begin(model):
+    return begin_training(model, settings, shapes.mode)
+
+  teacher = shapes.dense if settings.distill else None
+  name = f'training, {num_layers} layers'
+  program = steps_program(shapes, name, begin, start, teacher, terms, flops, settings.steps)
+  state, (frozen, teacher), *_ = program.args
+  if settings.distill:  # what is frozen and not cut is the teacher's own
+    layers = jax.tree.leaves((frozen.layers, frozen.gate_L))
+    shared = device_bytes(frozen) - (0 if start is shapes.dense else device_bytes(layers))
+    program = dataclasses.replace(program, params=program.params - shared, twice=shared)
+  if not settings.lora_rank:
+    return [program]
+  # The largest matrix as if it were the last one: all others are merged, and the optimiser's state is still there.
+  merged_dtype = lora.merged_dtype(config.computation.dtype, shapes.export_dtype)
+  call, args = lora.program(combine(state.trained, frozen), merged_dtype)
+  *_, base, a, b = args
+  result = trained_shapes(shapes, start)
+  largest = max(device_bytes(p) for p in jax.tree.leaves(result.layers))
+  beside = device_bytes(result) - largest + device_bytes(state) - device_bytes((a, b))
+  if teacher is not None:  # embedding, head and the like are its own
+    beside += device_bytes(teacher.layers)
+  return [program, Program('merging LoRA', call, args, 0, device_bytes((base, a, b)), beside=beside)]

@@ -1,0 +1,124 @@
+"""A step of training: a masked optax optimiser over a partition of the model's tree.
+
+Only what trains has gradients, float32 master weights and optimiser state: the tree is cut in two by a mask, `None`
+standing where the other part has its leaves, and the optimiser is optax.masked by the same mask.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import optax
+
+from elder_jax.devices import sharding
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.spec import Mode
+from elder_jax.training import losses
+
+
+class TrainState(NamedTuple):
+  step: jax.Array  # int32, steps done
+  trained: Decoder  # the trained leaves in float32, None elsewhere
+  opt_state: Any
+  history_RL: jax.Array | None = None  # of stage 1: all gates at the end of each round that is over
+
+
+def train_mask(model: Decoder, what: str) -> Decoder:
+  """True at the leaves that train. what: gates; blocks, the layers' weights; all, all but the gates; lora, its factors."""
+
+  def trains(path, _):
+    top, name = path[0].name, path[-2].name
+    return {
+      'gates': top == 'gate_L',
+      'blocks': top == 'layers',
+      'all': top != 'gate_L',
+      'lora': top == 'layers' and name in ('a', 'b'),
+    }[what]
+
+  return jax.tree_util.tree_map_with_path(trains, model)
+
+
+def partition(model, train_mask):
+  """(trained, frozen): each with None at the other's leaves."""
+  trained = jax.tree.map(lambda keep, leaf: leaf if keep else None, train_mask, model)
+  frozen = jax.tree.map(lambda keep, leaf: None if keep else leaf, train_mask, model)
+  return trained, frozen
+
+
+def combine(trained, frozen):
+  return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def init_state(model: Decoder, train_mask, tx, free: Callable | None = None) -> tuple[TrainState, Decoder]:
+  """(state, frozen). The state's arrays are new, so that they can be donated while the model lives on.
+
+  Args:
+    free: called with each array of `model` that trains when it has been copied, for a model that need not live on.
+  """
+
+  def copy(a):
+    new = jnp.array(a, jnp.float32, copy=True)
+    if free:
+      jax.block_until_ready(new)
+      free(a)
+    return new
+
+  trained, frozen = partition(model, train_mask)
+  trained = jax.tree.map(copy, trained)
+  state = TrainState(jnp.int32(0), trained, tx.init(trained))
+  if mesh := _mesh(trained):
+    # As a step leaves it, counters too: else the second step compiles anew, and a restored state does not run at all.
+    state = jax.device_put(state, sharding.for_state(state, mesh))
+  return state, frozen
+
+
+def _mesh(trained):
+  """What the trained leaves lie on; None of a single device's or of abstract ones, which lie nowhere."""
+  home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)
+  return home.mesh if isinstance(home, NamedSharding) else None
+
+
+def on_all_devices(array, trained) -> jax.Array:
+  """The array, replicated over the mesh that the trained leaves lie on."""
+  mesh = _mesh(trained)
+  return jax.device_put(array, NamedSharding(mesh, PartitionSpec())) if mesh else jnp.asarray(array)
+
+
+def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
+  """A jitted step(state, (frozen, teacher), batch_BT, terms) -> (state, metrics).
+
+  terms, distill and teacher (None without distillation) as in losses.loss; no recompilation for other terms.
+  """
+
+  def micro_loss(trained, fixed, tokens_bT, terms):
+    frozen, teacher = fixed
+    return losses.loss(combine(trained, frozen), tokens_bT, terms, mode, teacher, distill)
+
+  def step(state: TrainState, fixed, batch_BT, terms):
+    B, T = batch_BT.shape
+
+    def of_part(tokens_bT):
+      (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, tokens_bT, terms)
+      return sharding.replicate({'loss': loss, **parts}), sharding.constrain_state(grads)
+
+    if grad_accum == 1:  # no second buffer for the sum
+      metrics, grads = of_part(batch_BT)
+    else:
+      # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
+      parts_AbT = sharding.constrain_batch(batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1), 1)
+      zeros, grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_part, parts_AbT[0]))
+
+      def add(total, tokens_bT):
+        return (jax.tree.map(lambda t, x: t + x / grad_accum, total, of_part(tokens_bT)), None)
+
+      (metrics, grads), _ = jax.lax.scan(add, (zeros, sharding.constrain_state(grads)), parts_AbT)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trained)
+    metrics |= sharding.replicate({'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)})
+    trained = optax.apply_updates(state.trained, updates)
+    state = state._replace(step=state.step + 1, trained=trained, opt_state=opt_state)
+    return sharding.constrain_state(state), metrics
+
+  return jax.jit(step, donate_argnums=0)

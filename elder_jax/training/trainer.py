@@ -1,0 +1,71 @@
+"""Training of a model: language modelling, distillation, LoRA, and the penalty on layers that will go."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+
+from elder_jax.model import lora
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.spec import Mode
+from elder_jax.training.loop import run_steps
+from elder_jax.training.optimizer import learning_rate
+from elder_jax.training.optimizer import make_optimizer
+from elder_jax.training.penalty import penalty_terms
+from elder_jax.training.settings import TrainSettings
+from elder_jax.training.step import combine
+from elder_jax.training.step import init_state
+from elder_jax.training.step import make_step
+from elder_jax.training.step import train_mask
+
+
+def begin_training(model: Decoder, settings: TrainSettings, mode: Mode, free: Callable | None = None):
+  """(step of step.make_step, its first state, frozen); free: of step.init_state."""
+  # A gate at 1 is the same network in both places; only at x + g·d can it be annealed.
+  mode = dataclasses.replace(mode, gate='residual')
+  if settings.lora_rank:
+    model = lora.attach(model, settings.lora_rank, settings.alpha, settings.seed)
+  mask = train_mask(model, 'lora' if settings.lora_rank else settings.trainable)
+  rate = learning_rate(settings.lr, settings.steps, settings.warmup_ratio)
+  tx = make_optimizer(mask, rate, settings.weight_decay, settings.grad_clip, settings.optimizer, settings.moment_dtype)
+  step = make_step(tx, mode, settings.grad_accum, rate, settings.distill)
+  return step, *init_state(model, mask, tx, free)
+
+
+def train(
+  model: Decoder,
+  layers: list[int],
+  settings: TrainSettings,
+  mode: Mode,
+  batches: Sequence[jax.Array],
+  log: Callable[[int, dict], None] = lambda step, metrics: None,
+  checkpoint=None,
+  teacher: Decoder | None = None,
+  merged_dtype: str = 'float32',
+  free: Callable | None = None,
+) -> Decoder:
+  """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
+
+  Args:
+    batches: [B, T] tokens of each step (training/batches.py).
+    log: called with (step, metrics).
+    checkpoint: a checkpoints.Checkpoints to resume from and to write to, or None.
+    teacher: the dense model; needed where settings.distill > 0.
+    merged_dtype: of the matrices that take up LoRA's factors (lora.merged_dtype).
+    free: called with the arrays of `model` that are not needed any more, as soon as they are not (memory.free).
+
+  Returns:
+    The model with its trained leaves in float32, or with LoRA its matrices in `merged_dtype`.
+  """
+  step_fn, state, frozen = begin_training(model, settings, mode, free)
+  if checkpoint:
+    state = checkpoint.latest(state)
+  fixed = frozen, teacher if settings.distill else None
+
+  def terms(step):
+    return penalty_terms(model.num_layers, layers, settings, step)
+
+  state = run_steps(step_fn, state, fixed, settings.steps, batches, terms, log, checkpoint)
+  result = combine(state.trained, frozen)
+  return lora.merge(result, merged_dtype, free) if settings.lora_rank else result

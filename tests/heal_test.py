@@ -1,0 +1,120 @@
+"""heal, chat and report: what a pruned folder is for."""
+
+import json
+import pathlib
+import types
+
+import pytest
+from refusal import refused
+import tiny as tiny_lib
+from tiny import config_of
+
+from elder_jax import commands
+from elder_jax.commands import chat as chat_command
+from elder_jax.commands.generate import GenerateSettings
+from elder_jax.errors import InputError
+from elder_jax.run import pipeline
+from elder_jax.training import trainer
+
+
+@pytest.fixture
+def pruned(settings, tmp_path) -> str:
+  """A folder without two of the six layers."""
+  more = dict(recipe='none', compare=(), num_remove=None, remove_layers=(2, 3), workdir=str(tmp_path / 'pruned'))
+  pipeline.run(config_of(**settings | more))
+  return str(tmp_path / 'pruned' / 'export')
+
+
+@pytest.fixture
+def healing(settings, pruned, tiny) -> dict:
+  more = dict(model=pruned, recipe='heal', compare=(), num_remove=None, remove_layers=(), teacher=str(tiny))
+  return settings | more | dict(distill=0.5, train_steps=6, method='auto')
+
+
+def test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage(healing, tiny, monkeypatch):
+  teachers, train = [], trainer.run_steps
+  monkeypatch.setattr(
+    trainer, 'run_steps', lambda s, state, fixed, *a: teachers.append(fixed[1]) or train(s, state, fixed, *a)
+  )
+  report = pipeline.run(config_of(**healing))
+  assert report['kept'] == [0, 1, 2, 3] and [t.num_layers for t in teachers] == [6]
+  assert report['ppl']['text']['pruned'] < report['ppl']['text']['dense']
+  assert [step['recipe'] for step in report['lineage']] == ['none', 'heal']
+  assert report['lineage'][1] | {'tokens': 0} == {
+    'model': 'export', 'layers': 4, 'removed': [], 'recipe': 'heal', 'teacher': tiny.name, 'tokens': 0,
+  }  # fmt: skip
+  export = pathlib.Path(healing['workdir']) / 'export'
+  assert json.loads((export / 'elder_jax.json').read_text())['lineage'] == report['lineage']
+  card = (export / 'README.md').read_text()
+  assert f'- {tiny.name}: 2 of 6 layers removed [2, 3], recipe none.' in card
+  assert f'recipe heal, trained on 768 tokens with the predictions of {tiny.name}.' in card
+  lines = [json.loads(line) for line in (export.parent / 'metrics.jsonl').read_text().splitlines()]
+  assert len(lines) == 6 and all(line['kl'] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+  'changes, parts',
+  [
+    (dict(teacher=''), ['--distill=0.5', 'from itself', '--teacher']),
+    (dict(teacher='{model}'), ['--teacher=', 'is --model itself']),
+    (dict(teacher='{model}/../export'), ['--teacher=', 'is --model itself']),
+    (dict(teacher='/nowhere'), ['--teacher=/nowhere', 'no such folder']),
+  ],
+)
+def test_what_heal_refuses(healing, changes, parts, no_long_work, no_text):
+  refused(healing, *parts, **{k: v.format(model=healing['model']) for k, v in changes.items()})
+
+
+def test_a_teacher_of_another_vocabulary(healing, tmp_path, no_long_work, no_text):
+  other = tiny_lib.write_tiny_llama(tmp_path / 'other', vocab_size=300)
+  refused(healing, '--teacher=', 'a vocabulary of 300', teacher=str(other))
+
+
+def test_the_verbs_heal_and_report(healing, capsys):
+  names = ('model', 'teacher', 'workdir', 'train_data', 'seq_len', 'num_sequences', 'train_steps', 'lr', 'verify')
+  args = ['--distributed=off', *(f'--{name}={healing[name]}' for name in names)]
+  commands.run_verb('heal', args)
+  out = capsys.readouterr().out
+  assert 'healed (exported)' in out or 'Kept: [0, 1, 2, 3]' in out
+  config = json.loads((pathlib.Path(healing['workdir']) / 'config.json').read_text())
+  assert (config['recipe'], config['distill'], config['remove_layers']) == ('heal', 0.5, [])
+  commands.run_verb('report', [healing['workdir']])
+  assert capsys.readouterr().out.strip() in out
+  with pytest.raises(SystemExit) as caught:
+    commands.run_verb('heal', [*args, '--num_remove=2'])
+  assert caught.value.code == 2 and 'num_remove' in capsys.readouterr().err
+
+
+# ---- chat ----
+
+
+def test_chat_keeps_the_turns_and_streams_whole_characters(tiny):
+  chat = chat_command.open_chat(GenerateSettings(model=str(tiny), max_new_tokens=12, temperature=2.0, seed=3))
+  first = list(chat.answer('one'))
+  assert ''.join(first) and len(first) > 1
+  list(chat.answer('two'))
+  turns = [(turn['role'], turn['content']) for turn in chat._turns]
+  assert turns[0] == ('user', 'one') and turns[1] == ('assistant', ''.join(first)) and turns[2] == ('user', 'two')
+  with pytest.raises(InputError, match='more than the 256 positions'):
+    list(chat.answer('long ' * 100))
+
+
+def test_the_verb_chat(tiny, monkeypatch, capsys):
+  said = iter(['one', 'two'])
+
+  def answer_or_end(prompt):
+    try:
+      return next(said)
+    except StopIteration:
+      raise EOFError from None
+
+  monkeypatch.setattr('builtins.input', answer_or_end)
+  monkeypatch.setattr(chat_command, 'sys', types.SimpleNamespace(stdin=types.SimpleNamespace(isatty=lambda: False)))
+  commands.run_verb('chat', [f'--model={tiny}', '--max_new_tokens=4'])
+  assert len(capsys.readouterr().out) > 2
+
+
+def test_a_model_without_a_chat_template(model):
+  (model / 'chat_template.jinja').unlink()
+  with pytest.raises(InputError, match='has no chat template'):
+    chat_command.open_chat(GenerateSettings(model=str(model)))

@@ -1,0 +1,202 @@
+"""Each flag changes what it says it changes: one table, a small run for each line of it, and every setting has a line."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from tiny import config_of
+
+from elder_jax.run import pipeline
+from elder_jax.run.config import PLACES
+
+TESTS = pathlib.Path(__file__).parent
+
+pytestmark = pytest.mark.slow
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What a run has left behind."""
+
+  report: dict
+  lines: list[dict]  # metrics.jsonl
+  tensors: dict[str, np.ndarray]
+  export: pathlib.Path
+
+  def of(self, stage: str, key: str) -> np.ndarray:
+    return np.array([line[key] for line in self.lines if line['stage'] == stage])
+
+
+def run(settings: dict) -> Outcome:
+  report, work = pipeline.run(config_of(**settings)), pathlib.Path(settings['workdir'])
+  metrics = work / 'metrics.jsonl'
+  lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+  files = (work / 'export').glob('*.safetensors')
+  tensors = {name: a for file in files for name, a in safetensors.numpy.load_file(file).items()}
+  return Outcome(report, lines, tensors, work / 'export')
+
+
+BASE = dict(
+  method='elder',
+  selection='iterative',
+  gate_steps=1,
+  recipe='regularize',
+  compare=(),
+  order='joint',
+  train_steps=2,
+  lambda2=0.1,
+  checkpoint_every=0,
+)
+SCORING = dict(method='shortgpt', recipe='prune_then_train')
+
+
+@pytest.fixture(scope='module')
+def outcomes(tiny, text, tmp_path_factory):
+  """Runs by their settings, each done once."""
+  done = {}
+
+  def outcome(**settings) -> Outcome:
+    key = json.dumps(settings, default=str, sort_keys=True)
+    if key not in done:
+      folder = tmp_path_factory.mktemp('run')
+      jsonl = folder / 'text.jsonl'
+      jsonl.write_text(json.dumps({'text': text.read_text(), 'other': text.read_text()[::-1]}) + '\n')
+      usual = dict(model=str(tiny), workdir=str(folder / 'work'), train_data=str(text), eval_data={'text': str(text)})
+      usual |= dict(seq_len=32, num_sequences=8, batch_size=4, eval_seq_len=32, eval_tokens=256, protect_first=1)
+      usual |= dict(protect_last=1, verify='jax', num_remove=2, lr=1e-3)
+      settings = {k: v.format(jsonl=jsonl) if isinstance(v, str) else v for k, v in settings.items()}
+      done[key] = run(usual | BASE | settings)
+    return done[key]
+
+  return outcome
+
+
+def ppl(outcome: Outcome) -> float:
+  return outcome.report['ppl']['text']['pruned']
+
+
+def changed(outcome: Outcome, other: Outcome) -> set[str]:
+  """Tensors in which two exports differ."""
+  return {n for n in outcome.tensors if not np.array_equal(outcome.tensors[n], other.tensors[n])}
+
+
+def near(a: Outcome, b: Outcome) -> bool:
+  return np.isclose(ppl(a), ppl(b), rtol=1e-4)
+
+
+def ratio(a: Outcome, b: Outcome, stage: str, key: str) -> float:
+  """Of a figure of the first step, b's to a's."""
+  return b.of(stage, key)[0] / a.of(stage, key)[0]
+
+
+def dtypes(outcome: Outcome) -> set[str]:
+  return {str(t.dtype) for t in outcome.tensors.values()}
+
+
+# Setting -> (the value, further settings of both runs, what must hold of the run without and the run with it).
+TABLE = {
+  # Which layers.
+  'ratio': ((0.5,), dict(num_remove=None, **SCORING), lambda a, b: len(b.report['removed']) == 3),
+  'num_remove': (1, {}, lambda a, b: len(b.report['removed']) == 1),
+  'remove_layers': ((1, 4), dict(num_remove=None, **SCORING), lambda a, b: b.report['removed'] == [1, 4]),
+  'method': (('last',), {}, lambda a, b: b.report['removed'] == [3, 4] and not b.report['gates']),
+  'score_steps': (1, SCORING, lambda a, b: a.report['choices'][0]['scores'] != b.report['choices'][0]['scores']),
+  'recipe': ('none', {}, lambda a, b: b.report['steps'] == 0 and not b.of('none', 'loss').size),
+  'compare': (('none',), {}, lambda a, b: len(b.report['rows']) == 2 and b.report['rows'][0]['recipe'] == 'none'),
+  # Gates.
+  'gate': ('output', {}, lambda a, b: a.report['gates'] != b.report['gates']),
+  'selection': ('one_shot', {}, lambda a, b: (len(a.report['gates']), len(b.report['gates'])) == (2, 1)),
+  'lambda1': (0.5, {}, lambda a, b: np.isclose(ratio(a, b, 'gates', 'gate_l1'), 100)),
+  'gate_lr': (0.03, {}, lambda a, b: np.allclose(b.of('gates', 'lr'), 0.03)),
+  'gate_steps': (3, {}, lambda a, b: (a.of('gates', 'step').size, b.of('gates', 'step').size) == (2, 6)),
+  'protect_first': (3, {}, lambda a, b: min(b.report['removed']) >= 3),
+  'protect_last': (3, {}, lambda a, b: max(b.report['removed']) <= 2),
+  # Training.
+  'penalty': ('l1', {}, lambda a, b: ratio(a, b, 'regularize', 'penalty') > 3),
+  'penalty_scale': ('none', {}, lambda a, b: ratio(a, b, 'regularize', 'penalty') > 3),
+  'lambda2': (0.2, {}, lambda a, b: np.isclose(ratio(a, b, 'regularize', 'penalty'), 2, rtol=1e-4)),
+  'lambda2_power': (1.0, {}, lambda a, b: np.isclose(ratio(a, b, 'regularize', 'penalty'), 0.5, rtol=1e-4)),
+  'order': ('sequential', {}, lambda a, b: 0.2 < ratio(a, b, 'regularize', 'penalty') < 0.8),
+  'anneal': (1.0, {}, lambda a, b: not np.isclose(ratio(a, b, 'regularize', 'lm_loss'), 1, rtol=1e-4)),
+  'distill': (0.5, {}, lambda a, b: 'kl' in b.lines[-1] and 'kl' not in a.lines[-1]),
+  'train_steps': (4, {}, lambda a, b: b.of('regularize', 'step').tolist() == [0, 1, 2, 3]),
+  'lr': (2e-3, {}, lambda a, b: np.isclose(ratio(a, b, 'regularize', 'lr'), 2)),
+  'warmup_ratio': (0.99, {}, lambda a, b: np.isclose(ratio(a, b, 'regularize', 'lr'), 0.5)),
+  'weight_decay': (
+    0.5,
+    dict(train_steps=1),
+    lambda a, b: changed(a, b) and not any('norm' in n for n in changed(a, b)),
+  ),
+  'grad_clip': (1e-9, {}, lambda a, b: changed(a, b) and np.isclose(ratio(a, b, 'regularize', 'grad_norm'), 1)),
+  'grad_accum': (2, {}, near),
+  'trainable': ('all', {}, lambda a, b: 'model.embed_tokens.weight' in changed(a, b)),
+  'optimizer': ('lion', {}, lambda a, b: len(changed(a, b)) > 20),
+  'moment_dtype': (
+    'bfloat16',
+    dict(optimizer='lion'),
+    lambda a, b: changed(a, b) and np.isclose(ppl(a), ppl(b), rtol=0.05),
+  ),
+  'lora_rank': (2, {}, lambda a, b: any('norm' in n for n in changed(a, b))),
+  'lora_alpha': (1.0, dict(lora_rank=2), lambda a, b: changed(a, b) and not any('norm' in n for n in changed(a, b))),
+  # Texts.
+  'train_data': ('{jsonl}', dict(text_column='other'), lambda a, b: changed(a, b)),
+  'text_column': ('other', dict(train_data='{jsonl}'), lambda a, b: changed(a, b)),
+  'bos': ('window', {}, lambda a, b: b.report['corpora']['text']['bos'] == 'window' and ppl(a) != ppl(b)),
+  'seq_len': (16, {}, lambda a, b: b.report['tokens_per_step'] == 64),
+  'num_sequences': (16, dict(train_steps=None), lambda a, b: (a.report['steps'], b.report['steps']) == (2, 4)),
+  'batch_size': (2, dict(train_steps=None), lambda a, b: (a.report['steps'], b.report['steps']) == (2, 4)),
+  'shuffle': (False, {}, lambda a, b: changed(a, b)),
+  'seed': (1, {}, lambda a, b: changed(a, b)),
+  # Evaluation.
+  'eval_data': ({}, {}, lambda a, b: a.report['ppl'] and not b.report['ppl']),
+  'eval_seq_len': (16, {}, lambda a, b: b.report['corpora']['text']['windows'] == 16),
+  'eval_tokens': (128, {}, lambda a, b: b.report['corpora']['text']['windows'] == 4),
+  'eval_batch_size': (3, {}, near),
+  # Computation and output.
+  'dtype': (
+    'bfloat16',
+    {},
+    lambda a, b: not np.isclose(ppl(a), ppl(b), rtol=1e-6) and np.isclose(ppl(a), ppl(b), rtol=0.05),
+  ),
+  'remat': ('full', {}, near),
+  'export_dtype': ('float16', {}, lambda a, b: (dtypes(a), dtypes(b)) == ({'float32'}, {'float16'})),
+  'shard_gb': (3e-5, {}, lambda a, b: len([*b.export.glob('*.safetensors')]) > len([*a.export.glob('*.safetensors')])),
+  'verify': ('torch', {}, lambda a, b: 'torch' in b.report['verify'] and 'torch' not in a.report['verify']),
+}
+# Settings that change no figure of a run, and the tests that see what they do.
+ELSEWHERE = {
+  'model': 'families_test.py::test_two_layers_less',
+  'tokenizer': 'export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
+  'teacher': 'heal_test.py::test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage',
+  'workdir': 'end_to_end_test.py::test_report_and_work_folder',
+  'tasks': 'zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
+  'tasks_dir': 'zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
+  'task_limit': 'zero_shot_test.py::test_accuracies_equal_the_hf_backend',
+  'mesh': 'resume_test.py::test_from_8_devices_to_2_to_1_by_sigterm',
+  'plan': 'plan_test.py::test_a_config_is_enough_and_what_fits_ends_with_0',
+  'force': 'memory_test.py::test_force_goes_on',
+  'topology': 'plan_test.py::test_refusals',
+  'checkpoint_every': 'resume_test.py::test_stage_1_goes_on_exactly',
+  'checkpoint_minutes': 'resume_test.py::test_due_by_time_since_the_last_one',
+  'keep_checkpoints': 'resume_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
+}
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_a_flag_changes_what_it_says(outcomes, name):
+  value, both, holds = TABLE[name]
+  without = {'ratio': dict(num_remove=2), 'remove_layers': dict(num_remove=2)}.get(name, {})
+  given = dict(num_remove=None) if name in ('ratio', 'remove_layers') else {}
+  a, b = outcomes(**both | without), outcomes(**both | given | {name: value})
+  assert a.report['verify']['jax'] <= 1e-4 and b.report['verify']['jax'] <= 1e-4
+  assert holds(a, b)
+
+
+def test_every_setting_has_a_test():
+  assert TABLE.keys() | ELSEWHERE.keys() == PLACES.keys() and not TABLE.keys() & ELSEWHERE.keys()
+  for where in ELSEWHERE.values():
+    file, _, name = where.partition('::')
+    assert f'def {name}(' in (TESTS / file).read_text(), where

@@ -1,0 +1,111 @@
+"""Tiny random models and what else tests share that is no fixture."""
+
+from collections.abc import Callable
+import pathlib
+
+from elder_jax import methods
+from elder_jax.commands.flags import value_of
+from elder_jax.errors import InputError
+from elder_jax.recipes.context import Context
+from elder_jax.run.config import Config
+from elder_jax.run.config import all_fields
+from elder_jax.settings import types_of
+
+
+class Endless:
+  """Batches as a function of the step."""
+
+  def __init__(self, batch: Callable):
+    self._batch = batch
+
+  def __getitem__(self, step: int):
+    return self._batch(step)
+
+
+def choose(name: str, model, num_remove: int, batches, mode, seed: int = 0):
+  """What a method chooses, by all of the batches."""
+  config = config_of(seed=seed, score_steps=max(1, len(batches)), num_sequences=4 * max(2, len(batches)))
+  return methods.choose(name, Context(model, batches, config, mode), num_remove)
+
+
+def config_of(**settings) -> Config:
+  """A Config of settings that may be written as on the command line."""
+  return Config.of(**{name: _value(name, value) for name, value in settings.items()})
+
+
+def _value(name: str, value):
+  field = all_fields().get(name)
+  if name == 'eval_data' and not isinstance(value, dict):
+    return {entry.partition('=')[0]: entry.partition('=')[2] for entry in value if entry}
+  if field is None or not isinstance(value, str) or str in types_of(field):
+    return value
+  try:
+    return value_of(field, value)
+  except ValueError as e:
+    raise InputError(name, value, f'{e}.') from e
+
+
+TINY = dict(
+  vocab_size=263,
+  hidden_size=32,
+  intermediate_size=48,
+  num_hidden_layers=6,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=256,
+  rms_norm_eps=1e-5,
+  rope_theta=10000.0,
+  tie_word_embeddings=True,
+  bos_token_id=0,
+  eos_token_id=1,
+)
+
+
+def write_tokenizer(folder: pathlib.Path):
+  """A byte-level tokenizer of 258 tokens, with a chat template and a licence file beside it."""
+  import tokenizers
+  from tokenizers import decoders
+  from tokenizers import models
+  from tokenizers import pre_tokenizers
+
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {t: i for i, t in enumerate(['<s>', '</s>', *alphabet])}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(['<s>', '</s>'])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(
+    '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}'
+  )
+  (folder / 'chat_template.jinja').write_text('{% for m in messages %}{{ m.content }}\n{% endfor %}')
+  (folder / 'LICENSE').write_text('Free for all.\n')
+
+
+def write_tiny_llama(folder: pathlib.Path, dtype: str = 'float32', shard: str = '5GB', **config) -> pathlib.Path:
+  """A random Llama as transformers saves it, weights large enough that every layer matters."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, 'initializer_range': 0.2, **config}))
+  for name, parameter in model.named_parameters():
+    if 'norm' in name:  # else they are all ones and could be swapped unseen
+      torch.nn.init.uniform_(parameter, 0.5, 1.5)
+  model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+  write_tokenizer(folder)
+  return folder
+
+
+def without_additions(config: dict, before: dict) -> dict:
+  """An exported config.json without what is there for version 4 of transformers, which `before` has in rope_parameters."""
+  added = {
+    'rope_theta',
+    'rope_scaling',
+    'rope_local_base_freq',
+    'partial_rotary_factor',
+    'rotary_emb_base',
+    'rotary_pct',
+  }
+  assert config.keys() - before.keys() <= added and ('rope_parameters' in before or config.keys() == before.keys())
+  return {key: value for key, value in config.items() if key in before}
