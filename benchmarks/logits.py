@@ -15,12 +15,13 @@ import transformers
 from elder_jax.hf.load import load_model
 from elder_jax.hf.source import open_source
 from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.text import data
 
 
 def main(folder: pathlib.Path, texts: list[str]):
   model = load_model(open_source(str(folder), folder), 'float32')
-  logits = jax.jit(lambda m, t: logits(m, forward(m, t)[0]))
+  logits = jax.jit(lambda m, t: logits_of(m, forward(m, t)[0]))
 
   def load(dtype):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -20,6 +20,8 @@ from absl import flags
 import numpy as np
 import safetensors.numpy
 
+from elder_jax.run.tables import markdown_table
+
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where models, runs and logs go; made if missing.', required=True)
 _ONLY = flags.DEFINE_list('only', [], 'Layouts to run, by name; empty: all.')
 
@@ -136,14 +138,15 @@ def main(argv: list[str]):
     make_model(work / 'model')
   first, *others = LAYOUTS
   expected, good = run(first, work), True
-  print(f'| layout | layers | {" | ".join(ALLOWED)} |\n|---|---|{"---:|" * len(ALLOWED)}', flush=True)
+  rows = []
   for name in [n for n in others if not _ONLY.value or n in _ONLY.value]:
     got = run(name, work)
     far = {what: distance(got[what], expected[what]) for what in ALLOWED}
     same = got['layers'] == expected['layers']
     good &= same and all(far[what] <= ALLOWED[what] for what in ALLOWED)
-    figures = ' | '.join(f'{value:.1e}' for value in far.values())
-    print(f'| {name} | {"the same" if same else got["layers"]} | {figures} |', flush=True)
+    rows.append([name, 'the same' if same else str(got['layers']), *(f'{value:.1e}' for value in far.values())])
+    print('  '.join(rows[-1]), file=sys.stderr, flush=True)
+  print(markdown_table(['layout', 'layers', *ALLOWED], rows, text_columns=2))
   sys.exit(not good)
 
 

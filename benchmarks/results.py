@@ -43,7 +43,6 @@ from elder_jax.recipes.context import Choice
 from elder_jax.recipes.recipe import Recipe
 from elder_jax.run.config import Config
 from elder_jax.run.config import defaults
-from elder_jax.run.config import settings_of_json
 from elder_jax.run.job import Run
 from elder_jax.text import zero_shot
 
@@ -167,7 +166,7 @@ def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:
     settings |= dict(
       tasks=tuple(_TASKS.value.split(',')), tasks_dir=_TASKS_DIR.value, task_limit=_TASK_LIMIT.value, eval_batch_size=8
     )
-  return Config.of(**settings_of_json(settings))
+  return Config.of(**settings | {'method': (settings['method'],)})
 
 
 def changed(config: Config) -> dict:

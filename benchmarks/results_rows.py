@@ -11,7 +11,8 @@ BUDGET = dict(
 START = dict(
   gate='residual', selection='one_shot', gate_lr=0.005, gate_steps=28, lambda2=1e-3, order='sequential', lr=3e-4
 )
-# The paper's own setting (ELDeR, arXiv 2505.18232), its number of steps apart.
+# The paper's own setting (ELDeR, arXiv 2505.18232); the steps and the rate of the gates are of
+# configs/paper_smollm2_135m.flags.
 PAPER = dict(gate='output', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
 # All of the training text once; tokens of texts and batches of scorers that a GPU takes seconds for.
 PASS = 'one pass'

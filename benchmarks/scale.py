@@ -23,11 +23,11 @@ import jax
 
 from benchmarks import hlo
 from elder_jax.devices import sharding
+from elder_jax.errors import as_text
 from elder_jax.hf.source import architecture
 from elder_jax.model.program import Program
 from elder_jax.run import plan
 from elder_jax.run.config import Config
-from elder_jax.run.config import settings_of_json
 from elder_jax.run.plan.compile import GIB
 from elder_jax.run.plan.compile import measure
 from elder_jax.run.prepare import check_sizes
@@ -76,7 +76,7 @@ MODELS = {
   ),
 }
 # What all rows have: both stages of the paper's method, in bfloat16, trained weights in float32.
-SETTINGS = dict(method='elder', recipe='regularize', compare=(), seq_len=2048, dtype='bfloat16', remat='full')
+SETTINGS = dict(method=('elder',), recipe='regularize', compare=(), seq_len=2048, dtype='bfloat16', remat='full')
 SLICES = {
   'LLaMA-2-7B, v5e-16': dict(topology='v5e:4x4', mesh='1,16,1', batch_size=16),
   'LLaMA-2-7B, v4-16': dict(topology='v4:2x2x2', mesh='1,8,1', batch_size=16, grad_accum=2),
@@ -107,8 +107,9 @@ def compile_row(name: str) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     config = MODELS[name.partition(',')[0]] | {'num_hidden_layers': layers}
     (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config))
-    what = dict(model=folder, plan=True, num_sequences=settings['batch_size'], **SETTINGS, **settings)
-    config = Config.of(**settings_of_json(what))
+    mesh = tuple(map(int, settings['mesh'].split(',')))  # as in the flags of the row
+    more = settings | dict(model=folder, plan=True, num_sequences=settings['batch_size'], mesh=mesh)
+    config = Config.of(**SETTINGS | more)
     spec, num_layers = architecture(folder, json.loads((pathlib.Path(folder) / 'config.json').read_text()))
   computation = config.computation
   mesh = sharding.make_mesh(computation.mesh, plan.topology(computation.topology))
@@ -122,7 +123,7 @@ def compile_row(name: str) -> dict:
   kind = mesh.devices.flat[0].device_kind
   row = {
     'name': name,
-    'flags': ' '.join(f'--{k}={v}' for k, v in (SETTINGS | settings).items() if v != ()),
+    'flags': ' '.join(f'--{k}={as_text(v)}' for k, v in (SETTINGS | settings).items() if v != ()),
     'chips': mesh.size,
     'tokens': config.data.batch_size * config.data.seq_len,
     'parameters': program.params,

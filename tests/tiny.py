@@ -3,9 +3,13 @@
 from collections.abc import Callable
 import pathlib
 
+import jax
+
 from elder_jax import methods
 from elder_jax.commands.flags import value_of
 from elder_jax.errors import InputError
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.spec import Spec
 from elder_jax.recipes.context import Context
 from elder_jax.run.config import Config
 from elder_jax.run.config import all_fields
@@ -31,6 +35,23 @@ def choose(name: str, model, num_remove: int, batches, mode, seed: int = 0):
 def config_of(**settings) -> Config:
   """A Config of settings that may be written as on the command line."""
   return Config.of(**{name: _value(name, value) for name, value in settings.items()})
+
+
+def tiny_decoder(**features) -> Decoder:
+  """Six random layers of Llama's kind, but for `features` of Spec."""
+  spec = Spec(
+    vocab_size=40,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    d_ff=24,
+    norm_eps=1e-5,
+    tied=True,
+    rope_freq_RH=((1.0, 0.1),),
+    **features,
+  )
+  return Decoder(spec, 6, jax.random.key(0))
 
 
 def _value(name: str, value):

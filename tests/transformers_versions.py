@@ -51,16 +51,16 @@ sys.exit(failed > 0)
 def export_all(models: pathlib.Path):
   """Every case of families_test, random, less two layers, as elder_jax exports it; the logits beside it by JAX."""
   sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-  from families_test import CASES
-  from families_test import logits
-  from families_test import tokens
-  from families_test import write_model
   import numpy as np
 
   from elder_jax.hf.load import load_model
   from elder_jax.hf.source import open_source
   from elder_jax.run import pipeline
   from elder_jax.run.config import Config
+  from tests.hf.families_test import CASES
+  from tests.hf.families_test import logits
+  from tests.hf.families_test import tokens
+  from tests.hf.families_test import write_model
 
   for case in CASES:
     work = models / case.replace(', ', '-').replace(' ', '_')

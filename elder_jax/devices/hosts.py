@@ -27,6 +27,7 @@ from elder_jax.errors import short
 from elder_jax.settings import Settings
 from elder_jax.settings import setting
 
+LEAVES_LAST = 5.0  # seconds; with process 0 goes what connects the others, and jax aborts whoever is still there
 SHARED_FOLDER_PATIENCE = 20.0  # seconds; network file systems remember for a while that a file was not there
 
 
@@ -191,4 +192,6 @@ def leave(status: int, sentence: str):
     sys.exit(status)
   print(f'elder_jax: process {jax.process_index()}: {sentence}', file=sys.stderr, flush=True)
   sys.stdout.flush()
+  if is_leader():
+    time.sleep(LEAVES_LAST)
   os._exit(status)

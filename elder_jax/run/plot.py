@@ -9,20 +9,27 @@ from elder_jax.run.tables import number
 
 
 def plot_sweep(report: dict, path: pathlib.Path):
-  """Perplexity over the number of layers, a line for each way of choosing and recipe; an SVG."""
+  """Writes `figure_of` a sweep's report as an SVG."""
+  temporary = path.with_name(f'{path.name}.partial')
+  figure_of(report).savefig(temporary, format='svg', metadata={'Date': None})
+  os.replace(temporary, path)
+
+
+def figure_of(report: dict):
+  """Perplexity over the number of layers, axes for each corpus, a line for each way of choosing and recipe."""
   import matplotlib.figure  # here: it is slow to import, and only a sweep needs it
 
   corpora = list(report['ppl'])
   figure = matplotlib.figure.Figure(figsize=(6 * len(corpora), 4.5), layout='constrained')
-  lines: dict[tuple[str, str], list[dict]] = {}
+  ways: dict[tuple[str, str], list[dict]] = {}
   for row in report['rows']:
-    lines.setdefault((row['method'], row['recipe']), []).append(row)
+    ways.setdefault((row['method'], row['recipe']), []).append(row)
 
   def depth(row):
     return report['num_layers'] - len(row['removed'])
 
   for corpus, axes in zip(corpora, figure.subplots(1, len(corpora), squeeze=False)[0]):
-    for (method, recipe), rows in sorted(lines.items()):
+    for (method, recipe), rows in sorted(ways.items()):
       rows = sorted(rows, key=depth)
       layers = [depth(row) for row in rows] + [report['num_layers']]
       values = [*(row['ppl'].get(corpus) for row in rows), report['ppl'][corpus].get('dense')]
@@ -30,6 +37,4 @@ def plot_sweep(report: dict, path: pathlib.Path):
       axes.plot(layers, ppl, marker='o', label=f'{method}: {label_of(recipe)}')
     axes.set(title=corpus, xlabel='layers', ylabel='perplexity', yscale='log')
     axes.legend()
-  temporary = path.with_name(f'{path.name}.partial')
-  figure.savefig(temporary, format='svg', metadata={'Date': None})
-  os.replace(temporary, path)
+  return figure

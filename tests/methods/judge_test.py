@@ -3,12 +3,12 @@
 import json
 import pathlib
 
-from absorb_test import tiny
 import chex
 import jax
 import numpy as np
 import pytest
 from tiny import config_of
+from tiny import tiny_decoder
 from tiny import write_tiny_llama
 
 from elder_jax import methods
@@ -42,7 +42,7 @@ def plain_loss(model: Decoder) -> float:
 
 @pytest.mark.parametrize('block', ['pre', 'sandwich', 'post'])
 def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
-  model = tiny(block=block)
+  model = tiny_decoder(block=block)
   begun = jax.tree.map(np.asarray, jax.tree.leaves(model))
   said = []
   candidates = auto.judge(model, CHOICES, FIT, HELD_OUT, Mode(), said.append)
@@ -59,7 +59,7 @@ def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
 def test_a_loss_that_is_not_finite_is_told(monkeypatch):
   monkeypatch.setattr(perplexity_lib, 'nll', lambda *_: (np.float32(np.nan), np.float32(1)))
   with pytest.raises(InputError, match='method=auto: some losses are not finite'):
-    auto.judge(tiny(), CHOICES, FIT, HELD_OUT, Mode())
+    auto.judge(tiny_decoder(), CHOICES, FIT, HELD_OUT, Mode())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny import config_of
 from elder_jax.run import pipeline
 from elder_jax.run.config import PLACES
 
-TESTS = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
@@ -168,20 +168,20 @@ TABLE = {
 }
 # Settings that change no figure of a run, and the tests that see what they do.
 ELSEWHERE = {
-  'model': 'families_test.py::test_two_layers_less',
-  'tokenizer': 'export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
-  'teacher': 'heal_test.py::test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage',
-  'workdir': 'end_to_end_test.py::test_report_and_work_folder',
-  'tasks': 'zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
-  'tasks_dir': 'zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
-  'task_limit': 'zero_shot_test.py::test_accuracies_equal_the_hf_backend',
-  'mesh': 'resume_test.py::test_from_8_devices_to_2_to_1_by_sigterm',
-  'plan': 'plan_test.py::test_a_config_is_enough_and_what_fits_ends_with_0',
-  'force': 'memory_test.py::test_force_goes_on',
-  'topology': 'plan_test.py::test_refusals',
-  'checkpoint_every': 'resume_test.py::test_stage_1_goes_on_exactly',
-  'checkpoint_minutes': 'resume_test.py::test_due_by_time_since_the_last_one',
-  'keep_checkpoints': 'resume_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
+  'model': 'hf/families_test.py::test_two_layers_less',
+  'tokenizer': 'hf/export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
+  'teacher': 'commands/heal_test.py::test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage',
+  'workdir': 'run/end_to_end_test.py::test_report_and_work_folder',
+  'tasks': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
+  'tasks_dir': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
+  'task_limit': 'text/zero_shot_test.py::test_accuracies_equal_the_hf_backend',
+  'mesh': 'run/resume_test.py::test_from_8_devices_to_2_to_1_by_sigterm',
+  'plan': 'run/plan_test.py::test_a_config_is_enough_and_what_fits_ends_with_0',
+  'force': 'run/memory_test.py::test_force_goes_on',
+  'topology': 'run/plan_test.py::test_refusals',
+  'checkpoint_every': 'run/resume_test.py::test_stage_1_goes_on_exactly',
+  'checkpoint_minutes': 'run/resume_test.py::test_due_by_time_since_the_last_one',
+  'keep_checkpoints': 'run/resume_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
 }
 
 

@@ -89,9 +89,13 @@ def test_an_exported_folder_prunes_as_its_gguf_does(whole, tmp_path):
   assert direct['verify']['torch'] <= 2e-4
   names = {path.name for path in folder.iterdir()}
   assert {'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'model.safetensors'} <= names
-  for name in names - {'README.md', 'SHA256SUMS', 'config.json', 'model.safetensors'}:
+  for name in names - {'README.md', 'SHA256SUMS', 'config.json', 'model.safetensors', 'elder_jax.json'}:
     assert (a / name).read_bytes() == (b / name).read_bytes() == (folder / name).read_bytes(), name
   assert (a / 'model.safetensors').read_bytes() == (b / 'model.safetensors').read_bytes()
+
+  (once,), (none, then), (before,) = (json.loads((f / 'elder_jax.json').read_text())['lineage'] for f in (a, b, folder))
+  assert none == before and not before['removed'] and once['removed'] == list(range(12, 19))
+  assert then == once | {'model': folder.name} and once['model'] == before['model'] == GGUF.name
 
   config, before = (json.loads((f / 'config.json').read_text()) for f in (a, folder))
   assert config == before | {'num_hidden_layers': 23}

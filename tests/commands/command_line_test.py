@@ -19,7 +19,7 @@ from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import PLACES
 from elder_jax.run.config import Config
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
+REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
 def config_from(*args) -> tuple[Config, str]:

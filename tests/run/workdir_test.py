@@ -67,7 +67,7 @@ with workdir.held(Config.of(workdir=sys.argv[1])):
 
 
 def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_gone(settings):
-  env = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[1]), 'JAX_PLATFORMS': 'cpu'}
+  env = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[2]), 'JAX_PLATFORMS': 'cpu'}
   holder = subprocess.Popen(
     [sys.executable, '-c', HOLDER, settings['workdir']], stdout=subprocess.PIPE, env=env, text=True
   )

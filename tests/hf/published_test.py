@@ -23,10 +23,10 @@ from elder_jax.model import layers
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.decoder import forward
 
-PUBLISHED = json.loads((pathlib.Path(__file__).parent / 'data' / 'published_configs.json').read_text())
+PUBLISHED = json.loads((pathlib.Path(__file__).parents[1] / 'data' / 'published_configs.json').read_text())
 del PUBLISHED['_about']
 READ = [name for name, entry in PUBLISHED.items() if entry['expect'] == 'read']
-DOCS = (pathlib.Path(__file__).parent.parent / 'docs' / 'families.md').read_text()
+DOCS = (pathlib.Path(__file__).parents[2] / 'docs' / 'families.md').read_text()
 ACTIVATION_KEYS = ('hidden_act', 'hidden_activation', 'activation_function')
 
 

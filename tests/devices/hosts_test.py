@@ -15,7 +15,7 @@ from elder_jax.devices import hosts
 from elder_jax.devices.hosts import Launch
 from elder_jax.errors import InputError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def environment(devices: int) -> dict:

@@ -287,7 +287,7 @@ def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) ->
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
     'JAX_PLATFORMS': 'cpu',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'PYTHONPATH': os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]),
+    'PYTHONPATH': os.pathsep.join([*map(str, pathlib.Path(__file__).parents[1:3]), os.environ.get('PYTHONPATH', '')]),
     'BATCHES': str(batches),
   }
   before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in the background ignore it

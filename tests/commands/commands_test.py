@@ -31,7 +31,7 @@ from elder_jax.settings import setting
 from elder_jax.text.decoding import NOT_FINITE
 from elder_jax.text.generation import generate
 
-REPO = pathlib.Path(__file__).resolve().parent.parent
+REPO = pathlib.Path(__file__).resolve().parents[2]
 QUICK = ('--prompt_tokens=24', '--new_tokens=3', '--context=5', '--batch_sizes=1', '--repeats=1')
 
 

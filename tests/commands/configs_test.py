@@ -15,7 +15,7 @@ from elder_jax.hf import families
 from elder_jax.hf.table import abstract_decoder
 from elder_jax.run.config import Config
 
-FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
+FOLDER = pathlib.Path(__file__).parents[2] / 'configs'
 CONFIGS = sorted(path for path in FOLDER.glob('*.flags') if not path.name.startswith('_'))
 
 LLAMA2 = dict(model_type='llama', vocab_size=32000, rms_norm_eps=1e-5)

@@ -1,0 +1,69 @@
+"""README's commands, run as they stand there but for names: a tiny model, short texts, few steps."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from elder_jax import commands
+
+README = (pathlib.Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
+SHORT = (
+  '--seq_len=32 --num_sequences=16 --batch_size=4 --eval_seq_len=32 --eval_tokens=256 --score_steps=1 --verify=jax '
+  '--protect_first=1 --protect_last=1 --gate_steps=1 --train_steps=2 --lr=1e-3'
+)
+
+
+def lines_of_readme() -> list[str]:
+  """Its commands of elder_jax, in their order."""
+  block = re.findall(r'^    (?:elder_jax|  --).*$', README, re.MULTILINE)
+  text = '\n'.join(line.strip() for line in block).replace('\\\n', ' ')
+  return [line for line in text.split('\n') if line.startswith('elder_jax ')]
+
+
+@pytest.fixture
+def here(tiny, text, tmp_path, monkeypatch):
+  """An empty folder with what the commands name."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr('elder_jax.devices.hosts.start', lambda launch: None)
+  (tmp_path / 'more.jsonl').write_text('{"text": ' + repr(text.read_text()).replace("'", '"') + '}\n')
+  small = f'--model={tiny} --train_data={text} --eval_data=text={text} --num_remove=2 --workdir=runs/tiny {SHORT}'
+  (tmp_path / 'tiny.flags').write_text('\n'.join(small.split()))
+  return tmp_path
+
+
+def test_the_commands_run_in_their_order(here, tiny, capsys):
+  lines, ran = lines_of_readme(), []
+  assert len(lines) >= 12
+  for number, line in enumerate(lines):
+    verb, *args = shlex.split(line)[1:]
+    if '--topology' in line or verb in ('eval', 'chat'):
+      continue  # the TPU compiler, questions from the hub, a terminal: tests of their own
+    args = [arg.replace('DENSE', str(tiny)).replace('FOLDER', str(tiny)) for arg in args]
+    args = [re.sub(r'^--config=.*', '--config=tiny.flags', arg) for arg in args]
+    args = [re.sub(r'^--remove_layers=.*', '--remove_layers=2-3', arg) for arg in args]
+    args = [re.sub(r'^--num_remove=.*', '--num_remove=1', arg) for arg in args]
+    args = [re.sub(r'^--ratio=.*', '--ratio=0.17,0.34', arg) for arg in args]
+    args = [re.sub(r'^--train_steps=.*', '--train_steps=1', arg) for arg in args]
+    if verb == 'prune' and not any(arg.startswith('--workdir') for arg in args):
+      args.append(f'--workdir=runs/{number}')
+    if verb == 'heal':
+      args += [arg for arg in SHORT.split() if not re.match('--(protect|gate|score|train_steps)', arg)]
+    if verb == 'speed':
+      args += '--prompt_tokens=8 --new_tokens=2 --context=4 --batch_sizes=1 --repeats=1'.split()
+    commands.main([verb, *args])  # ends the process where it fails
+    ran.append(verb)
+    assert capsys.readouterr().out, line
+  assert {'prune', 'heal', 'plan', 'generate', 'speed', 'verify', 'report'} == set(ran)
+  assert (here / 'runs/mine/export/config.json').is_file() and (here / 'runs/healed/export/README.md').is_file()
+
+
+@pytest.mark.parametrize('line', lines_of_readme())
+def test_every_command_has_the_flags_that_it_is_given(line, capsys):
+  verb, *args = shlex.split(line)[1:]
+  assert verb in commands.VERBS
+  commands.run_verb(verb, ['--helpfull'])
+  out = capsys.readouterr().out
+  for name in (arg.partition('=')[0] for arg in args if arg.startswith('--')):
+    assert name in out or f'--[no]{name[2:]}' in out, name
