@@ -1,5 +1,6 @@
 """Tiny random models and texts that all tests share. Golden tests need torch and fail without it."""
 
+import mmap
 import os
 import pathlib
 import shutil
@@ -7,16 +8,27 @@ import shutil
 if 'PYTEST_XDIST_WORKER' in os.environ:
   os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker for each core
 
+
+def _has(flag: str) -> bool:
+  """Whether this jaxlib knows a flag; one that it does not know ends the process."""
+  import jaxlib
+
+  library = pathlib.Path(jaxlib.__file__).with_name('libjax_common.so')
+  with library.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+    return code.find(flag.encode()) >= 0
+
+
+# Half of the tests' time is the compiler's; without its newer fusions it takes half of that. For processes of tests, too.
+_FLAGS = [os.environ.get('XLA_FLAGS', '')]
+if _has('xla_cpu_use_fusion_emitters'):
+  _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 # Eight devices in this process. Tests get the first of them, unless they ask for `eight_devices`.
-_FLAGS = os.environ.get('XLA_FLAGS')
-os.environ['XLA_FLAGS'] = f'{_FLAGS or ""} --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = ' '.join([*_FLAGS, '--xla_force_host_platform_device_count=8'])
 
 import jax  # noqa: E402
 
 assert len(jax.devices()) == 8
-os.environ.pop('XLA_FLAGS')  # processes that tests start have one
-if _FLAGS is not None:
-  os.environ['XLA_FLAGS'] = _FLAGS
+os.environ['XLA_FLAGS'] = ' '.join(_FLAGS)
 
 import pytest
 from tiny import write_tiny_llama
@@ -34,7 +46,7 @@ def pytest_configure(config):
   os.environ['ELDER_JAX_QUICK'] = str(int('not slow' in (config.option.markexpr or '')))
 
 
-# Programs are kept between runs, a folder for each jax and for each compiler: half of the time is otherwise the compiler's.
+# Programs are kept between runs, a folder for each jax.
 # Without most optimisations: tests run tiny programs once. A module that needs them says so by `whole_compiler`.
 _CACHE = pathlib.Path(os.environ.get('ELDER_JAX_TEST_CACHE', '~/.cache/elder_jax/tests')).expanduser() / jax.__version__
 jax.config.update('jax_disable_most_optimizations', True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pathlib
 
 import jax
+import pytest
 
 from elder_jax import methods
 from elder_jax.commands.flags import value_of
@@ -14,6 +15,11 @@ from elder_jax.recipes.context import Context
 from elder_jax.run.config import Config
 from elder_jax.run.config import all_fields
 from elder_jax.settings import types_of
+
+
+def slow(*case):
+  """A case of pytest.mark.parametrize that `make test` leaves to `make test-all`."""
+  return pytest.param(*case, marks=pytest.mark.slow)
 
 
 class Endless:

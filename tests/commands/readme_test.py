@@ -33,6 +33,7 @@ def here(tiny, text, tmp_path, monkeypatch):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(here, tiny, capsys):
   lines, ran = lines_of_readme(), []
   assert len(lines) >= 12

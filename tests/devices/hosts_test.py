@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def environment(devices: int) -> dict:
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}',
     'PYTHONPATH': str(ROOT),
   }
 

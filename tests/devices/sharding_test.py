@@ -1,11 +1,13 @@
 """Meshes, and the same training on each of them, on eight simulated devices."""
 
 import functools
+import os
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+from tiny import slow
 
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
@@ -41,7 +43,9 @@ MESHES = {
   '1,8,1': ('none', 1),
   '2,2,2': ('none', 2),
 }
-CUT = [flag for flag in MESHES if flag not in ('1,1,1', '8,1,1')]
+QUICK = ('1,1,1', '1,8,1', '2,2,2')  # make test takes these
+FLAGS = [flag if flag in QUICK else slow(flag) for flag in MESHES]
+CUT = [flag for flag in FLAGS if flag not in ('1,1,1', slow('8,1,1'))]
 
 
 def named(tree) -> dict:
@@ -117,13 +121,13 @@ def trained_on(flag: str, folder: pathlib.Path) -> tuple[dict, dict]:
 @pytest.fixture(scope='module')
 def result(tmp_path_factory):
   facts, arrays = {}, {f'start/{k}': np.asarray(a) for k, a in named(Decoder(SPEC, L, jax.random.key(0))).items()}
-  for flag in MESHES:
+  for flag in QUICK if os.environ['ELDER_JAX_QUICK'] == '1' else MESHES:
     facts[flag], found = trained_on(flag, tmp_path_factory.mktemp('mesh'))
     arrays |= {f'{flag}/{k}': a for k, a in found.items()}
   return facts, arrays
 
 
-@pytest.mark.parametrize('flag', [*MESHES][1:])
+@pytest.mark.parametrize('flag', FLAGS[1:])
 def test_every_mesh_trains_as_one_device_does(result, flag):
   facts, arrays = result
   np.testing.assert_allclose(facts[flag]['losses'], facts['1,1,1']['losses'], rtol=1e-5)
@@ -136,7 +140,7 @@ def test_every_mesh_trains_as_one_device_does(result, flag):
     assert np.abs(many - arrays.get(f'start/{name}', 0)).max() > 1e-4, name
 
 
-@pytest.mark.parametrize('flag', MESHES)
+@pytest.mark.parametrize('flag', FLAGS)
 def test_weights_and_optimiser_state_are_sharded_and_stay_so(result, flag):
   facts, _ = result
   _, fsdp, tp = (int(s) for s in flag.split(','))
@@ -162,7 +166,7 @@ def test_no_device_holds_a_whole_stack(result, flag):
   assert facts['gathers'] > 0 and set(result[0]['1,1,1']['whole_stacks']) and not result[0]['1,1,1']['gathers']
 
 
-@pytest.mark.parametrize('flag', MESHES)
+@pytest.mark.parametrize('flag', FLAGS)
 def test_what_the_host_reads_is_whole_everywhere(result, flag):
   assert result[0][flag]['replicated']
 
@@ -173,18 +177,18 @@ def test_a_mesh_writes_what_one_device_writes(result):
   assert facts['2,2,2']['written'] == facts['1,1,1']['written']
 
 
-@pytest.mark.parametrize('flag', MESHES)
+@pytest.mark.parametrize('flag', FLAGS)
 def test_the_batch_lies_on_data_and_fsdp(result, flag):
   data, fsdp, _ = (int(s) for s in flag.split(','))
   assert result[0][flag]['batch'] == [16 // (data * fsdp), 9]
 
 
-@pytest.mark.parametrize('flag', MESHES)
+@pytest.mark.parametrize('flag', FLAGS)
 def test_one_compilation_serves_all_steps(result, flag):
   assert result[0][flag]['again'] == 0
 
 
-@pytest.mark.parametrize('flag', MESHES)
+@pytest.mark.parametrize('flag', FLAGS)
 def test_training_goes_on_from_a_checkpoint_of_a_mesh(result, flag):
   assert result[0][flag]['resumed']
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tiny import config_of
+from tiny import slow
 from tiny import without_additions
 from tiny import write_tokenizer
 import torch
@@ -138,7 +139,7 @@ def write_model(path: pathlib.Path, case: str) -> pathlib.Path:
   return path
 
 
-@pytest.fixture(scope='module', params=[pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
+@pytest.fixture(scope='module', params=[c if c in QUICK else slow(c) for c in CASES])
 def folder(request, tmp_path_factory) -> pathlib.Path:
   """Read only."""
   return write_model(tmp_path_factory.mktemp('model'), request.param)
@@ -257,7 +258,7 @@ def test_old_names_without_the_prefix(case, prefix, tmp_path):
   close(torch_logits(out, tokens().astype(np.int64)), logits(pruning.prune(model, [1, 3, 4]), tokens()))
 
 
-@pytest.mark.parametrize('kind', ['gemma2', 'gemma3_text'])
+@pytest.mark.parametrize('kind', [slow('gemma2'), 'gemma3_text'])
 def test_a_run_with_the_default_recipe_on_blocks_with_a_norm_after_the_mlp(kind, settings, tmp_path, monkeypatch):
   monkeypatch.setitem(CASES, kind, CASES[kind] | {'vocab_size': 258})
   settings |= dict(model=str(write_model(tmp_path / 'in', kind)), recipe='absorb_then_train', num_remove=None)

@@ -39,7 +39,7 @@ def little_memory():
 
 def fuzz(cases: int):
   return hypothesis.settings(
-    max_examples=cases // 10 if os.environ['ELDER_JAX_QUICK'] == '1' else cases,
+    max_examples=cases // 20 if os.environ['ELDER_JAX_QUICK'] == '1' else cases,
     derandomize=True,
     deadline=None,
     database=None,

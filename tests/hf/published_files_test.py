@@ -13,6 +13,7 @@ from refusal import edit_json
 from refusal import one_sentence
 import safetensors.numpy
 from tiny import config_of
+from tiny import slow
 
 from elder_jax.errors import InputError
 from elder_jax.hf import families
@@ -29,7 +30,10 @@ TOKENS_BT = np.arange(5, 21, dtype=np.int32)[None]
 HEADS = ('lm_head.weight', 'lm_head.bias', 'embed_out.weight')
 
 
-@pytest.fixture(scope='module', params=families.FAMILIES)
+QUICK = ('llama', 'gpt_neox', 'opt', 'gemma3_text')
+
+
+@pytest.fixture(scope='module', params=[f if f in QUICK else slow(f) for f in families.FAMILIES])
 def written(request, tmp_path_factory) -> pathlib.Path:
   """A model of each family as transformers 5 writes it; read only."""
   return write_model(tmp_path_factory.mktemp('model'), request.param)

@@ -10,6 +10,7 @@ from refusal import one_sentence
 from refusal import refused
 import safetensors.numpy
 from tiny import config_of
+from tiny import slow
 
 from elder_jax.errors import InputError
 from elder_jax.hf import families
@@ -33,10 +34,10 @@ def quick(settings) -> dict:
   [
     {'stop_strings': ['\n\n']},
     {'do_sample': True, 'num_return_sequences': 2},
-    {'prompt_lookup_num_tokens': 3},
-    {'cache_implementation': 'quantized'},
+    slow({'prompt_lookup_num_tokens': 3}),
+    slow({'cache_implementation': 'quantized'}),
     {'max_length': 3, 'min_length': 2, 'forced_eos_token_id': 1},
-    {'num_beams': 4, 'penalty_alpha': 0.6, 'guidance_scale': 2.0},
+    slow({'num_beams': 4, 'penalty_alpha': 0.6, 'guidance_scale': 2.0}),
     {'begin_suppress_tokens': [1, 2], 'repetition_penalty': 1.7},
   ],
   ids=str,

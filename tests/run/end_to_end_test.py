@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 from tiny import Endless
 from tiny import config_of
+from tiny import slow
 
 from elder_jax.methods import elder
 from elder_jax.run import job as job_module
@@ -82,7 +83,7 @@ def test_one_seed_gives_one_report_and_another_seed_another(settings, tmp_path):
     np.testing.assert_array_equal(tensor, exported(tmp_path / 'b')[name])
 
 
-@pytest.mark.parametrize('stage', ['gates', 'regularize'])
+@pytest.mark.parametrize('stage', [slow('gates'), 'regularize'])
 def test_a_killed_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage):
   settings |= dict(checkpoint_every=2, train_steps=5)
   straight = run(settings, workdir=str(tmp_path / 'straight'))
@@ -125,6 +126,7 @@ def test_a_finished_run_is_not_done_again(settings, monkeypatch):
   assert run(settings) == report
 
 
+@pytest.mark.slow
 def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_path):
   settings |= dict(compare=['none'], recipe='prune_then_train')
   together = run(settings, method='shortgpt,laco,random')
@@ -141,6 +143,7 @@ def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_
   assert 'Layers merged by laco, 2 fewer: ' in (pathlib.Path(settings['workdir']) / 'report.md').read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_the_beginning_of_one_order_or_chooses_anew(settings, tmp_path):
   settings |= dict(compare=[], recipe='none', num_remove=None, gate_steps=1)
   swept = run(settings, ratio='0.33,0.17,0.5', method='elder,cosine_block')

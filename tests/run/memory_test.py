@@ -8,6 +8,7 @@ import jax
 import pytest
 import safetensors.torch
 from tiny import config_of
+from tiny import slow
 from tiny import write_tiny_llama
 
 from elder_jax.commands import prune
@@ -78,10 +79,10 @@ LORA = dict(recipe='absorb_then_train', lora_rank=2)
 @pytest.mark.parametrize(
   'options',
   [
-    dict(recipe='prune_then_train', compare=['none', 'absorb']),
-    dict(recipe='regularize', compare=['prune_then_train'], trainable='all'),
-    dict(recipe='absorb_then_train', method='laco', compare=['prune_then_train']),
-    dict(recipe='regularize', lora_rank=2, dtype='bfloat16'),
+    slow(dict(recipe='prune_then_train', compare=['none', 'absorb'])),
+    slow(dict(recipe='regularize', compare=['prune_then_train'], trainable='all')),
+    slow(dict(recipe='absorb_then_train', method='laco', compare=['prune_then_train'])),
+    slow(dict(recipe='regularize', lora_rank=2, dtype='bfloat16')),
     dict(**LORA, distill=0.5, compare=['regularize']),
   ],
   ids=str,

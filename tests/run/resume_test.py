@@ -22,6 +22,7 @@ from refusal import refused
 import safetensors.numpy
 from tiny import Endless
 from tiny import config_of
+from tiny import slow
 
 from elder_jax.commands import prune
 from elder_jax.commands import run_verb
@@ -163,7 +164,7 @@ def data_files(folder: pathlib.Path, where: str = '*') -> list[pathlib.Path]:
   return files
 
 
-@pytest.mark.parametrize('where', ['state', 'ocdbt.process_0'])
+@pytest.mark.parametrize('where', [slow('state'), 'ocdbt.process_0'])
 @pytest.mark.parametrize(
   'damage',
   [
@@ -229,7 +230,7 @@ class Killed(BaseException):
   pass
 
 
-@pytest.mark.parametrize('every, death', [(1, 4), (2, 1), (2, 5), (3, 3), (3, 6), (3, 8), (0, 7)])
+@pytest.mark.parametrize('every, death', [(1, 4), slow(2, 1), slow(2, 5), (3, 3), slow(3, 6), slow(3, 8), (0, 7)])
 def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death):
   """Death in a round, at its border, before any checkpoint; nine steps in three rounds."""
   monkeypatch.setattr(elder, 'make_step', lambda *_: gate_step)
@@ -284,7 +285,7 @@ def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) ->
   args += [f'--eval_data={text}' for text in settings['eval_data']]
   env = os.environ | {
     'SIGNAL': str(int(number)),
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}',
     'JAX_PLATFORMS': 'cpu',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     'PYTHONPATH': os.pathsep.join([*map(str, pathlib.Path(__file__).parents[1:3]), os.environ.get('PYTHONPATH', '')]),
@@ -334,7 +335,7 @@ def test_from_8_devices_to_2_to_1_by_sigterm(settings, tmp_path):
   chex.assert_trees_all_close([l['loss'] for l in mine[2]], [l['loss'] for l in whole[2]], atol=1e-5)
 
 
-@pytest.mark.parametrize('stage, step', [('gates', 1), ('gates', 3), ('regularize', 2)])
+@pytest.mark.parametrize('stage, step', [slow('gates', 1), ('gates', 3), ('regularize', 2)])
 def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage, step):
   straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
   seen, count = [], {'gates': 0, 'regularize': 4}[stage] + step + 1  # 4 steps of stage 1 go before stage 2

@@ -106,6 +106,7 @@ def test_a_name_that_is_taken_by_another_kind_is_told_at_once(settings, no_long_
 # ---- inputs ----
 
 
+@pytest.mark.slow
 def test_a_resumed_run_refuses_another_text_under_the_old_name(settings, own_text, monkeypatch):
   killed_before_training(settings, monkeypatch)
   before = own_text.read_bytes()

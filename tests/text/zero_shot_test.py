@@ -137,6 +137,7 @@ def test_accuracies_equal_the_hf_backend(both, tasks_dir):
   assert line.startswith(f'| sums | 24 | {100 * mine["acc"]:.2f} ± {100 * mine["acc_stderr"]:.2f} |')
 
 
+@pytest.mark.slow
 def test_the_command_and_a_run_give_one_figure(tasks_dir, tiny, settings, tmp_path, capsys):
   out = tmp_path / 'tasks.json'
   values = dict(model=str(tiny), tokenizer='', tasks=('sums',), tasks_dir=str(tasks_dir), limit=0, batch_size=4)

@@ -263,6 +263,7 @@ def test_bfloat16_base_and_float32_factors(monkeypatch):
   np.testing.assert_allclose([m['loss'] for m in log], fitted()[1], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_sequential_training_goes_on_exactly(tmp_path):
   options = dict(steps=6, order='sequential', lambda2_power=1.0, optimizer='lion', moment_dtype='bfloat16', lr=1e-3)
   straight = fit(random_model(), [2, 1], **options)
@@ -294,6 +295,7 @@ def test_rank_above_the_smallest_side_is_refused():
     lora.check(abstract, 9)
 
 
+@pytest.mark.slow
 def test_whole_runs(settings):
   """Penalty, annealing, closed form and distillation with LoRA, through to an export that is read back."""
   settings |= dict(lora_rank=4, compare=['absorb_then_train'], distill=0.25, remat='full', lr=1e-2)
@@ -412,6 +414,7 @@ def trained_on(sizes: tuple[int, ...], kind: str, rank: int) -> dict:
     return facts
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(eight_devices):
   facts = {
     f'{",".join(map(str, sizes))} {kind}': trained_on(sizes, kind, rank)
