@@ -24,7 +24,7 @@ def begin(config: Config) -> Run:
 def choose(run: Run, num_remove: int, seed: int) -> Choice:
   """What the first method of the run chooses by the run's sequences, in the order of another seed."""
   job, dense = run.job, run.dense
-  batches = Batches(job.batches.rows_NT, job.batches.batch_size, seed, job.mesh)
+  batches = Batches(job.batches.rows, job.batches.batch_size, seed, job.mesh)
   run = Run(dataclasses.replace(job, config=job.config.replace(seed=seed), batches=batches), device_name)
   run.dense = dense  # loaded once for both
   stage = next(stage for stage in stages(job.config, [num_remove]) if stage.method and not stage.recipe)

@@ -48,8 +48,10 @@ from elder_jax.run.config import Config
 from elder_jax.text import data
 from elder_jax.text import generation
 from elder_jax.text import perplexity as perplexity_lib
+from elder_jax.text import training_text
 from elder_jax.text import zero_shot as zero_shot_lib
 from elder_jax.text.decoding import Sampling
+from elder_jax.text.settings import DataSettings
 from elder_jax.training import trainer
 from elder_jax.training.batches import Batches
 from elder_jax.training.checkpoints import Checkpoints
@@ -111,7 +113,7 @@ def load(name: str, *, dtype: str = 'float32', mesh: Sequence[int] = (-1, 1, 1),
 
 def batches(
   model: Model,
-  text: str,
+  text: str | Sequence[str],
   *,
   seq_len: int = 512,
   num_sequences: int = 128,
@@ -119,20 +121,29 @@ def batches(
   seed: int = 0,
   text_column: str = 'text',
   bos: str = 'auto',
+  **settings,
 ) -> Batches:
   """Batches [batch_size, seq_len] of tokens, drawn with `seed` from a text: a file, a folder or a hub id.
+
+  Args:
+    text: or several, each as [name=]source[@weight], for a blend.
+    settings: others of the training text by name, such as train_tokens, documents, train_on.
 
   Raises:
     InputError: the text is too short, or cannot be read.
   """
-  settings = Config.of(
-    seq_len=seq_len, num_sequences=num_sequences, batch_size=batch_size, seed=seed, text_column=text_column, bos=bos
-  )
+  entries = (text,) if isinstance(text, str) else tuple(text)
+  given = dict(seq_len=seq_len, num_sequences=num_sequences, batch_size=batch_size, seed=seed, bos=bos) | settings
+  data_settings = DataSettings(train_data=entries, text_column=text_column, **given)
   sharding.check_batch(model.mesh, tuple(model.mesh.shape.values()), batch_size, 'batch_size')
-  rule, first = data.bos_rule(settings.data.bos, getattr(model.source.family, 'BOS_FIRST', False), model.tokenizer)
-  corpus = data.tokenise('text', text, text_column, model.tokenizer, rule == 'tokenizer')
-  rows_NT = data.pack(corpus, 'text', seq_len, num_sequences, seed, first)
-  return Batches(rows_NT, batch_size, seed, model.mesh)
+  opened = training_text.open_text(
+    data_settings,
+    model.tokenizer,
+    getattr(model.source.family, 'BOS_FIRST', False),
+    model.decoder.spec.vocab_size,
+    setting='text',
+  )
+  return Batches(opened.rows, batch_size, seed if data_settings.shuffle else None, model.mesh)
 
 
 def choose(
@@ -321,7 +332,7 @@ def run(config: Config) -> dict:
 
 
 def _context(model: Model, batches: Batches, log: Log, **settings) -> Context:
-  rows, batch_size = len(batches.rows_NT), batches.batch_size
+  rows, batch_size = len(batches.rows), batches.batch_size
   num_sequences = rows // batch_size * batch_size
   config = Config.of(num_sequences=num_sequences, batch_size=batch_size, **settings)
   return Context(model.decoder, batches, config, model.mode, log)

@@ -77,6 +77,11 @@ def user_path(name: str) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(name))
 
 
+def cache_folder() -> pathlib.Path:
+  """Where what can be made again is kept between runs."""
+  return user_path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'elder_jax'
+
+
 def disk_is_full(error: BaseException | None) -> bool:
   """Whether a write failed for want of space or quota. TensorStore says so in its own error's text only."""
   full = (errno.ENOSPC, errno.EDQUOT)

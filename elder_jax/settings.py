@@ -27,15 +27,17 @@ def setting(
   most: float | None = None,
   above: float | None = None,
   below: float | None = None,
+  repeats: bool = False,
 ) -> Any:
   """A dataclass field.
 
   Args:
     flag: the name on the command line, in config.json and in errors, where it is not the field's.
     least, most, above, below: bounds of a number, the last two exclusive; without them a number need only be finite.
+    repeats: of a tuple: on the command line each element is a flag of its own, commas are part of it.
   """
   bounds = {'least': least, 'most': most, 'above': above, 'below': below}
-  metadata = {'help': help, 'flag': flag, 'choices': tuple(choices), **bounds}
+  metadata = {'help': help, 'flag': flag, 'choices': tuple(choices), 'repeats': repeats, **bounds}
   if isinstance(default, dict):
     return dataclasses.field(default_factory=default.copy, metadata=metadata)
   return dataclasses.field(default=default, metadata=metadata)

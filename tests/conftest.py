@@ -4,6 +4,7 @@ import mmap
 import os
 import pathlib
 import shutil
+import tempfile
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
   os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker for each core
@@ -40,10 +41,24 @@ from elder_jax.run import job
 from elder_jax.text import data
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()  # the tokens of tests are of no use to anybody else
 
 
 def pytest_configure(config):
   os.environ['ELDER_JAX_QUICK'] = str(int('not slow' in (config.option.markexpr or '')))
+
+
+# The longest files; a worker that got one of them last would work alone.
+FIRST = (
+  'run/options run/resume methods/importance hf/families run/memory devices/hosts run/end_to_end text/zero_shot'.split()
+)
+
+
+def pytest_collection_modifyitems(items):
+  def place(item) -> int:
+    return next((i for i, name in enumerate(FIRST) if f'{name}_test.py' in item.nodeid), len(FIRST))
+
+  items.sort(key=place)
 
 
 # Programs are kept between runs, a folder for each jax.

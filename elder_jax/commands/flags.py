@@ -102,19 +102,22 @@ class _Setting(flags.Flag):
   """A flag that makes a setting. Of the ways to say how much, the last one takes the place of the others."""
 
   def __init__(self, values: flags.FlagValues, field: dataclasses.Field):
-    self._repeats = isinstance(default_of(field), dict)
+    self._repeats = isinstance(default_of(field), dict)  # its own, and those of files: they add up
+    self._lists = field.metadata['repeats']  # likewise, but the command line's take the place of a file's
     super().__init__(_Parser(field), flags.ArgumentSerializer(), name_of(field), None, field.metadata['help'])
     self._values, self.value = values, None
     self.replaced: list[str] = []
     self.dropped: list[str] = []
 
   def parse(self, argument):
-    before = dict(self.value or {}) if self._repeats and self.present else {}
+    before = self.value if self.present else None
     if self.name in HOW_MUCH:
       self._replace_others()
     super().parse(argument)
     if self._repeats:
-      self._merge(before, argument)
+      self._merge(dict(before or {}), argument)
+    elif self._lists and argument:
+      self.value = (before or ()) + self.value
 
   def _replace_others(self):
     for other in (self._values[name] for name in HOW_MUCH if name in self._values and name != self.name):
@@ -136,6 +139,8 @@ def value_of(field: dataclasses.Field, text: str):
     ValueError: in a few words, what it must be.
   """
   kind = types_of(field)[0]
+  if field.metadata['repeats']:
+    return (text,) if text else ()
   if getattr(kind, '__origin__', None) is tuple:
     inner = kind.__args__[0]
     parts = [part.strip() for part in text.split(',') if part.strip()]
@@ -152,6 +157,8 @@ def _scalar(kind: type, text: str):
   if kind is str:
     return text
   what = 'whole numbers' if kind is int else 'numbers'
+  if kind is int and (match := re.fullmatch(r'(\d+\.?\d*)([kMB])', text, re.ASCII)):  # 20M
+    text = str(round(float(match[1]) * {'k': 1e3, 'M': 1e6, 'B': 1e9}[match[2]]))
   try:
     return kind(text if text.isascii() else 'x')
   except ValueError as e:  # also for thousands of digits
@@ -180,10 +187,11 @@ class _Arguments:
 
   def of(self, args: list[str], file: str = '', above: tuple = ()) -> list[str]:
     """file: where they come from, '' the command line; above: paths of the files that include it, its own last."""
-    found, given, rest = [], {}, iter(args)
+    found, given, operands, rest = [], {}, [], iter(args)
     for arg in rest:
       if arg == '--':
-        return [*found, arg, *rest]
+        operands = [arg, *rest]
+        break
       match = re.fullmatch(r'--?([^=-][^=]*)(?:=(.*))?', arg, re.DOTALL)
       name, value = (match[1].replace('-', '_'), match[2]) if match else ('', None)
       flag, value = self._flag_and_value(name, value, arg, rest)
@@ -191,19 +199,20 @@ class _Arguments:
       if not text.isascii() and re.search('[\ud800-\udfff]', text):
         raise flags.Error(f'{text[:100]}: holds bytes that are not UTF-8; give it in UTF-8')
       if name in ('flagfile', 'config'):
-        found += self._file(name, value, above) if value else []
+        found += [(arg, True) for arg in self._file(name, value, above)] if value else []
       elif flag is None:
-        found.append(arg)  # an operand, or what absl refuses
+        found.append((arg, False))  # an operand, or what absl refuses
       else:
         before = given.setdefault(flag.name, value)
-        if before != value and not getattr(flag, '_repeats', False):
+        if before != value and not (getattr(flag, '_repeats', False) or getattr(flag, '_lists', False)):
           where = f' in {file}' if file else ''
           raise flags.Error(
             f'--{flag.name}: is given twice{where}, as {before[:80]!r} and {value[:80]!r}; give it once'
           )
-        found.append(f'--{flag.name}={value}')
+        found.append((f'--{flag.name}={value}', False))
         self.typed |= set() if file else {flag.name}
-    return found
+    own = tuple(f'--{name}=' for name in given if getattr(self._flag(name), '_lists', False))
+    return [arg for arg, of_file in found if not (of_file and arg.startswith(own))] + operands
 
   def _flag_and_value(self, name: str, value: str | None, arg: str, rest):
     """(the flag, or None where there is none; its value, taken from the next argument where it stands there)."""
@@ -262,6 +271,8 @@ def _of_json(name: str, text: str) -> list[str]:
   for key, value in settings.items():
     if isinstance(value, dict):
       found += [f'--{key}={k}={v}' for k, v in value.items()]
+    elif key == 'train_data':
+      found += [f'--{key}={v}' for v in value]
     elif value is not None:
       found.append(f'--{key}={as_text(value)}')
   return found

@@ -16,8 +16,8 @@ from elder_jax.commands.flags import Parsed
 from elder_jax.devices import hosts
 from elder_jax.devices import preemption
 from elder_jax.errors import InputError
+from elder_jax.errors import cache_folder
 from elder_jax.errors import disk_is_full
-from elder_jax.errors import user_path
 from elder_jax.hf import verify
 from elder_jax.log import log
 from elder_jax.methods.elder import GateSettings
@@ -27,12 +27,12 @@ from elder_jax.run import workdir
 from elder_jax.run.config import PLACES
 from elder_jax.run.config import ComputeSettings
 from elder_jax.run.config import Config
-from elder_jax.run.config import DataSettings
 from elder_jax.run.config import EvalSettings
 from elder_jax.run.config import OutputSettings
 from elder_jax.run.config import PathSettings
 from elder_jax.run.config import RemovalSettings
 from elder_jax.run.report import markdown
+from elder_jax.text.settings import DataSettings
 from elder_jax.training.loop import NonFiniteLoss
 from elder_jax.training.settings import TrainSettings
 
@@ -110,7 +110,7 @@ def _keep_programs():
   """
   if jax.default_backend() == 'cpu' or jax.process_count() > 1 or jax.config.values['jax_compilation_cache_dir']:
     return
-  jax.config.update('jax_compilation_cache_dir', str(user_path('~/.cache/elder_jax/programs')))
+  jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'programs'))
   jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; what was not used for longest goes first
 
 

@@ -62,7 +62,7 @@ def why_not(settings, num_layers: int, num_remove: int) -> str:
   if settings.one_pass >= 2:
     return ''
   return (
-    f'judges by batches that no candidate was fitted on, but --num_sequences={settings.data.num_sequences} and '
+    f'judges by batches that no candidate was fitted on, but --num_sequences={settings.data.sequences} and '
     f'--batch_size={settings.data.batch_size} make only one; give more sequences, a smaller batch, or '
     '--method=cosine_block.'
   )

@@ -20,6 +20,7 @@ from elder_jax.settings import default_of
 from elder_jax.settings import fields
 from elder_jax.settings import name_of
 from elder_jax.settings import setting
+from elder_jax.text.settings import DataSettings
 from elder_jax.training.settings import TrainSettings
 
 HOW_MUCH = ('ratio', 'num_remove', 'remove_layers')  # of which a run has one
@@ -95,35 +96,6 @@ class RemovalSettings(Settings):
       )
     for name in self.compare:
       find_recipe(name, 'compare')
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings(Settings):
-  """The training text, which layers are chosen by as well."""
-
-  train_data: str = setting(
-    '',
-    'Text to train on: a .txt, .jsonl or .parquet file, a folder of files of one of these kinds, or a hub id with '
-    'configuration and split, id:config:split.',
-  )
-  text_column: str = setting('text', 'Column of jsonl, parquet and hub data that holds the text.')
-  bos: str = setting(
-    'auto',
-    'Where to put a begin-of-sequence token. tokenizer: wherever the tokenizer adds one. window: first in every training '
-    'sequence and evaluation window. none: nowhere. auto: window for Gemma, which needs it, tokenizer otherwise.',
-    choices=('auto', 'tokenizer', 'window', 'none'),
-  )
-  seq_len: int = setting(2048, 'Tokens per training sequence.', least=2)
-  num_sequences: int = setting(128, 'Training sequences; the text must be long enough for them.', least=1)
-  batch_size: int = setting(4, 'Sequences per step; must divide --num_sequences.', least=1)
-  shuffle: bool = setting(
-    True, 'Draw the sequences from the whole text and shuffle them in each pass; else text order.'
-  )
-  seed: int = setting(
-    0,
-    "Seed of the choice and order of the sequences and of LoRA's first factors; nothing else in a run is random.",
-    least=0,
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +195,9 @@ class Config:
   def __post_init__(self):
     """Raises InputError for settings that exclude each other. What depends on the model is checked in prepare.py."""
     data = self.data
-    if data.num_sequences % data.batch_size:
+    if data.train_tokens is not None and self.training.steps is not None:
       raise InputError(
-        'batch_size', data.batch_size, f'does not divide --num_sequences={data.num_sequences}; change one of them.'
+        'train_tokens', data.train_tokens, 'and --train_steps both say how long to train; leave out one.'
       )
     if data.batch_size % self.training.grad_accum:
       raise InputError(
@@ -276,7 +248,7 @@ class Config:
   @property
   def one_pass(self) -> int:
     """Batches in a pass over the training sequences."""
-    return self.data.num_sequences // self.data.batch_size
+    return self.data.sequences // self.data.batch_size
 
   def steps(self) -> int:
     """Of the training."""
@@ -285,6 +257,10 @@ class Config:
   def train_settings(self) -> TrainSettings:
     """The settings of training with what is left to follow from others."""
     return dataclasses.replace(self.training, steps=self.steps(), seed=self.data.seed)
+
+  def validates(self) -> bool:
+    """Whether a recipe trains and its loss on held-out sequences is measured."""
+    return self.training.validate_every > 0 and any(self.trains(recipe) for recipe in self.recipes())
 
   def mode(self) -> Mode:
     training, computation = self.training, self.computation
@@ -336,6 +312,8 @@ def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
   for name, kind in (('ratio', float), ('remove_layers', int), ('mesh', int)):
     if isinstance(settings.get(name), str):
       settings[name] = tuple(kind(part) for part in settings[name].split(',') if part.strip())
+  if isinstance(text := settings.get('train_data'), str):  # there was one, with commas or not
+    settings['train_data'] = (text,) if text else ()
   if isinstance(settings.get('eval_data'), list | tuple):
     pairs = [entry.partition('=') for entry in settings['eval_data'] if entry]
     settings['eval_data'] = {pair[0]: pair[2] for pair in pairs}

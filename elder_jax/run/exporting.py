@@ -30,7 +30,7 @@ def some_tokens(job: Job) -> np.ndarray:
   if job.windows:
     return next(iter(job.windows.values())).tokens_NT[:1, :128]
   if job.batches is not None:
-    return job.batches.rows_NT[:1, :128]
+    return job.batches.rows[np.arange(1)][:, :128]
   return np.random.default_rng(0).integers(0, job.source.spec.vocab_size, (1, 32), np.int32)
 
 

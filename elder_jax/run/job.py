@@ -28,6 +28,7 @@ class Job:
   source: Source
   num_removes: list[int]  # the first is that of the exported model
   batches: Batches | None  # of the training text
+  held_out: Batches | None  # of the same, never trained on; where --validate_every asks for its loss
   windows: dict[str, Windows]
   tokenizer: Any  # of transformers, where the run reads text
   tasks: Any  # the harness's TaskDict, or None

@@ -32,7 +32,9 @@ from elder_jax.run.config import Config
 from elder_jax.run.job import Job
 from elder_jax.run.stages import stages
 from elder_jax.text import data
+from elder_jax.text import identity
 from elder_jax.text import perplexity
+from elder_jax.text import training_text
 from elder_jax.text import zero_shot
 from elder_jax.training.batches import Batches
 
@@ -85,6 +87,7 @@ def prepare(config: Config) -> Job:
     source=source,
     num_removes=num_removes,
     batches=texts.batches,
+    held_out=texts.held_out,
     windows=texts.windows,
     tokenizer=texts.tokenizer,
     tasks=texts.tasks,
@@ -195,6 +198,7 @@ class _Texts:
   source: Source
   tokenizer_folder: pathlib.Path | None
   batches: Batches | None = None
+  held_out: Batches | None = None
   windows: dict[str, perplexity.Windows] = dataclasses.field(default_factory=dict)
   tasks: Any = None
   read: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -204,21 +208,27 @@ class _Texts:
     if self.tokenizer is None:
       self.tokenizer = data.load_tokenizer(str(self.tokenizer_folder or self.source.files))
       name = inputs.named('tokenizer', self.config.paths.tokenizer or self.config.paths.model)
-      self.read[name] = inputs.of_tokenizer(self.tokenizer)
+      self.read[name] = identity.of_tokenizer(self.tokenizer)
 
   def read_train_data(self, mesh: jax.sharding.Mesh):
     settings = self.config.data
     if not settings.train_data:
       raise InputError('train_data', '', 'is missing; give a text to choose layers by and to train on.')
     self._load_tokenizer()
-    bos, first = self._bos()
     self._check_length('seq_len', settings.seq_len)
-    corpus = data.tokenise('train_data', settings.train_data, settings.text_column, self.tokenizer, bos == 'tokenizer')
-    self.read[inputs.named('train_data', settings.train_data)] = corpus.sha256
+    text = training_text.open_text(
+      settings,
+      self.tokenizer,
+      self._bos_first,
+      self.source.spec.vocab_size,
+      self.config.validates(),
+      self.config.path() / 'tokens' if jax.process_count() > 1 else None,
+    )
+    self.read |= {inputs.named('train_data', source): content for source, content in text.read.items()}
     seed = settings.seed if settings.shuffle else None
-    rows_NT = data.pack(corpus, 'train_data', settings.seq_len, settings.num_sequences, seed, first)
-    self._check_tokens(rows_NT, 'train_data', settings.train_data)
-    self.batches = Batches(rows_NT, settings.batch_size, seed, mesh)
+    self.batches = Batches(text.rows, settings.batch_size, seed, mesh)
+    if text.held_out:
+      self.held_out = Batches(text.held_out, settings.batch_size, None, mesh)
 
   def read_eval_data(self):
     settings = self.config.evaluation
@@ -241,8 +251,12 @@ class _Texts:
       name = inputs.named('tasks_dir', settings.tasks_dir or ','.join(settings.tasks))
       self.read[name] = inputs.of_tasks(self.tasks, settings.tasks_dir)
 
+  @property
+  def _bos_first(self) -> bool:
+    return getattr(self.source.family, 'BOS_FIRST', False)
+
   def _bos(self) -> tuple[str, int | None]:
-    return data.bos_rule(self.config.data.bos, getattr(self.source.family, 'BOS_FIRST', False), self.tokenizer)
+    return data.bos_rule(self.config.data.bos, self._bos_first, self.tokenizer)
 
   def _check_length(self, setting: str, length: int):
     """Learned positions end somewhere."""

@@ -42,6 +42,8 @@ def make_report(run: Run) -> dict:
     'ppl': {c: {'dense': dense['ppl'][c], 'pruned': run.rows[-1]['ppl'][c]} for c in job.windows},
     'tasks': {'dense': dense['tasks'], 'pruned': run.rows[-1]['tasks']},
     'rows': run.rows,
+    'held_out_loss': dense.get('held_out_loss'),
+    'train_data': _about_text(job),
     'corpora': {c: w.about for c, w in job.windows.items()},
     'params': {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)},
     'lineage': [*lineage.of_source(job.source), lineage.step_of(config, num_layers, sorted(removed))],
@@ -50,6 +52,15 @@ def make_report(run: Run) -> dict:
     'versions': about.package_versions(),
     'device': about.device_name(),
   }
+
+
+def _about_text(job: Job) -> list[dict]:
+  """The sources of the training text, and how much of each a training read."""
+  if job.batches is None:
+    return []
+  config = job.config
+  steps = config.steps() if any(config.trains(r) for r in config.recipes()) else config.one_pass
+  return job.batches.rows.about(steps * config.data.batch_size)
 
 
 def _num_params(job: Job, kept) -> int:

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 import functools
+import pathlib
+
+import numpy as np
 
 from elder_jax import methods
 from elder_jax.devices import memory
@@ -24,6 +27,7 @@ from elder_jax.run.job import load
 from elder_jax.text import perplexity
 from elder_jax.text import zero_shot
 from elder_jax.text.generation import eos_ids
+from elder_jax.training import validation
 from elder_jax.training.checkpoints import Checkpoints
 from elder_jax.training.trainer import train
 
@@ -55,7 +59,12 @@ def check_source(run: Run, stage) -> dict:
 
 
 def measure_dense(run: Run, stage) -> dict:
-  return measure(run.job, run.dense.get(), stage.name, fatal=True)
+  job, figures = run.job, measure(run.job, run.dense.get(), stage.name, fatal=True)
+  if job.held_out is None:
+    return figures
+  loss = validation.held_out_loss(run.dense.get(), job.held_out, job.mode)
+  log(f'held-out loss of the dense model: {loss:.4f}')
+  return figures | {'held_out_loss': loss}
 
 
 def take_dense(run: Run, stage, result: dict):
@@ -67,10 +76,16 @@ def take_row(run: Run, stage, result: dict):
   run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **result})
   if not stage.exported:
     _checkpoints(run.job, stage.name, 0).clear()
+    validation.clear(_held_out_folder(run.job, stage.name))
 
 
 def measure_row(run: Run, stage) -> dict:
-  return measure(run.job, run.pruned, stage.name)
+  job, figures = run.job, measure(run.job, run.pruned, stage.name)
+  if job.held_out is None or not job.config.trains(stage.recipe):
+    return figures
+  tokens = job.config.data.batch_size * job.config.data.seq_len
+  history = validation.read_history(_held_out_folder(job, stage.name))
+  return figures | {'held_out': [[step, step * tokens, loss] for step, loss in history]}
 
 
 def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> dict:
@@ -194,10 +209,27 @@ def _train(job: Job, stage, recipe: Recipe, start: Decoder, choice: Choice, teac
     record(step, metrics)
     progress(step + 1, settings.steps, f'loss {metrics["loss"]:.4f}, lm {metrics["lm_loss"]:.4f}')
 
+  record_held_out = job.log.steps(f'{name}.held_out')
+
+  def told_held_out(step: int, loss: float):
+    log(f'{name}: held-out loss after step {step}: {loss:.4f}')
+    record_held_out(step, {'held_out_loss': loss})
+
+  seen = None
+  if job.held_out is not None:
+    alive_L = None
+    if recipe.removes_last:
+      alive_L = ~np.isin(np.arange(start.num_layers), choice.removed)
+    keeps, folder = settings.export == 'best', _held_out_folder(job, name)
+    seen = validation.Validation(job.held_out, settings.validate_every, job.mode, folder, keeps, alive_L, told_held_out)
   dtype = lora.merged_dtype(config.computation.dtype, config.output.export_dtype or job.source.dtype)
   penalised = choice.removed if recipe.removes_last else []
   checkpoints = _checkpoints(job, name, settings.steps)
-  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free)
+  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free, seen)
+
+
+def _held_out_folder(job: Job, stage: str) -> pathlib.Path:
+  return job.config.path() / 'checkpoints' / f'{stage}.held_out'
 
 
 def _checkpoints(job: Job, stage: str, steps: int) -> Checkpoints:

@@ -9,13 +9,22 @@ import numpy as np
 from elder_jax.devices import preemption
 from elder_jax.devices import sharding
 
+SHUFFLED = 8192  # rows that are shuffled among each other
 
-def batch_at(rows_NT: np.ndarray, batch_size: int, step: int, seed: int | None) -> np.ndarray:
-  """The [B, T] batch of a step, passes without end; `seed` None keeps the order of the rows. Pure: resume is the step."""
-  per_pass = len(rows_NT) // batch_size
-  epoch, i = divmod(step, per_pass)
-  order_N = np.arange(len(rows_NT)) if seed is None else np.random.default_rng((seed, epoch)).permutation(len(rows_NT))
-  return rows_NT[order_N[i * batch_size : (i + 1) * batch_size]]
+
+def rows_at(num_rows: int, batch_size: int, step: int, seed: int | None) -> np.ndarray:
+  """Numbers of the rows [B] of a step, passes without end; `seed` None keeps their order. Pure: resume is the step."""
+  a_pass, i = divmod(step, num_rows // batch_size)
+  numbers = np.arange(i * batch_size, (i + 1) * batch_size)
+  if seed is None:
+    return numbers
+  found = numbers.copy()
+  for block in np.unique(numbers // SHUFFLED):
+    first = block * SHUFFLED
+    order = np.random.default_rng((seed, a_pass, block)).permutation(min(SHUFFLED, num_rows - first))
+    inside = numbers // SHUFFLED == block
+    found[inside] = first + order[numbers[inside] - first]
+  return found
 
 
 class Batches(Sequence):
@@ -24,21 +33,37 @@ class Batches(Sequence):
   A run that is asked to stop does so while it iterates.
   """
 
-  def __init__(self, rows_NT: np.ndarray, batch_size: int, seed: int | None, mesh: jax.sharding.Mesh | None = None):
-    """seed: of the order of the rows in each pass; None keeps the order."""
-    self.rows_NT, self.batch_size, self._seed, self._mesh = rows_NT, batch_size, seed, mesh
+  def __init__(self, rows, batch_size: int, seed: int | None, mesh: jax.sharding.Mesh | None = None):
+    """Args:
+    rows: has a length, and rows[numbers] is [n, T] (text.blend.Rows, or an array). Where its `masked` is true,
+      rows.counted(numbers) tells which tokens count in the loss.
+    seed: of the order of the rows in each pass; None keeps the order.
+    """
+    self.rows, self.batch_size, self._seed, self._mesh = rows, batch_size, seed, mesh
 
   def __len__(self) -> int:
-    return len(self.rows_NT) // self.batch_size
+    return len(self.rows) // self.batch_size
 
   def __getitem__(self, step):
     if isinstance(step, slice):
       return _Part(self, range(len(self))[step])
-    batch_BT = batch_at(self.rows_NT, self.batch_size, step, self._seed)
-    return jax.numpy.asarray(batch_BT) if self._mesh is None else sharding.put_batch(batch_BT, self._mesh)
+    return self._put(self.rows[self._numbers(step)])
 
   def __iter__(self) -> Iterator[jax.Array]:
     return iter(self[:])
+
+  def weight_BT(self, step: int) -> jax.Array | None:
+    """Of a step, as losses.loss has it: 0 at a position whose next token does not count. None: all count."""
+    if not getattr(self.rows, 'masked', False):
+      return None
+    counted_BT = self.rows.counted(self._numbers(step))
+    return self._put(np.pad(counted_BT[:, 1:], ((0, 0), (0, 1))).astype(np.float32))
+
+  def _numbers(self, step: int) -> np.ndarray:
+    return rows_at(len(self.rows), self.batch_size, step, self._seed)
+
+  def _put(self, array_BT: np.ndarray) -> jax.Array:
+    return jax.numpy.asarray(array_BT) if self._mesh is None else sharding.put_batch(array_BT, self._mesh)
 
 
 class _Part(Sequence):

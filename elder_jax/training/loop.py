@@ -24,6 +24,7 @@ def run_steps(
   terms: Callable[[int], dict],
   log: Callable[[int, dict], None],
   checkpoint=None,
+  validation=None,
 ) -> TrainState:
   """Runs step_fn until `steps` are done; batches and terms are pure functions of the step, so that resume is the step.
 
@@ -33,12 +34,15 @@ def run_steps(
   Args:
     log: called with (step, metrics).
     checkpoint: a checkpoint.Checkpoints to write to, or None.
+    validation: a validation.Validation; `fixed` is (frozen, …) then. What it saw is never behind a checkpoint.
 
   Raises:
     NonFiniteLoss: at the first step whose loss or gradient is not finite; nothing of it is saved.
     Preempted: after SIGTERM or a notice of preemption, when the step that ran is over and saved.
   """
   waiting, stop = None, False
+  if validation:
+    validation.begin(state, fixed[0])
   try:
     for i in range(int(state.step), steps):
       state, metrics = step_fn(state, fixed, batches[i], terms(i))
@@ -46,6 +50,8 @@ def run_steps(
         _log(log, *waiting)
       waiting = i, metrics
       stop = preemption.reached()
+      if validation and not stop and validation.due(i + 1, steps):
+        validation(state, fixed[0])
       if checkpoint and (stop or checkpoint.due(i + 1)):
         _log(log, *waiting)
         waiting = None

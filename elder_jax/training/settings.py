@@ -84,6 +84,17 @@ class TrainSettings(Settings):
   lora_alpha: float | None = setting(
     None, "LoRA's change is alpha / rank times the product of its factors; unset: twice --lora_rank.", above=0
   )
+  validate_every: int = setting(
+    0,
+    'Steps between measurements of the loss on --validation_sequences sequences that are held out of the training text, '
+    'from before the first step to after the last; 0: none.',
+    least=0,
+  )
+  export: str = setting(
+    'last',
+    'Which state of the training goes on: last; best, that of the lowest held-out loss (needs --validate_every).',
+    choices=('last', 'best'),
+  )
   seed: int = 0
 
   def __post_init__(self):
@@ -94,6 +105,8 @@ class TrainSettings(Settings):
         self.moment_dtype,
         '--optimizer=adafactor has no first moment; leave out the type, or use adamw or lion.',
       )
+    if self.export == 'best' and not self.validate_every:
+      raise InputError('export', 'best', 'needs held-out losses to choose by; give --validate_every as well.')
     if self.lora_rank and self.trainable == 'all':
       raise InputError(
         'lora_rank',

@@ -18,6 +18,7 @@ from elder_jax.training.step import combine
 from elder_jax.training.step import init_state
 from elder_jax.training.step import make_step
 from elder_jax.training.step import train_mask
+from elder_jax.training.validation import Validation
 
 
 def begin_training(model: Decoder, settings: TrainSettings, mode: Mode, free: Callable | None = None):
@@ -44,6 +45,7 @@ def train(
   teacher: Decoder | None = None,
   merged_dtype: str = 'float32',
   free: Callable | None = None,
+  validation: Validation | None = None,
 ) -> Decoder:
   """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
 
@@ -54,6 +56,7 @@ def train(
     teacher: the dense model; needed where settings.distill > 0.
     merged_dtype: of the matrices that take up LoRA's factors (lora.merged_dtype).
     free: called with the arrays of `model` that are not needed any more, as soon as they are not (memory.free).
+    validation: measures the model on held-out rows meanwhile; needed where settings.export is best.
 
   Returns:
     The model with its trained leaves in float32, or with LoRA its matrices in `merged_dtype`.
@@ -63,9 +66,15 @@ def train(
     state = checkpoint.latest(state)
   fixed = frozen, teacher if settings.distill else None
 
-  def terms(step):
-    return penalty_terms(model.num_layers, layers, settings, step)
+  weight_of = getattr(batches, 'weight_BT', lambda step: None)
 
-  state = run_steps(step_fn, state, fixed, settings.steps, batches, terms, log, checkpoint)
+  def terms(step):
+    weight_BT = weight_of(step)
+    weighted = {} if weight_BT is None else {'weight_BT': weight_BT}
+    return penalty_terms(model.num_layers, layers, settings, step) | weighted
+
+  state = run_steps(step_fn, state, fixed, settings.steps, batches, terms, log, checkpoint, validation)
+  if validation and settings.export == 'best':
+    state = validation.best(state)
   result = combine(state.trained, frozen)
   return lora.merge(result, merged_dtype, free) if settings.lora_rank else result

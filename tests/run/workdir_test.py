@@ -24,6 +24,7 @@ from elder_jax.run import job as job_module
 from elder_jax.run import pipeline
 from elder_jax.run import results
 from elder_jax.run import workdir
+from elder_jax.text import identity
 from elder_jax.training import trainer
 from elder_jax.training.loop import NonFiniteLoss
 
@@ -133,8 +134,8 @@ def test_a_resumed_run_refuses_another_model_and_tokenizer_under_the_old_name(se
 
 
 def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkeypatch):
-  monkeypatch.setattr(inputs, '_SAMPLE', 16)
-  monkeypatch.setattr(inputs, '_SAMPLES', 4)
+  monkeypatch.setattr(identity, '_SAMPLE', 16)
+  monkeypatch.setattr(identity, '_SAMPLES', 4)
   path = tmp_path / 'a'
   seen = set()
   content = bytes(range(200))
@@ -146,7 +147,7 @@ def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkey
     content[:70] + b'xxxxxx' + content[76:],
   ):
     path.write_bytes(changed)
-    seen.add(inputs.of_files([path]))
+    seen.add(identity.of_files([path]))
   assert len(seen) == 5
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from elder_jax.errors import InputError
 from elder_jax.text import data
-from elder_jax.training.batches import batch_at
+from elder_jax.training.batches import rows_at
 
 TEXT = '\n First line \n\n\nünïcode: 漢字 🙂 \u2028 \x0c end\r\nof Windows, \r of a Mac\n\n'
 DOCUMENTS = ['a first\nof two lines', '', ' ünïcode 漢字 🙂 ', 'the last\n']
@@ -25,10 +25,6 @@ def own_cache(tmp_path, monkeypatch):
 
 def bytes_tokenizer(text, add_special_tokens, verbose):
   return {'input_ids': ([1000] if add_special_tokens else []) + list(text.encode())}
-
-
-def corpus(length: int) -> data.Corpus:
-  return data.Corpus('text.txt', 'sha', np.arange(length, dtype=np.int32))
 
 
 def write(tmp_path, kind: str, column: str = 'text', documents=DOCUMENTS) -> str:
@@ -91,50 +87,21 @@ def test_tokenise_knows_which_text_it_was(tmp_path):
   assert joined.sha256 == hashlib.sha256('\n\n'.join(DOCUMENTS).encode()).hexdigest()
 
 
-def test_pack_takes_the_first_rows_or_draws_from_all():
-  text = corpus(107)
-  whole_NT = np.arange(105).reshape(21, 5)
-  np.testing.assert_array_equal(data.pack(text, '--x', 5, 4, None), whole_NT[:4])
-  np.testing.assert_array_equal(data.pack(text, '--x', 5, 21, None), whole_NT)
-  np.testing.assert_array_equal(data.pack(text, '--x', 5, 21, 7), whole_NT)
-  drawn = [data.pack(text, '--x', 5, 4, seed) for seed in (0, 0, 1, 2)]
-  np.testing.assert_array_equal(drawn[0], drawn[1])
-  assert len({rows.tobytes() for rows in drawn}) == 3
-  for rows_NT in drawn:
-    assert rows_NT.shape == (4, 5) and len(set(rows_NT[:, 0])) == 4
-    np.testing.assert_array_equal(rows_NT, whole_NT[rows_NT[:, 0] // 5])  # rows of the text, cut nowhere else
-  assert max(rows_NT.max() for rows_NT in drawn) > 50
-
-
-def test_a_first_token_stands_inside_each_row():
-  rows_NT = data.pack(corpus(107), '--x', 5, 26, None, 999)
-  assert (rows_NT[:, 0] == 999).all() and rows_NT.dtype == np.int32
-  np.testing.assert_array_equal(rows_NT[:, 1:], np.arange(104).reshape(26, 4))
-  with pytest.raises(InputError, match='seq_len=5 need 108'):
-    data.pack(corpus(107), '--train_data', 5, 27, None, 999)
-
-
-def test_pack_refuses_a_short_text():
-  with pytest.raises(InputError, match='train_data=text.txt.*107 tokens.*--num_sequences=22.*--seq_len=5.*110'):
-    data.pack(corpus(107), 'train_data', 5, 22, None)
-
-
 def test_batch_is_a_pure_function_that_visits_each_row_once_a_pass():
   rows_NT = np.arange(36).reshape(12, 3)
-  steps = [batch_at(rows_NT, 4, i, 5) for i in range(12)]
+  steps = [rows_NT[rows_at(12, 4, i, 5)] for i in range(12)]
   for i in (7, 2, 11, 0):  # in any order, at any time
-    np.testing.assert_array_equal(batch_at(rows_NT, 4, i, 5), steps[i])
+    np.testing.assert_array_equal(rows_NT[rows_at(12, 4, i, 5)], steps[i])
   passes = [np.concatenate(steps[i : i + 3]) for i in range(0, 12, 3)]
   for rows in passes:
     np.testing.assert_array_equal(rows[np.argsort(rows[:, 0])], rows_NT)
   assert len({rows.tobytes() for rows in passes}) == 4
-  assert any((batch_at(rows_NT, 4, i, 6) != steps[i]).any() for i in range(3))
+  assert any((rows_NT[rows_at(12, 4, i, 6)] != steps[i]).any() for i in range(3))
 
 
 def test_no_seed_keeps_the_order():
-  rows_NT = np.arange(36).reshape(12, 3)
   for i in range(6):
-    np.testing.assert_array_equal(batch_at(rows_NT, 4, i, None), rows_NT[4 * (i % 3) : 4 * (i % 3) + 4])
+    np.testing.assert_array_equal(rows_at(12, 4, i, None), np.arange(4 * (i % 3), 4 * (i % 3) + 4))
 
 
 def test_a_tokenizer_in_the_home_folder(tiny, monkeypatch):

@@ -116,7 +116,7 @@ def test_json_with_any_line_ends_and_what_looks_like_them(tmp_path):
   assert read(path) == 'a\u2028b\x85c\n\nd'
 
 
-@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.parquet', 'a.txt.gz', 'a'])
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.parquet', 'a.txt.zst', 'a'])
 @pytest.mark.parametrize(
   ('content', 'what'),
   [

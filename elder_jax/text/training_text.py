@@ -1,0 +1,121 @@
+"""The training text of a run: its sources opened and checked, the rows to train on and those held out."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from elder_jax.errors import InputError
+from elder_jax.errors import cache_folder
+from elder_jax.errors import user_path
+from elder_jax.text import chat
+from elder_jax.text import data
+from elder_jax.text import identity
+from elder_jax.text.blend import Part
+from elder_jax.text.blend import Rows
+from elder_jax.text.blend import Source
+from elder_jax.text.blend import Window
+from elder_jax.text.blend import parts_of
+from elder_jax.text.blend import shares
+from elder_jax.text.documents import Documents
+from elder_jax.text.encoder import Encoder
+from elder_jax.text.settings import DataSettings
+from elder_jax.text.token_store import TokenStore
+
+SMALL = (
+  64 * 2**20
+)  # bytes of files: up to here all of a source is tokenised at the start, and rows are drawn from it all
+_VERSION = 1  # of how text becomes tokens; another one makes them anew
+_LOOKED_AT = 1024  # rows that are read before the long work begins
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingText:
+  """rows: to train on; held_out: of --validate_every, or None; read: {source: what its content was known by}."""
+
+  rows: Rows
+  held_out: Rows | None
+  read: dict[str, str]
+
+
+def open_text(
+  settings: DataSettings,
+  tokenizer,
+  bos_first: bool,
+  vocab_size: int,
+  validates: bool = False,
+  shared: pathlib.Path | None = None,
+  setting: str = 'train_data',
+) -> TrainingText:
+  """The training text of these settings.
+
+  Args:
+    bos_first: of the model's family, see data.bos_rule.
+    vocab_size: of the model.
+    validates: sequences are held out.
+    shared: a folder for tokens that all processes see, in place of the user's own.
+    setting: what errors call the sources.
+
+  Raises:
+    InputError: a source cannot be read or is too short, or the tokenizer is not for it or for the model.
+  """
+  bos, first = data.bos_rule(settings.bos, bos_first, tokenizer)
+  window, cache = Window(settings.seq_len, first), _folder(settings, shared)
+  tokenizer_sha256 = identity.of_tokenizer(tokenizer)
+  sources, small, read = [], [], {}
+  for part in parts_of(settings.train_data, setting):
+    documents = Documents(setting, part.source, settings.text_column)
+    is_small = documents.size is not None and documents.size <= SMALL
+    if not is_small and settings.shuffle:
+      documents.in_order_of_hashes()
+    masked = _masked(part, documents, tokenizer, settings)
+    content = documents.revision or identity.of_files(documents.files)
+    options = [_VERSION, content, tokenizer_sha256, [f.name for f in documents.files], part.source.split(':')[1:]]
+    options += [settings.text_column, settings.documents, bos == 'tokenizer', settings.train_on]
+    key = hashlib.sha256(json.dumps(options).encode()).hexdigest()
+    encoder = Encoder(documents, tokenizer, settings.documents, bos == 'tokenizer', settings.train_on)
+    sources.append(Source(part, TokenStore(cache / key[:32], encoder, len(tokenizer)), window, masked))
+    small.append(is_small)
+    read[part.source] = content
+  return _blend(settings, sources, small, vocab_size, validates, read)
+
+
+def _folder(settings: DataSettings, shared: pathlib.Path | None) -> pathlib.Path:
+  if settings.token_cache:
+    return user_path(settings.token_cache)
+  return shared or cache_folder() / 'tokens'
+
+
+def _masked(part: Part, documents: Documents, tokenizer, settings: DataSettings) -> bool:
+  """Whether a source has tokens that do not count in the loss, by its first document."""
+  document = next((document for document, _ in documents.read()), None)
+  if document is None:
+    raise InputError(part.setting, part.source, 'is empty; give a file with text.')
+  if isinstance(document.content, str):
+    return False
+  chat.check(part.setting, part.source, tokenizer)
+  if settings.train_on == 'all':
+    return False
+  chat.encode(part.setting, part.source, tokenizer, document.content)
+  return True
+
+
+def _blend(settings, sources: list[Source], small: list[bool], vocab_size: int, validates: bool, read) -> TrainingText:
+  weights = [source.part.weight for source in sources]
+  needed = shares(weights, settings.sequences)
+  out = -(-settings.validation_sequences // settings.batch_size) * settings.batch_size  # in whole batches
+  held = shares(weights, out if validates else 0)
+  seed = settings.seed if settings.shuffle else None
+  alone = len(sources) == 1 and settings.train_tokens is None
+  for source, rows, out, is_small in zip(sources, needed, held, small):
+    source.draw(rows, out, seed, is_small)
+    must = out + (rows if alone and is_small else min(1, rows))  # other sources begin anew at their end
+    if source.num_rows(must) < must:
+      wanted = f'--num_sequences={rows}' if alone and not out else f'{must} sequences'
+      raise InputError(source.part.setting, source.part.given, source.too_short(wanted, must))
+  rows = Rows(sources, needed, vocab_size=vocab_size)
+  rows[np.arange(min(len(rows), _LOOKED_AT))]
+  held_out = Rows(sources, held, True, vocab_size) if validates else None
+  return TrainingText(rows, held_out, read)
