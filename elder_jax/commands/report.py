@@ -7,11 +7,17 @@ from elder_jax.commands.flags import Parsed
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
+from elder_jax.run import curve
+from elder_jax.run.plot import plot_curve
 from elder_jax.run.report import markdown
 
 
 def run(parsed: Parsed):
   reports = [_read(name) for name in parsed.operands]
+  for name, report in zip(parsed.operands, reports):
+    folder = user_path(name)
+    if folder.is_dir() and curve.curves_of(report):
+      plot_curve(report, folder / 'curve.svg')
   print('\n\n'.join(markdown(report).rstrip() for report in reports))
 
 
@@ -29,7 +35,7 @@ def _read(name: str) -> dict:
 
 COMMAND = Command(
   'report',
-  'Print the reports of finished runs.',
+  'Print the reports of finished runs; of those that measured held-out losses also draw the curve (curve.svg).',
   run,
   operand='RUN',
   operands=(1, 1000),

@@ -1,17 +1,27 @@
-"""The plot of a sweep over depth."""
+"""The plots of a report."""
 
 import math
 import os
 import pathlib
 
 from elder_jax.recipes import label_of
+from elder_jax.run import curve
 from elder_jax.run.tables import number
 
 
 def plot_sweep(report: dict, path: pathlib.Path):
   """Writes `figure_of` a sweep's report as an SVG."""
+  _write(figure_of(report), path)
+
+
+def plot_curve(report: dict, path: pathlib.Path):
+  """Writes curve.figure_of a report as an SVG."""
+  _write(curve.figure_of(report), path)
+
+
+def _write(drawing, path: pathlib.Path):
   temporary = path.with_name(f'{path.name}.partial')
-  figure_of(report).savefig(temporary, format='svg', metadata={'Date': None})
+  drawing.savefig(temporary, format='svg', metadata={'Date': None})
   os.replace(temporary, path)
 
 

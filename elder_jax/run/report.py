@@ -5,6 +5,7 @@ import math
 
 from elder_jax.recipes import RECIPES
 from elder_jax.recipes import label_of
+from elder_jax.run import curve
 from elder_jax.run.tables import figure
 from elder_jax.run.tables import markdown_table
 from elder_jax.run.tables import metric_figure
@@ -82,6 +83,7 @@ def markdown(report: dict) -> str:
     lines += [table(report), '']
   if report['ppl']:
     lines += _about_perplexity(report)
+  lines += [*curve.table(report), *curve.about_text(report)]
   for choice in report['choices']:
     lines += _about_choice(choice)
   if report['gates']:

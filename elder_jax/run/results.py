@@ -13,10 +13,12 @@ from elder_jax.log import log
 from elder_jax.log import write_whole
 from elder_jax.model import pruning
 from elder_jax.recipes.context import Choice
+from elder_jax.run import curve
 from elder_jax.run import lineage
 from elder_jax.run.card import model_card
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
+from elder_jax.run.plot import plot_curve
 from elder_jax.run.plot import plot_sweep
 from elder_jax.run.report import SCHEMA
 from elder_jax.run.report import markdown
@@ -71,6 +73,8 @@ def write_reports(job: Job, report: dict, folder: pathlib.Path):
   """report.md and, of several depths, the plot. One that cannot be made costs nothing but itself."""
   if len(job.num_removes) > 1 and job.windows:
     cosmetic('sweep.svg', lambda: plot_sweep(report, folder / 'sweep.svg'))
+  if curve.curves_of(report):
+    cosmetic('curve.svg', lambda: plot_curve(report, folder / 'curve.svg'))
   cosmetic('report.md', lambda: write_whole(folder / 'report.md', markdown(report)))
 
 
@@ -95,6 +99,8 @@ def rehearse(job: Job, stages: list):
     removed = list(range(stage.num_remove))
     if stage.makes_model:
       run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **figures})
+      if job.held_out is not None and job.config.trains(stage.recipe):
+        run.rows[-1]['held_out'] = [[0, 0, 3.0], [1, 1000, 2.0]]
     elif stage.method and not stage.recipe:
       run.choices[stage.method, stage.num_remove] = Choice(removed)
   report = make_report(run) | {'verify': {}, 'seconds': {}, 'peak_bytes': None}

@@ -36,8 +36,18 @@ from elder_jax.settings import name_of
 from elder_jax.training.settings import TrainSettings
 
 LOCK, FAILED = '.lock', 'failed.txt'
-FILES = ('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'sweep.svg', LOCK, FAILED)
-FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source')
+FILES = (
+  'config.json',
+  'inputs.json',
+  'metrics.jsonl',
+  'report.json',
+  'report.md',
+  'sweep.svg',
+  'curve.svg',
+  LOCK,
+  FAILED,
+)
+FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source', 'tokens')
 # What a run that was refused or killed early may have left in a folder that is not claimed yet.
 _EARLY = ('source', LOCK, '.writable', 'config.json.partial', 'inputs.json', 'inputs.json.partial')
 

@@ -285,8 +285,8 @@ def _pieces(opened: io.BufferedIOBase) -> Iterator[Document]:
   head = opened.read(_WHOLE)
   more = opened.read(1)
   if not more:
-    if head:
-      yield Document(_decoded(head)) if _decoded(head) else None
+    if text := _decoded(head):
+      yield Document(text)
     return
   piece = head + more + opened.readline(PIECE)
   first = True
