@@ -6,6 +6,7 @@ name of a config that comes with elder_jax, a flag file, or the config.json of a
 """
 
 import dataclasses
+import decimal
 import difflib
 import json
 import pathlib
@@ -159,6 +160,8 @@ def _scalar(kind: type, text: str):
   what = 'whole numbers' if kind is int else 'numbers'
   if kind is int and (match := re.fullmatch(r'(\d+\.?\d*)([kMB])', text, re.ASCII)):  # 20M
     text = str(round(float(match[1]) * {'k': 1e3, 'M': 1e6, 'B': 1e9}[match[2]]))
+  if kind is float and (match := re.fullmatch(r'(\d+\.?\d*)%', text, re.ASCII)):  # 10%
+    text = str(decimal.Decimal(match[1]) / 100)
   try:
     return kind(text if text.isascii() else 'x')
   except ValueError as e:  # also for thousands of digits

@@ -23,7 +23,16 @@ from elder_jax.settings import setting
 from elder_jax.text.settings import DataSettings
 from elder_jax.training.settings import TrainSettings
 
-HOW_MUCH = ('ratio', 'num_remove', 'remove_layers')  # of which a run has one
+# Of which a run has one.
+HOW_MUCH = (
+  'ratio',
+  'num_remove',
+  'remove_layers',
+  'target_params',
+  'target_gb',
+  'target_speedup',
+  'max_ppl_increase',
+)
 DEFAULT_RATIO = (0.25,)
 
 
@@ -45,7 +54,7 @@ class RemovalSettings(Settings):
     None,
     'Fraction of the layers to remove, rounded half up to a whole number of layers. Several, as in 0.25,0.1,0.4: a '
     'table and a plot of all; the first is exported. Unset: 0.25. Of --ratio, --num_remove and --remove_layers the one '
-    'given last counts.',
+    'given last counts, and of the targets below.',
     least=0,
     below=1,
   )
@@ -54,6 +63,29 @@ class RemovalSettings(Settings):
     None,
     'Layers to remove by 0-based number, e.g. 3,5 or 12-18, in place of --ratio and --method. Empty (--remove_layers=): '
     'none.',
+  )
+  target_params: int | None = setting(
+    None,
+    'Parameters that are to be left at most, as in 6B, in place of --ratio: as few layers go as that takes.',
+    least=1,
+  )
+  target_gb: float | None = setting(
+    None, 'GB (1e9 bytes) of weights that the export is to have at most, in place of --ratio.', above=0
+  )
+  target_speedup: float | None = setting(
+    None,
+    'How many times faster text is to be written, in place of --ratio; by the weights that are read for each token, '
+    'which `elder_jax speed` measures on a device.',
+    above=1,
+  )
+  max_ppl_increase: float | None = setting(
+    None,
+    'Most that the perplexity on held-out sequences of the training text may rise before any training, as in 10%, in '
+    'place of --ratio: as many layers go as that allows, which is searched for.',
+    above=0,
+  )
+  rounds: int = setting(
+    1, 'Rounds of removing and training; each chooses its layers on what the one before has left.', least=1
   )
   method: tuple[str, ...] = setting(
     ('auto',),

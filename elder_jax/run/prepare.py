@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from elder_jax import methods
 from elder_jax.devices import hosts
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
@@ -29,6 +28,7 @@ from elder_jax.run import workdir
 from elder_jax.run.checks import check_export
 from elder_jax.run.checks import checks_in_torch
 from elder_jax.run.config import Config
+from elder_jax.run.how_much import count_removed
 from elder_jax.run.job import Job
 from elder_jax.run.stages import stages
 from elder_jax.text import data
@@ -58,7 +58,7 @@ def prepare(config: Config) -> Job:
 
     tokenizer_folder = hosts.leader_first(find)
   model_folder.small_files(source.files, tokenizer_folder)  # what the export needs can be read
-  num_removes = count_removed(config, source.num_layers)
+  num_removes = count_removed(config, source.spec, source.num_layers, source.dtype)
   _check_nothing_removed(config, num_removes)
   check_export(config, source, num_removes[0])
   check_recipes(config, source.spec, num_removes)
@@ -100,27 +100,6 @@ def prepare(config: Config) -> Job:
     tokenizer_folder=tokenizer_folder,
     teacher=teacher,
   )
-
-
-def count_removed(config: Config, num_layers: int) -> list[int]:
-  """How many layers go, of the exported model first. Raises InputError for what the model or a method has not."""
-  removal = config.removal
-  given = removal.remove_layers
-  if given is not None:
-    if wrong := next((l for l in given if not 0 <= l < num_layers), None):
-      raise InputError(
-        'remove_layers', given, f'{wrong} is not a layer of this model, which has 0 to {num_layers - 1}.'
-      )
-    if len(given) == num_layers:
-      raise InputError('remove_layers', given, 'names every layer of the model; leave one.')
-  counts = config.counts(num_layers)
-  for n in counts:
-    if n >= num_layers:
-      name = 'num_remove' if removal.num_remove is not None else 'ratio'
-      raise InputError(name, getattr(removal, name), f'{n} layers are to be removed of {num_layers}; leave one.')
-    for method in config.methods() if n else []:
-      methods.check(method, config, num_layers, n)
-  return counts
 
 
 def check_recipes(config: Config, spec: Spec, num_removes: list[int]):

@@ -61,6 +61,11 @@ class DataSettings(Settings):
     "Seed of the choice and order of the sequences and of LoRA's first factors; nothing else in a run is random.",
     least=0,
   )
+  seeds: tuple[int, ...] = setting(
+    (),
+    'Several seeds, as in 0,1,2: a run of each, and a table of means and deviations; the first is exported.',
+    least=0,
+  )
   token_cache: str = setting(
     '',
     'Folder where the tokens of training texts are kept, for this run and later ones. Unset: ~/.cache/elder_jax/tokens; '

@@ -23,6 +23,7 @@ from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.model.spec import Spec
 from elder_jax.run.config import Config
+from elder_jax.run.how_much import count_removed
 from elder_jax.run.job import Job
 from elder_jax.run.plan.advice import advice
 from elder_jax.run.plan.compile import Needs
@@ -34,7 +35,6 @@ from elder_jax.run.plan.table import gib
 from elder_jax.run.plan.table import plan_table
 from elder_jax.run.prepare import check_recipes
 from elder_jax.run.prepare import check_sizes
-from elder_jax.run.prepare import count_removed
 from elder_jax.run.stages import Stage
 from elder_jax.run.stages import stages as list_stages
 
@@ -90,7 +90,7 @@ def plan(config: Config) -> int:
   if config.computation.topology:
     jax.config.update('jax_platforms', 'cpu')  # the TPUs are only compiled for
   spec, num_layers, dtype = _architecture(config)
-  num_removes = count_removed(config, num_layers)
+  num_removes = count_removed(config, spec, num_layers, dtype)
   check_recipes(config, spec, num_removes)
   name = config.computation.topology
   mesh = sharding.make_mesh(config.computation.mesh, topology(name) if name else None)

@@ -1,0 +1,86 @@
+"""How many layers go: by a ratio, a number, a list, or a target that the pruned model shall meet."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from elder_jax import methods
+from elder_jax.errors import InputError
+from elder_jax.errors import as_text
+from elder_jax.hf.table import abstract_decoder
+from elder_jax.log import log
+from elder_jax.model import pruning
+from elder_jax.model.spec import Spec
+from elder_jax.run.config import Config
+
+
+def count_removed(
+  config: Config, spec: Spec, num_layers: int, dtype: str, say: Callable[[str], None] = log
+) -> list[int]:
+  """How many layers go, of the exported model first.
+
+  Args:
+    dtype: of the model's weights.
+
+  Raises:
+    InputError: for what the model or a method has not.
+  """
+  removal = config.removal
+  given = removal.remove_layers
+  if given is not None:
+    if wrong := next((l for l in given if not 0 <= l < num_layers), None):
+      raise InputError(
+        'remove_layers', given, f'{wrong} is not a layer of this model, which has 0 to {num_layers - 1}.'
+      )
+    if len(given) == num_layers:
+      raise InputError('remove_layers', given, 'names every layer of the model; leave one.')
+  target = next((name for name in TARGETS if getattr(removal, name) is not None), None)
+  if target:
+    counts = [_for_target(target, getattr(removal, target), config, spec, num_layers, dtype, say)]
+  else:
+    counts = config.counts(num_layers)
+  for n in counts:
+    if n >= num_layers:
+      name = 'num_remove' if removal.num_remove is not None else 'ratio'
+      raise InputError(name, getattr(removal, name), f'{n} layers are to be removed of {num_layers}; leave one.')
+    for method in config.methods() if n else []:
+      methods.check(method, config, num_layers, n)
+  return counts
+
+
+def _params(spec: Spec, num_layers: int, dtype: str) -> float:
+  del dtype
+  return pruning.num_params(abstract_decoder(spec.with_layers(list(range(num_layers))), num_layers))
+
+
+def _gigabytes(spec: Spec, num_layers: int, dtype: str) -> float:
+  return _params(spec, num_layers, dtype) * jnp.dtype(dtype).itemsize / 1e9
+
+
+def _read_for_a_token(spec: Spec, num_layers: int, dtype: str) -> float:
+  """Weights that writing a token reads: all but an embedding table that is not the head as well."""
+  return _params(spec, num_layers, dtype) - (0 if spec.tied else spec.vocab_size * spec.d_model)
+
+
+# Setting -> (what is measured of a model, what must hold of the dense model's and the pruned one's and the target).
+TARGETS = {
+  'target_params': (_params, lambda dense, pruned, target: pruned <= target, 'parameters'),
+  'target_gb': (_gigabytes, lambda dense, pruned, target: pruned <= target, 'GB of weights'),
+  'target_speedup': (
+    _read_for_a_token,
+    lambda dense, pruned, target: dense / pruned >= target,
+    'weights to read for a token',
+  ),
+}
+
+
+def _for_target(name: str, target: float, config: Config, spec: Spec, num_layers: int, dtype: str, say) -> int:
+  """The least number of layers with which the target is met."""
+  measure, met, what = TARGETS[name]
+  dtype = config.output.export_dtype or dtype
+  dense = measure(spec, num_layers, dtype)
+  for n in range(num_layers):
+    if met(dense, pruned := measure(spec, num_layers - n, dtype), target):
+      say(f'--{name}={as_text(target)}: {n} of {num_layers} layers go, {dense:.4g} {what} become {pruned:.4g}')
+      return n
+  raise InputError(name, target, f'one layer alone has {pruned:.4g} {what}, the whole model {dense:.4g}; ask for less.')
