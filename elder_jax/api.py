@@ -205,7 +205,8 @@ def train(
   settings = dataclasses.replace(settings, steps=steps, distill=distill)
   saved = Checkpoints(user_path(checkpoints), 100, steps) if checkpoints else None
   mode = dataclasses.replace(model.mode, penalty=settings.penalty, penalty_scale=settings.penalty_scale)
-  progress, record = log.progress('training'), log.steps('train')
+  tokens = batches.batch_size * batches.rows_NT.shape[1]
+  progress, record = log.progress('training', tokens=tokens), log.steps('train', tokens)
 
   def told(step: int, metrics: dict):
     record(step, metrics)
@@ -321,9 +322,9 @@ def run(config: Config) -> dict:
 
 
 def _context(model: Model, batches: Batches, log: Log, **settings) -> Context:
-  rows, batch_size = len(batches.rows_NT), batches.batch_size
+  (rows, seq_len), batch_size = batches.rows_NT.shape, batches.batch_size
   num_sequences = rows // batch_size * batch_size
-  config = Config.of(num_sequences=num_sequences, batch_size=batch_size, **settings)
+  config = Config.of(num_sequences=num_sequences, batch_size=batch_size, seq_len=seq_len, **settings)
   return Context(model.decoder, batches, config, model.mode, log)
 
 

@@ -188,7 +188,7 @@ def _train(job: Job, stage, recipe: Recipe, start: Decoder, choice: Choice, teac
   config = job.config
   settings, name = config.train_settings(), stage.name
   tokens = config.data.batch_size * config.data.seq_len
-  progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name)
+  progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name, tokens)
 
   def told(step: int, metrics: dict):
     record(step, metrics)
