@@ -29,9 +29,9 @@ from elder_jax.run.config import ComputeSettings
 from elder_jax.run.config import Config
 from elder_jax.run.config import DataSettings
 from elder_jax.run.config import EvalSettings
-from elder_jax.run.config import OutputSettings
 from elder_jax.run.config import PathSettings
 from elder_jax.run.config import RemovalSettings
+from elder_jax.run.output_settings import OutputSettings
 from elder_jax.run.report import markdown
 from elder_jax.training.loop import NonFiniteLoss
 from elder_jax.training.settings import TrainSettings
@@ -44,7 +44,7 @@ GROUPS = {
   'Method elder': GateSettings,
   'Evaluation': EvalSettings,
   'Devices, memory, checkpoints': ComputeSettings,
-  'Export': OutputSettings,
+  'Export and tracking': OutputSettings,
   'Several processes': hosts.Launch,
 }
 

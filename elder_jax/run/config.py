@@ -15,6 +15,7 @@ from elder_jax.methods.elder import GateSettings
 from elder_jax.model.spec import Mode
 from elder_jax.recipes import RECIPES
 from elder_jax.recipes import find_recipe
+from elder_jax.run.output_settings import OutputSettings
 from elder_jax.settings import Settings
 from elder_jax.settings import default_of
 from elder_jax.settings import fields
@@ -189,22 +190,6 @@ class ComputeSettings(Settings):
     super().__post_init__()
     if self.topology and not self.plan:
       raise InputError('topology', self.topology, 'is only compiled for; add --plan.')
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputSettings(Settings):
-  """The exported folder."""
-
-  export_dtype: str = setting(
-    '', "Type of the exported weights; unset: the model's own.", choices=('', 'float32', 'bfloat16', 'float16')
-  )
-  shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0)
-  verify: str = setting(
-    'auto',
-    'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are installed; '
-    'jax: JAX only; torch: both, an error if they are missing.',
-    choices=('auto', 'jax', 'torch'),
-  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from elder_jax.model.decoder import Decoder
 from elder_jax.model.spec import Spec
 from elder_jax.recipes import find_recipe
 from elder_jax.run import inputs
+from elder_jax.run import tracking
 from elder_jax.run import workdir
 from elder_jax.run.checks import check_export
 from elder_jax.run.checks import checks_in_torch
@@ -47,6 +48,7 @@ def prepare(config: Config) -> Job:
     raise InputError('workdir', '', 'is missing; give a folder for the results.')
   hosts.leader_first(lambda: (workdir.make(config), workdir.claim_workdir(config)) if hosts.is_leader() else None)
   hosts.check_shared(work, 'workdir')
+  hosts.leader_first(lambda: tracking.check(config.output.track) if hosts.is_leader() else None)
   source = hosts.leader_first(lambda: open_source(config.paths.model, work / 'source'))
   tokenizer_folder = None
   if config.paths.tokenizer:

@@ -36,7 +36,7 @@ _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     _trains,
   ),
   ('teacher', 'nothing distils', lambda c: _trains(c) and c.training.distill > 0),
-  ('grad_clip grad_accum', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
+  ('grad_clip grad_accum track', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
   ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.evaluation.eval_data)),
   (
     'eval_batch_size',
