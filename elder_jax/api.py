@@ -249,7 +249,11 @@ def perplexity(
 def zero_shot(
   model: Model, tasks: Sequence[str], *, tasks_dir: str = '', limit: int = 0, batch_size: int = 16
 ) -> dict[str, dict[str, float | None]]:
-  """{task: figures} of tasks of lm-evaluation-harness (pip install 'elder_jax[eval]'). Raises InputError."""
+  """{task: figures} of tasks of lm-evaluation-harness (pip install 'elder_jax[eval]'). Raises InputError.
+
+  Args:
+    tasks: names; quick stands for six (zero_shot.SETS).
+  """
   loaded = zero_shot_lib.load_tasks(list(tasks), tasks_dir)
   with jax.set_mesh(model.mesh):
     return zero_shot_lib.run(

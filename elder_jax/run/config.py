@@ -138,7 +138,11 @@ class EvalSettings(Settings):
   eval_seq_len: int = setting(2048, 'Window of the perplexity, in tokens; windows do not overlap.', least=2)
   eval_tokens: int = setting(0, 'Tokens of each evaluation text that are used, from its start; 0: all.', least=0)
   eval_batch_size: int = setting(4, 'Windows per evaluation step.', least=1)
-  tasks: tuple[str, ...] = setting((), 'Tasks of lm-evaluation-harness, as in piqa,arc_easy.')
+  tasks: tuple[str, ...] = setting(
+    (),
+    'Tasks of lm-evaluation-harness, as in piqa,arc_easy. quick: lambada_openai, piqa, arc_easy, hellaswag, winogrande, '
+    'and gsm8k by generation; all of their questions take hours on a small device, see --task_limit.',
+  )
   tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
   task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)
 

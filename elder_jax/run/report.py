@@ -6,20 +6,20 @@ import math
 from elder_jax.recipes import RECIPES
 from elder_jax.recipes import label_of
 from elder_jax.run.tables import figure
+from elder_jax.run.tables import main_metric
 from elder_jax.run.tables import markdown_table
 from elder_jax.run.tables import metric_figure
 from elder_jax.run.tables import metric_head
 from elder_jax.run.tables import millions
 from elder_jax.run.tables import number
-from elder_jax.run.tables import task_metrics
 
 SCHEMA = 2
 
 
 def table(report: dict) -> str:
-  """Markdown: a row per model, perplexity on each corpus and accuracy in each task, or else the task's first metric."""
+  """Markdown: a row per model, perplexity on each corpus and the main metric of each task."""
   corpora, dense = list(report['ppl']), report['tasks']['dense']
-  tasks = {t: 'acc' if 'acc' in names else names[0] for t, v in dense.items() if (names := task_metrics(v))}
+  tasks = {task: metric for task, values in dense.items() if (metric := main_metric(values))}
   methods = len({row['method'] for row in report['rows']}) > 1
   head = ['model', *(['layers chosen by'] if methods else []), 'layers', *(f'PPL {c}' for c in corpora)]
   head += [f'{t}, %' if metric == 'acc' else f'{t} {metric_head(metric)}' for t, metric in tasks.items()]

@@ -20,6 +20,7 @@ from elder_jax.run.job import Run
 from elder_jax.run.plot import plot_sweep
 from elder_jax.run.report import SCHEMA
 from elder_jax.run.report import markdown
+from elder_jax.text import zero_shot
 
 
 def make_report(run: Run) -> dict:
@@ -77,7 +78,10 @@ def rehearse(job: Job, stages: list):
   """Makes the report and all that is made of it with made-up figures: what fails here would fail after all the work."""
   if not hosts.is_leader():
     return
-  figures = {'ppl': dict.fromkeys(job.windows, 10.0), 'tasks': {t: {'acc': 0.5} for t in job.config.evaluation.tasks}}
+  figures = {
+    'ppl': dict.fromkeys(job.windows, 10.0),
+    'tasks': {task: {'acc': 0.5} for task in zero_shot.expand(job.config.evaluation.tasks)},
+  }
   run = Run(job, lambda: '')
   run.figures['dense'] = figures
   for stage in stages:

@@ -83,6 +83,8 @@ class TensorBoard:
     from tensorboardX import summary
 
     self._folder, self._files = work / 'tensorboard', {}
+    for old in self._folder.glob('events.*'):  # the settings of an earlier attempt; TensorBoard forgets no texts
+      old.unlink()
     self.begin('', 0)
     rows = '\n'.join(f'| {name} | {json.dumps(value)} |' for name, value in config.items())
     self._add('', 0, summary=summary.text('config', f'| setting | value |\n|---|---|\n{rows}'))
