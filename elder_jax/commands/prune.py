@@ -28,11 +28,11 @@ from elder_jax.run.config import PLACES
 from elder_jax.run.config import ComputeSettings
 from elder_jax.run.config import Config
 from elder_jax.run.config import DataSettings
-from elder_jax.run.config import EvalSettings
 from elder_jax.run.config import PathSettings
 from elder_jax.run.config import RemovalSettings
-from elder_jax.run.output_settings import OutputSettings
 from elder_jax.run.report import markdown
+from elder_jax.run.result_settings import EvalSettings
+from elder_jax.run.result_settings import OutputSettings
 from elder_jax.training.loop import NonFiniteLoss
 from elder_jax.training.settings import TrainSettings
 

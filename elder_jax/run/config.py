@@ -15,7 +15,8 @@ from elder_jax.methods.elder import GateSettings
 from elder_jax.model.spec import Mode
 from elder_jax.recipes import RECIPES
 from elder_jax.recipes import find_recipe
-from elder_jax.run.output_settings import OutputSettings
+from elder_jax.run.result_settings import EvalSettings
+from elder_jax.run.result_settings import OutputSettings
 from elder_jax.settings import Settings
 from elder_jax.settings import default_of
 from elder_jax.settings import fields
@@ -125,32 +126,6 @@ class DataSettings(Settings):
     "Seed of the choice and order of the sequences and of LoRA's first factors; nothing else in a run is random.",
     least=0,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSettings(Settings):
-  """What all models of a run are measured on."""
-
-  eval_data: dict[str, str] = setting(
-    {},
-    'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
-  )
-  eval_seq_len: int = setting(2048, 'Window of the perplexity, in tokens; windows do not overlap.', least=2)
-  eval_tokens: int = setting(0, 'Tokens of each evaluation text that are used, from its start; 0: all.', least=0)
-  eval_batch_size: int = setting(4, 'Windows per evaluation step.', least=1)
-  tasks: tuple[str, ...] = setting(
-    (),
-    'Tasks of lm-evaluation-harness, as in piqa,arc_easy. quick: lambada_openai, piqa, arc_easy, hellaswag, winogrande, '
-    'and gsm8k by generation; all of their questions take hours on a small device, see --task_limit.',
-  )
-  tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
-  task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name, source in self.eval_data.items():
-      if not (name and source) or '/' in name:
-        raise InputError('eval_data', f'{name}={source}', 'must be name=source, as in --eval_data=news=news.txt.')
 
 
 @dataclasses.dataclass(frozen=True)

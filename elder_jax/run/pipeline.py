@@ -37,6 +37,7 @@ def run(config: Config) -> dict:
     if report := workdir.finished(config):
       log(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
       return report
+    tracking.check(config.output.track)
     job = prepare(config)
     track = tracking.tracked(job.log, config.output.track, config.path(), config.to_json())
     with track, workdir.noting_failure(config), jax.set_mesh(job.mesh):

@@ -19,19 +19,20 @@ from elder_jax.hf.source import Source
 from elder_jax.hf.source import open_source
 from elder_jax.hf.table import abstract_decoder
 from elder_jax.log import RunLog
+from elder_jax.log import log
 from elder_jax.model import lora
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.spec import Spec
 from elder_jax.recipes import find_recipe
 from elder_jax.run import inputs
-from elder_jax.run import tracking
 from elder_jax.run import workdir
 from elder_jax.run.checks import check_export
 from elder_jax.run.checks import checks_in_torch
 from elder_jax.run.config import Config
 from elder_jax.run.job import Job
 from elder_jax.run.stages import stages
+from elder_jax.text import answers
 from elder_jax.text import data
 from elder_jax.text import perplexity
 from elder_jax.text import zero_shot
@@ -48,7 +49,6 @@ def prepare(config: Config) -> Job:
     raise InputError('workdir', '', 'is missing; give a folder for the results.')
   hosts.leader_first(lambda: (workdir.make(config), workdir.claim_workdir(config)) if hosts.is_leader() else None)
   hosts.check_shared(work, 'workdir')
-  hosts.leader_first(lambda: tracking.check(config.output.track) if hosts.is_leader() else None)
   source = hosts.leader_first(lambda: open_source(config.paths.model, work / 'source'))
   tokenizer_folder = None
   if config.paths.tokenizer:
@@ -72,8 +72,7 @@ def prepare(config: Config) -> Job:
   texts = _Texts(config, source, tokenizer_folder)
   if any(stage.trains_on_text for stage in stages(config, num_removes)):
     texts.read_train_data(mesh)
-  texts.read_eval_data()
-  texts.load_tasks()
+  texts.read_what_is_measured()
 
   def claim():
     if hosts.is_leader():
@@ -90,6 +89,7 @@ def prepare(config: Config) -> Job:
     windows=texts.windows,
     tokenizer=texts.tokenizer,
     tasks=texts.tasks,
+    prompts=texts.prompts,
     mesh=mesh,
     shardings=shardings,
     mode=config.mode(),
@@ -199,6 +199,7 @@ class _Texts:
   batches: Batches | None = None
   windows: dict[str, perplexity.Windows] = dataclasses.field(default_factory=dict)
   tasks: Any = None
+  prompts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
   read: dict[str, str] = dataclasses.field(default_factory=dict)
   tokenizer: Any = None
 
@@ -222,6 +223,11 @@ class _Texts:
     self._check_tokens(rows_NT, 'train_data', settings.train_data)
     self.batches = Batches(rows_NT, settings.batch_size, seed, mesh)
 
+  def read_what_is_measured(self):
+    self.read_eval_data()
+    self.load_tasks()
+    self.read_prompts()
+
   def read_eval_data(self):
     settings = self.config.evaluation
     for name, text in settings.eval_data.items():
@@ -242,6 +248,25 @@ class _Texts:
       self.tasks = zero_shot.load_tasks(list(settings.tasks), settings.tasks_dir)
       name = inputs.named('tasks_dir', settings.tasks_dir or ','.join(settings.tasks))
       self.read[name] = inputs.of_tasks(self.tasks, settings.tasks_dir)
+
+  def read_prompts(self):
+    """Of those that come with elder_jax a model need not be able to answer any."""
+    settings, source = self.config.evaluation, self.source
+    if not settings.asks_prompts:
+      return
+    if self.tokenizer is None:
+      log('no answers to --prompts: this run reads no text, and so loads no model')
+      return
+    texts = answers.read_prompts(settings.prompts)
+    rows = answers.encode(texts, self.tokenizer, self._bos()[1])
+    if why := answers.why_not(rows, settings.answer_tokens, source.spec.vocab_size, source.context_length):
+      if settings.prompts:
+        raise InputError('prompts', settings.prompts, f'{why}; give others, or fewer --answer_tokens.')
+      log(f'no answers to prompts: {why}')
+      return
+    self.prompts = dict(zip(texts, rows))
+    if settings.prompts:
+      self.read[inputs.named('prompts', settings.prompts)] = inputs.of_files([user_path(settings.prompts)])
 
   def _bos(self) -> tuple[str, int | None]:
     return data.bos_rule(self.config.data.bos, getattr(self.source.family, 'BOS_FIRST', False), self.tokenizer)

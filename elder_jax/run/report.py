@@ -82,6 +82,7 @@ def markdown(report: dict) -> str:
     lines += [table(report), '']
   if report['ppl']:
     lines += _about_perplexity(report)
+  lines += answers_section(report)
   for choice in report['choices']:
     lines += _about_choice(choice)
   if report['gates']:
@@ -108,6 +109,31 @@ def _about_perplexity(report: dict) -> list[str]:
       f'{about["window"]} tokens, BOS: {about["bos"]}.'
     )
   return [*lines, f'- Protocol: {next(iter(report["corpora"].values()))["protocol"]}.', '']
+
+
+def answers_section(report: dict, most: int = 10) -> list[str]:
+  """Lines of Markdown: what both models wrote after the same prompts, of the first `most`; earlier reports have none."""
+  given = report.get('answers') or []
+  if not given:
+    return []
+
+  def line(text: str | None) -> str:
+    if text is None:
+      return '—'
+    text = text.strip().replace('\n', '↵')
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # a broken model writes anything
+
+  lines = ['## Answers', '', 'The most probable continuation of each prompt. ↵ is a new line.', '', '```text']
+  for answer in given[:most]:
+    lines += [
+      f'> {line(answer["prompt"])}',
+      f'dense:  {line(answer["dense"])}',
+      f'pruned: {line(answer["pruned"])}',
+      '',
+    ]
+  lines[-1] = '```'
+  more = [f'{len(given) - most} more are in report.json.', ''] if len(given) > most else []
+  return [*lines, '', *more]
 
 
 def _about_choice(choice: dict) -> list[str]:

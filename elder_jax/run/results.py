@@ -21,6 +21,7 @@ from elder_jax.run.plot import plot_sweep
 from elder_jax.run.report import SCHEMA
 from elder_jax.run.report import markdown
 from elder_jax.text import zero_shot
+from elder_jax.text.answers import pairs
 
 
 def make_report(run: Run) -> dict:
@@ -43,6 +44,7 @@ def make_report(run: Run) -> dict:
     'ppl': {c: {'dense': dense['ppl'][c], 'pruned': run.rows[-1]['ppl'][c]} for c in job.windows},
     'tasks': {'dense': dense['tasks'], 'pruned': run.rows[-1]['tasks']},
     'rows': run.rows,
+    'answers': pairs(list(job.prompts), run.answers.get('dense'), run.answers.get('pruned')),
     'corpora': {c: w.about for c, w in job.windows.items()},
     'params': {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)},
     'lineage': [*lineage.of_source(job.source), lineage.step_of(config, num_layers, sorted(removed))],
@@ -84,6 +86,7 @@ def rehearse(job: Job, stages: list):
   }
   run = Run(job, lambda: '')
   run.figures['dense'] = figures
+  run.answers = dict.fromkeys(('dense', 'pruned'), list(job.prompts))
   for stage in stages:
     removed = list(range(stage.num_remove))
     if stage.makes_model:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Generator
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -80,8 +81,9 @@ class TensorBoard:
 
   def __init__(self, work: pathlib.Path, config: dict, state: State):
     del state
-    from tensorboardX import summary
-
+    summary = importlib.import_module('tensorboardX.summary')
+    self._protos = {name: importlib.import_module(f'tensorboardX.proto.{name}_pb2') for name in ('event', 'summary')}
+    self._open_file = importlib.import_module('tensorboardX.event_file_writer').EventsWriter
     self._folder, self._files = work / 'tensorboard', {}
     for old in self._folder.glob('events.*'):  # the settings of an earlier attempt; TensorBoard forgets no texts
       old.unlink()
@@ -91,29 +93,24 @@ class TensorBoard:
 
   def begin(self, stage: str, step: int):
     """Tells TensorBoard to forget what an earlier attempt wrote from this step on."""
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import SessionLog
-
     folder = self._folder / stage
     folder.mkdir(parents=True, exist_ok=True)
     # The name has whole seconds, and an existing file would be overwritten.
-    self._files[stage] = EventsWriter(str(folder / 'events'), f'.{time.time_ns()}')
-    self._add(stage, step, session_log=SessionLog(status=SessionLog.START))
+    self._files[stage] = self._open_file(str(folder / 'events'), f'.{time.time_ns()}')
+    session = self._protos['event'].SessionLog
+    self._add(stage, step, session_log=session(status=session.START))
 
   def write(self, stage: str, step: int, scalars: dict[str, float]):
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-    self._add(stage, step, summary=Summary(value=values))
+    summary = self._protos['summary'].Summary
+    values = [summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+    self._add(stage, step, summary=summary(value=values))
 
   def close(self, failed: bool):
     for file in self._files.values():
       file.close()
 
   def _add(self, stage: str, step: int, **what):
-    from tensorboardX.proto.event_pb2 import Event
-
-    self._files[stage].write_event(Event(wall_time=time.time(), step=step, **what))
+    self._files[stage].write_event(self._protos['event'].Event(wall_time=time.time(), step=step, **what))
     self._files[stage].flush()
 
 
@@ -121,7 +118,7 @@ class Wandb:
   """A run of Weights & Biases with `STAGE/metric` over `STAGE/step`, its files in workdir/wandb."""
 
   def __init__(self, work: pathlib.Path, config: dict, state: State):
-    import wandb
+    wandb = importlib.import_module('wandb')
 
     self._state = state
     self._run = wandb.init(
@@ -150,7 +147,7 @@ class Trackio:
 
   def __init__(self, work: pathlib.Path, config: dict, state: State):
     os.environ.setdefault('TRACKIO_DIR', str((work / 'trackio').resolve()))  # read when it is imported
-    import trackio
+    trackio = importlib.import_module('trackio')
 
     self._state = state
     name = f'{work.resolve().name}-{state.id}'
@@ -186,11 +183,15 @@ TRACKERS = {
 
 
 def check(names: tuple[str, ...]):
-  """Raises InputError for a tracker whose package is not installed."""
-  for name in names:
-    if importlib.util.find_spec(TRACKERS[name].package) is None:
-      extra = TRACKERS[name].extra
-      raise InputError('track', name, f"the package is missing; install it with pip install 'elder_jax[{extra}]'.")
+  """Raises InputError, in all processes, for a tracker whose package process 0 has not."""
+
+  def find():
+    for name in names if hosts.is_leader() else ():
+      if importlib.util.find_spec(TRACKERS[name].package) is None:
+        extra = TRACKERS[name].extra
+        raise InputError('track', name, f"the package is missing; install it with pip install 'elder_jax[{extra}]'.")
+
+  hosts.leader_first(find)
 
 
 class Trackers:

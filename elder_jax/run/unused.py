@@ -43,6 +43,7 @@ _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     '--eval_data and --tasks are empty',
     lambda c: bool(c.evaluation.eval_data or c.evaluation.tasks),
   ),
+  ('answer_tokens', 'no prompts are answered', lambda c: c.evaluation.asks_prompts),
   ('tasks_dir task_limit', '--tasks is empty', lambda c: bool(c.evaluation.tasks)),
 )
 

@@ -21,6 +21,7 @@ from elder_jax.run import exporting
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
 from elder_jax.run.job import load
+from elder_jax.text import answers
 from elder_jax.text import perplexity
 from elder_jax.text import zero_shot
 from elder_jax.text.generation import eos_ids
@@ -55,22 +56,28 @@ def check_source(run: Run, stage) -> dict:
 
 
 def measure_dense(run: Run, stage) -> dict:
-  return measure(run.job, run.dense.get(), stage.name, fatal=True)
+  model = run.dense.get()
+  return measure(run.job, model, stage.name, fatal=True) | _answers(run.job, model, stage.name)
 
 
 def take_dense(run: Run, stage, result: dict):
   run.figures[stage.name] = result
+  run.answers['dense'] = result.get('answers')  # earlier versions asked nothing
 
 
 def take_row(run: Run, stage, result: dict):
   removed = sorted(run.choices[stage.method, stage.num_remove].removed)
-  run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **result})
+  figures = {name: result[name] for name in ('ppl', 'tasks')}
+  run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **figures})
+  if stage.exported:
+    run.answers['pruned'] = result.get('answers')
   if not stage.exported:
     _checkpoints(run.job, stage.name, 0).clear()
 
 
 def measure_row(run: Run, stage) -> dict:
-  return measure(run.job, run.pruned, stage.name)
+  found = measure(run.job, run.pruned, stage.name)
+  return found | (_answers(run.job, run.pruned, stage.name) if stage.exported else {})
 
 
 def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> dict:
@@ -100,6 +107,19 @@ def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> 
         raise
       log(f'{name} has no figures of tasks: {e.for_command()}')
   return figures
+
+
+def _answers(job: Job, model: Decoder | None, name: str) -> dict:
+  """{'answers': a text for each of job.prompts}; empty where nothing is asked, or the model cannot answer."""
+  if not job.prompts:
+    return {}
+  log(f'answers of {name} to {len(job.prompts)} prompts')
+  rows, length = list(job.prompts.values()), job.config.evaluation.answer_tokens
+  try:
+    return {'answers': answers.answer(model, job.tokenizer, rows, length, eos_ids(job.source), job.mode, _put(job))}
+  except InputError as e:  # the answers are for people, no figure depends on them
+    log(f'{name} has no answers: {e.for_command()}')
+    return {}
 
 
 def _perplexities(job: Job, model: Decoder | None, name: str) -> dict[str, float]:

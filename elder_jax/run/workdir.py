@@ -30,9 +30,9 @@ from elder_jax.run import tracking
 from elder_jax.run.config import DEFAULT_RATIO
 from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import Config
-from elder_jax.run.config import EvalSettings
 from elder_jax.run.config import defaults
 from elder_jax.run.config import settings_of_json
+from elder_jax.run.result_settings import EvalSettings
 from elder_jax.settings import fields
 from elder_jax.settings import name_of
 from elder_jax.training.settings import TrainSettings
