@@ -23,7 +23,7 @@ class EvalSettings(Settings):
   tasks: tuple[str, ...] = setting(
     (),
     'Tasks of lm-evaluation-harness, as in piqa,arc_easy. quick: lambada_openai, piqa, arc_easy, hellaswag, winogrande, '
-    'and gsm8k by generation; all of their questions take hours on a small device, see --task_limit.',
+    'and gsm8k by generation; these have thousands of questions, see --task_limit.',
   )
   tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
   task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)

@@ -29,7 +29,7 @@ from elder_jax.model.spec import Mode
 
 TASKS = ('piqa', 'winogrande', 'hellaswag', 'arc_easy', 'arc_challenge')
 # Names that stand for several tasks. quick: cloze, physical and commonsense reasoning, science, and arithmetic by
-# generation, which pruning damages first and which no choice among given answers shows.
+# generation, which no choice among given answers tests.
 SETS = {'quick': ('lambada_openai', 'piqa', 'arc_easy', 'hellaswag', 'winogrande', 'gsm8k')}
 
 
