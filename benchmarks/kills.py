@@ -154,6 +154,7 @@ def result(workdir: pathlib.Path) -> dict:
   """All that a run leaves behind, timings apart."""
   report = json.loads((workdir / 'report.json').read_text())
   config = json.loads((workdir / 'config.json').read_text())
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   page = [line for line in (workdir / 'report.md').read_text().splitlines() if not line.startswith('Seconds: ')]
   manifest.check(workdir / 'export')
   return {
@@ -161,7 +162,7 @@ def result(workdir: pathlib.Path) -> dict:
     'report': {k: v for k, v in report.items() if k != 'seconds'},
     'page': page,
     'config': {k: v for k, v in config.items() if k not in ('workdir', 'coordinator', 'process_id')},
-    'metrics': (workdir / 'metrics.jsonl').read_text(),
+    'metrics': [{k: v for k, v in row.items() if k not in ('time', 'tokens_per_second')} for row in rows],
     'export': {p.name: p.read_bytes() for p in (workdir / 'export').iterdir()},
   }
 

@@ -43,7 +43,7 @@ from elder_jax.model.spec import Mode
 from elder_jax.recipes import absorb as absorb_recipe
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
-from elder_jax.run import pipeline
+from elder_jax.run import series
 from elder_jax.run.config import Config
 from elder_jax.text import data
 from elder_jax.text import generation
@@ -216,7 +216,8 @@ def train(
   settings = dataclasses.replace(settings, steps=steps, distill=distill)
   saved = Checkpoints(user_path(checkpoints), 100, steps) if checkpoints else None
   mode = dataclasses.replace(model.mode, penalty=settings.penalty, penalty_scale=settings.penalty_scale)
-  progress, record = log.progress('training'), log.steps('train')
+  tokens = batches.batch_size * batches.seq_len
+  progress, record = log.progress('training', tokens=tokens), log.steps('train', tokens)
 
   def told(step: int, metrics: dict):
     record(step, metrics)
@@ -259,7 +260,11 @@ def perplexity(
 def zero_shot(
   model: Model, tasks: Sequence[str], *, tasks_dir: str = '', limit: int = 0, batch_size: int = 16
 ) -> dict[str, dict[str, float | None]]:
-  """{task: figures} of tasks of lm-evaluation-harness (pip install 'elder_jax[eval]'). Raises InputError."""
+  """{task: figures} of tasks of lm-evaluation-harness (pip install 'elder_jax[eval]'). Raises InputError.
+
+  Args:
+    tasks: names; quick stands for six (zero_shot.SETS).
+  """
   loaded = zero_shot_lib.load_tasks(list(tasks), tasks_dir)
   with jax.set_mesh(model.mesh):
     return zero_shot_lib.run(
@@ -328,13 +333,13 @@ def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0)
 
 def run(config: Config) -> dict:
   """A whole run, as `elder_jax prune` does it; the report. Config.of(num_remove=7, …) makes its settings."""
-  return pipeline.run(config)
+  return series.run(config)
 
 
 def _context(model: Model, batches: Batches, log: Log, **settings) -> Context:
-  rows, batch_size = len(batches.rows), batches.batch_size
+  rows, batch_size, seq_len = len(batches.rows), batches.batch_size, batches.seq_len
   num_sequences = rows // batch_size * batch_size
-  config = Config.of(num_sequences=num_sequences, batch_size=batch_size, **settings)
+  config = Config.of(num_sequences=num_sequences, batch_size=batch_size, seq_len=seq_len, **settings)
   return Context(model.decoder, batches, config, model.mode, log)
 
 

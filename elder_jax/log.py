@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -28,7 +29,12 @@ def write_whole(path: pathlib.Path, text: str):
 
 
 class MetricsFile:
-  """metrics.jsonl of a run."""
+  """metrics.jsonl of a run: a row for each step of training, its metrics among these keys.
+
+  stage, step: step counts from 0 in each stage.
+  time: Unix time in seconds when the step was recorded, which is up to one step after it was done.
+  tokens_per_second: between this row and the one before; null for the first row of a process, which compiles.
+  """
 
   def __init__(self, path: pathlib.Path):
     self._path = path
@@ -70,13 +76,23 @@ class Log:
     del what, tokens
     return lambda done, of, note='': None
 
-  def steps(self, stage: str) -> Callable[..., None]:
-    """A function of (step, metrics, **more) that records a step of a stage."""
-    del stage
+  def steps(self, stage: str, tokens: int = 0) -> Callable[..., None]:
+    """A function of (step, metrics, **more) that records a step of a stage. tokens: in each step."""
+    del stage, tokens
     return lambda step, metrics, **more: None
 
 
 QUIET = Log()
+
+
+class Listener(Protocol):
+  """Gets what metrics.jsonl gets, in process 0."""
+
+  def begin(self, stage: str, step: int):
+    """A stage starts at `step`, which is not 0 where a run resumes."""
+
+  def write(self, stage: str, step: int, metrics: dict):
+    """A step is done; metrics: numbers, arrays and None, by name."""
 
 
 class RunLog(Log):
@@ -84,7 +100,11 @@ class RunLog(Log):
 
   def __init__(self, path: pathlib.Path):
     self._metrics = MetricsFile(path)
+    self._listeners: list[Listener] = []
     self._stage, self._left = '', lambda: None
+
+  def add_listener(self, listener: Listener):
+    self._listeners.append(listener)
 
   def begin_stage(self, number: str, title: str, left: Callable[[], float | None]):
     """A stage begins, number as in 3/7; left: seconds that the stages after it take, None where that is not known."""
@@ -101,13 +121,24 @@ class RunLog(Log):
   def progress(self, what: str, tokens: int = 0) -> 'Progress':
     return Progress(f'{self._stage}{what}', tokens, self._left)
 
-  def steps(self, stage: str) -> Callable[..., None]:
-    began = []
+  def steps(self, stage: str, tokens: int = 0) -> Callable[..., None]:
+    before: float | None = None  # seconds on the monotonic clock when the step before was recorded
 
     def record(step: int, metrics: dict, **more):
-      if not began:
-        began.append(self._metrics.begin(stage, step))
-      self._metrics.write(stage, step, metrics, **more)
+      nonlocal before
+      if jax.process_index():
+        return
+      if before is None:
+        self._metrics.begin(stage, step)
+        for listener in self._listeners:
+          listener.begin(stage, step)
+      now = time.monotonic()
+      # The first step of a process compiles, so its duration is not the training's speed.
+      speed = round(tokens / (now - before), 1) if before is not None and tokens and now > before else None
+      before = now
+      self._metrics.write(stage, step, metrics, time=round(time.time(), 3), tokens_per_second=speed, **more)
+      for listener in self._listeners:
+        listener.write(stage, step, metrics | {'tokens_per_second': speed} | more)
 
     return record
 

@@ -38,7 +38,11 @@ class TaskSettings(Settings):
 
   model: str = setting('', 'Model: a Hugging Face folder, such as an export, a hub id or a .gguf file.')
   tokenizer: str = setting('', "Folder or hub id of the tokenizer, where it is not the model's own.")
-  tasks: tuple[str, ...] = setting(zero_shot.TASKS, 'Tasks of lm-evaluation-harness, or of --tasks_dir.')
+  tasks: tuple[str, ...] = setting(
+    zero_shot.TASKS,
+    'Tasks of lm-evaluation-harness, or of --tasks_dir. quick: lambada_openai, piqa, arc_easy, hellaswag, winogrande, and '
+    'gsm8k by generation.',
+  )
   tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
   limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)
   batch_size: int = setting(16, 'Requests per step.', least=1)

@@ -21,17 +21,17 @@ from elder_jax.errors import disk_is_full
 from elder_jax.hf import verify
 from elder_jax.log import log
 from elder_jax.methods.elder import GateSettings
-from elder_jax.run import pipeline
 from elder_jax.run import plan
+from elder_jax.run import series
 from elder_jax.run import workdir
 from elder_jax.run.config import PLACES
 from elder_jax.run.config import ComputeSettings
 from elder_jax.run.config import Config
-from elder_jax.run.config import EvalSettings
-from elder_jax.run.config import OutputSettings
 from elder_jax.run.config import PathSettings
 from elder_jax.run.config import RemovalSettings
 from elder_jax.run.report import markdown
+from elder_jax.run.result_settings import EvalSettings
+from elder_jax.run.result_settings import OutputSettings
 from elder_jax.text.settings import DataSettings
 from elder_jax.training.loop import NonFiniteLoss
 from elder_jax.training.settings import TrainSettings
@@ -44,7 +44,7 @@ GROUPS = {
   'Method elder': GateSettings,
   'Evaluation': EvalSettings,
   'Devices, memory, checkpoints': ComputeSettings,
-  'Export': OutputSettings,
+  'Export and tracking': OutputSettings,
   'Several processes': hosts.Launch,
 }
 
@@ -71,7 +71,7 @@ def run_config(parsed: Parsed, settings: dict) -> int | None:
     if config.computation.plan:
       return plan.plan(config)
     _keep_programs()
-    report = pipeline.run(config)
+    report = series.run(config)
   except (Exception, KeyboardInterrupt, preemption.Preempted) as e:
     _leave(e, config)
     raise

@@ -164,7 +164,8 @@ def choose(context: Context, num_remove: int) -> Choice:
   """Method.choose; `about` has all gates at the end of each round."""
   config = context.settings
   total = config.gates.steps * config.gates.rounds(num_remove)
-  progress, record = context.log.progress('stage 1, gates'), context.log.steps('gates')
+  tokens = config.data.batch_size * config.data.seq_len
+  progress, record = context.log.progress('stage 1, gates', tokens=tokens), context.log.steps('gates', tokens)
 
   def log(round_: int, step: int, metrics: dict):
     record(step, metrics, round=round_)

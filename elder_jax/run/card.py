@@ -4,6 +4,7 @@ import pathlib
 
 from elder_jax.recipes import label_of
 from elder_jax.run import lineage
+from elder_jax.run.report import answers_section
 from elder_jax.run.report import table
 from elder_jax.run.report import verification
 from elder_jax.run.tables import millions
@@ -47,4 +48,6 @@ def model_card(report: dict, config: dict) -> str:
       f'{about["protocol"]}.'
       for corpus, about in report['corpora'].items()
     ]
+  if section := answers_section(report):
+    lines += ['', *section[:-1]]
   return '\n'.join(lines) + '\n'

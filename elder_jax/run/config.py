@@ -15,6 +15,8 @@ from elder_jax.methods.elder import GateSettings
 from elder_jax.model.spec import Mode
 from elder_jax.recipes import RECIPES
 from elder_jax.recipes import find_recipe
+from elder_jax.run.result_settings import EvalSettings
+from elder_jax.run.result_settings import OutputSettings
 from elder_jax.settings import Settings
 from elder_jax.settings import default_of
 from elder_jax.settings import fields
@@ -53,8 +55,8 @@ class RemovalSettings(Settings):
   ratio: tuple[float, ...] | None = setting(
     None,
     'Fraction of the layers to remove, rounded half up to a whole number of layers. Several, as in 0.25,0.1,0.4: a '
-    'table and a plot of all; the first is exported. Unset: 0.25. Of --ratio, --num_remove and --remove_layers the one '
-    'given last counts, and of the targets below.',
+    'table and a plot of all; the first is exported. Unset: 0.25. Of this, --num_remove, --remove_layers and the targets '
+    'the one given last counts.',
     least=0,
     below=1,
   )
@@ -131,28 +133,6 @@ class RemovalSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalSettings(Settings):
-  """What all models of a run are measured on."""
-
-  eval_data: dict[str, str] = setting(
-    {},
-    'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
-  )
-  eval_seq_len: int = setting(2048, 'Window of the perplexity, in tokens; windows do not overlap.', least=2)
-  eval_tokens: int = setting(0, 'Tokens of each evaluation text that are used, from its start; 0: all.', least=0)
-  eval_batch_size: int = setting(4, 'Windows per evaluation step.', least=1)
-  tasks: tuple[str, ...] = setting((), 'Tasks of lm-evaluation-harness, as in piqa,arc_easy.')
-  tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
-  task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name, source in self.eval_data.items():
-      if not (name and source) or '/' in name:
-        raise InputError('eval_data', f'{name}={source}', 'must be name=source, as in --eval_data=news=news.txt.')
-
-
-@dataclasses.dataclass(frozen=True)
 class ComputeSettings(Settings):
   """Devices, memory and checkpoints."""
 
@@ -193,22 +173,6 @@ class ComputeSettings(Settings):
     super().__post_init__()
     if self.topology and not self.plan:
       raise InputError('topology', self.topology, 'is only compiled for; add --plan.')
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputSettings(Settings):
-  """The exported folder."""
-
-  export_dtype: str = setting(
-    '', "Type of the exported weights; unset: the model's own.", choices=('', 'float32', 'bfloat16', 'float16')
-  )
-  shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0)
-  verify: str = setting(
-    'auto',
-    'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are installed; '
-    'jax: JAX only; torch: both, an error if they are missing.',
-    choices=('auto', 'jax', 'torch'),
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,8 +255,8 @@ class Config:
     return dataclasses.replace(self.training, steps=self.steps(), seed=self.data.seed)
 
   def validates(self) -> bool:
-    """Whether a recipe trains and its loss on held-out sequences is measured."""
-    return self.training.validate_every > 0 and any(self.trains(recipe) for recipe in self.recipes())
+    """Whether sequences are held out of the training text, and all models measured on them."""
+    return self.training.validate_every > 0
 
   def mode(self) -> Mode:
     training, computation = self.training, self.computation

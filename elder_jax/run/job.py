@@ -32,6 +32,7 @@ class Job:
   windows: dict[str, Windows]
   tokenizer: Any  # of transformers, where the run reads text
   tasks: Any  # the harness's TaskDict, or None
+  prompts: dict[str, list[int]]  # what models answer: {text: its tokens}
   mesh: jax.sharding.Mesh
   shardings: Decoder  # of the parameters, whatever their number of layers
   mode: Mode
@@ -82,6 +83,7 @@ class Run:
     self.choices: dict[tuple[str, int], Choice] = {}
     self.figures: dict[str, dict] = {}  # by stage, of models that were measured
     self.rows: list[dict] = []
+    self.answers: dict[str, list[str] | None] = {}  # of 'dense' and 'pruned' to job.prompts
     self.verified: dict = {}
     self.load_seconds = 0.0
 

@@ -14,6 +14,7 @@ from elder_jax.devices import preemption
 from elder_jax.errors import reason
 from elder_jax.log import log
 from elder_jax.log import write_json
+from elder_jax.run import tracking
 from elder_jax.run import unused
 from elder_jax.run import workdir
 from elder_jax.run.clock import Clock
@@ -36,8 +37,10 @@ def run(config: Config) -> dict:
     if report := workdir.finished(config):
       log(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
       return report
+    tracking.check(config.output.track)
     job = prepare(config)
-    with workdir.noting_failure(config), jax.set_mesh(job.mesh):
+    track = tracking.tracked(job.log, config.output.track, config.path(), config.to_json())
+    with track, workdir.noting_failure(config), jax.set_mesh(job.mesh):
       stages = list_stages(config, job.num_removes, hosts.broadcast_json(job.checks_source))
       rehearse(job, stages)
       preemption.listen_to_ctrl_c()

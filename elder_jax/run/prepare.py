@@ -18,6 +18,7 @@ from elder_jax.hf.source import Source
 from elder_jax.hf.source import open_source
 from elder_jax.hf.table import abstract_decoder
 from elder_jax.log import RunLog
+from elder_jax.log import log
 from elder_jax.model import lora
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
@@ -31,6 +32,7 @@ from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
 from elder_jax.run.job import Job
 from elder_jax.run.stages import stages
+from elder_jax.text import answers
 from elder_jax.text import data
 from elder_jax.text import identity
 from elder_jax.text import perplexity
@@ -70,10 +72,9 @@ def prepare(config: Config) -> Job:
   checks_source = torch and not source.is_gguf and verify.use_torch(config.output.verify, pruning.num_params(dense))
 
   texts = _Texts(config, source, tokenizer_folder)
-  if any(stage.trains_on_text for stage in stages(config, num_removes)):
+  if config.validates() or any(stage.trains_on_text for stage in stages(config, num_removes)):
     texts.read_train_data(mesh)
-  texts.read_eval_data()
-  texts.load_tasks()
+  texts.read_what_is_measured()
 
   def claim():
     if hosts.is_leader():
@@ -91,6 +92,7 @@ def prepare(config: Config) -> Job:
     windows=texts.windows,
     tokenizer=texts.tokenizer,
     tasks=texts.tasks,
+    prompts=texts.prompts,
     mesh=mesh,
     shardings=shardings,
     mode=config.mode(),
@@ -180,6 +182,7 @@ class _Texts:
   held_out: Batches | None = None
   windows: dict[str, perplexity.Windows] = dataclasses.field(default_factory=dict)
   tasks: Any = None
+  prompts: dict[str, list[int]] = dataclasses.field(default_factory=dict)
   read: dict[str, str] = dataclasses.field(default_factory=dict)
   tokenizer: Any = None
 
@@ -209,6 +212,11 @@ class _Texts:
     if text.held_out:
       self.held_out = Batches(text.held_out, settings.batch_size, None, mesh)
 
+  def read_what_is_measured(self):
+    self.read_eval_data()
+    self.load_tasks()
+    self.read_prompts()
+
   def read_eval_data(self):
     settings = self.config.evaluation
     for name, text in settings.eval_data.items():
@@ -233,6 +241,25 @@ class _Texts:
   @property
   def _bos_first(self) -> bool:
     return getattr(self.source.family, 'BOS_FIRST', False)
+
+  def read_prompts(self):
+    """Of those that come with elder_jax a model need not be able to answer any."""
+    settings, source = self.config.evaluation, self.source
+    if not settings.asks_prompts:
+      return
+    if self.tokenizer is None:
+      log('no answers to --prompts: this run reads no text, and so loads no model')
+      return
+    texts = answers.read_prompts(settings.prompts)
+    rows = answers.encode(texts, self.tokenizer, self._bos()[1])
+    if why := answers.why_not(rows, settings.answer_tokens, source.spec.vocab_size, source.context_length):
+      if settings.prompts:
+        raise InputError('prompts', settings.prompts, f'{why}; give others, or fewer --answer_tokens.')
+      log(f'no answers to prompts: {why}')
+      return
+    self.prompts = dict(zip(texts, rows))
+    if settings.prompts:
+      self.read[inputs.named('prompts', settings.prompts)] = identity.of_files([user_path(settings.prompts)])
 
   def _bos(self) -> tuple[str, int | None]:
     return data.bos_rule(self.config.data.bos, self._bos_first, self.tokenizer)

@@ -7,20 +7,20 @@ from elder_jax.recipes import RECIPES
 from elder_jax.recipes import label_of
 from elder_jax.run import curve
 from elder_jax.run.tables import figure
+from elder_jax.run.tables import main_metric
 from elder_jax.run.tables import markdown_table
 from elder_jax.run.tables import metric_figure
 from elder_jax.run.tables import metric_head
 from elder_jax.run.tables import millions
 from elder_jax.run.tables import number
-from elder_jax.run.tables import task_metrics
 
 SCHEMA = 2
 
 
 def table(report: dict) -> str:
-  """Markdown: a row per model, perplexity on each corpus and accuracy in each task, or else the task's first metric."""
+  """Markdown: a row per model, perplexity on each corpus and the main metric of each task."""
   corpora, dense = list(report['ppl']), report['tasks']['dense']
-  tasks = {t: 'acc' if 'acc' in names else names[0] for t, v in dense.items() if (names := task_metrics(v))}
+  tasks = {task: metric for task, values in dense.items() if (metric := main_metric(values))}
   methods = len({row['method'] for row in report['rows']}) > 1
   head = ['model', *(['layers chosen by'] if methods else []), 'layers', *(f'PPL {c}' for c in corpora)]
   head += [f'{t}, %' if metric == 'acc' else f'{t} {metric_head(metric)}' for t, metric in tasks.items()]
@@ -32,7 +32,8 @@ def table(report: dict) -> str:
   dense_ppl = {c: report['ppl'][c].get('dense') for c in corpora}
   lines = [cells('dense', '', report['num_layers'], dense_ppl, dense)]
   for row in sorted(report['rows'], key=functools.partial(_place, report)):
-    name = label_of(row['recipe']) + (' (exported)' if row is report['rows'][-1] else '')
+    name = label_of(row['recipe']) + (f', round {row["round"]}' if 'round' in row else '')
+    name += ' (exported)' if row is report['rows'][-1] else ''
     left = report['num_layers'] - len(row['removed'])
     lines.append(cells(name, row['method'], left, row['ppl'], row['tasks']))
   return markdown_table(head, lines, 2 if methods else 1)
@@ -83,7 +84,8 @@ def markdown(report: dict) -> str:
     lines += [table(report), '']
   if report['ppl']:
     lines += _about_perplexity(report)
-  lines += [*curve.table(report), *curve.about_text(report)]
+  lines += [*_about_series(report), *curve.table(report), *curve.about_text(report)]
+  lines += answers_section(report)
   for choice in report['choices']:
     lines += _about_choice(choice)
   if report['gates']:
@@ -110,6 +112,50 @@ def _about_perplexity(report: dict) -> list[str]:
       f'{about["window"]} tokens, BOS: {about["bos"]}.'
     )
   return [*lines, f'- Protocol: {next(iter(report["corpora"].values()))["protocol"]}.', '']
+
+
+def answers_section(report: dict, most: int = 10) -> list[str]:
+  """Lines of Markdown: what both models wrote after the same prompts, of the first `most`; earlier reports have none."""
+  given = report.get('answers') or []
+  if not given:
+    return []
+
+  def line(text: str | None) -> str:
+    if text is None:
+      return '—'
+    text = text.strip().replace('\n', '↵')
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # a broken model writes anything
+
+  lines = ['## Answers', '', 'The most probable continuation of each prompt. ↵ is a new line.', '', '```text']
+  for answer in given[:most]:
+    lines += [
+      f'> {line(answer["prompt"])}',
+      f'dense:  {line(answer["dense"])}',
+      f'pruned: {line(answer["pruned"])}',
+      '',
+    ]
+  lines[-1] = '```'
+  more = [f'{len(given) - most} more are in report.json.', ''] if len(given) > most else []
+  return [*lines, '', *more]
+
+
+def _about_series(report: dict) -> list[str]:
+  """Of several runs as one: the search for a depth, and means over seeds."""
+  lines = []
+  if report.get('search'):
+    tried = '; '.join(f'{n}: {figure(100 * increase, 1)}%' for n, increase in report['search'])
+    most = figure(100 * number(report['max_ppl_increase']), 1)
+    lines += [f'Layers that may go for at most {most}% more held-out perplexity before training: {tried}.', '']
+  if seeds := report.get('seeds'):
+    corpora = list(report['ppl'])
+    head = [f'{len(seeds["seeds"])} seeds, mean ± deviation', 'layers', *(f'PPL {c}' for c in corpora)]
+    rows = []
+    for row in seeds['rows']:
+      figures = [f'{figure(v["mean"])} ± {figure(v["deviation"])}' for v in (row['ppl'][c] for c in corpora)]
+      name = f'{label_of(row["recipe"])}, layers chosen by {row["method"]}'
+      rows.append([name, str(report['num_layers'] - row['removed']), *figures])
+    lines += [markdown_table(head, rows), '']
+  return lines
 
 
 def _about_choice(choice: dict) -> list[str]:

@@ -22,6 +22,8 @@ from elder_jax.run.plot import plot_curve
 from elder_jax.run.plot import plot_sweep
 from elder_jax.run.report import SCHEMA
 from elder_jax.run.report import markdown
+from elder_jax.text import zero_shot
+from elder_jax.text.answers import pairs
 
 
 def make_report(run: Run) -> dict:
@@ -46,6 +48,7 @@ def make_report(run: Run) -> dict:
     'rows': run.rows,
     'held_out_loss': dense.get('held_out_loss'),
     'train_data': _about_text(job),
+    'answers': pairs(list(job.prompts), run.answers.get('dense'), run.answers.get('pruned')),
     'corpora': {c: w.about for c, w in job.windows.items()},
     'params': {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)},
     'lineage': [*lineage.of_source(job.source), lineage.step_of(config, num_layers, sorted(removed))],
@@ -92,9 +95,13 @@ def rehearse(job: Job, stages: list):
   """Makes the report and all that is made of it with made-up figures: what fails here would fail after all the work."""
   if not hosts.is_leader():
     return
-  figures = {'ppl': dict.fromkeys(job.windows, 10.0), 'tasks': {t: {'acc': 0.5} for t in job.config.evaluation.tasks}}
+  figures = {
+    'ppl': dict.fromkeys(job.windows, 10.0),
+    'tasks': {task: {'acc': 0.5} for task in zero_shot.expand(job.config.evaluation.tasks)},
+  }
   run = Run(job, lambda: '')
   run.figures['dense'] = figures
+  run.answers = dict.fromkeys(('dense', 'pruned'), list(job.prompts))
   for stage in stages:
     removed = list(range(stage.num_remove))
     if stage.makes_model:

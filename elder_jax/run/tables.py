@@ -25,6 +25,18 @@ def task_metrics(values: dict) -> list[str]:
   return [metric for metric in values if metric != 'n' and not metric.partition(',')[0].endswith('_stderr')]
 
 
+def main_metric(values: dict) -> str:
+  """The metric that stands for a task in a table of several; empty where it has none.
+
+  Accuracy, of a text that is generated exact_match by its first filter (gsm8k: strict-match), else the first.
+  """
+  metrics = task_metrics(values)
+  for wanted in ('acc', 'exact_match'):
+    if found := next((metric for metric in metrics if metric.partition(',')[0] == wanted), ''):
+      return found
+  return metrics[0] if metrics else ''
+
+
 def is_fraction(metric: str) -> bool:
   """Whether a metric is a fraction of right answers, which is shown in percent."""
   name = metric.partition(',')[0]

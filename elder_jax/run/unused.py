@@ -35,17 +35,18 @@ _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
     'nothing trains',
     _trains,
   ),
-  ('validate_every validation_sequences export', 'nothing trains', _trains),
+  ('export', 'nothing trains', _trains),
   ('validation_sequences', '--validate_every is 0', lambda c: c.training.validate_every > 0),
   ('num_sequences', '--train_tokens says how many', lambda c: c.data.train_tokens is None),
   ('teacher', 'nothing distils', lambda c: _trains(c) and c.training.distill > 0),
-  ('grad_clip grad_accum', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
+  ('grad_clip grad_accum track', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
   ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.evaluation.eval_data)),
   (
     'eval_batch_size',
     '--eval_data and --tasks are empty',
     lambda c: bool(c.evaluation.eval_data or c.evaluation.tasks),
   ),
+  ('answer_tokens', 'no prompts are answered', lambda c: c.evaluation.asks_prompts),
   ('tasks_dir task_limit', '--tasks is empty', lambda c: bool(c.evaluation.tasks)),
 )
 

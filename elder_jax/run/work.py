@@ -24,6 +24,7 @@ from elder_jax.run import exporting
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
 from elder_jax.run.job import load
+from elder_jax.text import answers
 from elder_jax.text import perplexity
 from elder_jax.text import zero_shot
 from elder_jax.text.generation import eos_ids
@@ -59,33 +60,44 @@ def check_source(run: Run, stage) -> dict:
 
 
 def measure_dense(run: Run, stage) -> dict:
-  job, figures = run.job, measure(run.job, run.dense.get(), stage.name, fatal=True)
-  if job.held_out is None:
-    return figures
-  loss = validation.held_out_loss(run.dense.get(), job.held_out, job.mode)
-  log(f'held-out loss of the dense model: {loss:.4f}')
-  return figures | {'held_out_loss': loss}
+  model = run.dense.get()
+  figures = measure(run.job, model, stage.name, fatal=True)
+  return figures | _held_out(run.job, model, stage.name) | _answers(run.job, model, stage.name)
 
 
 def take_dense(run: Run, stage, result: dict):
   run.figures[stage.name] = result
+  run.answers['dense'] = result.get('answers')  # earlier versions asked nothing
 
 
 def take_row(run: Run, stage, result: dict):
   removed = sorted(run.choices[stage.method, stage.num_remove].removed)
-  run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **result})
+  figures = {name: v for name, v in result.items() if name != 'answers'}
+  run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **figures})
+  if stage.exported:
+    run.answers['pruned'] = result.get('answers')
   if not stage.exported:
     _checkpoints(run.job, stage.name, 0).clear()
     validation.clear(_held_out_folder(run.job, stage.name))
 
 
 def measure_row(run: Run, stage) -> dict:
-  job, figures = run.job, measure(run.job, run.pruned, stage.name)
-  if job.held_out is None or not job.config.trains(stage.recipe):
-    return figures
-  tokens = job.config.data.batch_size * job.config.data.seq_len
-  history = validation.read_history(_held_out_folder(job, stage.name))
-  return figures | {'held_out': [[step, step * tokens, loss] for step, loss in history]}
+  job, config = run.job, run.job.config
+  found = measure(job, run.pruned, stage.name) | _held_out(job, run.pruned, stage.name)
+  if job.held_out is not None and config.trains(stage.recipe):
+    tokens = config.data.batch_size * config.data.seq_len
+    history = validation.read_history(_held_out_folder(job, stage.name))
+    found['held_out'] = [[step, step * tokens, loss] for step, loss in history]
+  return found | (_answers(job, run.pruned, stage.name) if stage.exported else {})
+
+
+def _held_out(job: Job, model: Decoder | None, name: str) -> dict:
+  """The loss on the rows that are held out of the training text, where they are asked for."""
+  if job.held_out is None:
+    return {}
+  loss = validation.held_out_loss(model, job.held_out, job.mode)
+  log(f'held-out loss of {name}: {loss:.4f}')
+  return {'held_out_loss': loss}
 
 
 def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> dict:
@@ -115,6 +127,19 @@ def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> 
         raise
       log(f'{name} has no figures of tasks: {e.for_command()}')
   return figures
+
+
+def _answers(job: Job, model: Decoder | None, name: str) -> dict:
+  """{'answers': a text for each of job.prompts}; empty where nothing is asked, or the model cannot answer."""
+  if not job.prompts:
+    return {}
+  log(f'answers of {name} to {len(job.prompts)} prompts')
+  rows, length = list(job.prompts.values()), job.config.evaluation.answer_tokens
+  try:
+    return {'answers': answers.answer(model, job.tokenizer, rows, length, eos_ids(job.source), job.mode, _put(job))}
+  except InputError as e:  # the answers are for people, no figure depends on them
+    log(f'{name} has no answers: {e.for_command()}')
+    return {}
 
 
 def _perplexities(job: Job, model: Decoder | None, name: str) -> dict[str, float]:
@@ -203,7 +228,7 @@ def _train(job: Job, stage, recipe: Recipe, start: Decoder, choice: Choice, teac
   config = job.config
   settings, name = config.train_settings(), stage.name
   tokens = config.data.batch_size * config.data.seq_len
-  progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name)
+  progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name, tokens)
 
   def told(step: int, metrics: dict):
     record(step, metrics)

@@ -1,7 +1,8 @@
 """The work folder: made, held by one run at a time, and kept to the settings that its run began with.
 
 What a run leaves in it: config.json and inputs.json (what it began with), stages/ (a small result each), checkpoints/,
-metrics.jsonl, and at the end export/, report.json and report.md. `failed.txt` says why the last attempt ended.
+metrics.jsonl, what trackers keep, and at the end export/, report.json and report.md. `failed.txt` says why the last
+attempt ended.
 """
 
 from collections.abc import Generator
@@ -25,35 +26,29 @@ from elder_jax.errors import user_path
 from elder_jax.log import log
 from elder_jax.log import write_json
 from elder_jax.methods.elder import GateSettings
+from elder_jax.run import tracking
 from elder_jax.run.config import DEFAULT_RATIO
 from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import Config
-from elder_jax.run.config import EvalSettings
 from elder_jax.run.config import defaults
 from elder_jax.run.config import settings_of_json
+from elder_jax.run.result_settings import EvalSettings
 from elder_jax.settings import fields
 from elder_jax.settings import name_of
 from elder_jax.training.settings import TrainSettings
 
 LOCK, FAILED = '.lock', 'failed.txt'
 FILES = (
-  'config.json',
-  'inputs.json',
-  'metrics.jsonl',
-  'report.json',
-  'report.md',
-  'sweep.svg',
-  'curve.svg',
-  LOCK,
-  FAILED,
+  *('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'sweep.svg', 'curve.svg'),
+  *(tracking.STATE, LOCK, FAILED),
 )
-FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source', 'tokens')
+FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source', 'tokens', 'runs', *tracking.TRACKERS)
 # What a run that was refused or killed early may have left in a folder that is not claimed yet.
 _EARLY = ('source', LOCK, '.writable', 'config.json.partial', 'inputs.json', 'inputs.json.partial')
 
 # What a run may change when it is started again in its work folder.
 FREE_ON_RESUME = frozenset(
-  'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology'.split()
+  'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology track'.split()
 )
 # What a run that failed may change as well, and what has to be done again for it; all other settings: everything.
 _EXPORTED = frozenset('export_dtype shard_gb'.split())  # nothing that is kept depends on these
@@ -276,6 +271,8 @@ def _drop(work: pathlib.Path, changed: set[str]):
   changed -= _EXPORTED
   if not changed:
     return
+  if not changed <= _MEASURED:
+    (work / tracking.STATE).unlink(missing_ok=True)  # trackers begin a new run, the old one's steps are not this one's
   stages = {path.stem: path for path in (work / 'stages').glob('*.json')}
   choices = {name for name in stages if name in ('gates', 'given') or name.startswith('choose-')}
   kept = set()

@@ -2,10 +2,11 @@
 
 `elder_jax eval --model=FOLDER` evaluates any model that elder_jax reads and prints a table. A task's
 questions come from the model hub; where none is reached, --tasks_dir names a folder of local task files, which go before
-the harness's own of the same name (`python -m benchmarks.tasks` writes some).
+the harness's own of the same name (`python -m benchmarks.tasks` writes some). `--tasks=quick` stands for six: SETS.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import contextlib
 import logging as python_logging
 import math
@@ -27,10 +28,18 @@ from elder_jax.model.program import device_bytes
 from elder_jax.model.spec import Mode
 
 TASKS = ('piqa', 'winogrande', 'hellaswag', 'arc_easy', 'arc_challenge')
+# Names that stand for several tasks. quick: cloze, physical and commonsense reasoning, science, and arithmetic by
+# generation, which no choice among given answers tests.
+SETS = {'quick': ('lambada_openai', 'piqa', 'arc_easy', 'hellaswag', 'winogrande', 'gsm8k')}
 
 
-def load_tasks(tasks: list[str], tasks_dir: str = ''):
-  """The harness's TaskDict of tasks, groups or tags by name, questions loaded; the slow or failing part of `run`.
+def expand(tasks: Sequence[str]) -> list[str]:
+  """The names of tasks, each once, those of SETS replaced by what they stand for."""
+  return list(dict.fromkeys(name for task in tasks for name in SETS.get(task, (task,))))
+
+
+def load_tasks(tasks: Sequence[str], tasks_dir: str = ''):
+  """The harness's TaskDict of tasks, groups, tags or SETS by name, questions loaded; the slow or failing part of `run`.
 
   Raises:
     InputError: lm_eval is missing, a task is unknown or its file is broken, or its questions cannot be loaded.
@@ -52,6 +61,11 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
   manager = lm_eval.tasks.TaskManager(include_path=folder)
   if not tasks:
     raise InputError('tasks', '', 'is empty; name a task, as in --tasks=piqa.')
+  if taken := [name for name in tasks if name in SETS and name in manager.all_tasks]:
+    raise InputError(
+      'tasks', taken[0], f'stands for {",".join(SETS[taken[0]])}, but is also the name of a task; rename the task.'
+    )
+  tasks = expand(tasks)
   # A task file may name its questions from where it lies; a hub id is not to be found in the current folder.
   with tempfile.TemporaryDirectory() as empty, contextlib.chdir(folder or empty):
     for task in tasks:
@@ -60,7 +74,7 @@ def load_tasks(tasks: list[str], tasks_dir: str = ''):
       if task not in manager.all_tasks:
         raise InputError('tasks', task, 'the harness has no such task; check the name, or give --tasks_dir.')
     try:
-      return manager.load(list(dict.fromkeys(tasks)))
+      return manager.load(tasks)
     except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
       raise InputError(
         'tasks',

@@ -44,6 +44,11 @@ class Batches(Sequence):
   def __len__(self) -> int:
     return len(self.rows) // self.batch_size
 
+  @property
+  def seq_len(self) -> int:
+    """Tokens in a row."""
+    return self.rows[np.arange(1)].shape[1]
+
   def __getitem__(self, step):
     if isinstance(step, slice):
       return _Part(self, range(len(self))[step])

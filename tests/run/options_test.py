@@ -92,6 +92,10 @@ def ratio(a: Outcome, b: Outcome, stage: str, key: str) -> float:
   return b.of(stage, key)[0] / a.of(stage, key)[0]
 
 
+def asked(a: Outcome, b: Outcome):
+  return zip(a.report['answers'], b.report['answers'])
+
+
 def dtypes(outcome: Outcome) -> set[str]:
   return {str(t.dtype) for t in outcome.tensors.values()}
 
@@ -155,6 +159,12 @@ TABLE = {
   'eval_seq_len': (16, {}, lambda a, b: b.report['corpora']['text']['windows'] == 16),
   'eval_tokens': (128, {}, lambda a, b: b.report['corpora']['text']['windows'] == 4),
   'eval_batch_size': (3, {}, near),
+  'prompts': ('none', {}, lambda a, b: len(a.report['answers']) == 5 and not b.report['answers']),
+  'answer_tokens': (
+    2,
+    {},
+    lambda a, b: all(x['dense'].startswith(y['dense'][:1]) and x['dense'] != y['dense'] for x, y in asked(a, b)),
+  ),
   # Computation and output.
   'dtype': (
     'bfloat16',
@@ -181,6 +191,7 @@ ELSEWHERE = {
   'topology': 'run/plan_test.py::test_refusals',
   'checkpoint_every': 'run/resume_test.py::test_stage_1_goes_on_exactly',
   'checkpoint_minutes': 'run/resume_test.py::test_due_by_time_since_the_last_one',
+  'track': 'run/tracking_test.py::test_tensorboard_has_every_step_once_when_a_run_resumes',
   'keep_checkpoints': 'run/resume_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
 }
 

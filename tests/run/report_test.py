@@ -1,11 +1,13 @@
 """What people and programs read of a run: the table, the verdict, metrics.jsonl."""
 
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from elder_jax import log
 from elder_jax.devices.about import device_name
 from elder_jax.devices.about import package_versions
 from elder_jax.log import MetricsFile
@@ -216,3 +218,23 @@ def test_metrics_begin_mends_a_last_line_that_a_kill_cut_off(tmp_path, half):
   metrics.write('regularize', 0, {'loss': 1.0})
   whole = [('gates', 2)] if half.endswith('}') else []
   assert steps(path) == [('gates', 0), ('gates', 1), *whole, ('regularize', 0)]
+
+
+def test_rows_have_the_time_and_the_speed_but_for_the_first_which_compiles(tmp_path, monkeypatch):
+  path, clock = tmp_path / 'metrics.jsonl', iter([10.0, 12.0, 12.5])
+  monkeypatch.setattr(log.time, 'monotonic', lambda: next(clock))
+  monkeypatch.setattr(log.time, 'time', lambda: 1.7e9)
+  heard = []
+  run_log, listener = (
+    log.RunLog(path),
+    types.SimpleNamespace(
+      begin=lambda *args: heard.append(args), write=lambda stage, step, metrics: heard.append((step, metrics))
+    ),
+  )
+  run_log.add_listener(listener)
+  record = run_log.steps('gates', tokens=100)
+  for i in range(3):
+    record(i, {'loss': 1.0}, round=0)
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [row['tokens_per_second'] for row in rows] == [None, 50.0, 200.0] and rows[0]['time'] == 1.7e9
+  assert heard[0] == ('gates', 0) and heard[2] == (1, {'loss': 1.0, 'tokens_per_second': 50.0, 'round': 0})

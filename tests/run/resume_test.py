@@ -275,7 +275,8 @@ def whole_run(settings, **more):
 
 def left_behind(workdir, report) -> tuple:
   tensors = safetensors.numpy.load_file(pathlib.Path(workdir) / 'export' / 'model.safetensors')
-  lines = [json.loads(line) for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+  rows = [json.loads(line) for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()]
+  lines = [{k: v for k, v in row.items() if k not in ('time', 'tokens_per_second')} for row in rows]
   return {k: v for k, v in report.items() if k not in ('seconds', 'device')}, tensors, lines
 
 
