@@ -53,13 +53,20 @@ def table(report: dict) -> list[str]:
     'the exported one has that after',
     'ratio',
   ]
-  lines = [['dense', figure(report.get('held_out_loss'), 4), '', '', '', '']] if report.get('held_out_loss') else []
+  lines = [[name, figure(loss, 4), '', '', '', ''] for name, loss in _lines_of_reference(report)]
   for row in rows:
     curve = row['held_out']
     tokens, last = curve[-1][1], number(curve[-1][2])
     cells = [name_of(report, row), figure(curve[0][2], 4), figure(last, 4), f'{tokens:,}']
     lines.append([*cells, *_needed(exported, row, tokens, last)])
   return ['![held-out loss over tokens](curve.svg)', '', markdown_table(head, lines), '']
+
+
+def _lines_of_reference(report: dict) -> list[tuple[str, float]]:
+  """(name, held-out loss) of models that are not trained."""
+  found = [('before' if report.get('heals') else 'dense', report.get('held_out_loss'))]
+  found.append(('teacher', (report.get('teacher') or {}).get('held_out_loss')))
+  return [(name, loss) for name, loss in found if loss]
 
 
 def _needed(exported: dict, row: dict, tokens: int, loss: float) -> list[str]:
@@ -81,8 +88,8 @@ def figure_of(report: dict):
   for row in curves_of(report):
     tokens, losses = zip(*[(entry[1], number(entry[2])) for entry in row['held_out']])
     axes.plot(tokens, losses, marker='.', label=name_of(report, row))
-  if report.get('held_out_loss'):
-    axes.axhline(number(report['held_out_loss']), linestyle='--', color='black', label='dense')
+  for name, loss in _lines_of_reference(report):
+    axes.axhline(number(loss), linestyle='--', color='black' if name != 'before' else 'gray', label=name)
   axes.set(xlabel='tokens trained on', ylabel='held-out loss, nats a token')
   axes.legend()
   return drawing

@@ -6,6 +6,7 @@ import math
 from elder_jax.recipes import RECIPES
 from elder_jax.recipes import label_of
 from elder_jax.run import curve
+from elder_jax.run import healing
 from elder_jax.run.tables import figure
 from elder_jax.run.tables import main_metric
 from elder_jax.run.tables import markdown_table
@@ -30,7 +31,9 @@ def table(report: dict) -> str:
     return [name, *([method] if methods else []), str(layers), *figures]
 
   dense_ppl = {c: report['ppl'][c].get('dense') for c in corpora}
-  lines = [cells('dense', '', report['num_layers'], dense_ppl, dense)]
+  lines = [cells('before' if report.get('heals') else 'dense', '', report['num_layers'], dense_ppl, dense)]
+  if teacher := report.get('teacher'):
+    lines.insert(0, cells('teacher', '', teacher['num_layers'], teacher['ppl'], teacher['tasks']))
   for row in sorted(report['rows'], key=functools.partial(_place, report)):
     name = label_of(row['recipe']) + (f', round {row["round"]}' if 'round' in row else '')
     name += ' (exported)' if row is report['rows'][-1] else ''
@@ -84,7 +87,7 @@ def markdown(report: dict) -> str:
     lines += [table(report), '']
   if report['ppl']:
     lines += _about_perplexity(report)
-  lines += [*_about_series(report), *curve.table(report), *curve.about_text(report)]
+  lines += [*healing.table(report), *_about_series(report), *curve.table(report), *curve.about_text(report)]
   lines += answers_section(report)
   for choice in report['choices']:
     lines += _about_choice(choice)

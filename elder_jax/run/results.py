@@ -12,6 +12,7 @@ from elder_jax.hf.table import abstract_decoder
 from elder_jax.log import log
 from elder_jax.log import write_whole
 from elder_jax.model import pruning
+from elder_jax.recipes import find_recipe
 from elder_jax.recipes.context import Choice
 from elder_jax.run import curve
 from elder_jax.run import lineage
@@ -46,6 +47,8 @@ def make_report(run: Run) -> dict:
     'ppl': {c: {'dense': dense['ppl'][c], 'pruned': run.rows[-1]['ppl'][c]} for c in job.windows},
     'tasks': {'dense': dense['tasks'], 'pruned': run.rows[-1]['tasks']},
     'rows': run.rows,
+    'heals': find_recipe(config.removal.recipe).heals,
+    'teacher': _teacher(run),
     'held_out_loss': dense.get('held_out_loss'),
     'train_data': _about_text(job),
     'answers': pairs(list(job.prompts), run.answers.get('dense'), run.answers.get('pruned')),
@@ -57,6 +60,13 @@ def make_report(run: Run) -> dict:
     'versions': about.package_versions(),
     'device': about.device_name(),
   }
+
+
+def _teacher(run: Run) -> dict | None:
+  """What was measured of the teacher of a model that is healed."""
+  if not (figures := run.figures.get('teacher')):
+    return None
+  return {'model': run.job.config.paths.teacher, 'num_layers': run.job.teacher.num_layers, **figures}
 
 
 def _about_text(job: Job) -> list[dict]:
@@ -103,6 +113,8 @@ def rehearse(job: Job, stages: list):
   run.figures['dense'] = figures
   run.answers = dict.fromkeys(('dense', 'pruned'), list(job.prompts))
   for stage in stages:
+    if stage.name == 'teacher':
+      run.figures['teacher'] = figures
     removed = list(range(stage.num_remove))
     if stage.makes_model:
       run.rows.append({'method': stage.method, 'recipe': stage.recipe, 'removed': removed, **figures})

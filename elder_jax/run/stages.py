@@ -72,6 +72,9 @@ def stages(config: Config, num_removes: list[int], checks_source: bool = True) -
   found.append(
     Stage('dense', 'measuring the dense model', 'dense', work.measure_dense, work.take_dense, _measuring_dense)
   )
+  if config.paths.teacher and find_recipe(config.removal.recipe).heals:
+    title = 'measuring the teacher'
+    found.append(Stage('teacher', title, 'teacher', work.measure_teacher, work.take_figures, _nothing))
   methods = config.methods() or [work.GIVEN]
   found += [_choosing(method, n, num_removes) for method in methods for n in num_removes]
   rows = [(method, n, recipe) for method in methods for n in num_removes for recipe in config.recipes()]

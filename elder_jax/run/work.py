@@ -70,6 +70,15 @@ def take_dense(run: Run, stage, result: dict):
   run.answers['dense'] = result.get('answers')  # earlier versions asked nothing
 
 
+def measure_teacher(run: Run, stage) -> dict:
+  model = run.teacher.get() if run.job.config.training.distils else run.teacher.take()
+  return measure(run.job, model, stage.name) | _held_out(run.job, model, stage.name)
+
+
+def take_figures(run: Run, stage, result: dict):
+  run.figures[stage.name] = result
+
+
 def take_row(run: Run, stage, result: dict):
   removed = sorted(run.choices[stage.method, stage.num_remove].removed)
   figures = {name: v for name, v in result.items() if name != 'answers'}

@@ -14,6 +14,7 @@ from elder_jax.commands import chat as chat_command
 from elder_jax.commands.generate import GenerateSettings
 from elder_jax.errors import InputError
 from elder_jax.run import pipeline
+from elder_jax.run.report import markdown
 from elder_jax.training import trainer
 
 
@@ -50,6 +51,16 @@ def test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage(healing, 
   assert f'recipe heal, trained on 768 tokens with the predictions of {tiny.name}.' in card
   lines = [json.loads(line) for line in (export.parent / 'metrics.jsonl').read_text().splitlines()]
   assert len(lines) == 6 and all(line['kl'] > 0 for line in lines)
+  dense = pipeline.run(
+    config_of(**healing | dict(model=str(tiny), recipe='none', teacher='', workdir=f'{export}-dense'))
+  )
+  assert report['teacher']['ppl'] == {'text': pytest.approx(dense['ppl']['text']['dense'], rel=1e-6)}
+  ppl, of_teacher = report['ppl']['text'], report['teacher']['ppl']['text']
+  points = 100 * (ppl['dense'] - ppl['pruned']) / of_teacher
+  row = next(line for line in markdown(report).splitlines() if line.startswith('| PPL text'))
+  cells = [cell.strip() for cell in row.split('|')[2:-1]]
+  assert cells[:4] == [f'{v:.2f}' for v in (of_teacher, ppl['dense'], ppl['pruned'], points)]
+  assert cells[4] == f'{768 / points:,.0f}'
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,37 @@
+"""What healing a pruned model has won, and at how many tokens a point."""
+
+from elder_jax.run.tables import figure
+from elder_jax.run.tables import is_fraction
+from elder_jax.run.tables import main_metric
+from elder_jax.run.tables import markdown_table
+from elder_jax.run.tables import metric_head
+from elder_jax.run.tables import number
+
+
+def table(report: dict) -> list[str]:
+  """Lines of Markdown. A point is one percent of the teacher's perplexity (without a teacher, of that before healing), or
+  a percentage point of a task's right answers."""
+  if not report.get('heals'):
+    return []
+  teacher, tokens = report.get('teacher') or {}, report['steps'] * report['tokens_per_step']
+  rows = []
+  for corpus, ppl in report['ppl'].items():
+    before, after, of_teacher = (
+      number(v) for v in (ppl['dense'], ppl['pruned'], (teacher.get('ppl') or {}).get(corpus))
+    )
+    points = 100 * (before - after) / (of_teacher if of_teacher == of_teacher else before)
+    rows.append(_row(f'PPL {corpus}', of_teacher, before, after, points, tokens, 2))
+  for task, before in report['tasks']['dense'].items():
+    if (metric := main_metric(before)) and is_fraction(metric):
+      of_all = [(teacher.get('tasks') or {}).get(task, {}), before, report['tasks']['pruned'].get(task, {})]
+      values = [100 * number(of_one.get(metric)) for of_one in of_all]
+      name = f'{task}, %' if metric == 'acc' else f'{task} {metric_head(metric)}'
+      rows.append(_row(name, *values, values[2] - values[1], tokens, 1))
+  if not rows:
+    return []
+  return [markdown_table(['', 'teacher', 'before', 'after', 'points won', 'tokens a point'], rows), '']
+
+
+def _row(name: str, teacher: float, before: float, after: float, points: float, tokens: int, digits: int) -> list[str]:
+  price = f'{tokens / points:,.0f}' if points > 0 and tokens else '—'
+  return [name, *(figure(v, digits) for v in (teacher, before, after)), figure(points), price]
