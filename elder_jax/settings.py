@@ -27,15 +27,17 @@ def setting(
   most: float | None = None,
   above: float | None = None,
   below: float | None = None,
+  colon: bool = False,
 ) -> Any:
   """A dataclass field.
 
   Args:
     flag: the name on the command line, in config.json and in errors, where it is not the field's.
     least, most, above, below: bounds of a number, the last two exclusive; without them a number need only be finite.
+    colon: several numbers may be written with a colon between them, as in 0.9:0.5, as well as with commas.
   """
   bounds = {'least': least, 'most': most, 'above': above, 'below': below}
-  metadata = {'help': help, 'flag': flag, 'choices': tuple(choices), **bounds}
+  metadata = {'help': help, 'flag': flag, 'choices': tuple(choices), 'colon': colon, **bounds}
   if isinstance(default, dict):
     return dataclasses.field(default_factory=default.copy, metadata=metadata)
   return dataclasses.field(default=default, metadata=metadata)

@@ -169,8 +169,8 @@ def apply_recipe(run: Run, stage, choice: Choice) -> Decoder:
   """
   job, recipe = run.job, find_recipe(stage.recipe)
   trains = job.config.trains(stage.recipe)
-  teacher = run.teacher.get() if trains and job.config.training.distill else None
-  own_teacher = trains and job.config.training.distill > 0 and teacher is None
+  teacher = run.teacher.get() if trains and job.config.training.taught else None
+  own_teacher = trains and job.config.training.taught and teacher is None
   model = run.dense.take()
   spare = model if own_teacher else ()  # a teacher is needed up to the last step
   free = functools.partial(memory.free, spare=spare)
@@ -195,9 +195,11 @@ def _train(job: Job, stage, recipe: Recipe, start: Decoder, choice: Choice, teac
     progress(step + 1, settings.steps, f'loss {metrics["loss"]:.4f}, lm {metrics["lm_loss"]:.4f}')
 
   dtype = lora.merged_dtype(config.computation.dtype, config.output.export_dtype or job.source.dtype)
-  penalised = choice.removed if recipe.removes_last else []
+  penalised, kept = choice.removed, None
+  if not recipe.removes_last:
+    penalised, kept = [], pruning.kept_layers(job.source.num_layers, choice.removed)
   checkpoints = _checkpoints(job, name, settings.steps)
-  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free)
+  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free, kept)
 
 
 def _checkpoints(job: Job, stage: str, steps: int) -> Checkpoints:

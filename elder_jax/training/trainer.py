@@ -12,12 +12,12 @@ from elder_jax.model.spec import Mode
 from elder_jax.training.loop import run_steps
 from elder_jax.training.optimizer import learning_rate
 from elder_jax.training.optimizer import make_optimizer
-from elder_jax.training.penalty import penalty_terms
 from elder_jax.training.settings import TrainSettings
 from elder_jax.training.step import combine
 from elder_jax.training.step import init_state
 from elder_jax.training.step import make_step
 from elder_jax.training.step import train_mask
+from elder_jax.training.terms import loss_terms
 
 
 def begin_training(model: Decoder, settings: TrainSettings, mode: Mode, free: Callable | None = None):
@@ -27,9 +27,11 @@ def begin_training(model: Decoder, settings: TrainSettings, mode: Mode, free: Ca
   if settings.lora_rank:
     model = lora.attach(model, settings.lora_rank, settings.alpha, settings.seed)
   mask = train_mask(model, 'lora' if settings.lora_rank else settings.trainable)
-  rate = learning_rate(settings.lr, settings.steps, settings.warmup_ratio)
+  rate = learning_rate(
+    settings.lr, settings.steps, settings.warmup_ratio, settings.lr_schedule, settings.lr_final, settings.decay_ratio
+  )
   tx = make_optimizer(mask, rate, settings.weight_decay, settings.grad_clip, settings.optimizer, settings.moment_dtype)
-  step = make_step(tx, mode, settings.grad_accum, rate, settings.distill)
+  step = make_step(tx, mode, settings.grad_accum, rate, settings.temperature)
   return step, *init_state(model, mask, tx, free)
 
 
@@ -44,6 +46,7 @@ def train(
   teacher: Decoder | None = None,
   merged_dtype: str = 'float32',
   free: Callable | None = None,
+  kept: Sequence[int] | None = None,
 ) -> Decoder:
   """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
 
@@ -51,9 +54,10 @@ def train(
     batches: [B, T] tokens of each step (training/batches.py).
     log: called with (step, metrics).
     checkpoint: a checkpoints.Checkpoints to resume from and to write to, or None.
-    teacher: the dense model; needed where settings.distill > 0.
+    teacher: the dense model; needed where settings.taught.
     merged_dtype: of the matrices that take up LoRA's factors (lora.merged_dtype).
     free: called with the arrays of `model` that are not needed any more, as soon as they are not (memory.free).
+    kept: of terms.loss_terms.
 
   Returns:
     The model with its trained leaves in float32, or with LoRA its matrices in `merged_dtype`.
@@ -61,10 +65,10 @@ def train(
   step_fn, state, frozen = begin_training(model, settings, mode, free)
   if checkpoint:
     state = checkpoint.latest(state)
-  fixed = frozen, teacher if settings.distill else None
+  fixed = frozen, teacher if settings.taught else None
 
   def terms(step):
-    return penalty_terms(model.num_layers, layers, settings, step)
+    return loss_terms(model.num_layers, layers, settings, step, kept)
 
   state = run_steps(step_fn, state, fixed, settings.steps, batches, terms, log, checkpoint)
   result = combine(state.trained, frozen)
