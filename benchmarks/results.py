@@ -126,8 +126,9 @@ def teraflops(run: Run, removed: list[int]) -> float:
       in_turn = config.training.sequential
       depths = [L - (step * len(removed) // config.steps() if in_turn else 0) for step in range(config.steps())]
     total += sum(6 * (depth * per_layer + head) for depth in depths) * tokens
-    if config.training.distill:
-      total += 2 * (L * per_layer + 2 * head) * tokens * config.steps()
+    if config.training.taught:
+      heads = 2 * head if config.training.distils else 0
+      total += 2 * (L * per_layer + heads) * tokens * config.steps()
   return total / 1e12
 
 

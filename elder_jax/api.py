@@ -199,7 +199,8 @@ def train(
 
   Args:
     settings: unset steps are one pass over the batches.
-    teacher: a model to distil from; settings.distill is the weight of its loss, 0.5 where that is 0.
+    teacher: a model to distil from; settings.distill is the weight of its loss, 0.5 where neither that nor
+      settings.distill_hidden is given.
     penalise: layers whose updates are penalised (ELDeR's stage 2), to be removed afterwards.
     checkpoints: a folder to save to and to resume from.
 
@@ -209,11 +210,14 @@ def train(
   _check_layers(model, penalise)
   if teacher is model:
     raise InputError('teacher', teacher.source.name, 'is the model itself; give the dense model.')
-  if settings.distill and teacher is None:
-    raise InputError('distill', settings.distill, 'needs a teacher; give the dense model.')
+  if settings.taught and teacher is None:
+    raise InputError(
+      settings.taught_by, getattr(settings, settings.taught_by), 'needs a teacher; give the dense model.'
+    )
   steps = len(batches) if settings.steps is None else settings.steps
-  distill = settings.distill or (0.5 if teacher else 0.0)
+  distill = (0.5,) if teacher and not settings.taught else settings.distill
   settings = dataclasses.replace(settings, steps=steps, distill=distill)
+  kept = _layers_of_teacher(model, teacher, settings) if settings.distill_hidden else None
   saved = Checkpoints(user_path(checkpoints), 100, steps) if checkpoints else None
   mode = dataclasses.replace(model.mode, penalty=settings.penalty, penalty_scale=settings.penalty_scale)
   tokens = batches.batch_size * batches.seq_len
@@ -226,7 +230,7 @@ def train(
   taught = teacher.decoder if teacher else None
   with jax.set_mesh(model.mesh):
     made = trainer.train(
-      model.decoder, list(penalise), settings, mode, batches, told, saved, taught, merged_dtype=model.mode.dtype
+      model.decoder, list(penalise), settings, mode, batches, told, saved, taught, model.mode.dtype, kept=kept
     )
   return model._with(made)
 
@@ -341,6 +345,17 @@ def _context(model: Model, batches: Batches, log: Log, **settings) -> Context:
   num_sequences = rows // batch_size * batch_size
   config = Config.of(num_sequences=num_sequences, batch_size=batch_size, seq_len=seq_len, **settings)
   return Context(model.decoder, batches, config, model.mode, log)
+
+
+def _layers_of_teacher(model: Model, teacher: Model, settings: TrainSettings) -> list[int]:
+  """For each layer of the model the teacher's layer that it was. Raises InputError where that is not known."""
+  if model.source.name != teacher.source.name or not set(model.kept) <= set(teacher.kept):
+    raise InputError(
+      'distill_hidden',
+      settings.distill_hidden,
+      'needs a teacher that has the layers of the model, loaded from the same checkpoint; give that, or leave it out.',
+    )
+  return [teacher.kept.index(l) for l in model.kept]
 
 
 def _check_layers(model: Model, layers: Sequence[int]):

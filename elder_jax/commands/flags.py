@@ -144,6 +144,7 @@ def value_of(field: dataclasses.Field, text: str):
     return (text,) if text else ()
   if getattr(kind, '__origin__', None) is tuple:
     inner = kind.__args__[0]
+    text = text.replace(':', ',') if field.metadata['colon'] else text
     parts = [part.strip() for part in text.split(',') if part.strip()]
     return tuple(value for part in parts for value in (_range(part) if inner is int else [_scalar(inner, part)]))
   if getattr(kind, '__origin__', None) is dict:

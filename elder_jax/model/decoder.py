@@ -105,13 +105,18 @@ def run_layers(
   gate_L=None,
   inputs: bool = False,
   measure: Callable | None = None,
+  compare: tuple[Callable, jax.Array] | None = None,
 ):
   """The layers alone, from the stream x_BTD at position 0 on; arguments as in `forward`.
 
   To run only the layers above some layer, give that layer's input and an alive_L that is False below.
 
+  Args:
+    inputs: what each layer reads is returned, too.
+    compare: (f, y_LBTD): f(what a layer reads x_BTD, its y_BTD), an fp32 scalar, is returned, too; not with `inputs`.
+
   Returns:
-    (x_BTD after the last layer, before the final norm; delta_L), and with `inputs` also x_LBTD, what each layer read.
+    (x_BTD after the last layer, before the final norm; delta_L), and then x_LBTD of `inputs` or f's results of `compare`.
   """
   if alive_L is None:
     # Behind a barrier, else the compiler drops the branch below, fuses otherwise, and some last bits differ.
@@ -120,7 +125,7 @@ def run_layers(
   tables = rope_tables(model.spec, x_BTD.shape[1])
 
   def layer(x_BTD, scanned):
-    block, gate, alive, kind = scanned
+    block, gate, alive, kind, *beside = scanned
 
     def run(x_BTD):
       rope, window = rope_and_window(model.spec, tables, kind)
@@ -132,6 +137,8 @@ def run_layers(
       # the scores of attention among it, through memory into another.
       run = jax.checkpoint(run)
     y_BTD, delta = jax.lax.cond(alive, run, lambda x_BTD: (x_BTD, jnp.float32(0)), x_BTD)
+    if compare:
+      return sharding.constrain_batch(y_BTD), (delta, compare[0](x_BTD, *beside))
     return sharding.constrain_batch(y_BTD), (delta, x_BTD) if inputs else delta
 
   if mode.remat == 'full':
@@ -142,8 +149,9 @@ def run_layers(
     layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
   elif sharding.batch_ways() > 1:
     layer = jax.checkpoint(layer, policy=_all_but_weights)
-  x_BTD, out = jax.lax.scan(layer, sharding.constrain_batch(x_BTD), (model.layers, gate_L, alive_L, kinds(model.spec)))
-  return (x_BTD, *out) if inputs else (x_BTD, out)
+  scanned = model.layers, gate_L, alive_L, kinds(model.spec), *(compare[1:] if compare else ())
+  x_BTD, out = jax.lax.scan(layer, sharding.constrain_batch(x_BTD), scanned)
+  return (x_BTD, *out) if inputs or compare else (x_BTD, out)
 
 
 def _all_but_weights(primitive, *_, **params) -> bool:

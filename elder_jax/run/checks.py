@@ -1,4 +1,4 @@
-"""What is tried at the start of a run because it would only fail at its end: the export."""
+"""What is tried at the start of a run because it would only fail later: the export, and a teacher's streams."""
 
 import shutil
 
@@ -34,6 +34,27 @@ def check_export(config: Config, source: Source, num_remove: int):
       config.paths.workdir,
       f'the export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or choose another '
       'folder.',
+    )
+
+
+def check_streams(config: Config, source: Source, teacher: Source):
+  """Raises InputError where --distill_hidden cannot compare the streams of the model and of --teacher."""
+  weight = config.training.distill_hidden
+  if not weight or not any(map(config.trains, config.recipes())):
+    return
+  if source.spec.d_model != teacher.spec.d_model:
+    raise InputError(
+      'distill_hidden',
+      weight,
+      f'compares streams of one width, that of the model is {source.spec.d_model}, that of --teacher '
+      f'{teacher.spec.d_model}; leave it out, --distill compares none.',
+    )
+  if source.num_layers != teacher.num_layers:
+    raise InputError(
+      'distill_hidden',
+      weight,
+      f"which of the {teacher.num_layers} layers of --teacher the model's {source.num_layers} are is not known; leave it "
+      'out, --distill needs no map.',
     )
 
 

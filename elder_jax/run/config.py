@@ -44,7 +44,9 @@ class PathSettings(Settings):
 
   model: str = setting('', 'Model to prune: a Hugging Face folder, a hub id (owner/name) or a .gguf file.')
   tokenizer: str = setting('', "Folder or hub id of the tokenizer, where it is not the model's own.")
-  teacher: str = setting('', 'Model to distil from (--distill), where it is not --model itself before the removal.')
+  teacher: str = setting(
+    '', 'Model to distil from (--distill, --distill_hidden), where it is not --model itself before the removal.'
+  )
   workdir: str = setting('', 'Folder for results; made if missing. A run started again in it resumes.')
 
 
@@ -299,7 +301,7 @@ def defaults() -> dict[str, Any]:
 def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
   """Settings as `Config.of` takes them, of a config.json that this or an earlier version wrote.
 
-  Earlier ones had lists as text with commas, and the texts to evaluate on as name=source.
+  Earlier ones had lists as text with commas, the texts to evaluate on as name=source, and one weight of distillation.
   """
   settings = dict(value)
   for name in ('method', 'tasks'):
@@ -310,6 +312,8 @@ def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
       settings[name] = tuple(kind(part) for part in settings[name].split(',') if part.strip())
   if isinstance(text := settings.get('train_data'), str):  # there was one, with commas or not
     settings['train_data'] = (text,) if text else ()
+  if isinstance(settings.get('distill'), int | float):
+    settings['distill'] = (settings['distill'],)
   if isinstance(settings.get('eval_data'), list | tuple):
     pairs = [entry.partition('=') for entry in settings['eval_data'] if entry]
     settings['eval_data'] = {pair[0]: pair[2] for pair in pairs}

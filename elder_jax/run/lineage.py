@@ -37,7 +37,7 @@ def step_of(config: Config, num_layers: int, removed: list[int]) -> dict:
     'layers': num_layers,
     'removed': removed,
     'recipe': config.removal.recipe,
-    'teacher': public_name(config.paths.teacher) if trains and config.training.distill else '',
+    'teacher': public_name(config.paths.teacher) if trains and config.training.taught else '',
     'tokens': config.steps() * config.data.batch_size * config.data.seq_len if trains else 0,
   }
 

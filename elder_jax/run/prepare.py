@@ -27,6 +27,7 @@ from elder_jax.recipes import find_recipe
 from elder_jax.run import inputs
 from elder_jax.run import workdir
 from elder_jax.run.checks import check_export
+from elder_jax.run.checks import check_streams
 from elder_jax.run.checks import checks_in_torch
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
@@ -61,9 +62,9 @@ def prepare(config: Config) -> Job:
     tokenizer_folder = hosts.leader_first(find)
   model_folder.small_files(source.files, tokenizer_folder)  # what the export needs can be read
   num_removes = count_removed(config, source.spec, source.num_layers, source.dtype)
+  check_recipes(config, source.spec, num_removes)
   _check_nothing_removed(config, num_removes)
   check_export(config, source, num_removes[0])
-  check_recipes(config, source.spec, num_removes)
   teacher = _open_teacher(config, source)
   mesh = sharding.make_mesh(config.computation.mesh)
   shardings = check_sizes(config, source.spec, source.num_layers, mesh)
@@ -110,6 +111,13 @@ def check_recipes(config: Config, spec: Spec, num_removes: list[int]):
     recipe = find_recipe(name)
     if any(num_removes) and (why := recipe.refuses(spec)):
       raise InputError('recipe', name, why)
+    if recipe.heals and config.trains(name) and (weight := config.training.distill_hidden):
+      raise InputError(
+        'distill_hidden',
+        weight,
+        f'--recipe={name} trains a model that was pruned before, and which layers of --teacher its own are is not known; '
+        'leave it out.',
+      )
     in_turn = recipe.removes_last and config.training.sequential
     if in_turn and 0 < config.steps() < max(num_removes):
       raise InputError(
@@ -129,10 +137,10 @@ def _check_nothing_removed(config: Config, num_removes: list[int]):
       'no layer is removed, so that the whole model would be trained; use elder_jax heal for that, --recipe=none '
       '--compare= to copy it, or remove layers (--num_remove, --ratio or --remove_layers).',
     )
-  if trains and config.training.distill and not config.paths.teacher and not all(num_removes):
+  if trains and (name := config.training.taught_by) and not config.paths.teacher and not all(num_removes):
     raise InputError(
-      'distill',
-      config.training.distill,
+      name,
+      getattr(config.training, name),
       'where no layer is removed it distils a model from itself; name the dense model by --teacher, or leave out 0.',
     )
 
@@ -156,6 +164,7 @@ def _open_teacher(config: Config, source: Source) -> Source | None:
       f'has a vocabulary of {teacher.spec.vocab_size}, the model one of {source.spec.vocab_size}; give the model that it '
       'was made from.',
     )
+  check_streams(config, source, teacher)
   return teacher
 
 

@@ -141,7 +141,7 @@ def _rounds(config: Config) -> dict:
       dict.fromkeys(HOW_MUCH) | ONE | dict(num_remove=_part(total, rounds, i), model=model, **_length(config, i))
     )
     if i:
-      changes |= dict(teacher=config.paths.teacher or config.paths.model) if config.training.distils else {}
+      changes |= dict(teacher=config.paths.teacher or config.paths.model) if config.training.taught else {}
     if not last:
       changes |= dict(export_dtype='float32', compare=())
     report = _run(config, f'round_{i + 1}', **changes)

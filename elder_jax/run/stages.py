@@ -154,8 +154,8 @@ def _treating(shapes: Shapes, method: str, recipe: str, num_remove: int) -> list
   entry, dense, n = find_recipe(recipe), shapes.dense, num_remove
   trains = shapes.settings.trains(recipe)
   whole = entry.removes_last and trains
-  distils = trains and shapes.settings.training.distill and not shapes.settings.paths.teacher
-  teacher = device_bytes(dense.layers) if distils else 0  # what is not cut is shared by both
+  own_teacher = trains and shapes.settings.training.taught and not shapes.settings.paths.teacher
+  teacher = device_bytes(dense.layers) if own_teacher else 0  # what is not cut is shared by both
   found = entry.programs(shapes) if n else []
   if n and entry.merges and method != work.GIVEN and find_method(method).merges:
     found += merging.programs(shapes)

@@ -31,14 +31,17 @@ _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
   (_GATES, '--method=elder is not run', _chosen_by(*_GATES.split())),
   ('penalty penalty_scale lambda2 lambda2_power order anneal', '--recipe=regularize is not run', _penalises),
   (
-    'lr warmup_ratio weight_decay trainable optimizer moment_dtype lora_rank lora_alpha distill',
+    'lr warmup_ratio lr_schedule lr_final weight_decay trainable optimizer moment_dtype lora_rank lora_alpha distill '
+    'distill_hidden',
     'nothing trains',
     _trains,
   ),
   ('export', 'nothing trains', _trains),
   ('validation_sequences', '--validate_every is 0', lambda c: c.training.validate_every > 0),
   ('num_sequences', '--train_tokens says how many', lambda c: c.data.train_tokens is None),
-  ('teacher', 'nothing distils', lambda c: _trains(c) and c.training.distill > 0),
+  ('decay_ratio', '--lr_schedule=wsd does not train', lambda c: _trains(c) and c.training.lr_schedule == 'wsd'),
+  ('temperature', '--distill does not train', lambda c: _trains(c) and c.training.distils),
+  ('teacher', 'nothing distils', lambda c: _trains(c) and c.training.taught),
   ('grad_clip grad_accum track', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
   ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.evaluation.eval_data)),
   (

@@ -71,7 +71,7 @@ def take_dense(run: Run, stage, result: dict):
 
 
 def measure_teacher(run: Run, stage) -> dict:
-  model = run.teacher.get() if run.job.config.training.distils else run.teacher.take()
+  model = run.teacher.get() if run.job.config.training.taught else run.teacher.take()
   return measure(run.job, model, stage.name) | _held_out(run.job, model, stage.name)
 
 
@@ -218,8 +218,8 @@ def apply_recipe(run: Run, stage, choice: Choice) -> Decoder:
   """
   job, recipe = run.job, find_recipe(stage.recipe)
   trains = job.config.trains(stage.recipe)
-  teacher = run.teacher.get() if trains and job.config.training.distill else None
-  own_teacher = trains and job.config.training.distill > 0 and teacher is None
+  teacher = run.teacher.get() if trains and job.config.training.taught else None
+  own_teacher = trains and job.config.training.taught and teacher is None
   model = run.dense.take()
   spare = model if own_teacher else ()  # a teacher is needed up to the last step
   free = functools.partial(memory.free, spare=spare)
@@ -257,9 +257,11 @@ def _train(job: Job, stage, recipe: Recipe, start: Decoder, choice: Choice, teac
     keeps, folder = settings.export == 'best', _held_out_folder(job, name)
     seen = validation.Validation(job.held_out, settings.validate_every, job.mode, folder, keeps, alive_L, told_held_out)
   dtype = lora.merged_dtype(config.computation.dtype, config.output.export_dtype or job.source.dtype)
-  penalised = choice.removed if recipe.removes_last else []
+  penalised, kept = choice.removed, None
+  if not recipe.removes_last:
+    penalised, kept = [], pruning.kept_layers(job.source.num_layers, choice.removed)
   checkpoints = _checkpoints(job, name, settings.steps)
-  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free, seen)
+  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free, seen, kept)
 
 
 def _held_out_folder(job: Job, stage: str) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""The one loss of both stages: language modelling + gate L1 + penalty on the updates of layers that will go.
+"""The one loss of both stages: language modelling + distillation + gate L1 + penalty on the updates of layers that go.
 
 Dimension names: see model.py.
 """
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax.devices import sharding
-from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import embed
+from elder_jax.model.decoder import final_norm
 from elder_jax.model.decoder import head_of
 from elder_jax.model.decoder import project
+from elder_jax.model.decoder import run_layers
+from elder_jax.training import hidden
 from elder_jax.training.penalty import measure_of
 
 CHUNK_TOKENS = 1024  # of the part of a batch that a device has, whose float32 logits are alive at a time
@@ -35,19 +38,26 @@ def chunk_length(B: int, T: int) -> int:
   return min(T, max(1, CHUNK_TOKENS * sharding.batch_ways() // B))
 
 
-def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0.0):
+def counted(tokens_BT, weight_BT=None):
+  """float32 [B, T]: how much each position's next token counts; the last position has none."""
+  B, T = tokens_BT.shape
+  counted_BT = jnp.broadcast_to(jnp.arange(T)[None] < T - 1, (B, T)).astype(jnp.float32)
+  return counted_BT if weight_BT is None else counted_BT * weight_BT
+
+
+def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0.0, temperature=1.0):
   """Sums over tokens: (1 − w)·nll + w·KL(teacher ‖ model) for w = `distill`; for reading only nll and KL; the tokens.
 
   Goes through the sequence in chunks; [B, T, V] is never in memory. Chunks are cut along T, so that a batch that is
   sharded over devices stays so.
 
   Args:
-    teacher: (a Decoder, its hidden states as x_BTD), or None.
+    teacher: (a Decoder, its hidden states as x_BTD), or None: the sum is that of nll.
+    distill: a number or an fp32 scalar.
+    temperature: of both distributions in the KL, which is multiplied by its square.
   """
   B, T = tokens_BT.shape
-  counted_BT = jnp.broadcast_to(jnp.arange(T)[None] < T - 1, (B, T)).astype(jnp.float32)
-  if weight_BT is not None:
-    counted_BT = counted_BT * weight_BT
+  counted_BT = counted(tokens_BT, weight_BT)
   target_BT = jnp.roll(tokens_BT, -1, axis=1)
 
   chunk = chunk_length(B, T)
@@ -59,43 +69,48 @@ def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0
     )
 
   caps = model.spec.final_softcap, teacher[0].spec.final_softcap if teacher else None
-  sums = functools.partial(_chunk_sums, caps=caps, distill=distill)
-  heads = head_of(model), jax.lax.stop_gradient(head_of(teacher[0])) if teacher else None
+  sums = functools.partial(_chunk_sums, caps=caps, temperature=temperature)
+  taught = jax.lax.stop_gradient((head_of(teacher[0]), jnp.asarray(distill, jnp.float32))) if teacher else None
   x_CBcD, *rest = jax.tree.map(as_chunks, (x_BTD, target_BT, counted_BT, teacher[1] if teacher else None))
-  total, (nll, kl) = _sum_chunks(sums, heads[0], x_CBcD, heads[1], rest)
+  total, (nll, kl) = _sum_chunks(sums, head_of(model), x_CBcD, taught, rest)
   return total, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(kl), jnp.sum(counted_BT)
 
 
-def _chunk_sums(head_of, x_BcD, teacher_head, rest, caps, distill: float):
-  """Of one chunk: what is minimised, and (nll, KL)."""
+def _chunk_sums(head_of, x_BcD, taught, rest, caps, temperature: float):
+  """Of one chunk: what is minimised, and (nll, KL). taught: (the teacher's head, the weight of the KL), or None."""
   target_Bc, counted_Bc, y_BcD = rest
   logit_BcV = project(head_of, x_BcD, caps[0])
   log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
   nll_Bc = log_z_Bc - jnp.take_along_axis(logit_BcV, target_Bc[..., None], -1)[..., 0]
-  nll, kl = jnp.sum(nll_Bc * counted_Bc), jnp.float32(0)
-  if teacher_head is not None:
-    # Σ_v p log(p / q), with log p = t − log Z_t and log q = s − log Z_s.
-    teacher_BcV = project(teacher_head, y_BcD, caps[1])
-    p_BcV = jax.nn.softmax(teacher_BcV, -1)
-    kl_Bc = jnp.sum(p_BcV * (teacher_BcV - logit_BcV), -1) - jax.nn.logsumexp(teacher_BcV, -1) + log_z_Bc
-    kl = jnp.sum(kl_Bc * counted_Bc)
+  nll = jnp.sum(nll_Bc * counted_Bc)
+  if taught is None:
+    return nll, (nll, jnp.float32(0))
+  teacher_head, distill = taught
+  teacher_BcV = project(teacher_head, y_BcD, caps[1])
+  if temperature != 1:
+    teacher_BcV, logit_BcV = teacher_BcV / temperature, logit_BcV / temperature
+    log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
+  # Σ_v p log(p / q), with log p = t − log Z_t and log q = s − log Z_s.
+  p_BcV = jax.nn.softmax(teacher_BcV, -1)
+  kl_Bc = jnp.sum(p_BcV * (teacher_BcV - logit_BcV), -1) - jax.nn.logsumexp(teacher_BcV, -1) + log_z_Bc
+  kl = temperature**2 * jnp.sum(kl_Bc * counted_Bc)
   return (1 - distill) * nll + distill * kl, (nll, kl)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_chunks(sums, head_of, x_CBcD, teacher_head, rest):
-  """Σ sums(head, x, teacher_head, rest) over the chunks; its first result alone has a gradient, to `head` and x.
+def _sum_chunks(sums, head_of, x_CBcD, taught, rest):
+  """Σ sums(head, x, taught, rest) over the chunks; its first result alone has a gradient, to `head` and x.
 
   Where the head is not trained, the gradient to x is taken in the forward pass, while a chunk's logits are there, and
   they need not be computed again: 2 products with the head instead of 3, and half of the teacher's. (So does Liger's
   FusedLinearCrossEntropy, arXiv 2410.10989, also for a trained head, whose gradient then has to be held, too.)
   """
-  return _scan_chunks(sums, head_of, x_CBcD, teacher_head, rest)
+  return _scan_chunks(sums, head_of, x_CBcD, taught, rest)
 
 
-def _scan_chunks(sums, head_of, x_CBcD, teacher_head, rest):
+def _scan_chunks(sums, head_of, x_CBcD, taught, rest):
   def add(total, xs):
-    return (jax.tree.map(jnp.add, total, sums(head_of, xs[0], teacher_head, xs[1])), None)
+    return (jax.tree.map(jnp.add, total, sums(head_of, xs[0], taught, xs[1])), None)
 
   return jax.lax.scan(add, _NOTHING, (x_CBcD, rest))[0]
 
@@ -103,20 +118,20 @@ def _scan_chunks(sums, head_of, x_CBcD, teacher_head, rest):
 _NOTHING = np.float32(0), (np.float32(0), np.float32(0))
 
 
-def _sum_chunks_forward(sums, head_of, x_CBcD, teacher_head, rest):
+def _sum_chunks_forward(sums, head_of, x_CBcD, taught, rest):
   trained = any(a.perturbed for a in jax.tree.leaves(head_of))
-  head_of, x_CBcD, teacher_head, rest = jax.tree.map(lambda a: a.value, (head_of, x_CBcD, teacher_head, rest))
+  head_of, x_CBcD, taught, rest = jax.tree.map(lambda a: a.value, (head_of, x_CBcD, taught, rest))
   if trained:
 
     def again(*trained):
-      return _scan_chunks(jax.checkpoint(sums), *trained, teacher_head, rest)
+      return _scan_chunks(jax.checkpoint(sums), *trained, taught, rest)
 
     total, back, parts = jax.vjp(again, head_of, x_CBcD, has_aux=True)
     return (total, parts), (back, None)
 
   def add(total, xs):
     def of_x(x_BcD):
-      return sums(head_of, x_BcD, teacher_head, xs[1])
+      return sums(head_of, x_BcD, taught, xs[1])
 
     one, to_x_BcD = jax.value_and_grad(of_x, has_aux=True)(xs[0])
     return jax.tree.map(jnp.add, total, one), to_x_BcD
@@ -135,25 +150,54 @@ def _sum_chunks_backward(sums, kept, cotangents):
 _sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward, symbolic_zeros=True)
 
 
-def loss(model, tokens_BT, terms, mode, teacher=None, distill=0.0):
-  """(1 − w)·LM loss + w·KL + Σ_l gate_weight_l·|g_l| + Σ_l delta_weight_l·R(d_l), and its parts.
+def loss(model, tokens_BT, terms, mode, teacher=None, temperature=1.0):
+  """(1 − w)·LM loss + w·KL + h·hidden + Σ_l gate_weight_l·|g_l| + Σ_l delta_weight_l·R(d_l), and its parts.
 
-  ELDeR (arXiv 2505.18232, section 3) for w = `distill` = 0. KL is the mean over predicted tokens of
-  KL(teacher ‖ model) between the next-token distributions at temperature 1 (Hinton et al., arXiv 1503.02531).
+  ELDeR (arXiv 2505.18232, section 3) for w = h = 0. KL is the mean over predicted tokens of KL(teacher ‖ model) between
+  the next-token distributions at `temperature`, times its square (Hinton et al., arXiv 1503.02531). hidden is the mean
+  over predicted tokens and places of the stream of ‖s − t‖² / ‖t‖² (hidden.py).
 
   Args:
-    terms: {'alive_L': bool, 'gate_weight_L': fp32, 'delta_weight_L': fp32}, and where it is given 'gate_L' (fp32) in
-      place of the model's own gates. Stage 1 puts λ1 on the gates of the layers that are alive, stage 2 λ2 on the
-      updates of the layers that will be removed; the rest is 0.
-    teacher: the Decoder to be distilled, run with its gates at 1; needed where distill > 0. No gradient goes into it.
+    terms: {'alive_L': bool, 'gate_weight_L': fp32, 'delta_weight_L': fp32}, and where they are given:
+      'gate_L' (fp32) in place of the model's own gates. Stage 1 puts λ1 on the gates of the layers that are alive,
+      stage 2 λ2 on the updates of the layers that will be removed; the rest is 0.
+      'distill' (fp32), the weight w; 'hidden' (fp32), the weight h, and 'kept_L' (int32), the teacher's layers that the
+      model's are. Without them nothing of that is computed.
+      'weight_BT' (fp32), 0 at a position whose next token is not to be counted; 'count' (fp32), what the tokens' sums
+      are divided by in place of the sum of the weights.
+    teacher: the Decoder to be distilled, run with its gates at 1; needed for 'distill' and 'hidden'. No gradient goes
+      into it.
   """
-  x_BTD, delta_L = forward(model, tokens_BT, terms['alive_L'], mode, terms.get('gate_L'), measure_of(mode))
-  seen = None
-  if distill:
-    ones_L = jnp.ones(teacher.num_layers, jnp.float32)
-    seen = jax.lax.stop_gradient((teacher, forward(teacher, tokens_BT, mode=mode, gate_L=ones_L)[0]))
-  total, nll, kl, count = _token_sums(model, x_BTD, tokens_BT, teacher=seen, distill=distill)
+  weight_BT, kept_L = terms.get('weight_BT'), terms.get('kept_L')
+  seen = compare = None
+  if 'distill' in terms or 'hidden' in terms:
+    y_BTD, y_LBTD = hidden.teacher_streams(teacher, tokens_BT, mode, kept_L)
+    seen = jax.lax.stop_gradient((teacher, final_norm(teacher, y_BTD))) if 'distill' in terms else None
+  if 'hidden' in terms:
+    error = hidden.comparison(counted(tokens_BT, weight_BT))
+    compare = error, y_LBTD
+  x_BTD, delta_L, *error_L = run_layers(
+    model,
+    embed(model, tokens_BT, mode),
+    terms['alive_L'],
+    mode,
+    terms.get('gate_L'),
+    measure=measure_of(mode),
+    compare=compare,
+  )
+  total, nll, kl, count = _token_sums(
+    model, final_norm(model, x_BTD), tokens_BT, weight_BT, seen, terms.get('distill', 0.0), temperature
+  )
+  if weight_BT is not None:  # where none counts the sums are 0, and so is the loss
+    count = terms.get('count', count)
+    count = jnp.where(count > 0, count, 1.0)
   gate_l1 = jnp.sum(terms['gate_weight_L'] * jnp.abs(model.gate_L[...]))
   penalty = jnp.sum(terms['delta_weight_L'] * delta_L)
   parts = {'lm_loss': nll / count, 'gate_l1': gate_l1, 'penalty': penalty, 'delta_L': delta_L}
-  return total / count + gate_l1 + penalty, parts | ({'kl': kl / count} if distill else {})
+  objective = total / count + gate_l1 + penalty
+  if 'distill' in terms:
+    parts['kl'] = kl / count
+  if compare:
+    parts['hidden'] = hidden.mean_error(*error_L, error(x_BTD, y_BTD), terms['alive_L']) / count
+    objective += terms['hidden'] * parts['hidden']
+  return objective, parts

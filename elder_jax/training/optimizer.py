@@ -7,14 +7,32 @@ import optax
 from elder_jax.model.matrices import is_matrix
 
 
-def learning_rate(lr: float, steps: int, warmup_ratio: float):
-  """Linear rise from 0 over warmup_ratio of the steps, linear fall to 0 at the last; the first step is never wasted."""
+def learning_rate(
+  lr: float, steps: int, warmup_ratio: float, schedule: str = 'linear', final: float = 0.0, decay_ratio: float = 0.2
+):
+  """Linear rise from 0 over warmup_ratio of the steps, then the schedule; the first step is never wasted.
+
+  With final = 0 the last step is not wasted either: what falls reaches `final` one step after it.
+
+  Args:
+    schedule: linear: falls from the peak to the end. cosine: the same along half a cosine (Loshchilov and Hutter, arXiv
+      1608.03983). wsd, warmup-stable-decay: at the peak, then linear over the last decay_ratio of the steps (Hu et al.,
+      arXiv 2404.06395); the fall does not begin before the rise is over.
+    final: fraction of the peak at the end.
+  """
   warmup = round(warmup_ratio * steps)
+  falling = steps - warmup
+  if schedule == 'wsd':
+    falling = min(falling, round(decay_ratio * steps))
 
   def rate(step):
     up = (step + 1) / max(1, warmup)
-    down = (steps - step) / max(1, steps - warmup)
-    return lr * jnp.minimum(1.0, jnp.minimum(up, down))
+    left = (steps - step) / max(1, falling)  # of the fall; above 1 before it
+    if schedule == 'cosine':
+      left = (
+        jnp.sin(jnp.pi / 2 * jnp.minimum(1.0, left)) ** 2
+      )  # (1 − cos πf) / 2, which float32 rounds to 0 near the end
+    return lr * jnp.minimum(1.0, jnp.minimum(up, final + (1 - final) * left))
 
   return rate
 

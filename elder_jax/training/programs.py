@@ -14,9 +14,9 @@ from elder_jax.model.program import Shapes
 from elder_jax.model.program import device_bytes
 from elder_jax.model.program import forward_flops
 from elder_jax.model.program import training_flops
-from elder_jax.training.penalty import penalty_terms
 from elder_jax.training.step import combine
 from elder_jax.training.step import train_mask
+from elder_jax.training.terms import loss_terms
 from elder_jax.training.trainer import begin_training
 
 
@@ -82,18 +82,19 @@ def training_programs(shapes: Shapes, start: Decoder) -> list[Program]:
   config, num_layers, seq_len = shapes.settings, start.num_layers, shapes.tokens_BT.shape[1]
   settings = config.train_settings()
   flops = training_flops(shapes.spec, num_layers, seq_len, 'lora' if settings.lora_rank else settings.trainable)
-  if settings.distill:
-    flops += sum(forward_flops(shapes.spec, shapes.num_layers, seq_len))
-  terms = penalty_terms(num_layers, [], settings, 0)
+  if settings.taught:
+    of_layers, attention, head = forward_flops(shapes.spec, shapes.num_layers, seq_len)
+    flops += of_layers + attention + (head if settings.distils else 0)
+  terms = loss_terms(num_layers, [], settings, 0)
 
   def begin(model):
     return begin_training(model, settings, shapes.mode)
 
-  teacher = shapes.dense if settings.distill else None
+  teacher = shapes.dense if settings.taught else None
   name = f'training, {num_layers} layers'
   program = steps_program(shapes, name, begin, start, teacher, terms, flops, settings.steps)
   state, (frozen, teacher), *_ = program.args
-  if settings.distill:  # what is frozen and not cut is the teacher's own
+  if settings.taught:  # what is frozen and not cut is the teacher's own
     layers = jax.tree.leaves((frozen.layers, frozen.gate_L))
     shared = device_bytes(frozen) - (0 if start is shapes.dense else device_bytes(layers))
     program = dataclasses.replace(program, params=program.params - shared, twice=shared)

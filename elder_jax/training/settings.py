@@ -35,11 +35,24 @@ class TrainSettings(Settings):
     least=0,
     most=1,
   )
-  distill: float = setting(
-    0.0,
-    "Weight of the KL divergence from the dense model's predictions, in all training; 1 minus it is the LM loss's.",
+  distill: tuple[float, ...] = setting(
+    (0.0,),
+    "Weight of the KL divergence from the dense model's predictions, in all training; 1 minus it is the LM loss's. "
+    'START:END, as in 0.9:0.5: it goes from the one to the other over the steps, along a cosine.',
     least=0,
     most=1,
+    colon=True,
+  )
+  temperature: float = setting(
+    1.0,
+    'Temperature of both distributions in the KL divergence of --distill, which is multiplied by its square.',
+    above=0,
+  )
+  distill_hidden: float = setting(
+    0.0,
+    "Weight of the squared relative error of each layer's output against the dense model's at the same place, averaged "
+    'over layers and tokens. It is added to the loss; 0: none.',
+    least=0,
   )
   steps: int | None = setting(
     None,
@@ -49,8 +62,18 @@ class TrainSettings(Settings):
   )
   lr: float = setting(
     3e-4,
-    'Peak learning rate; falls linearly to 0. LoRA needs a higher one, lion one 3 to 10 times lower.',
+    'Peak learning rate. LoRA needs a higher one, lion one 3 to 10 times lower.',
     least=0,
+  )
+  lr_schedule: str = setting(
+    'linear',
+    'What the learning rate does after its rise: linear and cosine fall from the peak to the last step; wsd stays at '
+    'the peak and falls linearly over the last --decay_ratio of the steps.',
+    choices=('linear', 'cosine', 'wsd'),
+  )
+  lr_final: float = setting(0.0, 'Learning rate that the schedule ends at, as a fraction of the peak.', least=0, most=1)
+  decay_ratio: float = setting(
+    0.2, 'Fraction of the steps over which --lr_schedule=wsd falls, at their end.', least=0, most=1
   )
   warmup_ratio: float = setting(
     0.05, 'Fraction of the steps over which the learning rate rises from 0.', least=0, below=1
@@ -98,7 +121,13 @@ class TrainSettings(Settings):
   seed: int = 0
 
   def __post_init__(self):
+    if isinstance(self.distill, int | float) and not isinstance(self.distill, bool):  # the same weight in all steps
+      object.__setattr__(self, 'distill', (self.distill,))
     super().__post_init__()
+    if len(self.distill) not in (1, 2):
+      raise InputError(
+        'distill', self.distill, 'must be one weight, or two: that of the start and that of the end, as in 0.9:0.5.'
+      )
     if self.optimizer == 'adafactor' and self.moment_dtype != 'float32':
       raise InputError(
         'moment_dtype',
@@ -120,6 +149,21 @@ class TrainSettings(Settings):
   def alpha(self) -> float:
     """LoRA's alpha."""
     return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+  @property
+  def distils(self) -> bool:
+    """The KL divergence from a teacher's predictions is in the loss of some step."""
+    return max(self.distill) > 0
+
+  @property
+  def taught(self) -> bool:
+    """A teacher runs in every step."""
+    return self.distils or self.distill_hidden > 0
+
+  @property
+  def taught_by(self) -> str:
+    """The setting that needs a teacher, for errors; '' where none does."""
+    return 'distill' if self.distils else 'distill_hidden' if self.taught else ''
 
   @property
   def sequential(self) -> bool:

@@ -87,34 +87,55 @@ def on_all_devices(array, trained) -> jax.Array:
   return jax.device_put(array, NamedSharding(mesh, PartitionSpec())) if mesh else jnp.asarray(array)
 
 
-def make_step(tx, mode: Mode, grad_accum: int, rate, distill: float = 0.0):
+def _rows(batch_BT, terms: dict, grad_accum: int):
+  """((tokens, the terms that have a row for each of them), the other terms).
+
+  Weights of tokens come with what each part's sums are divided by: not the part's own count, which differs from part to
+  part, but its share of the whole batch's.
+  """
+  if 'weight_BT' not in terms:
+    return (batch_BT, {}), terms
+  weight_BT = sharding.constrain_batch(jnp.asarray(terms['weight_BT'], jnp.float32))
+  count = jnp.sum(losses.counted(batch_BT, weight_BT)) / grad_accum
+  others = {name: term for name, term in terms.items() if name != 'weight_BT'}
+  return (batch_BT, {'weight_BT': weight_BT}), others | {'count': count}
+
+
+def make_step(tx, mode: Mode, grad_accum: int, rate, temperature: float = 1.0):
   """A jitted step(state, (frozen, teacher), batch_BT, terms) -> (state, metrics).
 
-  terms, distill and teacher (None without distillation) as in losses.loss; no recompilation for other terms.
+  terms, temperature and teacher (None where nothing is distilled) as in losses.loss; no recompilation for other values
+  of the terms. grad_accum: the number of parts that a batch is processed in, which changes no mean over tokens.
   """
 
-  def micro_loss(trained, fixed, tokens_bT, terms):
+  def micro_loss(trained, fixed, rows, terms):
     frozen, teacher = fixed
-    return losses.loss(combine(trained, frozen), tokens_bT, terms, mode, teacher, distill)
+    tokens_bT, of_rows = rows
+    return losses.loss(combine(trained, frozen), tokens_bT, terms | of_rows, mode, teacher, temperature)
+
+  def split(a_BT):
+    # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
+    B, T = a_BT.shape
+    return sharding.constrain_batch(a_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1), 1)
 
   def step(state: TrainState, fixed, batch_BT, terms):
-    B, T = batch_BT.shape
+    rows, terms = _rows(batch_BT, terms, grad_accum)
 
-    def of_part(tokens_bT):
-      (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, tokens_bT, terms)
+    def of_part(rows):
+      (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, rows, terms)
       return sharding.replicate({'loss': loss, **parts}), sharding.constrain_state(grads)
 
     if grad_accum == 1:  # no second buffer for the sum
-      metrics, grads = of_part(batch_BT)
+      metrics, grads = of_part(rows)
     else:
-      # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
-      parts_AbT = sharding.constrain_batch(batch_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1), 1)
-      zeros, grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_part, parts_AbT[0]))
+      parts = jax.tree.map(split, rows)
+      first = jax.tree.map(lambda a_AbT: a_AbT[0], parts)
+      zeros, grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_part, first))
 
-      def add(total, tokens_bT):
-        return (jax.tree.map(lambda t, x: t + x / grad_accum, total, of_part(tokens_bT)), None)
+      def add(total, rows):
+        return (jax.tree.map(lambda t, x: t + x / grad_accum, total, of_part(rows)), None)
 
-      (metrics, grads), _ = jax.lax.scan(add, (zeros, sharding.constrain_state(grads)), parts_AbT)
+      (metrics, grads), _ = jax.lax.scan(add, (zeros, sharding.constrain_state(grads)), parts)
     updates, opt_state = tx.update(grads, state.opt_state, state.trained)
     metrics |= sharding.replicate({'grad_norm': optax.global_norm(grads), 'lr': rate(state.step)})
     trained = optax.apply_updates(state.trained, updates)

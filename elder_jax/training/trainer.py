@@ -12,12 +12,12 @@ from elder_jax.model.spec import Mode
 from elder_jax.training.loop import run_steps
 from elder_jax.training.optimizer import learning_rate
 from elder_jax.training.optimizer import make_optimizer
-from elder_jax.training.penalty import penalty_terms
 from elder_jax.training.settings import TrainSettings
 from elder_jax.training.step import combine
 from elder_jax.training.step import init_state
 from elder_jax.training.step import make_step
 from elder_jax.training.step import train_mask
+from elder_jax.training.terms import loss_terms
 from elder_jax.training.validation import Validation
 
 
@@ -28,9 +28,11 @@ def begin_training(model: Decoder, settings: TrainSettings, mode: Mode, free: Ca
   if settings.lora_rank:
     model = lora.attach(model, settings.lora_rank, settings.alpha, settings.seed)
   mask = train_mask(model, 'lora' if settings.lora_rank else settings.trainable)
-  rate = learning_rate(settings.lr, settings.steps, settings.warmup_ratio)
+  rate = learning_rate(
+    settings.lr, settings.steps, settings.warmup_ratio, settings.lr_schedule, settings.lr_final, settings.decay_ratio
+  )
   tx = make_optimizer(mask, rate, settings.weight_decay, settings.grad_clip, settings.optimizer, settings.moment_dtype)
-  step = make_step(tx, mode, settings.grad_accum, rate, settings.distill)
+  step = make_step(tx, mode, settings.grad_accum, rate, settings.temperature)
   return step, *init_state(model, mask, tx, free)
 
 
@@ -46,6 +48,7 @@ def train(
   merged_dtype: str = 'float32',
   free: Callable | None = None,
   validation: Validation | None = None,
+  kept: Sequence[int] | None = None,
 ) -> Decoder:
   """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
 
@@ -53,10 +56,11 @@ def train(
     batches: [B, T] tokens of each step (training/batches.py).
     log: called with (step, metrics).
     checkpoint: a checkpoints.Checkpoints to resume from and to write to, or None.
-    teacher: the dense model; needed where settings.distill > 0.
+    teacher: the dense model; needed where settings.taught.
     merged_dtype: of the matrices that take up LoRA's factors (lora.merged_dtype).
     free: called with the arrays of `model` that are not needed any more, as soon as they are not (memory.free).
     validation: measures the model on held-out rows meanwhile; needed where settings.export is best.
+    kept: of terms.loss_terms.
 
   Returns:
     The model with its trained leaves in float32, or with LoRA its matrices in `merged_dtype`.
@@ -64,14 +68,14 @@ def train(
   step_fn, state, frozen = begin_training(model, settings, mode, free)
   if checkpoint:
     state = checkpoint.latest(state)
-  fixed = frozen, teacher if settings.distill else None
+  fixed = frozen, teacher if settings.taught else None
 
   weight_of = getattr(batches, 'weight_BT', lambda step: None)
 
   def terms(step):
     weight_BT = weight_of(step)
     weighted = {} if weight_BT is None else {'weight_BT': weight_BT}
-    return penalty_terms(model.num_layers, layers, settings, step) | weighted
+    return loss_terms(model.num_layers, layers, settings, step, kept) | weighted
 
   state = run_steps(step_fn, state, fixed, settings.steps, batches, terms, log, checkpoint, validation)
   if validation and settings.export == 'best':

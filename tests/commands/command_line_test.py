@@ -1,5 +1,6 @@
 """The command line: flags, flag files, exit status 2 with one sentence and no traceback."""
 
+import json
 import os
 import pathlib
 import re
@@ -67,6 +68,14 @@ def test_flags_after_the_flagfile_win(tmp_path):
   assert config.removal.remove_layers is None and config.removal.num_remove is None and config.data.batch_size == 4
 
 
+@pytest.mark.parametrize('text, weights', [('0.5', (0.5,)), ('0.9:0.5', (0.9, 0.5)), ('0.9,0.5', (0.9, 0.5))])
+def test_a_weight_may_have_a_start_and_an_end(tmp_path, text, weights):
+  config, _ = config_from(f'--distill={text}')
+  assert config.training.distill == weights
+  (tmp_path / 'config.json').write_text(json.dumps(config.to_json()))
+  assert config_from(f'--config={tmp_path}/config.json')[0] == config
+
+
 def test_a_flag_file_names_another_beside_it(tmp_path):
   (tmp_path / 'a.flags').write_text('--flagfile=_shared.flags\n--seq_len=7\n')
   (tmp_path / '_shared.flags').write_text('--seq_len=5\n--batch_size=2\n')
@@ -102,6 +111,10 @@ def test_of_several_ways_to_say_how_much_the_last_one_counts(tmp_path, args, win
     (dict(lambda2=0.1), '--lambda2=0.1'),
     (dict(recipe='none', lr=0.1, train_data='a'), '--lr=0.1'),
     (dict(train_steps=0, distill=0.5), '--distill=0.5'),
+    (dict(train_steps=0, distill_hidden=0.5), '--distill_hidden=0.5'),
+    (dict(temperature=2.0), '--temperature=2.0'),
+    (dict(decay_ratio=0.5), '--decay_ratio=0.5'),
+    (dict(train_steps=0, lr_schedule='wsd'), '--lr_schedule=wsd'),
     (dict(tasks_dir='here', eval_tokens=5), '--eval_tokens=5'),
     (dict(task_limit=5), '--task_limit=5'),
     (dict(method='elder', score_steps=3), '--score_steps=3'),
@@ -111,7 +124,9 @@ def test_of_several_ways_to_say_how_much_the_last_one_counts(tmp_path, args, win
 def test_a_setting_that_nothing_reads_is_named(settings, named):
   lines = unused.unused_settings(config_of(**settings))
   assert any(line.startswith('not used: ') and named in line for line in lines), lines
-  every = dict(method='elder,sleb', recipe='regularize', eval_data=('a=a',), tasks='piqa')
+  every = dict(
+    method='elder,sleb', recipe='regularize', eval_data=('a=a',), tasks='piqa', distill=0.5, lr_schedule='wsd'
+  )
   changed = {name: value for name, value in settings.items() if name not in ('remove_layers', 'train_steps', *every)}
   assert unused.unused_settings(config_of(**every | changed)) == []
 

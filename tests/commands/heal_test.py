@@ -70,6 +70,8 @@ def test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage(healing, 
     (dict(teacher='{model}'), ['--teacher=', 'is --model itself']),
     (dict(teacher='{model}/../export'), ['--teacher=', 'is --model itself']),
     (dict(teacher='/nowhere'), ['--teacher=/nowhere', 'no such folder']),
+    (dict(distill_hidden=0.5), ['--distill_hidden=0.5', '--recipe=heal', 'not known', 'leave it out']),
+    (dict(distill_hidden=0.5, teacher=''), ['--distill_hidden=0.5', 'leave it out']),
   ],
 )
 def test_what_heal_refuses(healing, changes, parts, no_long_work, no_text):
@@ -88,7 +90,7 @@ def test_the_verbs_heal_and_report(healing, capsys):
   out = capsys.readouterr().out
   assert 'healed (exported)' in out or 'Kept: [0, 1, 2, 3]' in out
   config = json.loads((pathlib.Path(healing['workdir']) / 'config.json').read_text())
-  assert (config['recipe'], config['distill'], config['remove_layers']) == ('heal', 0.5, [])
+  assert (config['recipe'], config['distill'], config['remove_layers']) == ('heal', [0.5], [])
   commands.run_verb('report', [healing['workdir']])
   assert capsys.readouterr().out.strip() in out
   with pytest.raises(SystemExit) as caught:

@@ -96,6 +96,15 @@ def asked(a: Outcome, b: Outcome):
   return zip(a.report['answers'], b.report['answers'])
 
 
+def rates(outcome: Outcome) -> list[float]:
+  """Learning rates of the training, as parts of the peak."""
+  return [round(float(rate) / 1e-3, 6) for rate in outcome.of('regularize', 'lr')]
+
+
+def falls_later(a: Outcome, b: Outcome) -> bool:
+  return rates(b)[0] == 1 and rates(b)[1] > rates(a)[1] and rates(b)[3] < rates(a)[3]
+
+
 def dtypes(outcome: Outcome) -> set[str]:
   return {str(t.dtype) for t in outcome.tensors.values()}
 
@@ -126,9 +135,28 @@ TABLE = {
   'order': ('sequential', {}, lambda a, b: 0.2 < ratio(a, b, 'regularize', 'penalty') < 0.8),
   'anneal': (1.0, {}, lambda a, b: not np.isclose(ratio(a, b, 'regularize', 'lm_loss'), 1, rtol=1e-4)),
   'distill': (0.5, {}, lambda a, b: 'kl' in b.lines[-1] and 'kl' not in a.lines[-1]),
+  'temperature': (
+    2.0,
+    dict(distill=0.5, **SCORING),
+    lambda a, b: not np.isclose(ratio(a, b, 'prune_then_train', 'kl'), 1, rtol=1e-3),
+  ),
+  'distill_hidden': (
+    0.5,
+    SCORING,
+    lambda a, b: np.allclose(
+      b.of('prune_then_train', 'loss')[0], a.of('prune_then_train', 'loss')[0] + 0.5 * b.lines[0]['hidden'], rtol=1e-5
+    ),
+  ),
   'train_steps': (4, {}, lambda a, b: b.of('regularize', 'step').tolist() == [0, 1, 2, 3]),
   'lr': (2e-3, {}, lambda a, b: np.isclose(ratio(a, b, 'regularize', 'lr'), 2)),
   'warmup_ratio': (0.99, {}, lambda a, b: np.isclose(ratio(a, b, 'regularize', 'lr'), 0.5)),
+  'lr_schedule': ('cosine', dict(train_steps=4), lambda a, b: rates(a) == [1, 0.75, 0.5, 0.25] and falls_later(a, b)),
+  'lr_final': (0.5, dict(train_steps=4), lambda a, b: rates(b) == [1, 0.875, 0.75, 0.625]),
+  'decay_ratio': (
+    0.5,
+    dict(train_steps=4, lr_schedule='wsd'),
+    lambda a, b: rates(a) == [1, 1, 1, 1] and rates(b) == [1, 1, 1, 0.5],
+  ),
   'weight_decay': (
     0.5,
     dict(train_steps=1),

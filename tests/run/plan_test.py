@@ -110,7 +110,7 @@ def programs(mesh, **changes) -> dict[str, Program]:
   return {p.name: p for p in plan_lib.planned(CONFIG.replace(**changes), SPEC, L, [1], mesh)[1]}
 
 
-@pytest.mark.parametrize('changes', [{}, {'trainable': 'all'}, {'distill': 0.5}])
+@pytest.mark.parametrize('changes', [{}, {'trainable': 'all'}, {'distill': 0.5}, {'distill_hidden': 0.5}])
 def test_formula_and_program_agree_on_flops(changes, one_device):
   found = programs(one_device, recipe='prune_then_train', **changes)
   computed = [p for p in found.values() if p.model_flops]
@@ -186,6 +186,8 @@ def test_bytes_of_each_kind(one_device):
   assert (p.params, p.gradients, p.beside) == (4 * (blocks + rest), 4 * blocks, 0)
   taught = programs(one_device, distill=0.5)['training, 4 layers']  # what is frozen is the teacher's own
   assert (taught.params, taught.twice) == (p.params + 4 * blocks, 4 * rest)
+  hidden = programs(one_device, distill_hidden=0.5)['training, 4 layers']
+  assert (hidden.params, hidden.twice) == (taught.params, taught.twice)
   assert 8 * blocks <= p.opt_state < 8 * blocks + 100  # two moments and counters
   assert programs(one_device, grad_accum=2)['training, 4 layers'].gradients == 8 * blocks
   assert programs(one_device, optimizer='lion')['training, 4 layers'].opt_state < 4 * blocks + 100

@@ -461,6 +461,9 @@ def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text,
   record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != 'distill'}))
   whole_run(settings)
   refused(settings, '--distill=0.0, not 0.5', distill=0.5)
+  # Earlier versions wrote one number.
+  record.write_text(json.dumps(json.loads(record.read_text()) | {'distill': 0.0}))
+  whole_run(settings)
 
 
 # ---- Full disks ----

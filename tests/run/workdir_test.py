@@ -294,6 +294,8 @@ def test_a_config_that_is_cut_wrongly_is_known_before_the_text_is_read(settings,
   [
     (dict(num_remove=0), ['--recipe=regularize', 'no layer is removed', '--recipe=none']),
     (dict(num_remove=None, ratio='0.3,0', distill=0.5), ['--distill=0.5', 'from itself']),
+    (dict(num_remove=None, ratio='0.3,0', distill='0.9:0.5'), ['--distill=0.9,0.5', 'from itself']),
+    (dict(num_remove=None, ratio='0.3,0', distill_hidden=0.5), ['--distill_hidden=0.5', 'from itself']),
     (dict(ratio='0.2'), ['--ratio=0.2: and --num_remove', 'one way only']),
     (dict(remove_layers='2'), ['--num_remove=2: and --remove_layers', 'one way only']),
     (dict(optimizer='adam'), ['--optimizer=adam', 'adamw']),

@@ -75,6 +75,39 @@ def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monke
   assert np.abs(plain_to_x).max() > 1e-3
 
 
+@pytest.mark.parametrize('temperature', [0.5, 3.0])
+def test_temperature_is_the_formula(temperature, monkeypatch):
+  """With a head that trains and one that does not; only tokens that count."""
+  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
+  model, teacher, tokens_BT = decoder(), decoder(tied=True), tokens()
+  x_BTD, y_BTD = jax.random.normal(jax.random.key(5), (2, B, T, SPEC.d_model))
+  weight_BT = jnp.array(np.random.default_rng(1).integers(0, 2, (B, T)), jnp.float32)
+
+  def minimised(model, x_BTD):
+    total, _, kl, count = losses._token_sums(
+      model, x_BTD, tokens_BT, weight_BT, (teacher, y_BTD), jnp.float32(0.3), temperature
+    )
+    return total / count, kl / count
+
+  def plain(model, x_BTD):
+    q_BTV, p_BTV = (jax.nn.softmax(logits_of(*a)[:, :-1] / temperature) for a in ((model, x_BTD), (teacher, y_BTD)))
+    kl_BT = jnp.sum(p_BTV * jnp.log(p_BTV / q_BTV), -1)
+    nll, count = plain_nll(model, x_BTD, tokens_BT, weight_BT)
+    kl = temperature**2 * jnp.sum(kl_BT * weight_BT[:, :-1]) / count
+    return 0.7 * nll / count + 0.3 * kl, kl
+
+  def both(f):
+    one = jax.jit(jax.value_and_grad(f, argnums=1, has_aux=True))(model, x_BTD)
+    two = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(model, x_BTD)
+    return one, two
+
+  chex.assert_trees_all_close(both(minimised), both(plain), rtol=1e-4, atol=1e-6)
+  _, kl = minimised(model, x_BTD)
+  _, plain_kl = plain(model, x_BTD)
+  assert kl > 0.1
+  np.testing.assert_allclose(kl, plain_kl, rtol=1e-5)
+
+
 @pytest.mark.parametrize('trained, distill, products', [((0, 1), 0.0, 4), (1, 0.0, 2), (1, 0.5, 3)])
 def test_products_with_the_head(trained, distill, products):
   x_BTD = jnp.ones((B, T, SPEC.d_model))

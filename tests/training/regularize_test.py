@@ -241,7 +241,7 @@ def test_distillation_is_the_formula(tied, chunk, monkeypatch):
   terms = penalty_terms(L - 2, [], settings(), 0)
 
   def both(m, t, w):
-    return losses.loss(m, tokens_BT, terms, Mode(), t, w)
+    return losses.loss(m, tokens_BT, terms | ({'distill': np.float32(w)} if w else {}), Mode(), t)
 
   total, parts = both(model, teacher, 0.25)
   kl = plain_kl(teacher, model, tokens_BT)

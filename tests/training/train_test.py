@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import forward
+from elder_jax.model.decoder import logits_of
 from elder_jax.model.spec import Mode
 from elder_jax.model.spec import Spec
 from elder_jax.training.checkpoints import Checkpoints
@@ -190,6 +192,90 @@ def test_schedule_wastes_no_step(steps, warmup):
   assert min(rates) > 0 and max(rates) == 1.0
   if not warmup:
     assert rates[0] == 1.0
+
+
+@pytest.mark.parametrize(
+  'schedule, final, expected',
+  [
+    ('linear', 0.25, [0.5, 1, 1, 0.90625, 0.8125, 0.71875, 0.625, 0.53125, 0.4375, 0.34375]),
+    ('linear', 1.0, [0.5, *9 * [1]]),
+    ('cosine', 0.0, [0.5, 1, *((1 + np.cos(np.pi * i / 8)) / 2 for i in range(8))]),
+    ('cosine', 0.1, [0.5, 1, *(0.1 + 0.45 * (1 + np.cos(np.pi * i / 8)) for i in range(8))]),
+    ('wsd', 0.0, [0.5, *6 * [1], 1, 2 / 3, 1 / 3]),
+    ('wsd', 0.4, [0.5, *6 * [1], 1, 0.8, 0.6]),
+  ],
+)
+def test_schedules(schedule, final, expected):
+  r = learning_rate(2.0, 10, 0.2, schedule, final, decay_ratio=0.3)
+  rates = [float(r(i)) for i in range(11)]
+  np.testing.assert_allclose(rates[:10], 2 * np.array(expected), rtol=1e-6)
+  np.testing.assert_allclose(rates[10], 2 * final, atol=1e-7)
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
+@pytest.mark.parametrize('steps, warmup, decay', [(1, 0.0, 1.0), (2, 0.5, 0.5), (10, 0.0, 0.0), (10, 0.6, 0.9)])
+def test_no_schedule_wastes_a_step_or_misses_the_peak(schedule, steps, warmup, decay):
+  r = learning_rate(1.0, steps, warmup, schedule, 0.0, decay)
+  rates = [float(r(i)) for i in range(steps)]
+  assert min(rates) > 0 and max(rates) == 1.0
+
+
+def test_a_long_cosine_is_above_0_to_the_end():
+  r = learning_rate(1.0, 10**5, 0.0, 'cosine')
+  np.testing.assert_allclose(float(r(10**5 - 1)), np.sin(np.pi / 2 / 10**5) ** 2, rtol=1e-4)
+
+
+WEIGHT_BT = np.random.default_rng(3).integers(0, 2, (4, 9)).astype(np.float32)
+WEIGHT_BT[1] = 0  # a part of a batch in which no token counts
+WEIGHT_BT[2, :4] = 0.25
+
+
+@pytest.mark.parametrize('taught', [False, True])
+def test_gradient_accumulation_changes_nothing_where_tokens_are_weighted(taught):
+  """Parts with few tokens that count weigh less: the mean is over the tokens of the whole batch."""
+  model, mask = tiny(), train_mask(tiny(), 'all')
+  tx = optax.masked(optax.sgd(0.5), mask)
+  now, teacher = terms(weight_BT=WEIGHT_BT), None
+  if taught:
+    now |= {'distill': np.float32(0.4), 'hidden': np.float32(0.5), 'kept_L': np.array([0, 1, 2], np.int32)}
+    teacher = Decoder(SPEC, L, jax.random.key(7))
+  results = []
+  for parts in (1, 2, 4):
+    state, frozen = init_state(model, mask, tx)
+    state, metrics = make_step(tx, Mode(), parts, rate)(state, (frozen, teacher), BATCHES_SBT[0], now)
+    results.append((copy(state.trained), jax.device_get(metrics)))
+  nll_BT = -jax.nn.log_softmax(logits_of(model, forward(model, BATCHES_SBT[0])[0]))
+  nll_BT = np.take_along_axis(np.asarray(nll_BT)[:, :-1], BATCHES_SBT[0][:, 1:, None], -1)[..., 0]
+  expected = np.sum(nll_BT * WEIGHT_BT[:, :-1]) / np.sum(WEIGHT_BT[:, :-1])
+  np.testing.assert_allclose(results[0][1]['lm_loss'], expected, rtol=1e-5)
+  chex.assert_trees_all_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+  chex.assert_trees_all_close(results[0], results[2], atol=1e-6, rtol=1e-5)
+  assert ('kl' in results[0][1]) == ('hidden' in results[0][1]) == taught
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_a_batch_in_which_no_token_counts_is_a_loss_of_0(parts):
+  model, mask = tiny(), train_mask(tiny(), 'blocks')
+  tx = make_optimizer(mask, rate, 0.0, 1.0)
+  state, frozen = init_state(model, mask, tx)
+  before = copy(state.trained)
+  zeros_L = np.zeros(L, np.float32)
+  now = terms(weight_BT=np.zeros((4, 9), np.float32), gate_weight_L=zeros_L, delta_weight_L=zeros_L)
+  now |= {'distill': np.float32(0.4), 'hidden': np.float32(0.5), 'kept_L': np.arange(L, dtype=np.int32)}
+  step = make_step(tx, Mode(), parts, rate)
+  state, metrics = step(state, (frozen, Decoder(SPEC, L, jax.random.key(7))), BATCHES_SBT[0], now)
+  assert all(metrics[name] == 0 for name in ('loss', 'lm_loss', 'kl', 'hidden', 'grad_norm'))
+  chex.assert_trees_all_equal(copy(state.trained), before)
+
+
+def test_weights_of_one_are_no_weights():
+  step, *_ = begin('blocks')
+  results = []
+  for more in ({}, {'weight_BT': np.ones((4, 9), np.float32)}):
+    _, state, frozen = begin('blocks')
+    state, metrics = step(state, (frozen, None), BATCHES_SBT[0], terms(**more))
+    results.append(jax.device_get(metrics))
+  chex.assert_trees_all_close(*results, rtol=1e-6)
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'adafactor', 'lion'])
