@@ -12,6 +12,7 @@ from elder_jax.hf.source import architecture
 from elder_jax.hf.table import abstract_decoder
 from elder_jax.log import log
 from elder_jax.model import pruning
+from elder_jax.run import lineage
 from elder_jax.run.config import Config
 
 
@@ -49,12 +50,12 @@ def check_streams(config: Config, source: Source, teacher: Source):
       f'compares streams of one width, that of the model is {source.spec.d_model}, that of --teacher '
       f'{teacher.spec.d_model}; leave it out, --distill compares none.',
     )
-  if source.num_layers != teacher.num_layers:
+  if lineage.kept_layers(config, source, teacher) is None:
     raise InputError(
       'distill_hidden',
       weight,
-      f"which of the {teacher.num_layers} layers of --teacher the model's {source.num_layers} are is not known; leave it "
-      'out, --distill needs no map.',
+      f"which of the {teacher.num_layers} layers of --teacher the model's {source.num_layers} are is not known; give them "
+      'by --kept_layers, or leave this out: --distill needs no map.',
     )
 
 

@@ -47,6 +47,12 @@ class PathSettings(Settings):
   teacher: str = setting(
     '', 'Model to distil from (--distill, --distill_hidden), where it is not --model itself before the removal.'
   )
+  kept_layers: tuple[int, ...] | None = setting(
+    None,
+    'Layers of --teacher that --model still has, 0-based, as in 0-11,19-29, for --distill_hidden; read from the files of '
+    'folders that elder_jax or mergekit wrote.',
+    least=0,
+  )
   workdir: str = setting('', 'Folder for results; made if missing. A run started again in it resumes.')
 
 

@@ -41,6 +41,7 @@ class Job:
   checks_source: bool  # and the model as it is
   tokenizer_folder: pathlib.Path | None  # of --tokenizer, whose files the export has in place of the source's
   teacher: Source | None = None  # of --teacher
+  kept_layers: list[int] | None = None  # those of --teacher that the model has; None: as many, or not known
 
   @property
   def copies(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 from elder_jax.hf.source import Source
 from elder_jax.log import log
@@ -21,6 +22,54 @@ def of_source(source: Source) -> list[dict]:
     log(f'{source.files / NAME}: cannot be read; what was done to the model before is not told')
     return []
   return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def kept_layers(config: Config, source: Source, teacher: Source | None) -> list[int] | None:
+  """The layers of the teacher that a model has, by 0-based number in its order; None: not known.
+
+  By --kept_layers, by what elder_jax has written into the model's folder, or by a mergekit_config.yml of slices.
+
+  Raises:
+    InputError: --kept_layers does not fit the two models.
+  """
+  if teacher is None:
+    return None
+  given, total = config.paths.kept_layers, teacher.num_layers
+  if given is not None:
+    if len(given) != source.num_layers or sorted(set(given)) != list(given) or given[-1] >= total:
+      raise InputError(
+        'kept_layers',
+        given,
+        f'must name {source.num_layers} of the layers 0 to {total - 1} of --teacher, in ascending order.',
+      )
+    return list(given)
+  if source.num_layers == total:
+    return list(range(total))
+  for found in (_by_lineage(of_source(source), total), _by_mergekit(source)):
+    if found and len(found) == source.num_layers and found[-1] < total:
+      return found
+  return None
+
+
+def _by_lineage(steps: list[dict], total: int) -> list[int] | None:
+  kept = list(range(total))
+  for step in steps:
+    if step.get('layers') != len(kept) or not isinstance(step.get('removed'), list):
+      return None
+    kept = [layer for l, layer in enumerate(kept) if l not in step['removed']]
+  return kept
+
+
+def _by_mergekit(source: Source) -> list[int] | None:
+  """Of slices of one model, one after another: slices: - sources: - layer_range: [0, 12]."""
+  import yaml
+
+  try:
+    text = (source.files / 'mergekit_config.yml').read_text(encoding='utf-8')
+    ranges = [of_slice['sources'][0]['layer_range'] for of_slice in yaml.safe_load(text)['slices']]
+    return [l for first, end in ranges for l in range(first, end)]
+  except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError):
+    return None
 
 
 def public_name(model: str) -> str:

@@ -32,6 +32,7 @@ from elder_jax.run.checks import checks_in_torch
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
 from elder_jax.run.job import Job
+from elder_jax.run.lineage import kept_layers
 from elder_jax.run.stages import stages
 from elder_jax.text import answers
 from elder_jax.text import data
@@ -102,6 +103,7 @@ def prepare(config: Config) -> Job:
     checks_source=checks_source,
     tokenizer_folder=tokenizer_folder,
     teacher=teacher,
+    kept_layers=kept_layers(config, source, teacher),
   )
 
 
@@ -111,13 +113,6 @@ def check_recipes(config: Config, spec: Spec, num_removes: list[int]):
     recipe = find_recipe(name)
     if any(num_removes) and (why := recipe.refuses(spec)):
       raise InputError('recipe', name, why)
-    if recipe.heals and config.trains(name) and (weight := config.training.distill_hidden):
-      raise InputError(
-        'distill_hidden',
-        weight,
-        f'--recipe={name} trains a model that was pruned before, and which layers of --teacher its own are is not known; '
-        'leave it out.',
-      )
     in_turn = recipe.removes_last and config.training.sequential
     if in_turn and 0 < config.steps() < max(num_removes):
       raise InputError(

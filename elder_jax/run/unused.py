@@ -41,6 +41,7 @@ _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
   ('num_sequences', '--train_tokens says how many', lambda c: c.data.train_tokens is None),
   ('decay_ratio', '--lr_schedule=wsd does not train', lambda c: _trains(c) and c.training.lr_schedule == 'wsd'),
   ('temperature', '--distill does not train', lambda c: _trains(c) and c.training.distils),
+  ('kept_layers', '--distill_hidden is 0', lambda c: _trains(c) and c.training.distill_hidden > 0),
   ('teacher', 'nothing distils', lambda c: _trains(c) and c.training.taught),
   ('grad_clip grad_accum track', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
   ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.evaluation.eval_data)),

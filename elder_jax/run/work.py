@@ -2,9 +2,6 @@
 
 from collections.abc import Callable
 import functools
-import pathlib
-
-import numpy as np
 
 from elder_jax import methods
 from elder_jax.devices import memory
@@ -13,14 +10,13 @@ from elder_jax.devices import sharding
 from elder_jax.errors import InputError
 from elder_jax.hf import verify
 from elder_jax.log import log
-from elder_jax.model import lora
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
 from elder_jax.recipes import find_recipe
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
-from elder_jax.recipes.recipe import Recipe
 from elder_jax.run import exporting
+from elder_jax.run import row_training
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
 from elder_jax.run.job import load
@@ -29,8 +25,6 @@ from elder_jax.text import perplexity
 from elder_jax.text import zero_shot
 from elder_jax.text.generation import eos_ids
 from elder_jax.training import validation
-from elder_jax.training.checkpoints import Checkpoints
-from elder_jax.training.trainer import train
 
 GIVEN = 'given'  # in the place of a method: the layers are those of --remove_layers
 
@@ -86,17 +80,14 @@ def take_row(run: Run, stage, result: dict):
   if stage.exported:
     run.answers['pruned'] = result.get('answers')
   if not stage.exported:
-    _checkpoints(run.job, stage.name, 0).clear()
-    validation.clear(_held_out_folder(run.job, stage.name))
+    row_training.clear(run.job, stage.name)
 
 
 def measure_row(run: Run, stage) -> dict:
   job, config = run.job, run.job.config
   found = measure(job, run.pruned, stage.name) | _held_out(job, run.pruned, stage.name)
   if job.held_out is not None and config.trains(stage.recipe):
-    tokens = config.data.batch_size * config.data.seq_len
-    history = validation.read_history(_held_out_folder(job, stage.name))
-    found['held_out'] = [[step, step * tokens, loss] for step, loss in history]
+    found['held_out'] = row_training.curve(job, stage.name)
   return found | (_answers(job, run.pruned, stage.name) if stage.exported else {})
 
 
@@ -190,7 +181,7 @@ def choose(run: Run, stage, most: int) -> dict:
     run.job.config,
     run.job.mode,
     run.job.log,
-    functools.partial(_checkpoints, run.job),
+    functools.partial(row_training.checkpoints, run.job),
   )
   return methods.choose(stage.method, context, most).to_json()
 
@@ -223,55 +214,14 @@ def apply_recipe(run: Run, stage, choice: Choice) -> Decoder:
   model = run.dense.take()
   spare = model if own_teacher else ()  # a teacher is needed up to the last step
   free = functools.partial(memory.free, spare=spare)
-  batches = job.batches if job.batches is not None else ()
-  context = Context(model, batches, job.config, job.mode, job.log, functools.partial(_checkpoints, job), free)
+  batches, saved = job.batches if job.batches is not None else (), functools.partial(row_training.checkpoints, job)
+  context = Context(model, batches, job.config, job.mode, job.log, saved, free)
   start = recipe.start(context, choice)
   memory.free(model, (start, spare))
   if not trains:
     return pruning.prune(start, choice.removed, free) if recipe.removes_last else start
-  result = _train(job, stage, recipe, start, choice, model if own_teacher else teacher, free)
+  result = row_training.train_row(job, stage.name, recipe, start, choice, model if own_teacher else teacher, free)
   return pruning.prune(result, choice.removed, free) if recipe.removes_last else result
-
-
-def _train(job: Job, stage, recipe: Recipe, start: Decoder, choice: Choice, teacher: Decoder | None, free) -> Decoder:
-  config = job.config
-  settings, name = config.train_settings(), stage.name
-  tokens = config.data.batch_size * config.data.seq_len
-  progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name, tokens)
-
-  def told(step: int, metrics: dict):
-    record(step, metrics)
-    progress(step + 1, settings.steps, f'loss {metrics["loss"]:.4f}, lm {metrics["lm_loss"]:.4f}')
-
-  record_held_out = job.log.steps(f'{name}.held_out')
-
-  def told_held_out(step: int, loss: float):
-    log(f'{name}: held-out loss after step {step}: {loss:.4f}')
-    record_held_out(step, {'held_out_loss': loss})
-
-  seen = None
-  if job.held_out is not None:
-    alive_L = None
-    if recipe.removes_last:
-      alive_L = ~np.isin(np.arange(start.num_layers), choice.removed)
-    keeps, folder = settings.export == 'best', _held_out_folder(job, name)
-    seen = validation.Validation(job.held_out, settings.validate_every, job.mode, folder, keeps, alive_L, told_held_out)
-  dtype = lora.merged_dtype(config.computation.dtype, config.output.export_dtype or job.source.dtype)
-  penalised, kept = choice.removed, None
-  if not recipe.removes_last:
-    penalised, kept = [], pruning.kept_layers(job.source.num_layers, choice.removed)
-  checkpoints = _checkpoints(job, name, settings.steps)
-  return train(start, penalised, settings, job.mode, job.batches, told, checkpoints, teacher, dtype, free, seen, kept)
-
-
-def _held_out_folder(job: Job, stage: str) -> pathlib.Path:
-  return job.config.path() / 'checkpoints' / f'{stage}.held_out'
-
-
-def _checkpoints(job: Job, stage: str, steps: int) -> Checkpoints:
-  settings = job.config.computation
-  folder = job.config.path() / 'checkpoints' / stage
-  return Checkpoints(folder, settings.checkpoint_every, steps, settings.checkpoint_minutes, settings.keep_checkpoints)
 
 
 def export(run: Run, stage) -> dict:
