@@ -11,6 +11,7 @@ import pytest
 import tiny as tiny_lib
 
 import elder_jax as ej
+from elder_jax.training import trainer
 
 README = pathlib.Path(__file__).parents[1] / 'README.md'
 
@@ -62,6 +63,17 @@ def test_functions_leave_their_arguments_as_they_are(dense, batches):
   assert ej.remove(small, [0]).kept == (2, 3, 5, 6, 7)
   for a, b in zip(before, jax.tree.leaves(dense.decoder)):
     np.testing.assert_array_equal(a, b)
+
+
+def test_hidden_distillation_knows_which_layers_of_the_teacher_the_models_are(dense, batches):
+  seen, train = [], trainer.train
+  settings = ej.TrainSettings(steps=1, lr=1e-3, distill_hidden=0.5)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, 'train', lambda *a, **more: seen.append((a[2], more['kept'])) or train(*a, **more))
+    ej.train(ej.remove(dense, [1, 4]), batches, settings, teacher=dense)
+  assert [(s.distils, kept) for s, kept in seen] == [(False, [0, 2, 3, 5, 6, 7])]
+  with pytest.raises(ej.InputError, match='distill_hidden=0.5: needs a teacher that has the layers'):
+    ej.train(ej.remove(dense, [1]), batches, settings, teacher=ej.remove(dense, [2]))
 
 
 def test_the_library_and_a_run_choose_and_measure_the_same(deep, text, dense, tmp_path):

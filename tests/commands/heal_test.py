@@ -75,12 +75,21 @@ def test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage(healing, 
   ],
 )
 def test_what_heal_refuses(healing, changes, parts, no_long_work, no_text):
-  refused(healing, *parts, **{k: v.format(model=healing['model']) for k, v in changes.items()})
+  changes = {k: v.format(model=healing['model']) if isinstance(v, str) else v for k, v in changes.items()}
+  refused(healing, *parts, **changes)
 
 
 def test_a_teacher_of_another_vocabulary(healing, tmp_path, no_long_work, no_text):
   other = tiny_lib.write_tiny_llama(tmp_path / 'other', vocab_size=300)
   refused(healing, '--teacher=', 'a vocabulary of 300', teacher=str(other))
+
+
+@pytest.mark.parametrize(
+  'other, part', [(dict(hidden_size=48), 'is 32, that of --teacher 48'), (dict(num_hidden_layers=5), 'the 5 layers')]
+)
+def test_a_teacher_whose_streams_are_not_the_models(settings, other, part, tmp_path, no_long_work, no_text):
+  teacher = str(tiny_lib.write_tiny_llama(tmp_path / 'other', **other))
+  refused(settings, '--distill_hidden=0.5', part, 'leave it out', teacher=teacher, distill_hidden=0.5)
 
 
 def test_the_verbs_heal_and_report(healing, capsys):
