@@ -16,6 +16,7 @@ from elder_jax.errors import InputError
 from elder_jax.run import pipeline
 from elder_jax.run.report import markdown
 from elder_jax.training import trainer
+from elder_jax.training.terms import loss_terms
 
 
 @pytest.fixture
@@ -70,7 +71,9 @@ def test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage(healing, 
     (dict(teacher='{model}'), ['--teacher=', 'is --model itself']),
     (dict(teacher='{model}/../export'), ['--teacher=', 'is --model itself']),
     (dict(teacher='/nowhere'), ['--teacher=/nowhere', 'no such folder']),
-    (dict(distill_hidden=0.5), ['--distill_hidden=0.5', '--recipe=heal', 'not known', 'leave it out']),
+    (dict(kept_layers='0,1,4'), ['--kept_layers=0,1,4', 'must name 4 of the layers 0 to 5']),
+    (dict(kept_layers='0,1,4,4'), ['--kept_layers=0,1,4,4', 'in ascending order']),
+    (dict(kept_layers='0,1,4,6'), ['--kept_layers=0,1,4,6', '0 to 5']),
     (dict(distill_hidden=0.5, teacher=''), ['--distill_hidden=0.5', 'leave it out']),
   ],
 )
@@ -105,6 +108,33 @@ def test_the_verbs_heal_and_report(healing, capsys):
   with pytest.raises(SystemExit) as caught:
     commands.run_verb('heal', [*args, '--num_remove=2'])
   assert caught.value.code == 2 and 'num_remove' in capsys.readouterr().err
+
+
+MERGEKIT = """
+slices:
+- sources:
+  - model: dense
+    layer_range: [0, 2]
+- sources:
+  - {model: dense, layer_range: [4, 6]}
+"""
+
+
+@pytest.mark.parametrize('how', ['elder_jax.json', 'mergekit_config.yml', '--kept_layers'])
+def test_heal_compares_the_streams_of_the_layers_that_are_left(healing, monkeypatch, how):
+  maps, folder = [], pathlib.Path(healing['model'])
+  monkeypatch.setattr(trainer, 'loss_terms', lambda *args: maps.append(args[-1]) or loss_terms(*args))
+  if how != 'elder_jax.json':
+    (folder / 'elder_jax.json').unlink()
+    with pytest.raises(InputError, match='distill_hidden=0.5.*is not known; give them by --kept_layers'):
+      pipeline.run(config_of(**healing | dict(distill_hidden=0.5)))
+  if how == 'mergekit_config.yml':
+    (folder / how).write_text(MERGEKIT)
+  given = dict(kept_layers='0,1,4-5') if how == '--kept_layers' else {}
+  pipeline.run(config_of(**healing | dict(distill_hidden=0.5, train_steps=1, **given)))
+  assert maps == [[0, 1, 4, 5]]
+  line = (pathlib.Path(healing['workdir']) / 'metrics.jsonl').read_text().splitlines()[-1]
+  assert json.loads(line)['hidden'] > 0
 
 
 # ---- chat ----

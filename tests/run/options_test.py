@@ -215,6 +215,7 @@ ELSEWHERE = {
   'model': 'hf/families_test.py::test_two_layers_less',
   'tokenizer': 'hf/export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
   'teacher': 'commands/heal_test.py::test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage',
+  'kept_layers': 'commands/heal_test.py::test_heal_compares_the_streams_of_the_layers_that_are_left',
   'train_on': 'text/training_text_test.py::test_of_a_conversation_the_assistants_tokens_count',
   'documents': 'text/training_text_test.py::test_the_boundary_of_documents_is_kept',
   'validation_sequences': 'text/training_text_test.py::test_held_out_rows_come_first_from_each_source',
