@@ -1,4 +1,4 @@
-"""elder_jax: remove layers from a language model with as little damage as possible. The library is api.py."""
+"""elder_jax: remove layers from a language model with as little damage as possible. The library: api.py, api_measures.py."""
 
 import importlib
 
@@ -6,9 +6,8 @@ __version__ = '0.1.0'
 
 # Public name -> where it is. They are imported when they are asked for, so that `elder_jax --help` needs no jax.
 _PUBLIC = {
-  **dict.fromkeys(
-    'Model load batches choose remove absorb train perplexity zero_shot generate export'.split(), 'elder_jax.api'
-  ),
+  **dict.fromkeys('Model load batches choose remove absorb train export'.split(), 'elder_jax.api'),
+  **dict.fromkeys('perplexity zero_shot generate'.split(), 'elder_jax.api_measures'),
   'Batches': 'elder_jax.training.batches',
   'Choice': 'elder_jax.recipes.context',
   'Config': 'elder_jax.run.config',

@@ -46,16 +46,13 @@ from elder_jax.recipes.context import Context
 from elder_jax.run import series
 from elder_jax.run.config import Config
 from elder_jax.text import data
-from elder_jax.text import generation
-from elder_jax.text import perplexity as perplexity_lib
 from elder_jax.text import training_text
-from elder_jax.text import zero_shot as zero_shot_lib
-from elder_jax.text.decoding import Sampling
 from elder_jax.text.settings import DataSettings
 from elder_jax.training import trainer
 from elder_jax.training.batches import Batches
 from elder_jax.training.checkpoints import Checkpoints
 from elder_jax.training.settings import TrainSettings
+from elder_jax.training.validation import Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +190,7 @@ def train(
   teacher: Model | None = None,
   penalise: Sequence[int] = (),
   checkpoints: str = '',
+  validation: Batches | None = None,
   log: Log = QUIET,
 ) -> Model:
   """The model after training; what trained is float32 (with LoRA merged in the type of the model).
@@ -203,6 +201,7 @@ def train(
       settings.distill_hidden is given.
     penalise: layers whose updates are penalised (ELDeR's stage 2), to be removed afterwards.
     checkpoints: a folder to save to and to resume from.
+    validation: batches to measure the loss on every settings.validate_every steps, which `log` gets; never trained on.
 
   Raises:
     InputError, NonFiniteLoss.
@@ -217,6 +216,8 @@ def train(
   steps = len(batches) if settings.steps is None else settings.steps
   distill = (0.5,) if teacher and not settings.taught else settings.distill
   settings = dataclasses.replace(settings, steps=steps, distill=distill)
+  if settings.validate_every and validation is None:
+    raise InputError('validate_every', settings.validate_every, 'needs batches to measure on; give validation.')
   kept = _layers_of_teacher(model, teacher, settings) if settings.distill_hidden else None
   saved = Checkpoints(user_path(checkpoints), 100, steps) if checkpoints else None
   mode = dataclasses.replace(model.mode, penalty=settings.penalty, penalty_scale=settings.penalty_scale)
@@ -228,80 +229,22 @@ def train(
     progress(step + 1, steps, f'loss {metrics["loss"]:.4f}')
 
   taught = teacher.decoder if teacher else None
-  with jax.set_mesh(model.mesh):
+  with jax.set_mesh(model.mesh), tempfile.TemporaryDirectory() as scratch:
+    seen = None
+    if settings.validate_every:
+      record_held_out = log.steps('train.held_out')
+      seen = Validation(
+        validation,
+        settings.validate_every,
+        mode,
+        user_path(f'{checkpoints or pathlib.Path(scratch) / "train"}.held_out'),
+        settings.export == 'best',
+        tell=lambda step, loss: record_held_out(step, {'held_out_loss': loss}),
+      )
     made = trainer.train(
-      model.decoder, list(penalise), settings, mode, batches, told, saved, taught, model.mode.dtype, kept=kept
+      model.decoder, list(penalise), settings, mode, batches, told, saved, taught, model.mode.dtype, None, seen, kept
     )
   return model._with(made)
-
-
-def perplexity(
-  model: Model,
-  text: str,
-  *,
-  seq_len: int = 2048,
-  batch_size: int = 4,
-  tokens: int = 0,
-  text_column: str = 'text',
-  bos: str = 'auto',
-) -> float:
-  """exp of the mean token NLL over windows of `seq_len` tokens that do not overlap.
-
-  Args:
-    tokens: of the text that are used, from its start; 0: all.
-
-  Raises:
-    InputError.
-  """
-  rule, first = data.bos_rule(bos, getattr(model.source.family, 'BOS_FIRST', False), model.tokenizer)
-  corpus = data.tokenise('text', text, text_column, model.tokenizer, rule == 'tokenizer')
-  windows = perplexity_lib.make_windows(corpus, 'text', seq_len, tokens, rule, first)
-  put = functools.partial(sharding.put_batch, mesh=model.mesh)
-  with jax.set_mesh(model.mesh):
-    return perplexity_lib.perplexity(model.decoder, windows, model.mode, batch_size, put)
-
-
-def zero_shot(
-  model: Model, tasks: Sequence[str], *, tasks_dir: str = '', limit: int = 0, batch_size: int = 16
-) -> dict[str, dict[str, float | None]]:
-  """{task: figures} of tasks of lm-evaluation-harness (pip install 'elder_jax[eval]'). Raises InputError.
-
-  Args:
-    tasks: names; quick stands for six (zero_shot.SETS).
-  """
-  loaded = zero_shot_lib.load_tasks(list(tasks), tasks_dir)
-  with jax.set_mesh(model.mesh):
-    return zero_shot_lib.run(
-      model.decoder,
-      model.tokenizer,
-      loaded,
-      model.mode,
-      batch_size,
-      zero_shot_lib.context_length(model.source.config, model.tokenizer),
-      functools.partial(sharding.put_batch, mesh=model.mesh),
-      limit or None,
-      generation.eos_ids(model.source),
-    )
-
-
-def generate(
-  model: Model, prompt: str, max_new_tokens: int = 64, *, sampling: Sampling = Sampling(), seed: int = 0
-) -> str:
-  """What the model writes after a prompt. Raises InputError."""
-  tokens = model.tokenizer(prompt, verbose=False)['input_ids']
-  with jax.set_mesh(model.mesh):
-    new = generation.generate(
-      model.decoder,
-      [tokens],
-      max_new_tokens,
-      eos_ids=generation.eos_ids(model.source),
-      sampling=sampling,
-      seed=seed,
-      mode=model.mode,
-      capacity=model.source.context_length,
-      put=functools.partial(sharding.put_batch, mesh=model.mesh),
-    )
-  return model.tokenizer.decode(new[0], skip_special_tokens=True)
 
 
 def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0) -> dict:

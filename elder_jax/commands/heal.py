@@ -7,11 +7,12 @@ from elder_jax.errors import InputError
 from elder_jax.errors import as_text
 from elder_jax.log import log
 from elder_jax.methods.elder import GateSettings
+from elder_jax.run.config import HOW_MUCH
 from elder_jax.settings import fields
 from elder_jax.settings import name_of
 
 _FIXED = {'recipe': 'heal', 'compare': (), 'remove_layers': ()}
-_NOT_HERE = {'ratio', 'num_remove', 'method', 'score_steps', *map(name_of, fields(GateSettings)), *_FIXED}
+_NOT_HERE = {*HOW_MUCH, 'rounds', 'method', 'score_steps', *map(name_of, fields(GateSettings)), *_FIXED}
 
 
 def run(parsed: Parsed) -> int | None:
@@ -34,7 +35,7 @@ COMMAND = Command(
   prune.GROUPS,
   (
     'elder_jax heal --model=runs/mine/export --teacher=DENSE --workdir=runs/healed \\',
-    '    --train_data=more.jsonl --eval_data=news=news.txt --train_steps=1000',
+    '    --train_data=more.jsonl --train_tokens=20M --validate_every=100 --eval_data=news=news.txt',
   ),
   configs=True,
   hidden=('How much goes, and what', 'Method elder'),

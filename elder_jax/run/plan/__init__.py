@@ -19,6 +19,7 @@ from elder_jax.errors import user_path
 from elder_jax.hf.source import architecture
 from elder_jax.hf.source import open_source
 from elder_jax.hf.source import read_config
+from elder_jax.log import log
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.model.spec import Spec
@@ -92,6 +93,8 @@ def plan(config: Config) -> int:
   spec, num_layers, dtype = _architecture(config)
   num_removes = count_removed(config, spec, num_layers, dtype)
   check_recipes(config, spec, num_removes)
+  if config.removal.max_ppl_increase is not None:
+    log(f'how many layers --max_ppl_increase allows is found when the run starts; planned for {num_removes[0]}')
   name = config.computation.topology
   mesh = sharding.make_mesh(config.computation.mesh, topology(name) if name else None)
   check_sizes(config, spec, num_layers, mesh)

@@ -1,0 +1,56 @@
+"""The assistant's tokens by the templates of real tokenizers, against the turns as their markers show them."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from elder_jax.hf.source import open_source
+from elder_jax.text import chat
+from elder_jax.text import data
+
+ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
+# Model -> how the assistant's turn looks.
+TURNS = {
+  'SmolLM2-135M-Instruct.Q4_1.gguf': r'<\|im_start\|>assistant\n(.*?<\|im_end\|>)',
+  'gemma-3-270m-Q4_K_M.gguf': r'<start_of_turn>model\n(.*?<end_of_turn>)',
+}
+# As Google publishes it for Gemma 3; the GGUF of the base model has none.
+GEMMA = (
+  "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] + '\n\n' -%}"
+  "{%- set rest = messages[1:] -%}{%- else -%}{%- set first = '' -%}{%- set rest = messages -%}{%- endif -%}"
+  "{%- for message in rest -%}{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+  "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif -%}"
+  "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+  "{{ '<start_of_turn>' + role + '\n' + (first if loop.first else '') }}{{ message['content'] | trim }}"
+  "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+CONVERSATION = [
+  {'role': 'system', 'content': 'Answer in short.'},
+  {'role': 'user', 'content': 'Who wrote “Emma”? <b>'},
+  {'role': 'assistant', 'content': 'Jane Austen, in 1815. 漢字 🙂'},
+  {'role': 'user', 'content': 'assistant\nAnd then?'},
+  {'role': 'assistant', 'content': 'Persuasion.\n\nIt came out in 1817.'},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TURNS)
+@pytest.mark.parametrize('messages', [CONVERSATION, CONVERSATION[1:], CONVERSATION[:3], CONVERSATION[1:2]])
+def test_the_assistants_tokens(name, messages, tmp_path):
+  if name.startswith('gemma') and not (ASSETS / name).exists():
+    pytest.skip('python -m benchmarks.assets --gemma fetches it')
+  tokenizer = data.load_tokenizer(str(open_source(str(ASSETS / name), tmp_path).files))
+  if tokenizer.chat_template is None:
+    tokenizer.chat_template = GEMMA
+  tokens, own_N = chat.encode('train_data', 'x', tokenizer, messages)
+  whole = tokenizer.apply_chat_template(messages, tokenize=False)
+  assert (
+    tokens == tokenizer(whole, add_special_tokens=False)['input_ids'] == chat.tokens_of('', '', tokenizer, messages)
+  )
+  turns = re.findall(TURNS[name], whole, re.DOTALL)
+  assert len(turns) == sum(message['role'] == 'assistant' for message in messages)
+  borders = np.flatnonzero(np.diff(np.concatenate([[False], own_N, [False]])))
+  found = [tokenizer.decode(tokens[first:end]) for first, end in borders.reshape(-1, 2)]
+  assert found == turns
