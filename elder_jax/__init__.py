@@ -1,4 +1,4 @@
-"""elder_jax: remove layers from a language model with as little damage as possible. The library: api.py, api_measures.py."""
+"""elder_jax: remove layers from a language model with little damage. The library: api.py and api_measures.py."""
 
 import importlib
 

@@ -230,17 +230,8 @@ def train(
 
   taught = teacher.decoder if teacher else None
   with jax.set_mesh(model.mesh), tempfile.TemporaryDirectory() as scratch:
-    seen = None
-    if settings.validate_every:
-      record_held_out = log.steps('train.held_out')
-      seen = Validation(
-        validation,
-        settings.validate_every,
-        mode,
-        user_path(f'{checkpoints or pathlib.Path(scratch) / "train"}.held_out'),
-        settings.export == 'best',
-        tell=lambda step, loss: record_held_out(step, {'held_out_loss': loss}),
-      )
+    folder = user_path(f'{checkpoints or pathlib.Path(scratch) / "train"}.held_out')
+    seen = _validation(validation, settings, mode, folder, log) if settings.validate_every else None
     made = trainer.train(
       model.decoder, list(penalise), settings, mode, batches, told, saved, taught, model.mode.dtype, None, seen, kept
     )
@@ -299,6 +290,15 @@ def _layers_of_teacher(model: Model, teacher: Model, settings: TrainSettings) ->
       'needs a teacher that has the layers of the model, loaded from the same checkpoint; give that, or leave it out.',
     )
   return [teacher.kept.index(l) for l in model.kept]
+
+
+def _validation(batches: Batches, settings: TrainSettings, mode: Mode, folder: pathlib.Path, log: Log) -> Validation:
+  record = log.steps('train.held_out')
+
+  def told(step: int, loss: float):
+    record(step, {'held_out_loss': loss})
+
+  return Validation(batches, settings.validate_every, mode, folder, settings.export == 'best', tell=told)
 
 
 def _check_layers(model: Model, layers: Sequence[int]):

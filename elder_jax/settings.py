@@ -29,6 +29,7 @@ def setting(
   below: float | None = None,
   repeats: bool = False,
   colon: bool = False,
+  rare: bool = False,
 ) -> Any:
   """A dataclass field.
 
@@ -37,9 +38,11 @@ def setting(
     least, most, above, below: bounds of a number, the last two exclusive; without them a number need only be finite.
     repeats: of a tuple: on the command line each element is a flag of its own, commas are part of it.
     colon: several numbers may be written with a colon between them, as in 0.9:0.5, as well as with commas.
+    rare: the short --help has its name alone.
   """
   bounds = {'least': least, 'most': most, 'above': above, 'below': below}
-  metadata = {'help': help, 'flag': flag, 'choices': tuple(choices), 'repeats': repeats, 'colon': colon, **bounds}
+  metadata = {'help': help, 'flag': flag, 'choices': tuple(choices), 'repeats': repeats, 'colon': colon, 'rare': rare}
+  metadata |= bounds
   if isinstance(default, dict):
     return dataclasses.field(default_factory=default.copy, metadata=metadata)
   return dataclasses.field(default=default, metadata=metadata)

@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import sys
+import textwrap
 import traceback
 
 from absl import logging
@@ -91,7 +92,10 @@ class Command:
     for title, kind in self.groups.items():
       if title in self.hidden:
         continue
-      lines += ['', f'{title}:', *(_line(field, full) for field in fields(kind))]
+      shown = [field for field in fields(kind) if full or not field.metadata['rare']]
+      lines += ['', f'{title}:', *(_line(field, full) for field in shown)]
+      if rare := [f'--{name_of(field)}' for field in fields(kind) if field not in shown]:
+        lines += textwrap.wrap(f'also {", ".join(rare)}', WIDTH, initial_indent='  ', subsequent_indent='    ')
     if self.groups:
       lines += ['', f'{"--flagfile=FILE":<30} flags from a file, one on each line']
       if self.configs:

@@ -36,13 +36,15 @@ class GateSettings(Settings):
     'residual',
     'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.',
     choices=('residual', 'output'),
+    rare=True,
   )
   selection: str = setting(
     'one_shot',
     'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
     choices=('iterative', 'one_shot'),
+    rare=True,
   )
-  lambda1: float = setting(5e-3, 'Weight of the L1 penalty on the gates.', least=0)
+  lambda1: float = setting(5e-3, 'Weight of the L1 penalty on the gates.', least=0, rare=True)
   lr: float = setting(0.005, 'Learning rate of the gates (Adam).', flag='gate_lr', least=0)
   steps: int = setting(
     28,
@@ -50,8 +52,8 @@ class GateSettings(Settings):
     flag='gate_steps',
     least=1,
   )
-  protect_first: int = setting(3, 'Layers at the input end that elder never chooses.', least=0)
-  protect_last: int = setting(4, 'Layers at the output end that elder never chooses.', least=0)
+  protect_first: int = setting(3, 'Layers at the input end that elder never chooses.', least=0, rare=True)
+  protect_last: int = setting(4, 'Layers at the output end that elder never chooses.', least=0, rare=True)
 
   @property
   def iterative(self) -> bool:

@@ -78,21 +78,27 @@ class RemovalSettings(Settings):
     None,
     'Parameters that are to be left at most, as in 6B, in place of --ratio: as few layers go as that takes.',
     least=1,
+    rare=True,
   )
   target_gb: float | None = setting(
-    None, 'GB (1e9 bytes) of weights that the export is to have at most, in place of --ratio.', above=0
+    None,
+    'GB (1e9 bytes) of weights that the export is to have at most, in place of --ratio.',
+    above=0,
+    rare=True,
   )
   target_speedup: float | None = setting(
     None,
     'How many times faster text is to be written, in place of --ratio; by the weights that are read for each token, '
     'which `elder_jax speed` measures on a device.',
     above=1,
+    rare=True,
   )
   max_ppl_increase: float | None = setting(
     None,
     'Most that the perplexity on held-out sequences of the training text may rise before any training, as in 10%, in '
     'place of --ratio: as many layers go as that allows, which is searched for.',
     above=0,
+    rare=True,
   )
   rounds: int = setting(
     1, 'Rounds of removing and training; each chooses its layers on what the one before has left.', least=1
@@ -171,10 +177,16 @@ class ComputeSettings(Settings):
     100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.', least=0
   )
   checkpoint_minutes: float = setting(
-    0.0, 'Minutes after which a checkpoint is written in any case; 0: never by time.', least=0
+    0.0,
+    'Minutes after which a checkpoint is written in any case; 0: never by time.',
+    least=0,
+    rare=True,
   )
   keep_checkpoints: int = setting(
-    2, 'Checkpoints of a stage that stay; where the newest is damaged the one before is used.', least=1
+    2,
+    'Checkpoints of a stage that stay; where the newest is damaged the one before is used.',
+    least=1,
+    rare=True,
   )
 
   def __post_init__(self):

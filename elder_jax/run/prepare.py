@@ -74,9 +74,7 @@ def prepare(config: Config) -> Job:
   checks_source = torch and not source.is_gguf and verify.use_torch(config.output.verify, pruning.num_params(dense))
 
   texts = _Texts(config, source, tokenizer_folder)
-  if config.validates() or any(stage.trains_on_text for stage in stages(config, num_removes)):
-    texts.read_train_data(mesh)
-  texts.read_what_is_measured()
+  texts.read_all(mesh, num_removes)
 
   def claim():
     if hosts.is_leader():
@@ -216,7 +214,10 @@ class _Texts:
     if text.held_out:
       self.held_out = Batches(text.held_out, settings.batch_size, None, mesh)
 
-  def read_what_is_measured(self):
+  def read_all(self, mesh: jax.sharding.Mesh, num_removes: list[int]):
+    stages_of_run = stages(self.config, num_removes)
+    if self.config.validates() or any(stage.trains_on_text for stage in stages_of_run):
+      self.read_train_data(mesh)
     self.read_eval_data()
     self.load_tasks()
     self.read_prompts()

@@ -19,20 +19,24 @@ class EvalSettings(Settings):
   )
   eval_seq_len: int = setting(2048, 'Window of the perplexity, in tokens; windows do not overlap.', least=2)
   eval_tokens: int = setting(0, 'Tokens of each evaluation text that are used, from its start; 0: all.', least=0)
-  eval_batch_size: int = setting(4, 'Windows per evaluation step.', least=1)
+  eval_batch_size: int = setting(4, 'Windows per evaluation step.', least=1, rare=True)
   tasks: tuple[str, ...] = setting(
     (),
     'Tasks of lm-evaluation-harness, as in piqa,arc_easy. quick: lambada_openai, piqa, arc_easy, hellaswag, winogrande, '
     'and gsm8k by generation; these have thousands of questions, see --task_limit.',
   )
-  tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
-  task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)
+  tasks_dir: str = setting(
+    '', "Folder of local task files (.yaml), which go before the harness's own of a name.", rare=True
+  )
+  task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0, rare=True)
   prompts: str = setting(
     '',
     'Prompts that the dense and the exported model answer for the report: a file with one on each line, or .jsonl with '
     '"prompt"; none: no answers. Unset: five of elder_jax, where there is --eval_data or --tasks.',
   )
-  answer_tokens: int = setting(40, 'Largest number of tokens of an answer to --prompts.', least=1, below=2**31)
+  answer_tokens: int = setting(
+    40, 'Largest number of tokens of an answer to --prompts.', least=1, below=2**31, rare=True
+  )
 
   def __post_init__(self):
     super().__post_init__()
@@ -53,7 +57,7 @@ class OutputSettings(Settings):
   export_dtype: str = setting(
     '', "Type of the exported weights; unset: the model's own.", choices=('', 'float32', 'bfloat16', 'float16')
   )
-  shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0)
+  shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0, rare=True)
   verify: str = setting(
     'auto',
     'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are installed; '

@@ -260,6 +260,8 @@ def _same(before, now) -> bool:
   """Whether a setting is what it was; a path may be written in another way."""
   if isinstance(before, dict) and isinstance(now, dict):
     return list(before) == list(now) and all(_same(before[name], now[name]) for name in now)
+  if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+    return all(map(_same, before, now))
   if before == now or not (isinstance(before, str) and isinstance(now, str)):
     return before == now
   path, path_now = user_path(before), user_path(now)

@@ -10,6 +10,7 @@ from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.hf import folder as model_folder
 from elder_jax.text import documents
+from elder_jax.text import hub
 
 
 def load_tokenizer(name: str):
@@ -47,7 +48,7 @@ def _hub_documents(flag: str, source: str, column: str) -> list[str]:
   import datasets  # here: it is slow to import
   from datasets import exceptions
 
-  hub_id, *rest = documents.check_hub_id(flag, source)
+  hub_id, *rest = hub.check_hub_id(flag, source)
   datasets.disable_progress_bars()
   try:
     rows = datasets.load_dataset(hub_id, *rest[:-1], split=rest[-1] if rest else 'train')

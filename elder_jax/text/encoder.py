@@ -9,7 +9,7 @@ from elder_jax.text import chat
 from elder_jax.text.documents import Document
 from elder_jax.text.documents import Documents
 from elder_jax.text.documents import Place
-from elder_jax.text.documents import kind_of
+from elder_jax.text.reading import kind_of
 from elder_jax.text.token_store import Encoded
 
 _TOGETHER = 2**20  # characters that are tokenised in one call

@@ -50,11 +50,15 @@ class DataSettings(Settings):
   num_sequences: int = setting(128, 'Training sequences; a single small text must be long enough for them.', least=1)
   batch_size: int = setting(4, 'Sequences per step; must divide --num_sequences.', least=1)
   validation_sequences: int = setting(
-    32, 'Sequences that are held out of the training text, where --validate_every asks for their loss.', least=1
+    32,
+    'Sequences that are held out of the training text, where --validate_every asks for their loss.',
+    least=1,
+    rare=True,
   )
   shuffle: bool = setting(
     True,
     'Draw the sequences from the whole text (up to 64 MB of files) and shuffle them in each pass; else text order.',
+    rare=True,
   )
   seed: int = setting(
     0,
@@ -70,6 +74,7 @@ class DataSettings(Settings):
     '',
     'Folder where the tokens of training texts are kept, for this run and later ones. Unset: ~/.cache/elder_jax/tokens; '
     'of a run of several processes, a folder in --workdir.',
+    rare=True,
   )
 
   def __post_init__(self):

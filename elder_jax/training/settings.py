@@ -11,18 +11,20 @@ from elder_jax.settings import setting
 class TrainSettings(Settings):
   """How a model is trained; `seed` draws LoRA's first factors."""
 
-  penalty: str = setting('l2', "Norm of a layer's update in the penalty.", choices=('l2', 'l1'))
+  penalty: str = setting('l2', "Norm of a layer's update in the penalty.", choices=('l2', 'l1'), rare=True)
   penalty_scale: str = setting(
     'token',
     "token: mean over tokens of each token's norm; relative: the same, divided by the norm of the layer's input; "
     'none: norm over the whole batch.',
     choices=('token', 'relative', 'none'),
+    rare=True,
   )
   lambda2: float = setting(1e-3, 'Weight of the penalty on the updates of the layers that will be removed.', least=0)
   lambda2_power: float = setting(
     0.0,
     'Ramp of lambda2: it is lambda2 * f^power at the fraction f of the steps; 0: constant, 1: linear, 2: square.',
     least=0,
+    rare=True,
   )
   order: str = setting(
     'sequential',
@@ -34,6 +36,7 @@ class TrainSettings(Settings):
     'Fraction of the steps of regularize in which the gates of the chosen layers go from 1 to 0; 0: they stay at 1.',
     least=0,
     most=1,
+    rare=True,
   )
   distill: tuple[float, ...] = setting(
     (0.0,),
@@ -47,12 +50,14 @@ class TrainSettings(Settings):
     1.0,
     'Temperature of both distributions in the KL divergence of --distill, which is multiplied by its square.',
     above=0,
+    rare=True,
   )
   distill_hidden: float = setting(
     0.0,
     "Weight of the squared relative error of each layer's output against the dense model's at the same place, averaged "
     'over layers and tokens. It is added to the loss; 0: none.',
     least=0,
+    rare=True,
   )
   steps: int | None = setting(
     None,
@@ -71,15 +76,25 @@ class TrainSettings(Settings):
     'the peak and falls linearly over the last --decay_ratio of the steps.',
     choices=('linear', 'cosine', 'wsd'),
   )
-  lr_final: float = setting(0.0, 'Learning rate that the schedule ends at, as a fraction of the peak.', least=0, most=1)
+  lr_final: float = setting(
+    0.0, 'Learning rate that the schedule ends at, as a fraction of the peak.', least=0, most=1, rare=True
+  )
   decay_ratio: float = setting(
-    0.2, 'Fraction of the steps over which --lr_schedule=wsd falls, at their end.', least=0, most=1
+    0.2,
+    'Fraction of the steps over which --lr_schedule=wsd falls, at their end.',
+    least=0,
+    most=1,
+    rare=True,
   )
   warmup_ratio: float = setting(
-    0.05, 'Fraction of the steps over which the learning rate rises from 0.', least=0, below=1
+    0.05,
+    'Fraction of the steps over which the learning rate rises from 0.',
+    least=0,
+    below=1,
+    rare=True,
   )
-  weight_decay: float = setting(0.0, 'Weight decay of matrices.', least=0)
-  grad_clip: float = setting(1.0, 'Norm that gradients are clipped to.', above=0)
+  weight_decay: float = setting(0.0, 'Weight decay of matrices.', least=0, rare=True)
+  grad_clip: float = setting(1.0, 'Norm that gradients are clipped to.', above=0, rare=True)
   grad_accum: int = setting(1, 'Parts that a batch is processed in, to save memory; must divide --batch_size.', least=1)
   trainable: str = setting(
     'blocks',
@@ -91,12 +106,14 @@ class TrainSettings(Settings):
     'Optimiser of the training; stage 1 always has Adam. Its float32 state per trained weight: adamw 8 bytes; lion 4; '
     'adafactor (factored, no momentum) next to none for matrices with two axes of 128 or more.',
     choices=('adamw', 'adafactor', 'lion'),
+    rare=True,
   )
   moment_dtype: str = setting(
     'float32',
     "Type of the first moment of --optimizer=adamw and of lion's only one, 2 bytes per trained weight less in bfloat16; "
     'second moments stay float32. Stage 1 stays float32.',
     choices=('float32', 'bfloat16'),
+    rare=True,
   )
   lora_rank: int = setting(
     0,
@@ -105,7 +122,10 @@ class TrainSettings(Settings):
     least=0,
   )
   lora_alpha: float | None = setting(
-    None, "LoRA's change is alpha / rank times the product of its factors; unset: twice --lora_rank.", above=0
+    None,
+    "LoRA's change is alpha / rank times the product of its factors; unset: twice --lora_rank.",
+    above=0,
+    rare=True,
   )
   validate_every: int = setting(
     0,

@@ -173,6 +173,7 @@ def test_compiled_programs_are_kept_where_compiling_takes_long(backend, processe
   names = ('jax_compilation_cache_dir', 'jax_compilation_cache_max_size')
   found = {name: getattr(jax.config, name) for name in names}
   monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(jax, 'process_count', lambda: processes)
   try:

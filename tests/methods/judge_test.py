@@ -22,7 +22,7 @@ from elder_jax.model.spec import Mode
 from elder_jax.recipes import absorb
 from elder_jax.recipes.context import Context
 from elder_jax.run import pipeline
-from elder_jax.run import prepare as prepare_lib
+from elder_jax.run.how_much import count_removed
 from elder_jax.text import perplexity as perplexity_lib
 
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (6, 4, 16), np.int32))
@@ -80,11 +80,11 @@ def test_methods_that_have_too_few_layers_are_no_candidates(num_layers, num_remo
 
 def test_only_elder_is_bound_by_the_protected_ends():
   settings = dict(num_remove=6, protect_first=3, protect_last=4)
-  assert prepare_lib.count_removed(config_of(method='auto', **settings), 10) == [6]
+  assert count_removed(config_of(method='auto', **settings), tiny_decoder().spec, 10, 'float32') == [6]
   with pytest.raises(InputError, match='--protect_first=3'):
-    prepare_lib.count_removed(config_of(method='elder', **settings), 10)
+    count_removed(config_of(method='elder', **settings), tiny_decoder().spec, 10, 'float32')
   with pytest.raises(InputError, match='--protect_first=3'):
-    prepare_lib.count_removed(config_of(method='auto,elder', **settings), 10)
+    count_removed(config_of(method='auto,elder', **settings), tiny_decoder().spec, 10, 'float32')
 
 
 @pytest.fixture

@@ -488,7 +488,7 @@ def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, cap
   def full(config):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(prune.pipeline, 'run', full)
+  monkeypatch.setattr(prune.series, 'run', full)
   monkeypatch.setattr(prune.hosts, 'start', lambda launch: None)
   monkeypatch.setattr(prune.preemption, 'listen', lambda: None)
   with pytest.raises(SystemExit) as caught:

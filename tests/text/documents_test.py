@@ -10,7 +10,7 @@ import pytest
 from refusal import one_sentence
 
 from elder_jax.errors import InputError
-from elder_jax.text import documents as documents_module
+from elder_jax.text import reading
 from elder_jax.text.documents import Documents
 from elder_jax.text.documents import Place
 
@@ -85,8 +85,8 @@ def test_a_pattern_is_of_names_and_only_there(tmp_path, capsys):
 
 @pytest.mark.parametrize('line_end', ['\n', ''])
 def test_a_large_text_comes_in_pieces(tmp_path, monkeypatch, line_end):
-  monkeypatch.setattr(documents_module, '_WHOLE', 40)
-  monkeypatch.setattr(documents_module, 'PIECE', 64 if line_end else 16)
+  monkeypatch.setattr(reading, '_WHOLE', 40)
+  monkeypatch.setattr(reading, 'PIECE', 64 if line_end else 16)
   text = ''.join(f'é漢🙂{i} and more{line_end}' for i in range(40))
   (tmp_path / 'a.txt').write_text(text)
   found = list(Documents('x', str(tmp_path / 'a.txt'), 'text').read())

@@ -54,10 +54,10 @@ def test_the_boundary_of_documents_is_kept(tmp_path, tokenizer):
 
 
 def test_a_text_file_is_one_document_however_large(tmp_path, tokenizer, monkeypatch):
-  from elder_jax.text import documents
+  from elder_jax.text import reading
 
-  monkeypatch.setattr(documents, '_WHOLE', 20)
-  monkeypatch.setattr(documents, 'PIECE', 10)
+  monkeypatch.setattr(reading, '_WHOLE', 20)
+  monkeypatch.setattr(reading, 'PIECE', 10)
   (tmp_path / 'a.txt').write_text('a line of text\n' * 10)
   rows = opened(tokenizer, tmp_path / 'a.txt', num_sequences=18).rows
   assert EOS not in rows[np.arange(18)] and said(tokenizer, rows) == ('a line of text\n' * 10)[: 18 * 8]

@@ -1,0 +1,61 @@
+"""Data sets of the hub, row by row."""
+
+from collections.abc import Iterator
+import os
+import re
+
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
+
+
+class Hub:
+  """A hub data set, streamed."""
+
+  def __init__(self, flag: str, source: str):
+    self._flag, self._source = flag, source
+    self._id, *self._rest = check_hub_id(flag, source)
+    self._pinned = ''
+
+  @property
+  def revision(self) -> str:
+    import huggingface_hub
+
+    if not self._pinned:
+      try:
+        self._pinned = huggingface_hub.HfApi().dataset_info(self._id).sha
+      except Exception as e:  # of many kinds  # noqa: BLE001
+        self._refuse(e)
+    return self._pinned
+
+  def rows(self, skip: int) -> Iterator[dict]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    split = self._rest[-1] if self._rest else 'train'
+    try:
+      rows = datasets.load_dataset(self._id, *self._rest[:-1], split=split, streaming=True, revision=self.revision)
+      yield from rows.skip(skip) if skip else rows
+    except Exception as e:  # datasets raises many kinds, all mean the same here  # noqa: BLE001
+      self._refuse(e)
+
+  def _refuse(self, error: Exception):
+    raise InputError(
+      self._flag, self._source, f'cannot be read ({reason(error)}); give a .txt, .jsonl or .parquet file or a hub id.'
+    ) from error
+
+
+def check_hub_id(flag: str, source: str) -> list[str]:
+  """[id, configuration, split] as far as they are given. Raises InputError for what is no hub id."""
+  from datasets import packaged_modules  # here, as above
+
+  hub_id, *rest = source.split(':', 2)
+  # `datasets` takes other names for URLs, patterns, local folders, or its own readers, which read the current folder.
+  is_id = re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', hub_id) and not os.path.exists(hub_id)
+  if not is_id or hub_id in packaged_modules._PACKAGED_DATASETS_MODULES:
+    raise InputError(
+      flag,
+      source,
+      'is no file or folder here and no id of a hub data set; give a .txt, .jsonl or .parquet file, a '
+      'folder of them, or a hub id as owner/name.',
+    )
+  return [hub_id, *rest]

@@ -1,0 +1,153 @@
+"""What stands in one file: its kind by its name, unpacked, and checked against how it begins."""
+
+from collections.abc import Iterator
+import gzip
+import io
+import json
+import pathlib
+from typing import Any
+
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
+
+KINDS = ('.txt', '.md', '.jsonl', '.json', '.parquet')
+PACKED = ('.gz', '.zst')
+PIECE = 2**20  # bytes of a large text file that are read together
+_WHOLE = 4 * 2**20  # bytes of a text file that is one piece
+GIVE = 'give UTF-8 text as .txt, .md or .jsonl, or Parquet as .parquet, each also as .gz or .zst'
+_MAGIC = {  # how files of other kinds begin, whatever they are called
+  b'\x1f\x8b': 'compressed by gzip',
+  b'BZh': 'compressed by bzip2',
+  b'\xfd7zXZ\0': 'compressed by xz',
+  b'\x28\xb5\x2f\xfd': 'compressed by zstd',
+  b'PK\x03\x04': 'a zip archive',
+  b'PAR1': 'a Parquet file',
+  b'%PDF-': 'a PDF',
+  b'\xff\xfe\0\0': 'UTF-32',
+  b'\xff\xfe': 'UTF-16',
+  b'\xfe\xff': 'UTF-16',
+}
+_MAGIC_OF = {'.gz': b'\x1f\x8b', '.zst': b'\x28\xb5\x2f\xfd', '.parquet': b'PAR1'}
+
+
+def kind_of(path: pathlib.Path) -> tuple[str, str]:
+  """(suffix of its kind, suffix of its compression or '')."""
+  suffixes = [s.lower() for s in path.suffixes]
+  packed = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ''
+  return suffixes[-1] if suffixes else '', packed
+
+
+def open_file(flag: str, name: str, path: pathlib.Path) -> io.BufferedIOBase:
+  """The content, unpacked. Raises InputError for a file whose beginning is of another kind than its name says."""
+  kind, packed = kind_of(path)
+  try:
+    _check_head(flag, name, path, packed or kind)
+    if not packed:
+      return path.open('rb')
+    _check_kind(flag, name, kind)
+    if packed == '.gz':
+      opened: io.BufferedIOBase = gzip.GzipFile(path)
+    else:
+      import pyarrow  # here: it is slow to import
+
+      opened = io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'))
+    _refuse_head(flag, name, opened.peek(1024)[:1024], kind)
+    return opened
+  except (OSError, ValueError, EOFError) as e:
+    raise InputError(flag, name, f'cannot be read ({reason(e)}); {GIVE}.') from e
+
+
+def _check_head(flag: str, name: str, path: pathlib.Path, kind: str):
+  with path.open('rb') as file:
+    head = file.read(1024)
+  _refuse_head(flag, name, head, kind)
+  if head:
+    _check_kind(flag, name, kind)
+
+
+def _check_kind(flag: str, name: str, kind: str):
+  if kind not in (*KINDS, *PACKED):
+    raise InputError(flag, name, f'is of no kind that can be read; {GIVE}.')
+
+
+def _refuse_head(flag: str, name: str, head: bytes, kind: str):
+  magic = next((magic for magic in _MAGIC if head.startswith(magic)), None)
+  if magic == _MAGIC_OF.get(kind):
+    what = 'binary data or UTF-16' if magic is None and kind in KINDS[:-1] and b'\0' in head else ''
+  else:
+    what = _MAGIC[magic] if magic else ''
+  if what:
+    raise InputError(flag, name, f'is {what}; {GIVE}.')
+
+
+def pieces(opened: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
+  """A text file: whole, or where it is large in pieces that end where a line does; with each, whether it is the last."""
+  head = opened.read(_WHOLE)
+  more = opened.read(1)
+  if not more:
+    if text := _decoded(head):
+      yield text, True
+    return
+  piece = head + more + opened.readline(PIECE)
+  first = True
+  while piece:
+    following = opened.read(PIECE)
+    following += opened.readline(PIECE) if following else b''
+    cut = _whole_characters(piece)
+    piece, following = piece[:cut], piece[cut:] + following
+    yield _decoded(piece) if first else piece.decode(), not following
+    piece, first = following, False
+
+
+def _whole_characters(piece: bytes) -> int:
+  """Where the last character that is whole ends: a line of more than a piece is cut anywhere."""
+  for back in range(1, min(4, len(piece)) + 1):
+    octet = piece[-back]
+    if octet >= 0xC0:  # begins a character of 2 to 4 octets
+      size = 2 if octet < 0xE0 else 3 if octet < 0xF0 else 4
+      return len(piece) if back >= size else len(piece) - back
+    if octet < 0x80:
+      break
+  return len(piece)
+
+
+def _decoded(octets: bytes) -> str:
+  return octets.decode('utf-8-sig')  # -sig: without the byte order mark that some editors write
+
+
+def json_rows(opened: io.BufferedIOBase) -> Iterator[dict]:
+  """The objects of a line each, or of one JSON array, which is read whole."""
+  text = io.TextIOWrapper(opened, encoding='utf-8-sig', newline='\n')  # other line ends may stand inside a text
+  begun = False
+  for number, line in enumerate(text, 1):
+    if not line.strip():
+      continue
+    if not begun and line.lstrip().startswith('['):
+      rows = json.loads(line + text.read())
+    else:
+      rows = [_line(line, number)]
+    begun = True
+    for row in rows:
+      if not isinstance(row, dict):
+        raise ValueError('a row is no JSON object such as {"text": "…"}')
+      yield row
+
+
+def _line(line: str, number: int) -> Any:
+  try:
+    return json.loads(line)
+  except ValueError as e:
+    raise ValueError(f'line {number}: {e}') from e
+
+
+def parquet_rows(opened: io.BufferedIOBase, columns: tuple[str, ...]) -> Iterator[dict]:
+  import pyarrow.parquet
+
+  # A packed one is read whole: its index stands at its end.
+  file = pyarrow.parquet.ParquetFile(opened if opened.seekable() else io.BytesIO(opened.read()))
+  names = file.schema_arrow.names
+  wanted = [name for name in columns if name in names]
+  if not wanted:
+    yield dict.fromkeys(names)
+  for batch in file.iter_batches(batch_size=256, columns=wanted) if wanted else ():
+    yield from batch.to_pylist()
