@@ -232,9 +232,8 @@ def train(
   with jax.set_mesh(model.mesh), tempfile.TemporaryDirectory() as scratch:
     folder = user_path(f'{checkpoints or pathlib.Path(scratch) / "train"}.held_out')
     seen = _validation(validation, settings, mode, folder, log) if settings.validate_every else None
-    made = trainer.train(
-      model.decoder, list(penalise), settings, mode, batches, told, saved, taught, model.mode.dtype, None, seen, kept
-    )
+    first = model.decoder, list(penalise), settings, mode, batches, told, saved, taught, model.mode.dtype
+    made = trainer.train(*first, validation=seen, kept=kept)
   return model._with(made)
 
 

@@ -55,7 +55,7 @@ def check_streams(config: Config, source: Source, teacher: Source):
       'distill_hidden',
       weight,
       f"which of the {teacher.num_layers} layers of --teacher the model's {source.num_layers} are is not known; give them "
-      'by --kept_layers, or leave this out: --distill needs no map.',
+      'by --kept_layers, or leave it out: --distill needs no map.',
     )
 
 

@@ -66,7 +66,7 @@ def prepare(config: Config) -> Job:
   check_recipes(config, source.spec, num_removes)
   _check_nothing_removed(config, num_removes)
   check_export(config, source, num_removes[0])
-  teacher = _open_teacher(config, source)
+  teacher, layers_of_teacher = _open_teacher(config, source)
   mesh = sharding.make_mesh(config.computation.mesh)
   shardings = check_sizes(config, source.spec, source.num_layers, mesh)
   torch = hosts.leader_first(lambda: hosts.is_leader() and checks_in_torch(config, source, num_removes[0]))
@@ -101,7 +101,7 @@ def prepare(config: Config) -> Job:
     checks_source=checks_source,
     tokenizer_folder=tokenizer_folder,
     teacher=teacher,
-    kept_layers=kept_layers(config, source, teacher),
+    kept_layers=layers_of_teacher,
   )
 
 
@@ -138,10 +138,11 @@ def _check_nothing_removed(config: Config, num_removes: list[int]):
     )
 
 
-def _open_teacher(config: Config, source: Source) -> Source | None:
+def _open_teacher(config: Config, source: Source) -> tuple[Source | None, list[int] | None]:
+  """(--teacher, its layers that the model has), as far as they are given and known."""
   name = config.paths.teacher
   if not name:
-    return None
+    return None, None
   here, there = user_path(name), user_path(config.paths.model)
   if name == config.paths.model or (here.exists() and there.exists() and os.path.samefile(here, there)):
     raise InputError('teacher', name, 'is --model itself; give the dense model that it was made from.')
@@ -158,7 +159,7 @@ def _open_teacher(config: Config, source: Source) -> Source | None:
       'was made from.',
     )
   check_streams(config, source, teacher)
-  return teacher
+  return teacher, kept_layers(config, source, teacher)
 
 
 def check_sizes(config: Config, spec: Spec, num_layers: int, mesh: jax.sharding.Mesh) -> Decoder:

@@ -74,7 +74,7 @@ def test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage(healing, 
     (dict(kept_layers='0,1,4'), ['--kept_layers=0,1,4', 'must name 4 of the layers 0 to 5']),
     (dict(kept_layers='0,1,4,4'), ['--kept_layers=0,1,4,4', 'in ascending order']),
     (dict(kept_layers='0,1,4,6'), ['--kept_layers=0,1,4,6', '0 to 5']),
-    (dict(distill_hidden=0.5, teacher=''), ['--distill_hidden=0.5', 'leave it out']),
+    (dict(distill=0.0, distill_hidden=0.5, teacher=''), ['--distill_hidden=0.5', 'from itself', '--teacher']),
   ],
 )
 def test_what_heal_refuses(healing, changes, parts, no_long_work, no_text):
