@@ -84,8 +84,8 @@ class RemovalSettings(Settings):
   )
   target_speedup: float | None = setting(
     None,
-    'How many times faster text is to be written, in place of --ratio; by the weights that are read for each token, '
-    'which `elder_jax speed` measures on a device.',
+    'How many times faster generation is to be, in place of --ratio; estimated by the weights that are read for each '
+    'token. `elder_jax speed` measures it on a device.',
     above=1,
   )
   max_ppl_increase: float | None = setting(

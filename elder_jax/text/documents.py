@@ -71,7 +71,8 @@ class Documents:
     """Args:
       flag: what to name in an error, e.g. train_data.
       source: a .txt, .md (a document each), .jsonl, .json or .parquet file, also as .gz or .zst; a folder of files of one
-        kind; a folder with a pattern for names, as in texts/*.jsonl.gz; or a hub id as id[:configuration][:split].
+        kind; a folder with a pattern for names, as in texts/*.jsonl.gz; or a hub id as id, id:split or
+        id:configuration:split.
       column: of a text or of messages. Without it a row may have `messages`, or `prompt` and `completion`.
 
     Raises:
@@ -343,7 +344,7 @@ def _line(line: str, number: int) -> Any:
 def _parquet_rows(opened: io.BufferedIOBase, columns: tuple[str, ...]) -> Iterator[dict]:
   import pyarrow.parquet
 
-  # A packed one is read whole: its index stands at its end.
+  # The index is at the end: a .zst file is read whole, of a .gz file everything before it is unpacked.
   file = pyarrow.parquet.ParquetFile(opened if opened.seekable() else io.BytesIO(opened.read()))
   names = file.schema_arrow.names
   wanted = [name for name in columns if name in names]
