@@ -45,6 +45,7 @@ class Shapes:
   settings: Any  # run.config.Config
   export_dtype: str
   num_removes: tuple[int, ...] = ()  # the first is that of the exported model
+  teacher: Decoder | None = None  # abstract; of --teacher, where that is not the dense model
 
   @property
   def spec(self) -> Spec:

@@ -228,7 +228,7 @@ def _program(shapes: Shapes, name: str, sums: Callable, *args) -> Program:
   dense, l = shapes.dense, np.int32(0)
   arrays = dense, dense, shapes.tokens_BT, np.ones(shapes.num_layers, bool), l, l + 1
   size, changed = device_bytes(dense), device_bytes(dense.layers.w_down)  # all else is shared with the dense model
-  calls = shapes.settings.steps() or shapes.settings.one_pass
+  calls = shapes.settings.fitted_steps
   return Program(name, sums, (*arrays, *args), shapes.flops(), size + changed, twice=size - changed, calls=calls)
 
 

@@ -66,5 +66,5 @@ class Context:
 
   @functools.cached_property
   def fitted(self) -> Batches:
-    """The batches that closed forms read: those of the first pass of training, so that no recipe sees more tokens."""
-    return self.batches[: self.settings.steps() or len(self.batches)]
+    """The batches that closed forms read, of the first pass of training, so that no recipe sees more tokens."""
+    return self.batches[: self.settings.fitted_steps]

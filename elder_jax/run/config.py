@@ -36,6 +36,8 @@ HOW_MUCH = (
   'max_ppl_increase',
 )
 DEFAULT_RATIO = (0.25,)
+# Tokens that a closed form is fitted on at most: 35 for each of the 30,000 features that a layer of the largest models has.
+FITTED = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +90,8 @@ class RemovalSettings(Settings):
   )
   target_speedup: float | None = setting(
     None,
-    'How many times faster text is to be written, in place of --ratio; by the weights that are read for each token, '
-    'which `elder_jax speed` measures on a device.',
+    'How many times faster generation is to be, in place of --ratio; estimated by the weights that are read for each '
+    'token. `elder_jax speed` measures it on a device.',
     above=1,
     rare=True,
   )
@@ -265,6 +267,12 @@ class Config:
   def one_pass(self) -> int:
     """Batches in a pass over the training sequences."""
     return self.data.sequences // self.data.batch_size
+
+  @property
+  def fitted_steps(self) -> int:
+    """Batches that closed forms read: those of the training's first pass, up to FITTED tokens."""
+    most = -(-FITTED // (self.data.batch_size * self.data.seq_len))
+    return min(self.steps() or self.one_pass, self.one_pass, most)
 
   def steps(self) -> int:
     """Of the training."""

@@ -74,7 +74,7 @@ def stages(config: Config, num_removes: list[int], checks_source: bool = True) -
   )
   if config.paths.teacher and find_recipe(config.removal.recipe).heals:
     title = 'measuring the teacher'
-    found.append(Stage('teacher', title, 'teacher', work.measure_teacher, work.take_figures, _nothing))
+    found.append(Stage('teacher', title, 'teacher', work.measure_teacher, work.take_figures, _measuring_teacher))
   methods = config.methods() or [work.GIVEN]
   found += [_choosing(method, n, num_removes) for method in methods for n in num_removes]
   rows = [(method, n, recipe) for method in methods for n in num_removes for recipe in config.recipes()]
@@ -143,6 +143,10 @@ def _source(shapes: Shapes) -> list[Program]:
 
 def _measuring_dense(shapes: Shapes) -> list[Program]:
   return evaluation_programs(shapes, shapes.dense)
+
+
+def _measuring_teacher(shapes: Shapes) -> list[Program]:
+  return evaluation_programs(shapes, shapes.teacher) if shapes.teacher is not None else []
 
 
 def _method_programs(shapes: Shapes, method: str, num_remove: int) -> list[Program]:

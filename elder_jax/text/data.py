@@ -48,10 +48,10 @@ def _hub_documents(flag: str, source: str, column: str) -> list[str]:
   import datasets  # here: it is slow to import
   from datasets import exceptions
 
-  hub_id, *rest = hub.check_hub_id(flag, source)
+  hub_id, configuration, split = hub.check_hub_id(flag, source)
   datasets.disable_progress_bars()
   try:
-    rows = datasets.load_dataset(hub_id, *rest[:-1], split=rest[-1] if rest else 'train')
+    rows = datasets.load_dataset(hub_id, configuration or None, split=split)
     if column not in (names := rows.column_names):
       raise InputError(flag, source, f'has no column {column!r} but {names[:20]}; name it with --text_column.')
     texts = [text for text in rows[column] if text is not None]

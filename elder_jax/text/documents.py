@@ -51,7 +51,7 @@ class Documents:
     """Args:
       flag: what to name in an error, e.g. train_data.
       source: a .txt, .md (a document each), .jsonl, .json or .parquet file, also as .gz or .zst; a folder of files of one
-        kind; a folder with a pattern for names, as in texts/*.jsonl.gz; or a hub id as id[:configuration][:split].
+        kind; a folder with a pattern for names, as in texts/*.jsonl.gz; or a hub id as hub.check_hub_id has it.
       column: of a text or of messages. Without it a row may have `messages`, or `prompt` and `completion`.
 
     Raises:
@@ -80,9 +80,9 @@ class Documents:
         if i > first and document:
           yield document, Place(number, i)
 
-  def in_order_of_hashes(self):
+  def in_order_of_hashes(self, seed: int):
     """Puts the files in an order that has nothing to do with their names: the beginning is then a sample of the whole."""
-    self.files.sort(key=lambda file: hashlib.sha256(file.name.encode()).digest())
+    self.files.sort(key=lambda file: hashlib.sha256(f'{seed}{file.name}'.encode()).digest())
 
   @property
   def revision(self) -> str:

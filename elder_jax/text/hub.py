@@ -13,11 +13,12 @@ class Hub:
 
   def __init__(self, flag: str, source: str):
     self._flag, self._source = flag, source
-    self._id, *self._rest = check_hub_id(flag, source)
+    self._id, self._configuration, self._split = check_hub_id(flag, source)
     self._pinned = ''
 
   @property
   def revision(self) -> str:
+    """The commit that is read; asked for once, so that it does not change while a run lasts. Raises InputError."""
     import huggingface_hub
 
     if not self._pinned:
@@ -28,12 +29,13 @@ class Hub:
     return self._pinned
 
   def rows(self, skip: int) -> Iterator[dict]:
+    """Those after the first `skip`, streamed. Raises InputError."""
     import datasets
 
     datasets.disable_progress_bars()
-    split = self._rest[-1] if self._rest else 'train'
+    name, revision = self._configuration or None, self.revision
     try:
-      rows = datasets.load_dataset(self._id, *self._rest[:-1], split=split, streaming=True, revision=self.revision)
+      rows = datasets.load_dataset(self._id, name, split=self._split, streaming=True, revision=revision)
       yield from rows.skip(skip) if skip else rows
     except Exception as e:  # datasets raises many kinds, all mean the same here  # noqa: BLE001
       self._refuse(e)
@@ -44,9 +46,17 @@ class Hub:
     ) from error
 
 
-def check_hub_id(flag: str, source: str) -> list[str]:
-  """[id, configuration, split] as far as they are given. Raises InputError for what is no hub id."""
-  from datasets import packaged_modules  # here, as above
+# How the splits of data sets are called; what else stands alone behind an id is a configuration.
+_SPLITS = re.compile(r'(train|training|validation|valid|val|dev|test|all)\b.*')
+
+
+def check_hub_id(flag: str, source: str) -> tuple[str, str, str]:
+  """(id, configuration or '', split) of id, id:split, id:configuration or id:configuration:split.
+
+  Raises:
+    InputError: it is no hub id.
+  """
+  from datasets import packaged_modules  # here: it is slow to import
 
   hub_id, *rest = source.split(':', 2)
   # `datasets` takes other names for URLs, patterns, local folders, or its own readers, which read the current folder.
@@ -58,4 +68,8 @@ def check_hub_id(flag: str, source: str) -> list[str]:
       'is no file or folder here and no id of a hub data set; give a .txt, .jsonl or .parquet file, a '
       'folder of them, or a hub id as owner/name.',
     )
-  return [hub_id, *rest]
+  if len(rest) == 2:
+    return hub_id, rest[0], rest[1]
+  if rest and not _SPLITS.fullmatch(rest[0]):
+    return hub_id, rest[0], 'train'
+  return hub_id, '', rest[0] if rest else 'train'

@@ -143,8 +143,9 @@ def _line(line: str, number: int) -> Any:
 def parquet_rows(opened: io.BufferedIOBase, columns: tuple[str, ...]) -> Iterator[dict]:
   import pyarrow.parquet
 
-  # A packed one is read whole: its index stands at its end.
-  file = pyarrow.parquet.ParquetFile(opened if opened.seekable() else io.BytesIO(opened.read()))
+  # A packed one is read whole: its index stands at its end, and to seek in it means to unpack it anew.
+  plain = isinstance(opened, io.BufferedReader) and opened.seekable()
+  file = pyarrow.parquet.ParquetFile(opened if plain else io.BytesIO(opened.read()))
   names = file.schema_arrow.names
   wanted = [name for name in columns if name in names]
   if not wanted:

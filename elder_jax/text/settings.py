@@ -15,7 +15,7 @@ class DataSettings(Settings):
     (),
     'Text to train on, as [name=]source[@weight]; repeatable, for a blend. A source: a .txt, .md, .json, .jsonl or '
     '.parquet file, also as .gz or .zst, a folder of files of one of these kinds, a pattern for names in a folder '
-    '(texts/*.jsonl.gz), or a hub id with configuration and split, id:config:split, which is streamed.',
+    '(texts/*.jsonl.gz), or a hub id, which is streamed: id, id:configuration, id:split or id:configuration:split.',
     repeats=True,
   )
   text_column: str = setting(
@@ -44,20 +44,17 @@ class DataSettings(Settings):
   train_tokens: int | None = setting(
     None,
     'Tokens to train on, as in 20M, in place of --num_sequences; rounded to whole batches. A source with less than its '
-    'share is repeated, and the report says how often.',
+    'share is repeated, which the report counts.',
     least=1,
   )
   num_sequences: int = setting(128, 'Training sequences; a single small text must be long enough for them.', least=1)
   batch_size: int = setting(4, 'Sequences per step; must divide --num_sequences.', least=1)
   validation_sequences: int = setting(
-    32,
-    'Sequences that are held out of the training text, where --validate_every asks for their loss.',
-    least=1,
-    rare=True,
+    32, 'Sequences held out of the training text for --validate_every, rounded up to whole batches.', least=1, rare=True
   )
   shuffle: bool = setting(
     True,
-    'Draw the sequences from the whole text (up to 64 MB of files) and shuffle them in each pass; else text order.',
+    'Draw the sequences from the whole of a source (of files up to 64 MiB) and shuffle them in each pass; else text order.',
     rare=True,
   )
   seed: int = setting(

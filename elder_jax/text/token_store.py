@@ -7,6 +7,7 @@ named after, and gets its name when it is whole: whoever is killed, or writes be
 import bisect
 from collections.abc import Callable
 from collections.abc import Iterator
+import contextlib
 import json
 import os
 import pathlib
@@ -124,6 +125,7 @@ class TokenStore:
   def _write_all(self, i: int, place: Place):
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
+      self._remove_left_behind()
       parts = self._encode(place)
       last = False
       while not last:
@@ -138,6 +140,13 @@ class TokenStore:
       with self._changed:
         self._error = e
         self._changed.notify_all()
+
+  def _remove_left_behind(self):
+    """What was killed while it wrote, an hour ago or more."""
+    for path in self._folder.glob('*.partial'):
+      with contextlib.suppress(OSError):  # another run has done the same
+        if time.time() - path.stat().st_mtime > 3600:
+          path.unlink()
 
   def _write(self, i: int, parts: Iterator[Encoded]) -> bool:
     """Writes segment i; whether it is the last."""

@@ -69,9 +69,11 @@ def open_text(
     documents = Documents(setting, part.source, settings.text_column)
     is_small = documents.size is not None and documents.size <= SMALL
     if not is_small and settings.shuffle:
-      documents.in_order_of_hashes()
-    masked = _masked(part, documents, tokenizer, settings)
-    content = documents.revision or identity.of_files(documents.files)
+      documents.in_order_of_hashes(settings.seed)
+    chats, masked = _conversations(part, documents, tokenizer, settings)
+    content = documents.revision or identity.of_corpus(documents.files)
+    if chats:  # the template is what makes a text of them
+      content = hashlib.sha256(f'{content}{tokenizer.chat_template}'.encode()).hexdigest()
     options = [_VERSION, content, tokenizer_sha256, [f.name for f in documents.files], part.source.split(':')[1:]]
     options += [settings.text_column, settings.documents, bos == 'tokenizer', settings.train_on]
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()
@@ -88,18 +90,18 @@ def _folder(settings: DataSettings, shared: pathlib.Path | None) -> pathlib.Path
   return shared or cache_folder() / 'tokens'
 
 
-def _masked(part: Part, documents: Documents, tokenizer, settings: DataSettings) -> bool:
-  """Whether a source has tokens that do not count in the loss, by its first document."""
+def _conversations(part: Part, documents: Documents, tokenizer, settings: DataSettings) -> tuple[bool, bool]:
+  """Whether a source has conversations, and then tokens that do not count in the loss; by its first document."""
   document = next((document for document, _ in documents.read()), None)
   if document is None:
     raise InputError(part.setting, part.source, 'is empty; give a file with text.')
   if isinstance(document.content, str):
-    return False
+    return False, False
   chat.check(part.setting, part.source, tokenizer)
   if settings.train_on == 'all':
-    return False
+    return True, False
   chat.encode(part.setting, part.source, tokenizer, document.content)
-  return True
+  return True, True
 
 
 def _blend(settings, sources: list[Source], small: list[bool], vocab_size: int, validates: bool, read) -> TrainingText:

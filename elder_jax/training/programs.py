@@ -78,23 +78,24 @@ def steps_program(
 
 
 def training_programs(shapes: Shapes, start: Decoder) -> list[Program]:
-  """Training from `start`; the dense model stays where it is the teacher."""
+  """Training from `start`; the teacher, which may be the dense model, stays."""
   config, num_layers, seq_len = shapes.settings, start.num_layers, shapes.tokens_BT.shape[1]
   settings = config.train_settings()
   flops = training_flops(shapes.spec, num_layers, seq_len, 'lora' if settings.lora_rank else settings.trainable)
+  taught_by = shapes.dense if shapes.teacher is None else shapes.teacher
   if settings.taught:
-    of_layers, attention, head = forward_flops(shapes.spec, shapes.num_layers, seq_len)
+    of_layers, attention, head = forward_flops(taught_by.spec, taught_by.num_layers, seq_len)
     flops += of_layers + attention + (head if settings.distils else 0)
   terms = loss_terms(num_layers, [], settings, 0)
 
   def begin(model):
     return begin_training(model, settings, shapes.mode)
 
-  teacher = shapes.dense if settings.taught else None
+  teacher = taught_by if settings.taught else None
   name = f'training, {num_layers} layers'
   program = steps_program(shapes, name, begin, start, teacher, terms, flops, settings.steps)
   state, (frozen, teacher), *_ = program.args
-  if settings.taught:  # what is frozen and not cut is the teacher's own
+  if settings.taught and shapes.teacher is None:  # what is frozen and not cut is the teacher's own
     layers = jax.tree.leaves((frozen.layers, frozen.gate_L))
     shared = device_bytes(frozen) - (0 if start is shapes.dense else device_bytes(layers))
     program = dataclasses.replace(program, params=program.params - shared, twice=shared)
@@ -108,5 +109,5 @@ def training_programs(shapes: Shapes, start: Decoder) -> list[Program]:
   largest = max(device_bytes(p) for p in jax.tree.leaves(result.layers))
   beside = device_bytes(result) - largest + device_bytes(state) - device_bytes((a, b))
   if teacher is not None:  # embedding, head and the like are its own
-    beside += device_bytes(teacher.layers)
+    beside += device_bytes(teacher if shapes.teacher is not None else teacher.layers)
   return [program, Program('merging LoRA', call, args, 0, device_bytes((base, a, b)), beside=beside)]

@@ -135,7 +135,7 @@ class TrainSettings(Settings):
   )
   export: str = setting(
     'last',
-    'Which state of the training goes on: last; best, that of the lowest held-out loss (needs --validate_every).',
+    'Which state of the training is used: last; best, that of the lowest held-out loss (needs --validate_every).',
     choices=('last', 'best'),
   )
   seed: int = 0

@@ -178,6 +178,18 @@ def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block,
   assert '--method=cosine_block, or ppl: no gradients are needed' in advice(needs, shapes)
 
 
+def test_a_teacher_of_its_own_size(one_device):
+  """heal: the teacher has more layers than the model, and shares nothing with it."""
+  config = CONFIG.replace(distill=0.5)
+  alone = programs(one_device)['training, 4 layers']
+  shapes, found = plan_lib.planned(config, SPEC, L, [1], one_device, teacher=(SPEC, 3 * L))
+  taught = next(p for p in found if p.name == 'training, 4 layers')
+  teacher = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(abstract_model(SPEC, 3 * L, 'float32', one_device, ())))
+  assert (taught.params, taught.twice) == (alone.params + teacher, 0)
+  of_dense = programs(one_device, distill=0.5)['training, 4 layers']
+  assert taught.model_flops > of_dense.model_flops > alone.model_flops and shapes.teacher.num_layers == 3 * L
+
+
 def test_bytes_of_each_kind(one_device):
   p = programs(one_device)['training, 4 layers']
   model = abstract_model(SPEC, L, 'float32', one_device, ())

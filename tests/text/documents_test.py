@@ -116,9 +116,12 @@ def test_order_of_hashes_has_nothing_to_do_with_names(tmp_path):
     (tmp_path / f'{i:02d}.txt').write_text('x')
   documents = Documents('x', str(tmp_path), 'text')
   by_name = [file.name for file in documents.files]
-  documents.in_order_of_hashes()
-  assert sorted(by_name) == by_name != [file.name for file in documents.files]
-  assert sorted(file.name for file in documents.files) == by_name
+  orders = []
+  for seed in (0, 1, 0):
+    documents.in_order_of_hashes(seed)
+    orders.append([file.name for file in documents.files])
+  assert orders[0] == orders[2] != orders[1] and by_name not in orders
+  assert all(sorted(order) == by_name for order in orders)
 
 
 def test_memory_does_not_grow_with_a_file(tmp_path):

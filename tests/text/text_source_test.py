@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import pathlib
+import types
 
 import pyarrow
 import pyarrow.parquet
@@ -15,6 +16,8 @@ from refusal import one_sentence
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.text import data
+from elder_jax.text import hub
+from elder_jax.text.documents import Documents
 
 
 def write(path: pathlib.Path, *documents: str) -> pathlib.Path:
@@ -158,6 +161,47 @@ def test_datasets_reads_nothing_local_by_itself(tmp_path, monkeypatch, source):
   (tmp_path / 'train.txt').write_text('wrong')
   monkeypatch.chdir(tmp_path)
   refused(source, 'no id of a hub data set')
+
+
+def test_how_hub_data_is_written():
+  for source, found in (
+    ('owner/name', ('owner/name', '', 'train')),
+    ('owner/name:validation', ('owner/name', '', 'validation')),
+    ('owner/name:train[:10%]', ('owner/name', '', 'train[:10%]')),
+    ('owner/name:sample-10BT', ('owner/name', 'sample-10BT', 'train')),
+    ('owner/name:training-free:test', ('owner/name', 'training-free', 'test')),
+  ):
+    assert hub.check_hub_id('x', source) == found
+
+
+def test_a_hub_that_is_not_reached_is_told_once(monkeypatch):
+  def unreachable(*args, **kwargs):
+    raise ConnectionError('no route')
+
+  monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', unreachable)
+  with pytest.raises(InputError) as caught:
+    next(hub.Hub('train_data', 'owner/name').rows(0))
+  assert str(caught.value).count('cannot be read') == 1 and 'no route' in str(caught.value)
+
+
+def test_hub_rows_are_streamed_from_one_revision(monkeypatch):
+  asked = []
+
+  class Rows(list):
+    def skip(self, count):
+      return self[count:]
+
+  def load(*args, **kwargs):
+    asked.append((args, kwargs))
+    return Rows({'text': f'row {i}'} for i in range(5))
+
+  monkeypatch.setattr('huggingface_hub.HfApi.dataset_info', lambda *a: types.SimpleNamespace(sha='abc'))
+  monkeypatch.setattr('datasets.load_dataset', load)
+  documents = Documents('train_data', 'owner/name:web:train', 'text')
+  found = list(documents.read())
+  assert [d.content for d, _ in found] == [f'row {i}' for i in range(5)] and documents.revision == 'abc'
+  assert [d.content for d, _ in documents.read(found[2][1])] == ['row 3', 'row 4']
+  assert asked[0] == (('owner/name', 'web'), dict(split='train', streaming=True, revision='abc'))
 
 
 def test_a_reason_is_one_line_with_the_useful_part(tmp_path):

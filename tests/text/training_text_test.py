@@ -104,6 +104,14 @@ def test_all_tokens_count_where_that_is_asked_for_or_there_is_no_conversation(tm
     assert not rows.masked and Batches(rows, 2, None).weight_BT(0) is None and rows.counted([0, 1]).all()
 
 
+def test_another_template_is_another_text(tmp_path, chatting):
+  path, cache = write(tmp_path / 'a.jsonl', *[{'messages': TURNS}] * 3), str(tmp_path / 'cache')
+  before = opened(chatting, path, token_cache=cache)
+  chatting.chat_template = CHATML.replace('<', '[')
+  after = opened(chatting, path, token_cache=cache)
+  assert said(chatting, after.rows).startswith('[user>one') and before.read != after.read
+
+
 def test_conversations_that_cannot_be_rendered(tmp_path, tiny, chatting):
   path = write(tmp_path / 'a.jsonl', *[{'messages': TURNS}] * 3)
   without = data.load_tokenizer(str(tiny))

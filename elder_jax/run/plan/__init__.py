@@ -71,7 +71,8 @@ def check(job: Job, stages: list[Stage], say: Callable[[str], None]) -> dict[int
     DoesNotFit: without --force.
   """
   config, source, mesh = job.config, job.source, job.mesh
-  shapes = shapes_of(config, source.spec, source.num_layers, job.num_removes, mesh, source.dtype)
+  teacher = (job.teacher.spec, job.teacher.num_layers) if job.teacher else None
+  shapes = shapes_of(config, source.spec, source.num_layers, job.num_removes, mesh, source.dtype, teacher)
   by_stage = programs_by_stage(shapes, stages)
   compile_it = mesh.devices.flat[0].platform != 'cpu'
   text, too_large = describe(shapes, heaviest(by_stage), compile_it)
@@ -90,7 +91,8 @@ def plan(config: Config) -> int:
   """
   if config.computation.topology:
     jax.config.update('jax_platforms', 'cpu')  # the TPUs are only compiled for
-  spec, num_layers, dtype = _architecture(config)
+  spec, num_layers, dtype = _architecture(config.paths.model)
+  teacher = _architecture(config.paths.teacher)[:2] if config.paths.teacher else None
   num_removes = count_removed(config, spec, num_layers, dtype)
   check_recipes(config, spec, num_removes)
   if config.removal.max_ppl_increase is not None:
@@ -98,18 +100,24 @@ def plan(config: Config) -> int:
   name = config.computation.topology
   mesh = sharding.make_mesh(config.computation.mesh, topology(name) if name else None)
   check_sizes(config, spec, num_layers, mesh)
-  text, too_large = describe(*planned(config, spec, num_layers, num_removes, mesh, dtype), compile_it=True)
+  text, too_large = describe(*planned(config, spec, num_layers, num_removes, mesh, dtype, teacher), compile_it=True)
   if hosts.is_leader():
     print(text)
   return DOES_NOT_FIT if too_large else 0
 
 
 def planned(
-  config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh, source_dtype: str = 'float32'
+  config: Config,
+  spec: Spec,
+  num_layers: int,
+  num_removes: list[int],
+  mesh: Mesh,
+  source_dtype: str = 'float32',
+  teacher: tuple[Spec, int] | None = None,
 ) -> tuple[Shapes, list[Program]]:
   """What `describe` takes, of a run of these settings."""
   with jax.set_mesh(mesh):
-    shapes = shapes_of(config, spec, num_layers, num_removes, mesh, source_dtype)
+    shapes = shapes_of(config, spec, num_layers, num_removes, mesh, source_dtype, teacher)
     # PyTorch's reading of the model is left out: whether it is made depends on the files.
     return shapes, heaviest(programs_by_stage(shapes, list_stages(config, num_removes, checks_source=False)))
 
@@ -135,9 +143,8 @@ def topology(name: str) -> list:
     ) from e
 
 
-def _architecture(config: Config) -> tuple[Spec, int, str]:
+def _architecture(model: str) -> tuple[Spec, int, str]:
   """(Spec, number of layers, type of the weights)."""
-  model = config.paths.model
   if model and user_path(model).suffix != '.gguf':
     found = read_config(model)
     return *architecture(model, found), found.get('dtype') or found.get('torch_dtype') or 'float32'

@@ -59,7 +59,8 @@ def _change(needs: Needs, shapes: Shapes, **settings) -> str:
     other = sharding.make_mesh(changed.computation.mesh, mesh.devices.flatten())
     with jax.set_mesh(other):
       num_removes = list(shapes.num_removes)
-      again = shapes_of(changed, shapes.spec, shapes.num_layers, num_removes, other, shapes.export_dtype)
+      teacher = shapes.teacher and (shapes.teacher.spec, shapes.teacher.num_layers)
+      again = shapes_of(changed, shapes.spec, shapes.num_layers, num_removes, other, shapes.export_dtype, teacher)
       found = heaviest(programs_by_stage(again, stages(changed, num_removes)))
   except InputError:
     return ''

@@ -18,19 +18,28 @@ from elder_jax.run.stages import Stage
 
 
 def shapes_of(
-  config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh, source_dtype: str = 'float32'
+  config: Config,
+  spec: Spec,
+  num_layers: int,
+  num_removes: list[int],
+  mesh: Mesh,
+  source_dtype: str = 'float32',
+  teacher: tuple[Spec, int] | None = None,
 ) -> Shapes:
   """What the programs of a run follow from.
 
   Args:
     source_dtype: hf.source.Source.dtype.
+    teacher: Spec and number of layers of --teacher.
   """
   batch = jax.ShapeDtypeStruct(
     (config.data.batch_size, config.data.seq_len), 'int32', sharding=NamedSharding(mesh, sharding.BATCH)
   )
-  dense = abstract_model(spec, num_layers, config.computation.dtype, mesh, config.computation.mesh)
+  how = config.computation.dtype, mesh, config.computation.mesh
+  dense = abstract_model(spec, num_layers, *how)
+  taught_by = abstract_model(*teacher, *how) if teacher else None
   export_dtype = config.output.export_dtype or source_dtype
-  return Shapes(dense, batch, config.mode(), mesh, config, export_dtype, tuple(num_removes))
+  return Shapes(dense, batch, config.mode(), mesh, config, export_dtype, tuple(num_removes), taught_by)
 
 
 def abstract_model(spec: Spec, num_layers: int, dtype: str, mesh: Mesh, flag: tuple[int, ...]) -> Decoder:
