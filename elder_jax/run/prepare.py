@@ -201,14 +201,13 @@ class _Texts:
       raise InputError('train_data', '', 'is missing; give a text to choose layers by and to train on.')
     self._load_tokenizer()
     self._check_length('seq_len', settings.seq_len)
-    text = training_text.open_text(
-      settings,
-      self.tokenizer,
-      self._bos_first,
-      self.source.spec.vocab_size,
-      self.config.validates(),
-      self.config.path() / 'tokens' if jax.process_count() > 1 else None,
-    )
+    shared = self._shared_cache()
+
+    def read():
+      of_model = self._bos_first, self.source.spec.vocab_size
+      return training_text.open_text(settings, self.tokenizer, *of_model, self.config.validates(), shared)
+
+    text = hosts.leader_first(read)  # process 0 makes the tokens that the others read
     self.read |= {inputs.named('train_data', source): content for source, content in text.read.items()}
     seed = settings.seed if settings.shuffle else None
     self.batches = Batches(text.rows, settings.batch_size, seed, mesh)
@@ -222,6 +221,17 @@ class _Texts:
     self.read_eval_data()
     self.load_tasks()
     self.read_prompts()
+
+  def _shared_cache(self) -> pathlib.Path | None:
+    """The folder of tokens of a run of several processes, which all must see."""
+    if jax.process_count() == 1:
+      return None
+    given = self.config.data.token_cache
+    folder = user_path(given) if given else self.config.path() / 'tokens'
+    if hosts.is_leader():
+      folder.mkdir(parents=True, exist_ok=True)
+    hosts.check_shared(folder, 'token_cache' if given else 'workdir')
+    return folder
 
   def read_eval_data(self):
     settings = self.config.evaluation

@@ -44,7 +44,7 @@ class Documents:
 
   Attributes:
     files: what is read, in order; empty for a hub data set.
-    size: bytes of the files, None for a hub data set.
+    size: bytes of text in the files, those of compressed ones and of Parquet guessed; None for a hub data set.
   """
 
   def __init__(self, flag: str, source: str, column: str):
@@ -60,7 +60,7 @@ class Documents:
     self.flag, self.source, self.column = flag, source, column
     self._columns = (column, *CHAT_COLUMNS)
     self.files = list_files(flag, source)
-    self.size = sum(file.stat().st_size for file in self.files) if self.files else None
+    self.size = sum(map(_text_bytes, self.files)) if self.files else None
     self._hub = None if self.files else hub.Hub(flag, source)
     for file in self.files:
       reading.open_file(self.flag, self._name(file), file).close()
@@ -156,6 +156,11 @@ def _turn(role: str, said) -> list:
 
 def _is_message(message: Any) -> bool:
   return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ('role', 'content'))
+
+
+def _text_bytes(file: pathlib.Path) -> int:
+  kind, packed = reading.kind_of(file)
+  return file.stat().st_size * (4 if packed or kind == '.parquet' else 1)
 
 
 # ---- which files ----

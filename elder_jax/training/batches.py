@@ -9,7 +9,7 @@ import numpy as np
 from elder_jax.devices import preemption
 from elder_jax.devices import sharding
 
-SHUFFLED = 8192  # rows that are shuffled among each other
+SHUFFLED = 4096  # rows that are shuffled among each other; so many are made before the first step
 
 
 def rows_at(num_rows: int, batch_size: int, step: int, seed: int | None) -> np.ndarray:
