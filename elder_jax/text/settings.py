@@ -29,10 +29,10 @@ class DataSettings(Settings):
     choices=('assistant', 'all'),
   )
   documents: str = setting(
-    'eos',
+    'auto',
     "What stands between two documents of the training text: eos, the tokenizer's end-of-text token; wikitext, an empty "
-    'line, as in the evaluation texts.',
-    choices=('eos', 'wikitext'),
+    'line, as in the evaluation texts; auto: eos where the tokenizer has such a token.',
+    choices=('auto', 'eos', 'wikitext'),
   )
   bos: str = setting(
     'auto',

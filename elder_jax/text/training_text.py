@@ -63,6 +63,9 @@ def open_text(
   """
   bos, first = data.bos_rule(settings.bos, bos_first, tokenizer)
   window, cache = Window(settings.seq_len, first), _folder(settings, shared)
+  between = settings.documents
+  if between == 'auto':
+    between = 'wikitext' if tokenizer.eos_token_id is None else 'eos'
   tokenizer_sha256 = identity.of_tokenizer(tokenizer)
   sources, small, read = [], [], {}
   for part in parts_of(settings.train_data, setting):
@@ -75,9 +78,9 @@ def open_text(
     if chats:  # the template is what makes a text of them
       content = hashlib.sha256(f'{content}{tokenizer.chat_template}'.encode()).hexdigest()
     options = [_VERSION, content, tokenizer_sha256, [f.name for f in documents.files], part.source.split(':')[1:]]
-    options += [settings.text_column, settings.documents, bos == 'tokenizer', settings.train_on]
+    options += [settings.text_column, between, bos == 'tokenizer', settings.train_on]
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()
-    encoder = Encoder(documents, tokenizer, settings.documents, bos == 'tokenizer', settings.train_on)
+    encoder = Encoder(documents, tokenizer, between, bos == 'tokenizer', settings.train_on)
     sources.append(Source(part, TokenStore(cache / key[:32], encoder, len(tokenizer)), window, masked))
     small.append(is_small)
     read[part.source] = content

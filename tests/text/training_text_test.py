@@ -68,8 +68,9 @@ def test_no_end_of_text_token(tmp_path, tiny):
   tokenizer.eos_token = None
   path = write(tmp_path / 'a.jsonl', 'text ' * 50)
   with pytest.raises(InputError, match='documents=eos.*--documents=wikitext'):
-    opened(tokenizer, path)
-  assert len(opened(tokenizer, path, documents='wikitext').rows) == 4
+    opened(tokenizer, path, documents='eos')
+  for between in ('wikitext', 'auto'):
+    assert len(opened(tokenizer, path, documents=between).rows) == 4
 
 
 TURNS = [
