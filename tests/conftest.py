@@ -127,6 +127,7 @@ def settings(tiny, text, tmp_path) -> dict:
     train_steps=3,
     lr=1e-3,
     verify='jax',
+    prompts='none',
   )
 
 

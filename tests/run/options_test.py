@@ -66,7 +66,7 @@ def outcomes(tiny, text, tmp_path_factory):
       jsonl.write_text(json.dumps({'text': text.read_text(), 'other': text.read_text()[::-1]}) + '\n')
       usual = dict(model=str(tiny), workdir=str(folder / 'work'), train_data=str(text), eval_data={'text': str(text)})
       usual |= dict(seq_len=32, num_sequences=8, batch_size=4, eval_seq_len=32, eval_tokens=256, protect_first=1)
-      usual |= dict(protect_last=1, verify='jax', num_remove=2, lr=1e-3)
+      usual |= dict(protect_last=1, verify='jax', num_remove=2, lr=1e-3, prompts='none')
       settings = {k: v.format(jsonl=jsonl) if isinstance(v, str) else v for k, v in settings.items()}
       done[key] = run(usual | BASE | settings)
     return done[key]
@@ -193,10 +193,10 @@ TABLE = {
   'eval_seq_len': (16, {}, lambda a, b: b.report['corpora']['text']['windows'] == 16),
   'eval_tokens': (128, {}, lambda a, b: b.report['corpora']['text']['windows'] == 4),
   'eval_batch_size': (3, {}, near),
-  'prompts': ('none', {}, lambda a, b: len(a.report['answers']) == 5 and not b.report['answers']),
+  'prompts': ('', {}, lambda a, b: len(b.report['answers']) == 5 and not a.report['answers']),
   'answer_tokens': (
     2,
-    {},
+    dict(prompts=''),
     lambda a, b: all(x['dense'].startswith(y['dense'][:1]) and x['dense'] != y['dense'] for x, y in asked(a, b)),
   ),
   # Computation and output.

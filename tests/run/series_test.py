@@ -74,6 +74,7 @@ def test_a_run_with_a_target(settings):
 # ---- the search ----
 
 
+@pytest.mark.slow
 def test_as_many_layers_go_as_the_limit_allows(settings):
   searched = settings | dict(num_remove=None, validation_sequences=4, recipe='absorb_then_train')
   report = run(searched, max_ppl_increase=0.2)
@@ -96,6 +97,7 @@ def test_a_limit_that_nothing_meets(settings, monkeypatch):
 # ---- rounds ----
 
 
+@pytest.mark.slow
 def test_two_rounds_are_two_runs_one_after_the_other(settings, tmp_path):
   report = run(settings, rounds=2, num_remove=3, method='shortgpt', distill=0.5)
   first = run(settings, num_remove=2, method='shortgpt', distill=0.5, num_sequences=8, export_dtype='float32',
@@ -149,6 +151,7 @@ def test_a_series_that_was_stopped_goes_on(settings, tmp_path, monkeypatch):
 # ---- seeds ----
 
 
+@pytest.mark.slow
 def test_seeds_have_a_mean_and_a_deviation(settings, tmp_path):
   report = run(settings, seeds=(0, 3), compare=('none',))
   alone = [run(settings, seed=s, compare=('none',), workdir=str(tmp_path / str(s))) for s in (0, 3)]

@@ -22,7 +22,7 @@ from elder_jax.text.generation import generate
 @pytest.fixture
 def short(settings) -> dict:
   """A run that removes two layers and no more."""
-  return settings | dict(method='last', recipe='none', compare=(), answer_tokens=6)
+  return settings | dict(method='last', recipe='none', compare=(), answer_tokens=6, prompts='')
 
 
 def run(settings, **more) -> dict:
@@ -133,7 +133,7 @@ def test_prompts_of_elder_jax_need_not_fit(short, capsys):
 
 def test_a_run_that_measures_nothing_asks_only_what_it_is_told_to(settings, text, tmp_path, capsys):
   (tmp_path / 'p.txt').write_text('one\n')
-  settings |= dict(num_remove=None, remove_layers='2')
+  settings |= dict(num_remove=None, remove_layers='2', prompts='')
   copy = dict(recipe='none', compare=(), eval_data=())
   assert run(settings, **copy, workdir=str(tmp_path / 'a'))['answers'] == []
   assert 'prompts' not in capsys.readouterr().err

@@ -65,6 +65,7 @@ def test_the_loss_is_the_perplexitys(settings, tiny):
   assert validation.held_out_loss(model.decoder, batches, model.mode) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_the_same_curve(settings, monkeypatch, tmp_path):
   whole = run(settings, workdir=str(tmp_path / 'whole'))
   calls = []
