@@ -7,6 +7,7 @@ from elder_jax.run import lineage
 from elder_jax.run.report import answers_section
 from elder_jax.run.report import table
 from elder_jax.run.report import verification
+from elder_jax.run.tables import figure
 from elder_jax.run.tables import millions
 
 
@@ -31,6 +32,10 @@ def model_card(report: dict, config: dict) -> str:
   if report['steps']:
     tokens = report['steps'] * report['tokens_per_step']
     lines.append(f'Trained for {report["steps"]} steps, {tokens:,} tokens, learning rate {config["lr"]:g}.')
+    texts = report.get('train_data') or []
+    if len(texts) > 1:
+      shares = ', '.join(f'{lineage.public_name(t["name"])} {figure(100 * t["weight"], 0)}%' for t in texts)
+      lines.append(f'Training text: {shares}.')
   if len(report.get('lineage', [])) > 1:
     lines += ['', 'What was done so far:', *(f'- {lineage.sentence(step)}.' for step in report['lineage'])]
   lines += [
