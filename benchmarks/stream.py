@@ -183,7 +183,7 @@ def two_processes(root: pathlib.Path, corpus: pathlib.Path):
   if any(process.wait() for process in processes):
     sys.exit(f'{runs / "two"}.log: a process failed')
   losses = [np.array([row['loss'] for row in rows_of(runs / name)]) for name in ('whole', 'two')]
-  print(f'two processes: losses differ by at most {np.abs(losses[0] - losses[1]).max():.1e}')
+  print(f'two processes: losses differ by at most {np.abs(losses[1] / losses[0] - 1).max():.1e} of themselves')
 
 
 def main(argv):
