@@ -16,6 +16,7 @@ from elder_jax.hf.source import open_source
 from elder_jax.log import log
 from elder_jax.log import write_json
 from elder_jax.log import write_whole
+from elder_jax.methods import find_method
 from elder_jax.run import pipeline
 from elder_jax.run import workdir
 from elder_jax.run.config import HOW_MUCH
@@ -94,7 +95,7 @@ def _search(config: Config) -> dict:
     return tried[n]
 
   source = hosts.leader_first(lambda: open_source(config.paths.model, config.path() / 'source'))
-  low, high = 0, source.num_layers  # low can be removed, high cannot
+  low, high = 0, _too_many(config, source.num_layers)  # low can be removed, high cannot
   while high - low > 1:
     n = (low + high) // 2
     low, high = (n, high) if increase(n) <= limit else (low, n)
@@ -106,14 +107,21 @@ def _search(config: Config) -> dict:
   return report | {'search': [[n, tried[n]] for n in sorted(tried)], 'max_ppl_increase': limit}
 
 
+def _too_many(config: Config, num_layers: int) -> int:
+  """The least number of layers that the run's methods cannot choose."""
+  chosen_by = [find_method(name) for name in config.methods()]
+  return next(
+    n for n in range(1, num_layers + 1) if n == num_layers or any(m.why_not(config, num_layers, n) for m in chosen_by)
+  )
+
+
 def _held_out(config: Config, n: int) -> tuple[float, float]:
   """Held-out losses of the dense model and of the one without n layers, not trained."""
-  recipe = config.removal.recipe.removesuffix('_then_train')
-  changes = dict(
-    num_remove=n, max_ppl_increase=None, recipe={'prune': 'none', 'regularize': 'none'}.get(recipe, recipe)
+  changes = ONE | dict(num_remove=n, max_ppl_increase=None, compare=(), eval_data={}, tasks=(), verify='jax')
+  changes |= dict(
+    num_sequences=config.data.sequences, train_tokens=None, train_steps=0, validate_every=1, export='last'
   )
-  changes |= dict(compare=(), eval_data={}, tasks=(), train_steps=0, train_tokens=None, validate_every=1, verify='jax')
-  changes |= ONE | dict(num_sequences=config.data.sequences, distill=0.0, teacher='', export='last')
+  changes |= dict(distill=0.0, distill_hidden=0.0, teacher='')
   report = _run(config, f'search/{n}', **changes)
   shutil.rmtree(_folder(config, f'search/{n}') / 'export', ignore_errors=True)
   return report['held_out_loss'], report['rows'][-1]['held_out_loss']

@@ -24,9 +24,8 @@ from elder_jax.text.encoder import Encoder
 from elder_jax.text.settings import DataSettings
 from elder_jax.text.token_store import TokenStore
 
-SMALL = (
-  64 * 2**20
-)  # bytes of files: up to here all of a source is tokenised at the start, and rows are drawn from it all
+# Bytes of text: up to here all of a source is tokenised at the start, and rows are drawn from the whole of it.
+SMALL = 64 * 2**20
 _VERSION = 1  # of how text becomes tokens; another one makes them anew
 _LOOKED_AT = 1024  # rows that are read before the long work begins
 

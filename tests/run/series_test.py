@@ -76,7 +76,7 @@ def test_a_run_with_a_target(settings):
 
 @pytest.mark.slow
 def test_as_many_layers_go_as_the_limit_allows(settings):
-  searched = settings | dict(num_remove=None, validation_sequences=4, recipe='absorb_then_train')
+  searched = settings | dict(num_remove=None, validation_sequences=4)
   report = run(searched, max_ppl_increase=0.2)
   tried = dict(report['search'])
   n = len(report['removed'])
