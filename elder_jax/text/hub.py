@@ -58,7 +58,7 @@ def check_hub_id(flag: str, source: str) -> tuple[str, str, str]:
   """
   from datasets import packaged_modules  # here: it is slow to import
 
-  hub_id, *rest = source.split(':', 2)
+  hub_id, *rest = re.split(r':(?![^\[]*\])', source, maxsplit=2)  # no colon of a split such as train[:10%]
   # `datasets` takes other names for URLs, patterns, local folders, or its own readers, which read the current folder.
   is_id = re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', hub_id) and not os.path.exists(hub_id)
   if not is_id or hub_id in packaged_modules._PACKAGED_DATASETS_MODULES:
