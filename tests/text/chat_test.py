@@ -35,21 +35,26 @@ CONVERSATION = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', TURNS)
-@pytest.mark.parametrize('messages', [CONVERSATION, CONVERSATION[1:], CONVERSATION[:3], CONVERSATION[1:2]])
-def test_the_assistants_tokens(name, messages, tmp_path):
-  if name.startswith('gemma') and not (ASSETS / name).exists():
+@pytest.fixture(scope='module', params=TURNS)
+def tokenizer(request, tmp_path_factory):
+  if request.param.startswith('gemma') and not (ASSETS / request.param).exists():
     pytest.skip('python -m benchmarks.assets --gemma fetches it')
-  tokenizer = data.load_tokenizer(str(open_source(str(ASSETS / name), tmp_path).files))
+  tokenizer = data.load_tokenizer(str(open_source(str(ASSETS / request.param), tmp_path_factory.mktemp('x')).files))
   if tokenizer.chat_template is None:
     tokenizer.chat_template = GEMMA
+  tokenizer.turn = TURNS[request.param]
+  return tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('messages', [CONVERSATION, CONVERSATION[1:], CONVERSATION[:3], CONVERSATION[1:2]])
+def test_the_assistants_tokens(tokenizer, messages):
   tokens, own_N = chat.encode('train_data', 'x', tokenizer, messages)
   whole = tokenizer.apply_chat_template(messages, tokenize=False)
   assert (
     tokens == tokenizer(whole, add_special_tokens=False)['input_ids'] == chat.tokens_of('', '', tokenizer, messages)
   )
-  turns = re.findall(TURNS[name], whole, re.DOTALL)
+  turns = re.findall(tokenizer.turn, whole, re.DOTALL)
   assert len(turns) == sum(message['role'] == 'assistant' for message in messages)
   borders = np.flatnonzero(np.diff(np.concatenate([[False], own_N, [False]])))
   found = [tokenizer.decode(tokens[first:end]) for first, end in borders.reshape(-1, 2)]
