@@ -50,8 +50,8 @@ def pytest_configure(config):
 
 # The longest files; a worker that got one of them last would work alone.
 FIRST = (
-  'run/options run/resume methods/importance hf/families run/memory devices/hosts run/end_to_end text/zero_shot'.split()
-)
+  'hf/fuzz hf/smollm2 run/options devices/hosts methods/importance text/generate run/resume hf/families run/memory'
+).split()
 
 
 def pytest_collection_modifyitems(items):
