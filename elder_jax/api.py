@@ -4,7 +4,8 @@
     dense = ej.load('HuggingFaceTB/SmolLM2-135M')
     data = ej.batches(dense, 'wiki.txt', seq_len=512, num_sequences=128)
     layers = ej.choose(dense, 7, data).removed
-    small = ej.train(ej.absorb(dense, layers, data), data, ej.TrainSettings(steps=100), teacher=dense)
+    small = ej.absorb(dense, layers, data)
+    small = ej.train(small, data, ej.TrainSettings(steps=100), teacher=dense)
     print(ej.perplexity(small, 'test.txt'))
     ej.export(small, 'out')
 

@@ -24,7 +24,7 @@ from elder_jax.recipes import absorb
 from elder_jax.recipes.context import Batches
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
-from elder_jax.text import perplexity
+from elder_jax.training import losses
 
 # One method that chooses a contiguous block and two that choose single layers, and what part of the text they read: ppl
 # runs half of the model for every layer, and chooses the same or nearly so by a quarter of the text (docs/decisions.md).
@@ -132,7 +132,7 @@ def judge(
 def _loss(model: Decoder, batches: Batches, mode: Mode) -> float:
   total, count = 0.0, 0.0
   for tokens_BT in batches:
-    nll, n = map(hosts.to_host, perplexity.nll(model, tokens_BT, None, mode))
+    nll, n = map(hosts.to_host, losses.batch_nll(model, tokens_BT, None, mode))
     total, count = total + float(nll), count + float(n)
   return total / count
 
@@ -157,4 +157,6 @@ def _judging_program(shapes: Shapes, pruned: Decoder, beside: int, calls: int) -
   """The loss of a pruned model; the dense model's layers are beside it, all else is shared."""
   args = pruned, shapes.tokens_BT, None, shapes.mode
   flops, size = shapes.flops(pruned.num_layers), device_bytes(pruned)
-  return Program(f'judging, {pruned.num_layers} layers', perplexity.nll, args, flops, size, beside=beside, calls=calls)
+  return Program(
+    f'judging, {pruned.num_layers} layers', losses.batch_nll, args, flops, size, beside=beside, calls=calls
+  )

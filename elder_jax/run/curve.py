@@ -1,4 +1,4 @@
-"""The held-out loss of each row over the tokens that it was trained on, and what the rows have in common: the text."""
+"""The held-out loss of each row over the tokens that it was trained on."""
 
 from collections.abc import Sequence
 import math
@@ -93,24 +93,3 @@ def figure_of(report: dict):
   axes.set(xlabel='tokens trained on', ylabel='held-out loss, nats a token')
   axes.legend()
   return drawing
-
-
-def about_text(report: dict) -> list[str]:
-  """Lines of Markdown: the sources of the training text, where there are several or one was read more than once."""
-  sources = report.get('train_data') or []
-  if len(sources) < 2 and not any(number(s['times']) > 1 for s in sources):
-    return []
-  tokens = report['tokens_per_step'] * report['steps']
-  total = sum(s['rows'] for s in sources) or 1
-  head = ['training text', 'weight', 'tokens read', 'share', 'times']
-  lines = [
-    [
-      s['name'],
-      figure(s['weight'], 3),
-      f'{round(tokens * s["rows"] / total):,}',
-      f'{figure(100 * s["rows"] / total)}%',
-      figure(s['times'], 1),
-    ]
-    for s in sources
-  ]
-  return [markdown_table(head, lines), '']

@@ -87,7 +87,7 @@ def markdown(report: dict) -> str:
     lines += [table(report), '']
   if report['ppl']:
     lines += _about_perplexity(report)
-  lines += [*healing.table(report), *_about_series(report), *curve.table(report), *curve.about_text(report)]
+  lines += [*healing.table(report), *_about_series(report), *curve.table(report), *about_text(report)]
   lines += answers_section(report)
   for choice in report['choices']:
     lines += _about_choice(choice)
@@ -159,6 +159,27 @@ def _about_series(report: dict) -> list[str]:
       rows.append([name, str(report['num_layers'] - row['removed']), *figures])
     lines += [markdown_table(head, rows), '']
   return lines
+
+
+def about_text(report: dict) -> list[str]:
+  """Lines of Markdown: the sources of the training text, where there are several or one was read more than once."""
+  sources = report.get('train_data') or []
+  if len(sources) < 2 and not any(number(s['times']) > 1 for s in sources):
+    return []
+  tokens = report['tokens_per_step'] * report['steps']
+  total = sum(s['rows'] for s in sources) or 1
+  head = ['training text', 'weight', 'tokens read', 'share', 'times']
+  lines = [
+    [
+      s['name'],
+      figure(s['weight'], 3),
+      f'{round(tokens * s["rows"] / total):,}',
+      f'{figure(100 * s["rows"] / total)}%',
+      figure(s['times'], 1),
+    ]
+    for s in sources
+  ]
+  return [markdown_table(head, lines), '']
 
 
 def _about_choice(choice: dict) -> list[str]:

@@ -155,10 +155,12 @@ class Rows:
   """Rows [T] of all sources; `rows[numbers]` is [n, T]. Sources take turns so that each part of a run has the weights."""
 
   def __init__(self, sources: list[Source], counts: list[int], held_out: bool = False, vocab_size: int | None = None):
-    """Args:
-    counts: rows of each source.
-    held_out: they are those held out, else those to train on.
-    vocab_size: of the model, which no token may exceed.
+    """The rows of all sources.
+
+    Args:
+      counts: rows of each source.
+      held_out: they are those held out, else those to train on.
+      vocab_size: of the model, which no token may exceed.
     """
     self.sources, self._held_out, self._vocab_size = sources, held_out, vocab_size
     self.masked = any(source.masked for source in sources)

@@ -48,7 +48,9 @@ class Documents:
   """
 
   def __init__(self, flag: str, source: str, column: str):
-    """Args:
+    """Opens the source.
+
+    Args:
       flag: what to name in an error, e.g. train_data.
       source: a .txt, .md (a document each), .jsonl, .json or .parquet file, also as .gz or .zst; a folder of files of one
         kind; a folder with a pattern for names, as in texts/*.jsonl.gz; or a hub id as hub.check_hub_id has it.

@@ -23,7 +23,9 @@ class Encoder:
   """
 
   def __init__(self, documents: Documents, tokenizer, between: str, special_tokens: bool, train_on: str):
-    """Args:
+    """How a source becomes tokens.
+
+    Args:
       between: eos or wikitext.
       special_tokens: the tokenizer adds what it adds by its own rule.
       train_on: assistant: of a conversation only the assistant's tokens count in the loss; all.

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 
-from elder_jax.devices import sharding
 from elder_jax.errors import InputError
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import forward
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.model.program import device_bytes
@@ -58,13 +55,6 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
   return Windows(tokens_NT, about)
 
 
-@functools.partial(jax.jit, static_argnames='mode')
-def nll(model, tokens_BT, counted_BT, mode):
-  """losses.next_token_nll of a batch, whole on every device."""
-  x_BTD, _ = forward(model, tokens_BT, mode=mode)
-  return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT, counted_BT))
-
-
 def perplexity(
   model: Decoder,
   windows: Windows,
@@ -85,8 +75,8 @@ def perplexity(
     counted_BT = np.ones((batch_size, rows_NT.shape[1]), np.float32)
     counted_BT[len(batch_BT) :] = 0  # the last batch is filled up, so that one compilation serves all
     batch_BT = np.concatenate([batch_BT, np.repeat(batch_BT[:1], batch_size - len(batch_BT), 0)])
-    batch_nll, n = nll(model, put(batch_BT), put(counted_BT), mode)
-    total, count = total + float(batch_nll), count + float(n)
+    nll, n = losses.batch_nll(model, put(batch_BT), put(counted_BT), mode)
+    total, count = total + float(nll), count + float(n)
     progress(min(i + batch_size, len(rows_NT)), len(rows_NT))
   with np.errstate(over='ignore'):  # infinite, then
     return float(np.exp(total / count))
@@ -99,4 +89,6 @@ def program(shapes: Shapes, model: Decoder, name: str) -> Program:
   args = model, shapes.batch(B, T), shapes.batch(B, T, 'float32'), shapes.mode
   flops = shapes.flops(model.num_layers, B * T, T)
   calls = -(-settings.eval_tokens // (B * T)) or 1
-  return Program(f'evaluation, {name}', nll, args, flops, device_bytes(model), calls=calls * len(settings.eval_data))
+  return Program(
+    f'evaluation, {name}', losses.batch_nll, args, flops, device_bytes(model), calls=calls * len(settings.eval_data)
+  )

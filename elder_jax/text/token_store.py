@@ -41,10 +41,12 @@ class TokenStore:
   """The stream of tokens of a source."""
 
   def __init__(self, folder: pathlib.Path, encode: Callable[[Place], Iterator[Encoded]], vocab_size: int):
-    """Args:
-    folder: named after all that the tokens depend on.
-    encode: what is to be read from a place on, as tokens.
-    vocab_size: of the tokenizer; decides how wide a token is.
+    """The store of a folder, as far as it is made.
+
+    Args:
+      folder: named after all that the tokens depend on.
+      encode: what is to be read from a place on, as tokens.
+      vocab_size: of the tokenizer; decides how wide a token is.
     """
     self._folder, self._encode = folder, encode
     self._dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')

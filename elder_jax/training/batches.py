@@ -34,10 +34,12 @@ class Batches(Sequence):
   """
 
   def __init__(self, rows, batch_size: int, seed: int | None, mesh: jax.sharding.Mesh | None = None):
-    """Args:
-    rows: has a length, and rows[numbers] is [n, T] (text.blend.Rows, or an array). Where its `masked` is true,
-      rows.counted(numbers) tells which tokens count in the loss.
-    seed: of the order of the rows in each pass; None keeps the order.
+    """Over rows of tokens.
+
+    Args:
+      rows: has a length, and rows[numbers] is [n, T] (text.blend.Rows, or an array). Where its `masked` is true,
+        rows.counted(numbers) tells which tokens count in the loss.
+      seed: of the order of the rows in each pass; None keeps the order.
     """
     self.rows, self.batch_size, self._seed, self._mesh = rows, batch_size, seed, mesh
 

@@ -12,6 +12,7 @@ import numpy as np
 from elder_jax.devices import sharding
 from elder_jax.model.decoder import embed
 from elder_jax.model.decoder import final_norm
+from elder_jax.model.decoder import forward
 from elder_jax.model.decoder import head_of
 from elder_jax.model.decoder import project
 from elder_jax.model.decoder import run_layers
@@ -31,6 +32,13 @@ def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
   """
   nll, _, _, count = _token_sums(model, x_BTD, tokens_BT, weight_BT)
   return nll, count
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def batch_nll(model, tokens_BT, weight_BT, mode, alive_L=None):
+  """`next_token_nll` of a batch, whole on every device. alive_L: of decoder.forward."""
+  x_BTD, _ = forward(model, tokens_BT, alive_L, mode)
+  return sharding.replicate(next_token_nll(model, x_BTD, tokens_BT, weight_BT))
 
 
 def chunk_length(B: int, T: int) -> int:

@@ -1,7 +1,6 @@
 """The loss on held-out rows while a model trains, and the state that had the lowest."""
 
 from collections.abc import Callable
-import functools
 import json
 import pathlib
 import shutil
@@ -11,22 +10,14 @@ import numpy as np
 
 from elder_jax.devices import hosts
 from elder_jax.devices import preemption
-from elder_jax.devices import sharding
 from elder_jax.log import write_json
 from elder_jax.model.decoder import Decoder
-from elder_jax.model.decoder import forward
 from elder_jax.model.spec import Mode
 from elder_jax.training import losses
 from elder_jax.training.batches import Batches
 from elder_jax.training.checkpoints import Checkpoints
 from elder_jax.training.step import TrainState
 from elder_jax.training.step import combine
-
-
-@functools.partial(jax.jit, static_argnames='mode')
-def _nll(model, tokens_BT, weight_BT, alive_L, mode):
-  x_BTD, _ = forward(model, tokens_BT, alive_L, mode)
-  return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT, weight_BT))
 
 
 def held_out_loss(model: Decoder, batches: Batches, mode: Mode, alive_L: np.ndarray | None = None) -> float:
@@ -38,7 +29,7 @@ def held_out_loss(model: Decoder, batches: Batches, mode: Mode, alive_L: np.ndar
   total, count = 0.0, 0.0
   for i in range(len(batches)):
     preemption.check()
-    nll, tokens = _nll(model, batches[i], batches.weight_BT(i), alive_L, mode)
+    nll, tokens = losses.batch_nll(model, batches[i], batches.weight_BT(i), mode, alive_L)
     total, count = total + float(nll), count + float(tokens)
   return total / max(1.0, count)
 
@@ -60,11 +51,13 @@ class Validation:
     alive_L: np.ndarray | None = None,
     tell: Callable[[int, float], None] = lambda step, loss: None,
   ):
-    """Args:
-    every: steps; 0: the first and the last only.
-    folder: for what has to be there when a killed run resumes.
-    alive_L: of held_out_loss, for a model whose layers are removed after the training.
-    tell: called with each step and its loss.
+    """Before any training.
+
+    Args:
+      every: steps; 0: the first and the last only.
+      folder: for what has to be there when a killed run resumes.
+      alive_L: of held_out_loss, for a model whose layers are removed after the training.
+      tell: called with each step and its loss.
     """
     self._batches, self._every, self._mode, self._alive_L, self._tell = batches, every, mode, alive_L, tell
     self._folder, self._keeps_best = folder, keeps_best

@@ -23,7 +23,7 @@ from elder_jax.recipes import absorb
 from elder_jax.recipes.context import Context
 from elder_jax.run import pipeline
 from elder_jax.run.how_much import count_removed
-from elder_jax.text import perplexity as perplexity_lib
+from elder_jax.training import losses
 
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (6, 4, 16), np.int32))
 FIT, HELD_OUT = BATCHES[:3], BATCHES[3:]
@@ -57,7 +57,7 @@ def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
 
 
 def test_a_loss_that_is_not_finite_is_told(monkeypatch):
-  monkeypatch.setattr(perplexity_lib, 'nll', lambda *_: (np.float32(np.nan), np.float32(1)))
+  monkeypatch.setattr(losses, 'batch_nll', lambda *_: (np.float32(np.nan), np.float32(1)))
   with pytest.raises(InputError, match='method=auto: some losses are not finite'):
     auto.judge(tiny_decoder(), CHOICES, FIT, HELD_OUT, Mode())
 

@@ -54,15 +54,5 @@ def test_the_plot_has_each_curve(report, tmp_path):
   assert (tmp_path / 'curve.svg').read_text().startswith('<?xml')
 
 
-def test_texts_are_told_where_there_is_something_to_tell():
-  one = {'name': 'a', 'source': 'a', 'weight': 1.0, 'rows': 10, 'tokens': 99, 'times': 1.0}
-  report = {'train_data': [one], 'steps': 5, 'tokens_per_step': 100}
-  assert curve.about_text(report) == []
-  report['train_data'] = [one | {'times': 2.5}]
-  assert '2.5' in curve.about_text(report)[0]
-  report['train_data'] = [one | {'weight': 0.75, 'rows': 30}, one | {'name': 'b', 'weight': 0.25}]
-  assert '| a | 0.750 | 375 | 75.00% | 1.0 |' in curve.about_text(report)[0]
-
-
 def test_an_older_report_has_no_curve():
-  assert curve.table({'rows': [{'recipe': 'none', 'removed': []}]}) == [] and curve.about_text({}) == []
+  assert curve.table({'rows': [{'recipe': 'none', 'removed': []}]}) == []

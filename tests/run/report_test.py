@@ -14,6 +14,7 @@ from elder_jax.log import MetricsFile
 from elder_jax.log import write_json
 from elder_jax.run.plot import figure_of
 from elder_jax.run.plot import plot_sweep
+from elder_jax.run.report import about_text
 from elder_jax.run.report import markdown
 from elder_jax.run.report import table
 from elder_jax.run.report import verdict
@@ -238,3 +239,14 @@ def test_rows_have_the_time_and_the_speed_but_for_the_first_which_compiles(tmp_p
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   assert [row['tokens_per_second'] for row in rows] == [None, 50.0, 200.0] and rows[0]['time'] == 1.7e9
   assert heard[0] == ('gates', 0) and heard[2] == (1, {'loss': 1.0, 'tokens_per_second': 50.0, 'round': 0})
+
+
+def test_texts_are_told_where_there_is_something_to_tell():
+  one = {'name': 'a', 'source': 'a', 'weight': 1.0, 'rows': 10, 'tokens': 99, 'times': 1.0}
+  report = {'train_data': [one], 'steps': 5, 'tokens_per_step': 100}
+  assert about_text(report) == []
+  report['train_data'] = [one | {'times': 2.5}]
+  assert '2.5' in about_text(report)[0]
+  report['train_data'] = [one | {'weight': 0.75, 'rows': 30}, one | {'name': 'b', 'weight': 0.25}]
+  assert '| a | 0.750 | 375 | 75.00% | 1.0 |' in about_text(report)[0]
+  assert about_text({}) == []  # of an older report

@@ -11,12 +11,10 @@ from elder_jax.text import chat
 from elder_jax.text import data
 
 ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
-# Model -> how the assistant's turn looks.
-TURNS = {
-  'SmolLM2-135M-Instruct.Q4_1.gguf': r'<\|im_start\|>assistant\n(.*?<\|im_end\|>)',
-  'gemma-3-270m-Q4_K_M.gguf': r'<start_of_turn>model\n(.*?<end_of_turn>)',
-}
-# As Google publishes it for Gemma 3; the GGUF of the base model has none.
+SMOLLM2, GEMMA3 = 'SmolLM2-135M-Instruct.Q4_1.gguf', 'gemma-3-270m-Q4_K_M.gguf'
+# How the assistant's turn looks.
+CHATML, GEMMA_TURN = r'<\|im_start\|>assistant\n(.*?<\|im_end\|>)', r'<start_of_turn>model\n(.*?<end_of_turn>)'
+# After Google's for Gemma 3, for texts alone.
 GEMMA = (
   "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] + '\n\n' -%}"
   "{%- set rest = messages[1:] -%}{%- else -%}{%- set first = '' -%}{%- set rest = messages -%}{%- endif -%}"
@@ -35,14 +33,13 @@ CONVERSATION = [
 ]
 
 
-@pytest.fixture(scope='module', params=TURNS)
+@pytest.fixture(scope='module', params=[(SMOLLM2, None), (SMOLLM2, GEMMA), (GEMMA3, GEMMA)])
 def tokenizer(request, tmp_path_factory):
-  if request.param.startswith('gemma') and not (ASSETS / request.param).exists():
-    pytest.skip('python -m benchmarks.assets --gemma fetches it')
-  tokenizer = data.load_tokenizer(str(open_source(str(ASSETS / request.param), tmp_path_factory.mktemp('x')).files))
-  if tokenizer.chat_template is None:
-    tokenizer.chat_template = GEMMA
-  tokenizer.turn = TURNS[request.param]
+  name, template = request.param
+  if name == GEMMA3 and not (ASSETS / name).exists():
+    pytest.skip('python -m benchmarks.assets --gemma fetches it')  # 238 MB under terms of its own: nobody must have it
+  tokenizer = data.load_tokenizer(str(open_source(str(ASSETS / name), tmp_path_factory.mktemp('x')).files))
+  tokenizer.chat_template, tokenizer.turn = (template, GEMMA_TURN) if template else (tokenizer.chat_template, CHATML)
   return tokenizer
 
 
