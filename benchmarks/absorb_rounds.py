@@ -14,7 +14,7 @@ from absl import logging
 from benchmarks import one_row
 from benchmarks import results
 from benchmarks import results_rows
-from elder_jax.recipes import absorb
+from elder_jax.recipes import normed
 from elder_jax.recipes.context import Choice
 from elder_jax.run.config import Config
 
@@ -44,10 +44,10 @@ def main(argv):
     )
   )
   choice = Choice(removed)
-  variants = {name: (rounds, absorb.RIDGE) for name, rounds in ROUNDS.items()}
-  variants |= {f'as is, ridge {ridge}': (absorb.NORMED_ROUNDS, ridge) for ridge in RIDGES if ridge != absorb.RIDGE}
+  variants = {name: (rounds, normed.RIDGE) for name, rounds in ROUNDS.items()}
+  variants |= {f'as is, ridge {ridge}': (normed.ROUNDS, ridge) for ridge in RIDGES if ridge != normed.RIDGE}
   said = [f'removed: {one_row.figures(run, choice, "none", "removed")["ppl"]}']
-  for name, (absorb.NORMED_ROUNDS, absorb.RIDGE) in variants.items():
+  for name, (normed.ROUNDS, normed.RIDGE) in variants.items():
     said.append(f'{name}: {one_row.figures(run, choice, "absorb", name)["ppl"]}')
   print('\n'.join(said))
 

@@ -39,8 +39,10 @@ from elder_jax.model.matrices import layer_matrices
 from elder_jax.model.spec import Spec
 from elder_jax.recipes import absorb
 from elder_jax.recipes import find_recipe
+from elder_jax.recipes import normed
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.recipe import Recipe
+from elder_jax.recipes.streams import cuts
 from elder_jax.run.config import Config
 from elder_jax.run.config import defaults
 from elder_jax.run.job import Run
@@ -133,20 +135,32 @@ def teraflops(run: Run, removed: list[int]) -> float:
 
 
 def refitting(recipe: Recipe, spec: Spec, L: int, removed: list[int], per_layer: float) -> float:
-  """Operations a token: for each gap the dense stream to its end, the layer before it again, the pruned stream, sums."""
-  left, shared, total = pruning.kept_layers(L, removed), True, 0.0
-  for place, (l, end) in enumerate(zip(left, [*left[1:], L])):
-    if end == l + 1:
-      continue
-    a = spec.d_ff if recipe.start is absorb.start_absorbed else spec.d_model
-    layers = end + 1 + (0 if shared else place)
-    solves, passes = 1, 1
-    if spec.block == 'sandwich':  # see absorb._refit_normed
-      solves = sum(absorb.NORMED_ROUNDS)
-      passes = absorb.NORMED_ROUNDS[0] + solves + 1
-    total += 2 * (passes * layers * per_layer + solves * a * (a + spec.d_model))
-    shared = False
-  return total
+  """Operations a token: both streams up to the last layer that is refitted, and for each matrix its layer again and the
+  sums. Of a recipe that is not absorb, one matrix of D features for each gap.
+  """
+  absorbs, gaps, kept = recipe.start is absorb.start_absorbed, cuts(L, removed), pruning.kept_layers(L, removed)
+  if not gaps:
+    return 0.0
+  first, end = gaps[0][0], gaps[-1][1]
+  refitted = [l for l, _ in gaps]
+  if absorbs:
+    behind = [kept[kept.index(l) + 1 :][: absorb.AFTER] for l, _ in gaps]
+    refitted = sorted({*refitted, *(l for layers in behind for l in layers)})
+  top = max(end, refitted[-1] + 1)
+  through = top + len([l for l in kept if first <= l < top])
+  attended, D, F = spec.num_heads * spec.head_dim, spec.d_model, spec.d_ff
+  total = float(through * per_layer)
+  for l in refitted:
+    if not absorbs:
+      features = [D]
+    elif spec.block == 'sandwich':
+      features = [F] * len(normed.ROUNDS)
+    elif spec.block == 'parallel':
+      features = [attended + F]
+    else:
+      features = [attended + F if l in dict(gaps) else attended, F]
+    total += sum(per_layer + a * (a + D) for a in features)
+  return 2 * total
 
 
 def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:

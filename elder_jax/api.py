@@ -176,7 +176,7 @@ def absorb(model: Model, layers: Sequence[int], batches: Batches, *, log: Log = 
     InputError: the model's blocks cannot be refitted, or as `remove`.
   """
   _check_layers(model, layers)
-  if why := absorb_recipe.why_not_absorb(model.decoder.spec):
+  if why := absorb_recipe.why_not(model.decoder.spec):
     raise InputError(why)
   with jax.set_mesh(model.mesh):
     made = absorb_recipe.start_absorbed(_context(model, batches, log), Choice(list(layers)))

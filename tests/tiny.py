@@ -45,7 +45,7 @@ def config_of(**settings) -> Config:
 
 def tiny_decoder(**features) -> Decoder:
   """Six random layers of Llama's kind, but for `features` of Spec."""
-  spec = Spec(
+  llama = dict(
     vocab_size=40,
     d_model=16,
     num_heads=4,
@@ -55,9 +55,8 @@ def tiny_decoder(**features) -> Decoder:
     norm_eps=1e-5,
     tied=True,
     rope_freq_RH=((1.0, 0.1),),
-    **features,
   )
-  return Decoder(spec, 6, jax.random.key(0))
+  return Decoder(Spec(**llama | features), 6, jax.random.key(0))
 
 
 def _value(name: str, value):

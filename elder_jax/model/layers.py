@@ -85,6 +85,7 @@ class Block(nnx.Module):
     self.w_down = weight('LFD', 'F')
     self.b_down = bias(spec.mlp_bias, 'LD')
     self.post_attn_norm, self.post_mlp_norm = (norm() if spec.block == 'sandwich' else None for _ in 'am')
+    self.patch = weight('LDD', 0.0) if spec.patched else None
 
   def qkv(self, x_BTD, rope):
     """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer, the first two rotated."""
@@ -125,11 +126,21 @@ class Block(nnx.Module):
     return _plus(_product('BTF,FD->BTD', f_BTF, self.w_down), self.b_down)
 
   def mlp_update(self, f_BTF, mid_BTD):
-    """What the MLP adds to mid_BTD, the stream after attention."""
+    """What the MLP adds to mid_BTD, the stream after attention, and a patch to both."""
     out_BTD = self.mlp_output(f_BTF)
     if self.spec.block == 'post':
-      return self.mlp_norm(mid_BTD + out_BTD) - mid_BTD
-    return self.post_mlp_norm(out_BTD) if self.spec.block == 'sandwich' else out_BTD
+      out_BTD = self.mlp_norm(mid_BTD + out_BTD) - mid_BTD
+    elif self.spec.block == 'sandwich':
+      out_BTD = self.post_mlp_norm(out_BTD)
+    if self.patch is None:
+      return out_BTD
+
+    def patched(y_BTD):
+      return _product('BTD,DE->BTE', y_BTD, self.patch)
+
+    # A matrix of zeros is none: it takes no time, and no training changes it.
+    there = jnp.any(self.patch[...] != 0)
+    return out_BTD + jax.lax.cond(there, patched, jnp.zeros_like, mid_BTD + out_BTD)
 
   def updates(self, x_BTD, attended_BTNH):
     """(what attention adds to the stream, what the MLP adds), from what attention gave before its out projection."""

@@ -89,5 +89,5 @@ def forward_flops(spec: Spec, num_layers: int, seq_len: int) -> tuple[float, flo
 def training_flops(spec: Spec, num_layers: int, seq_len: int, trained: str) -> float:
   """FLOPs per token of a step: forward, to the activations, and to the weights that are trained (as train.mask)."""
   layers, attention, head = forward_flops(spec, num_layers, seq_len)
-  to_weights = {'gates': 0, 'lora': 0, 'blocks': layers, 'all': layers + head}[trained]
+  to_weights = {'blocks': layers, 'all': layers + head}.get(trained, 0)  # of gates, LoRA and single parameters: little
   return 2 * (layers + head) + 3 * attention + to_weights

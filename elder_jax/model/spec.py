@@ -43,6 +43,7 @@ class Spec:
   attn_scale: float | None = None  # of the scores; None: head_dim ** -0.5
   attn_softcap: float | None = None  # scores s become cap · tanh(s / cap)
   final_softcap: float | None = None  # the same of the logits
+  patched: bool = False  # what a layer writes is y + y·M, M a D × D matrix; no family has it (recipes/patch.py)
 
   def sizes(self, num_layers: int) -> dict[str, int]:
     return {

@@ -3,6 +3,10 @@
 from elder_jax.entries import find_entry
 from elder_jax.errors import InputError
 from elder_jax.recipes import absorb
+from elder_jax.recipes import ghosted
+from elder_jax.recipes import linear_patch
+from elder_jax.recipes import prune_comp
+from elder_jax.recipes import replace_linear
 from elder_jax.recipes.recipe import Recipe
 from elder_jax.recipes.recipe import start_removed
 from elder_jax.recipes.recipe import start_whole
@@ -10,20 +14,51 @@ from elder_jax.recipes.recipe import start_whole
 _ABSORB = {
   'start': absorb.start_absorbed,
   'reads_text': True,
-  'refuses': absorb.why_not_absorb,
-  'programs': absorb.programs_absorb,
+  'refuses': absorb.why_not,
+  'programs': absorb.programs,
 }
 _REPLACE = {
-  'start': absorb.start_replaced,
+  'start': replace_linear.start,
   'reads_text': True,
-  'refuses': absorb.why_not_replace,
-  'programs': absorb.programs_replace,
+  'refuses': replace_linear.why_not,
+  'programs': replace_linear.programs,
+}
+_COMPENSATE = {
+  'start': prune_comp.start,
+  'reads_text': True,
+  'refuses': prune_comp.why_not,
+  'programs': prune_comp.programs,
+}
+_PATCH = {
+  'start': linear_patch.start,
+  'reads_text': True,
+  'refuses': linear_patch.why_not,
+  'programs': linear_patch.programs,
+  'patches': True,
+  'exportable': False,
+}
+_GHOST = {
+  'start': ghosted.start,
+  'reads_text': True,
+  'programs': ghosted.programs,
+  'patches': True,
+  'exportable': False,
 }
 
 # In the order of the report's rows.
 RECIPES: dict[str, Recipe] = {
   'none': Recipe('direct removal', 'the layers are removed', start_removed, merges=True),
   'prune_then_train': Recipe('prune, then train', 'removed, then LM training', start_removed, trains=True, merges=True),
+  'prune_comp': Recipe('rescaled', 'Prune&Comp: what is below each gap is rescaled by one factor', **_COMPENSATE),
+  'prune_comp_then_train': Recipe('rescaled, then train', 'the same, then LM training', trains=True, **_COMPENSATE),
+  'linear_patch': Recipe(
+    'LinearPatch', 'LinearPatch: a matrix at each gap rescales the rotated channels; for --compare', **_PATCH
+  ),
+  'linear_patch_tuned': Recipe(
+    'LinearPatch, tuned', 'the same, then only the matrices are trained', trains=True, only='patch', **_PATCH
+  ),
+  'ghosted': Recipe('Ghosted Layers', 'Ghosted Layers: a matrix at each gap by least squares; for --compare', **_GHOST),
+  'ghosted_then_train': Recipe('Ghosted Layers, then train', 'the same, then LM training', trains=True, **_GHOST),
   'replace_linear': Recipe(
     'replaced by a linear map',
     'ReplaceMe: a linear map folded into the layer before, by least squares',
@@ -41,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
   ),
   'absorb': Recipe(
     'absorb',
-    'the layer before each gap is refitted by ridge regression to write what the removed layers would write',
+    'the layers around each gap are refitted by ridge regression to make up for the removed layers',
     **_ABSORB,
   ),
   'absorb_then_train': Recipe('absorb, then train', 'the same, then LM training', trains=True, **_ABSORB),

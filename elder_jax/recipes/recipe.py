@@ -27,6 +27,8 @@ class Recipe:
   exportable: False: a row of the table only, since no stock checkpoint holds the result.
   programs: (shapes) -> the heaviest programs of `start`, the removal itself apart.
   heals: it needs no layer to be removed: what is trained was pruned before.
+  only: the one parameter of the layers that its training changes, by name; empty: those of --trainable.
+  patches: the result has a matrix on the stream after each layer (patch.py).
   merges: what a method that merges layers (laco) has found is merged; else the recipe starts from the layers as they are.
   """
 
@@ -40,6 +42,8 @@ class Recipe:
   exportable: bool = True
   programs: Callable[[Shapes], list[Program]] = lambda shapes: []
   heals: bool = False
+  only: str = ''
+  patches: bool = False
   merges: bool = False
 
 

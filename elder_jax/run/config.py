@@ -278,9 +278,10 @@ class Config:
     """Of the training."""
     return self.one_pass if self.training.steps is None else self.training.steps
 
-  def train_settings(self) -> TrainSettings:
-    """The settings of training with what is left to follow from others."""
-    return dataclasses.replace(self.training, steps=self.steps(), seed=self.data.seed)
+  def train_settings(self, recipe: str = '') -> TrainSettings:
+    """The settings of a recipe's training, unset the exported one's, with what is left to follow from others."""
+    only = find_recipe(recipe or self.removal.recipe).only
+    return dataclasses.replace(self.training, steps=self.steps(), seed=self.data.seed, only=only)
 
   def validates(self) -> bool:
     """Whether sequences are held out of the training text, and all models measured on them."""

@@ -1,6 +1,7 @@
 """The training of a row: by the one trainer, with this run's log, checkpoints and held-out rows."""
 
 from collections.abc import Callable
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -28,7 +29,7 @@ def train_row(
     free: of trainer.train.
   """
   config = job.config
-  settings = config.train_settings()
+  settings = dataclasses.replace(config.train_settings(), only=recipe.only)
   tokens = config.data.batch_size * config.data.seq_len
   progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name, tokens)
 

@@ -17,6 +17,7 @@ from elder_jax.model.program import Shapes
 from elder_jax.model.program import device_bytes
 from elder_jax.recipes import find_recipe
 from elder_jax.recipes import merging
+from elder_jax.recipes import patch
 from elder_jax.run import work
 from elder_jax.run.config import Config
 from elder_jax.text import perplexity
@@ -166,16 +167,22 @@ def _treating(shapes: Shapes, method: str, recipe: str, num_remove: int) -> list
   if not whole:
     found.append(pruning.removal_program('removing layers', dense, n, keeps=bool(teacher)))
   if trains:
-    found += training_programs(shapes, dense if whole else pruning.cut_shapes(dense, n))
+    found += training_programs(shapes, dense if whole else _start(shapes, recipe, n), recipe)
   if whole:
-    trained = trained_shapes(shapes, dense)
+    trained = trained_shapes(shapes, dense, recipe)
     found.append(pruning.removal_program('removing layers, as trained', trained, n, keeps=False, beside=teacher))
   return found
 
 
-def _result(shapes: Shapes, recipe: str, num_remove: int) -> Decoder:
+def _start(shapes: Shapes, recipe: str, num_remove: int) -> Decoder:
+  """What a recipe makes of the dense model before any training, the layers removed."""
   start = pruning.cut_shapes(shapes.dense, num_remove)
-  return trained_shapes(shapes, start) if shapes.settings.trains(recipe) else start
+  return patch.abstract(start) if find_recipe(recipe).patches else start
+
+
+def _result(shapes: Shapes, recipe: str, num_remove: int) -> Decoder:
+  start = _start(shapes, recipe, num_remove)
+  return trained_shapes(shapes, start, recipe) if shapes.settings.trains(recipe) else start
 
 
 def _measuring(shapes: Shapes, recipe: str, num_remove: int) -> list[Program]:

@@ -20,14 +20,14 @@ from elder_jax.training.terms import loss_terms
 from elder_jax.training.trainer import begin_training
 
 
-def trained_shapes(shapes: Shapes, start: Decoder) -> Decoder:
-  """The abstract model that training from `start` gives."""
-  settings, dtype = shapes.settings.training, 'float32'
-  if settings.lora_rank:
+def trained_shapes(shapes: Shapes, start: Decoder, recipe: str) -> Decoder:
+  """The abstract model that the training of a recipe gives from `start`."""
+  settings, dtype = shapes.settings.train_settings(recipe), 'float32'
+  if settings.trained == 'lora':
     dtype = lora.merged_dtype(shapes.settings.computation.dtype, shapes.export_dtype)
     changed = jax.tree_util.tree_map_with_path(lambda path, _: is_layer_matrix(path), start)
   else:
-    changed = train_mask(start, settings.trainable)
+    changed = train_mask(start, settings.trained)
 
   def of_type(true, a):
     return jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding) if true else a
@@ -77,11 +77,11 @@ def steps_program(
   )
 
 
-def training_programs(shapes: Shapes, start: Decoder) -> list[Program]:
-  """Training from `start`; the teacher, which may be the dense model, stays."""
+def training_programs(shapes: Shapes, start: Decoder, recipe: str) -> list[Program]:
+  """The training of a recipe from `start`; the teacher, which may be the dense model, stays."""
   config, num_layers, seq_len = shapes.settings, start.num_layers, shapes.tokens_BT.shape[1]
-  settings = config.train_settings()
-  flops = training_flops(shapes.spec, num_layers, seq_len, 'lora' if settings.lora_rank else settings.trainable)
+  settings = config.train_settings(recipe)
+  flops = training_flops(shapes.spec, num_layers, seq_len, settings.trained)
   taught_by = shapes.dense if shapes.teacher is None else shapes.teacher
   if settings.taught:
     of_layers, attention, head = forward_flops(taught_by.spec, taught_by.num_layers, seq_len)
@@ -92,20 +92,20 @@ def training_programs(shapes: Shapes, start: Decoder) -> list[Program]:
     return begin_training(model, settings, shapes.mode)
 
   teacher = taught_by if settings.taught else None
-  name = f'training, {num_layers} layers'
+  name = f'training, {num_layers} layers' + (f', {settings.only} alone' if settings.only else '')
   program = steps_program(shapes, name, begin, start, teacher, terms, flops, settings.steps)
   state, (frozen, teacher), *_ = program.args
   if settings.taught and shapes.teacher is None:  # what is frozen and not cut is the teacher's own
     layers = jax.tree.leaves((frozen.layers, frozen.gate_L))
     shared = device_bytes(frozen) - (0 if start is shapes.dense else device_bytes(layers))
     program = dataclasses.replace(program, params=program.params - shared, twice=shared)
-  if not settings.lora_rank:
+  if settings.trained != 'lora':
     return [program]
   # The largest matrix as if it were the last one: all others are merged, and the optimiser's state is still there.
   merged_dtype = lora.merged_dtype(config.computation.dtype, shapes.export_dtype)
   call, args = lora.program(combine(state.trained, frozen), merged_dtype)
   *_, base, a, b = args
-  result = trained_shapes(shapes, start)
+  result = trained_shapes(shapes, start, recipe)
   largest = max(device_bytes(p) for p in jax.tree.leaves(result.layers))
   beside = device_bytes(result) - largest + device_bytes(state) - device_bytes((a, b))
   if teacher is not None:  # embedding, head and the like are its own

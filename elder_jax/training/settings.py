@@ -139,6 +139,7 @@ class TrainSettings(Settings):
     choices=('last', 'best'),
   )
   seed: int = 0
+  only: str = ''  # the one parameter of the layers that trains, by name; empty: those of `trainable`
 
   def __post_init__(self):
     if isinstance(self.distill, int | float) and not isinstance(self.distill, bool):  # the same weight in all steps
@@ -164,6 +165,11 @@ class TrainSettings(Settings):
       )
     if self.lora_alpha is not None and not self.lora_rank:
       raise InputError('lora_alpha', self.lora_alpha, 'needs --lora_rank; give both, or neither.')
+
+  @property
+  def trained(self) -> str:
+    """What trains, as step.train_mask has it."""
+    return self.only or ('lora' if self.lora_rank else self.trainable)
 
   @property
   def alpha(self) -> float:

@@ -27,16 +27,16 @@ class TrainState(NamedTuple):
 
 
 def train_mask(model: Decoder, what: str) -> Decoder:
-  """True at the leaves that train. what: gates; blocks, the layers' weights; all, all but the gates; lora, its factors."""
+  """True at the leaves that train.
+
+  Args:
+    what: gates; blocks, the layers' weights; all, all but the gates; lora, its factors; else a parameter of the layers.
+  """
 
   def trains(path, _):
     top, name = path[0].name, path[-2].name
-    return {
-      'gates': top == 'gate_L',
-      'blocks': top == 'layers',
-      'all': top != 'gate_L',
-      'lora': top == 'layers' and name in ('a', 'b'),
-    }[what]
+    of = {'gates': top == 'gate_L', 'blocks': top == 'layers', 'all': top != 'gate_L'}
+    return of.get(what, top == 'layers' and name in (('a', 'b') if what == 'lora' else (what,)))
 
   return jax.tree_util.tree_map_with_path(trains, model)
 

@@ -25,9 +25,9 @@ def begin_training(model: Decoder, settings: TrainSettings, mode: Mode, free: Ca
   """(step of step.make_step, its first state, frozen); free: of step.init_state."""
   # A gate at 1 is the same network in both places; only at x + g·d can it be annealed.
   mode = dataclasses.replace(mode, gate='residual')
-  if settings.lora_rank:
+  if settings.trained == 'lora':
     model = lora.attach(model, settings.lora_rank, settings.alpha, settings.seed)
-  mask = train_mask(model, 'lora' if settings.lora_rank else settings.trainable)
+  mask = train_mask(model, settings.trained)
   rate = learning_rate(
     settings.lr, settings.steps, settings.warmup_ratio, settings.lr_schedule, settings.lr_final, settings.decay_ratio
   )
@@ -81,4 +81,4 @@ def train(
   if validation and settings.export == 'best':
     state = validation.best(state)
   result = combine(state.trained, frozen)
-  return lora.merge(result, merged_dtype, free) if settings.lora_rank else result
+  return lora.merge(result, merged_dtype, free) if settings.trained == 'lora' else result

@@ -148,7 +148,16 @@ def test_every_method_and_recipe_has_a_plan(one_device):
   }
   reading = {f'choosing by {name}' for name, m in METHODS.items() if m.reads_text and name not in ('auto', 'elder')}
   assert reading | {'stage 1, gates', 'judging, 8 layers'} <= found.keys()
-  of_recipes = {'absorb', 'replace_linear', 'training, 8 layers', 'training, 9 layers', 'merging layers'}
+  of_recipes = {
+    'absorb',
+    'replace_linear',
+    'prune_comp',
+    'linear_patch',
+    'ghosted',
+    'training, 8 layers',
+    'training, 9 layers',
+    'merging layers',
+  }
   assert of_recipes | {'removing layers', 'removing layers, as trained'} <= found.keys()
   assert {'loading', 'evaluation, 9 layers', 'evaluation, 8 layers', 'export', 'verification'} <= found.keys()
   assert found['verification in PyTorch'].host
@@ -158,7 +167,7 @@ def test_every_method_and_recipe_has_a_plan(one_device):
       p.call.trace(*p.args)
 
 
-@pytest.mark.parametrize('block, refits', [('pre', ['absorb']), ('post', [])])
+@pytest.mark.parametrize('block, refits', [('pre', ['absorb, streams', 'absorb']), ('post', [])])
 def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block, refits):
   config = CONFIG.replace(method=('auto',), recipe='prune_then_train' if block == 'post' else 'absorb_then_train')
   shapes, found = plan_lib.planned(config, dataclasses.replace(SPEC, block=block), 8, [1], one_device)

@@ -1,0 +1,40 @@
+"""Ghosted Layers (arXiv 2605.15491): the linear map at each cut that comes nearest to the removed layers."""
+
+import jax
+import numpy as np
+
+from elder_jax.devices import sharding
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.recipes import patch
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+from elder_jax.recipes.streams import product
+from elder_jax.recipes.streams import rows
+from elder_jax.recipes.streams import solve_once
+from elder_jax.recipes.streams import stream_programs
+
+EPSILON = 1e-6  # as in the released code
+
+
+def start(context: Context, choice: Choice) -> Decoder:
+  """Recipe.start: x + x·M at each cut, (XᵀX + εI) M = XᵀΔ, X the dense stream before the run, Δ what the run adds."""
+  return patch.start(context, choice, _sums, _solve)
+
+
+def _solve(sequences: int, gram_DD, cross_DD) -> np.ndarray:
+  del sequences
+  return solve_once(lambda gram, cross: np.linalg.solve(gram + EPSILON * np.eye(len(gram)), cross), gram_DD, cross_DD)
+
+
+@jax.jit
+def _sums(x_BTD, y_BTD):
+  """(XᵀX, XᵀΔ)."""
+  x_SD = rows(x_BTD)
+  return sharding.replicate((product(x_SD, x_SD), product(x_SD, rows(y_BTD) - x_SD)))
+
+
+def programs(shapes: Shapes) -> list[Program]:
+  """Recipe.programs."""
+  return stream_programs(shapes, 'ghosted', _sums)

@@ -1,0 +1,100 @@
+"""`absorb` of a layer whose MLP ends in a norm, as Gemma's do: its down projection and the scale of the norm in turns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elder_jax.devices import sharding
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.program import Shapes
+from elder_jax.model.spec import Mode
+from elder_jax.recipes.streams import Streams
+from elder_jax.recipes.streams import get_layer
+from elder_jax.recipes.streams import layer_at
+from elder_jax.recipes.streams import product
+from elder_jax.recipes.streams import put_layer
+from elder_jax.recipes.streams import ridge
+from elder_jax.recipes.streams import rows
+from elder_jax.recipes.streams import solve_once
+from elder_jax.recipes.streams import weights
+
+# As in absorb, of the layer before a run.
+RIDGE = 0.1
+# The projection is refitted in rounds, by these parts of the text: the first has only to come near.
+ROUNDS = (0.25, 1.0)
+
+
+def refit(current: Decoder, x: Streams, t: Streams, l: int, strength: float) -> tuple[float, float]:
+  """Refits s ⊙ n(f·W) with n(u) = u / ρ, ρ = the root of u's mean square, in layer l, which reads x and is to write t.
+
+  With ρ held fixed for each token the update is linear in W, with W held fixed it is linear in s:
+    1. s = κ, the root of the weighted mean square of each channel of r = target − m; W becomes W ∘ (s_before / κ),
+       which changes no direction, so that n sees channels of like size;
+    2. in each round ΔW = the ridge solution, as in `absorb`, of (f / ρ)·ΔW = r / κ − n(f·W);
+    3. s_d = Σ w r_d n_d / Σ w n_d², each channel for itself.
+  A token's norm of the update cannot be had, its direction and each channel's size can. Step 1 reads as much text as
+  the first round, step 3 all.
+
+  Args:
+    strength: of the ridge.
+
+  Returns:
+    The relative squared error before, on the text of step 1, and after.
+  """
+  w_down, scale = current.layers.w_down, current.layers.post_mlp_norm.scale
+  offset = 1.0 if current.layers.post_mlp_norm.kind == 'rms1' else 0.0  # the scale is stored without it
+  r2_D, ry_D, y2_D, size, weight = x.totals(_channel_sums, current, l, x.mode, beside=t, part=ROUNDS[0])
+  before = np.sum(r2_D - 2 * ry_D + y2_D) / size
+  kappa_D = np.sqrt(np.maximum(r2_D / weight, 1e-30))
+  put_layer(w_down, get_layer(w_down, l) * ((get_layer(scale, l) + offset) / kappa_D), l)
+  put_layer(scale, np.ones_like(kappa_D) - offset, l)  # so that the block gives n
+  for part in ROUNDS:
+    gram, cross = x.totals(sums, current, l, x.mode, kappa_D.astype(np.float32), beside=t, part=part)
+    put_layer(w_down, get_layer(w_down, l) + solve_once(ridge, gram, cross, strength), l)
+  r2_D, rn_D, n2_D, size, _ = x.totals(_channel_sums, current, l, x.mode, beside=t)
+  s_D = rn_D / np.maximum(n2_D, 1e-30)  # a channel that no layer writes to stays so
+  put_layer(scale, s_D - offset, l)
+  return before, np.sum(r2_D - 2 * s_D * rn_D + s_D**2 * n2_D) / size
+
+
+def no_scale(shapes: Shapes) -> np.ndarray:
+  """kappa_D of `sums`, for the plan."""
+  return np.ones(shapes.spec.d_model, np.float32)
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode, kappa_D):
+  """(Σ w a·aᵀ, Σ w a·(r/κ − n)ᵀ) with a = f/ρ; the norm's scale is 1. See `refit`."""
+  del mode
+  block, f_BTF, mid_BTD = _parts(model, l, x_BTD)
+  n_SD, u_SD = rows(block.mlp_update(f_BTF, mid_BTD)), rows(block.mlp_output(f_BTF))
+  a_SF = rows(f_BTF) * jax.lax.rsqrt(jnp.mean(u_SD * u_SD, -1, keepdims=True) + block.post_mlp_norm.eps)
+  wanted_SD = (rows(target_BTD) - rows(mid_BTD)) / kappa_D[None]
+  weighted_SF = a_SF * weights(rows(target_BTD))
+  return sharding.replicate((product(weighted_SF, a_SF), product(weighted_SF, wanted_SD - n_SD)))
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def _channel_sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode):
+  """(Σ w r², Σ w r y, Σ w y² of each channel; Σ w ‖target‖², Σ w): y what the MLP adds, r what it should add."""
+  del mode
+  block, f_BTF, mid_BTD = _parts(model, l, x_BTD)
+  y_SD, r_SD = rows(block.mlp_update(f_BTF, mid_BTD)), rows(target_BTD) - rows(mid_BTD)
+  t_SD = rows(target_BTD)
+  w_S1 = weights(t_SD)
+
+  def of_D(a_SD, b_SD):
+    return jnp.sum(w_S1 * a_SD * b_SD, 0)
+
+  return sharding.replicate(
+    (of_D(r_SD, r_SD), of_D(r_SD, y_SD), of_D(y_SD, y_SD), jnp.sum(w_S1 * t_SD**2), jnp.sum(w_S1))
+  )
+
+
+def _parts(model: Decoder, l, x_BTD):
+  """(layer l, what its down projection reads, the stream after its attention)."""
+  block, attended_BTNH = layer_at(model, l, x_BTD)
+  attn_BTD = block.attn_update(attended_BTNH, x_BTD)
+  return block, block.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD

@@ -1,0 +1,76 @@
+"""ReplaceMe (arXiv 2505.02819, section 2.2): each removed run becomes a linear map, folded into the layer before."""
+
+import functools
+
+import jax
+import numpy as np
+
+from elder_jax.devices import sharding
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+from elder_jax.recipes.streams import get_layer
+from elder_jax.recipes.streams import layer_at
+from elder_jax.recipes.streams import product
+from elder_jax.recipes.streams import prune_changed
+from elder_jax.recipes.streams import put_layer
+from elder_jax.recipes.streams import rows
+from elder_jax.recipes.streams import solve_once
+from elder_jax.recipes.streams import stream_programs
+from elder_jax.recipes.streams import walk
+
+
+def start(context: Context, choice: Choice) -> Decoder:
+  """Recipe.start: a D × D map after the MLP of the layer before a run, folded into its down projection W.
+
+  T = argmin Σ ‖a·T − (target − m)‖², with a = f·W the MLP's output, m the stream after attention and the target the dense
+  stream after the run; W becomes W·T. As published: every token counts alike, no ridge (the solution of least norm where
+  the map is not determined).
+  """
+  model = context.model
+  current = jax.tree.map(lambda a: a, model)
+  for l, end, x, t in walk(model, current, choice.removed, context.fitted, context.mode):
+    t.advance(model, range(l, end))
+    if end > l + 1:
+      gram_DD, cross_DD = x.totals(_sums, current, l, context.mode, beside=t)
+      w_FD = get_layer(current.layers.w_down, l)
+      put_layer(current.layers.w_down, w_FD + w_FD @ solve_once(_least_squares, gram_DD, cross_DD), l)
+  return prune_changed(current, choice.removed, model, context.free)
+
+
+def _least_squares(gram_DD, cross_DD):
+  # By pinv: the outputs of few tokens do not span D.
+  return np.linalg.pinv(gram_DD, rcond=1e-12, hermitian=True) @ cross_DD
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def _sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode):
+  """(Σ a·aᵀ, Σ a·rᵀ): a the product of layer l's down projection, r = target − what the layer writes, so that the
+  solution is T − 1."""
+  del mode
+  block, attended_BTNH = layer_at(model, l, x_BTD)
+  attn_BTD = block.attn_update(attended_BTNH, x_BTD)
+  out_BTD = block.mlp_output(block.mlp_features(x_BTD, attn_BTD))
+  r_SD = rows(target_BTD) - rows(x_BTD + attn_BTD) - rows(out_BTD)
+  a_SD = rows(out_BTD if block.b_down is None else out_BTD - block.b_down[...].astype(out_BTD.dtype)[None, None])
+  return sharding.replicate((product(a_SD, a_SD), product(a_SD, r_SD)))
+
+
+def why_not(spec: Spec) -> str:
+  """Recipe.refuses: '' where what the MLP adds to the stream is linear in its down projection."""
+  if spec.block not in ('post', 'sandwich'):
+    return ''
+  others = 'absorb, ' if spec.block == 'sandwich' else ''
+  return (
+    'layers of this family normalise the output of their MLP, so that no linear map can be folded into it; use '
+    f'--recipe={others}prune_then_train or regularize, or none.'
+  )
+
+
+def programs(shapes: Shapes) -> list[Program]:
+  """Recipe.programs."""
+  return stream_programs(shapes, 'replace_linear', _sums, shapes.dense, np.int32(0), shapes.mode)

@@ -1,0 +1,238 @@
+"""The streams of hidden states of a whole text, taken from layer to layer: what all closed forms are fitted on.
+
+A closed form looks at one layer at a time. Between two of them the streams of all batches wait in the memory of the hosts,
+so that every layer is computed once, however many layers are refitted.
+
+Dimension names: see model/decoder.py; S is all tokens of a batch.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elder_jax.devices import hosts
+from elder_jax.devices import memory
+from elder_jax.devices import preemption
+from elder_jax.devices import sharding
+from elder_jax.model import pruning
+from elder_jax.model.attention import attention
+from elder_jax.model.attention import kinds
+from elder_jax.model.attention import rope_and_window
+from elder_jax.model.attention import rope_tables
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import embed
+from elder_jax.model.decoder import run_layers
+from elder_jax.model.layers import Block
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.model.spec import Mode
+from elder_jax.recipes.context import Batches
+
+
+class Streams:
+  """x_BTD of each batch at one place of a model, in the type of computation."""
+
+  def __init__(self, mode: Mode, parts: list[jax.Array]):
+    self.mode, self._parts = mode, parts
+
+  @classmethod
+  def at_the_bottom(cls, model: Decoder, batches: Batches, mode: Mode) -> 'Streams':
+    """What layer 0 reads."""
+    return cls(mode, [_to_host(_embed(model, tokens_BT, mode)) for tokens_BT in _stoppable(batches)])
+
+  def copy(self) -> 'Streams':
+    """The same streams, to be taken elsewhere."""
+    return Streams(self.mode, list(self._parts))
+
+  def __iter__(self) -> Iterator[jax.Array]:
+    return (_to_device(x_BTD) for x_BTD in _stoppable(self._parts))
+
+  def advance(self, model: Decoder, layers: range | list[int]) -> 'Streams':
+    """Takes the streams through these layers of the model, and gives them back. They must be at the first of them."""
+    if layers:
+      alive_L = np.isin(np.arange(model.num_layers), layers)
+      self.map(lambda x_BTD: _advance(model, x_BTD, alive_L, self.mode))
+    return self
+
+  def map(self, f: Callable[[jax.Array], jax.Array]):
+    """Puts f(x_BTD) in the place of each."""
+    for i, x_BTD in enumerate(self):
+      self._parts[i] = _to_host(f(x_BTD))
+
+  def totals(self, sums: Callable, *args, beside: 'Streams | None' = None, part: float = 1.0) -> list[np.ndarray]:
+    """sums(x_BTD, its part of `beside`, *args), a tuple, added up in float64 over the batches, or a first part of them."""
+    rows = zip(self, self if beside is None else beside)
+    total = None
+    for x_BTD, other_BTD in itertools.islice(rows, math.ceil(part * len(self._parts))):
+      found = [hosts.to_host(a).astype(np.float64) for a in sums(x_BTD, other_BTD, *args)]
+      total = found if total is None else [t + a for t, a in zip(total, found)]
+    return total
+
+
+def _stoppable(items):
+  for item in items:
+    preemption.check()
+    yield item
+
+
+def _to_host(x_BTD):
+  """Out of the way of the devices; on a CPU it is where it should be."""
+  return x_BTD if sharding.platform() == 'cpu' else _moved(x_BTD, 'pinned_host')
+
+
+def _to_device(x_BTD):
+  return x_BTD if sharding.platform() == 'cpu' else _moved(x_BTD, 'device')
+
+
+def _moved(x_BTD, memory: str):
+  return jax.device_put(x_BTD, x_BTD.sharding.with_memory_kind(memory))
+
+
+def cuts(num_layers: int, removed) -> list[tuple[int, int]]:
+  """(the layer before, the layer after) each removed run, upwards; without one at the bottom, which no layer is before."""
+  kept = pruning.kept_layers(num_layers, removed)
+  return [(l, end) for l, end in zip(kept, [*kept[1:], num_layers]) if end > l + 1]
+
+
+def walk(
+  model: Decoder, current: Decoder, removed, batches: Batches, mode: Mode, beyond: int = 0
+) -> Iterator[tuple[int, int, Streams, Streams]]:
+  """(l, end, x, t) for each layer l that stays, from the one before the first run to `beyond` after the last.
+
+  x and t are the streams that layer l reads, x in `current` without the removed layers, t in `model`; end is the next layer
+  that stays. The caller takes t to `end` and may change layer l of `current`; then x goes through it.
+  """
+  L, gaps = model.num_layers, cuts(model.num_layers, removed)
+  if not gaps:
+    return
+  (first, _), (last, _) = gaps[0], gaps[-1]
+  kept = pruning.kept_layers(L, removed)
+  below = [l for l in kept if l < first]
+  x = Streams.at_the_bottom(model, batches, mode)
+  t = x.copy().advance(model, range(first)) if len(below) < first else None
+  x.advance(model, below)
+  t = t or x.copy()  # below the first run both are one
+  stop = min(len(kept), kept.index(last) + 1 + beyond)
+  for l, end in list(zip(kept, [*kept[1:], L]))[kept.index(first) : stop]:
+    yield l, end, x, t
+    x.advance(current, [l])
+
+
+def prune_changed(current: Decoder, removed, model: Decoder, free: Callable | None) -> Decoder:
+  """`current`, in which some layers are not those of `model`, without the removed ones.
+
+  Args:
+    free: of prune.prune; unset, `model` stays. What was changed is not the model's, and is not needed any more in any case.
+  """
+  return pruning.prune(current, list(removed), free or functools.partial(memory.free, spare=model))
+
+
+# ---- inside the computation ----
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def _embed(model: Decoder, tokens_BT, mode: Mode):
+  return embed(model, tokens_BT, mode)
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def _advance(model: Decoder, x_BTD, alive_L, mode: Mode):
+  return run_layers(model, x_BTD, alive_L, mode, jnp.ones(model.num_layers, jnp.float32))[0]
+
+
+def layer_at(model: Decoder, l, x_BTD) -> tuple[Block, jax.Array]:
+  """Layer l, which may be traced, and what its attention gives for x_BTD before its out projection, [B, T, N, H]."""
+  spec = model.spec
+  kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in kinds(spec).items()}
+  rope, window = rope_and_window(spec, rope_tables(spec, x_BTD.shape[1]), kind_l)
+  block = jax.tree.map(lambda a: a[l], model.layers)
+  return block, attention(*block.qkv(x_BTD, rope), window, *spec.scores())
+
+
+def rows(a) -> jax.Array:
+  """[B, T, …] as float32 rows, one for each token."""
+  return a.reshape(a.shape[0] * a.shape[1], -1).astype(jnp.float32)
+
+
+def weights(target_SD):
+  """1 / ‖target‖² of each token, [S, 1]: with it a squared error is one relative to the stream."""
+  return 1 / jnp.maximum(jnp.sum(target_SD**2, -1, keepdims=True), 1e-12)
+
+
+product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
+
+
+# ---- a layer of a stack, on the host ----
+
+
+def get_layer(weight, l: int) -> np.ndarray:
+  return hosts.to_host(weight.get_value()[l]).astype(np.float64)
+
+
+def put_layer(weight, value: np.ndarray, l: int):
+  """Sets a layer of a stacked parameter; every process must give the same."""
+  stacked = weight.get_value()
+  weight.set_value(_with_layer(stacked, value.astype(stacked.dtype), l, weight.get_metadata()['axes']))
+
+
+@functools.partial(jax.jit, static_argnames='axes')
+def _with_layer(stacked, value, l, axes: str):
+  return sharding.constrain(stacked.at[l].set(value), *sharding.spec(axes))
+
+
+def solve_once(solve: Callable[..., np.ndarray], gram: np.ndarray, cross: np.ndarray, *args) -> np.ndarray:
+  """solve(gram, cross, *args), of the shape of `cross`, by process 0 for all.
+
+  Two processors' last bits may differ, and the devices must hold the same.
+  """
+  return hosts.broadcast(solve(gram, cross, *args) if hosts.is_leader() else np.zeros_like(cross))
+
+
+def ridge(gram_AA: np.ndarray, cross_AD: np.ndarray, strength: float, groups: tuple[int, ...] = ()) -> np.ndarray:
+  """(G + Λ)⁻¹ C, Λ diagonal: `strength` times the mean diagonal of G, of each group of features its own.
+
+  Args:
+    groups: numbers of features, in their order; empty: all are one.
+  """
+  diagonals = np.split(np.diag(gram_AA), np.cumsum(groups)[:-1])
+  penalty_A = np.concatenate([np.full(d.size, strength * d.mean()) for d in diagonals])
+  return np.linalg.solve(gram_AA + np.diag(penalty_A), cross_AD)
+
+
+# ---- for the plan ----
+
+
+def stream_programs(shapes: Shapes, name: str, sums: Callable, *args, layers: int = 1) -> list[Program]:
+  """A recipe's programs: two streams through all layers, and the sums of some layers over the text.
+
+  Args:
+    sums: (x_BTD, target_BTD, *args).
+    layers: how many are refitted after each removed run, the one before it included.
+  """
+  dense, steps = shapes.dense, shapes.settings.fitted_steps
+  B, T = shapes.tokens_BT.shape
+  x_BTD = jax.ShapeDtypeStruct((B, T, shapes.spec.d_model), shapes.mode.dtype, sharding=shapes.tokens_BT.sharding)
+  # Of the model that is changed, all else is the dense one's.
+  size, changed = device_bytes(dense), device_bytes((dense.layers.w_down, dense.layers.wo))
+  of_layer = shapes.flops() / max(1, shapes.num_layers)
+  through = _advance, (dense, x_BTD, np.ones(shapes.num_layers, bool), shapes.mode), shapes.flops()
+  of_sums = sums, (x_BTD, x_BTD, *args), of_layer
+  devices = list(shapes.mesh.devices.flat)
+  waiting = 2 * steps * device_bytes(x_BTD)
+  on_cpu = devices[0].platform == 'cpu'
+  beside = changed + (waiting if on_cpu else 0)
+  found = [
+    Program(f'{name}, streams', *through, size, beside=beside, calls=2 * steps),
+    Program(name, *of_sums, size, beside=beside, calls=layers * steps),
+  ]
+  if on_cpu:
+    return found
+  of_host = sum(d.process_index == devices[0].process_index for d in devices)
+  return [*found, Program(f'{name}, waiting streams', None, (), 0, of_host * waiting, host=True)]
