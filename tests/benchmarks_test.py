@@ -116,4 +116,4 @@ def test_what_the_script_of_the_versions_uses_is_there():
   ],
 )
 def test_what_is_not_there_is_seen(source, expected):
-  assert missing(importlib.import_module('benchmarks.absorb_rounds'), source) == expected
+  assert missing(importlib.import_module('benchmarks.absorb_variants'), source) == expected

@@ -18,8 +18,8 @@ from elder_jax.errors import InputError
 from elder_jax.errors import as_text
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
-from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import settings_of_json
+from elder_jax.run.removal_settings import HOW_MUCH
 from elder_jax.settings import default_of
 from elder_jax.settings import fields
 from elder_jax.settings import name_of

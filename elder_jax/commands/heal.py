@@ -6,13 +6,11 @@ from elder_jax.commands.flags import Parsed
 from elder_jax.errors import InputError
 from elder_jax.errors import as_text
 from elder_jax.log import log
-from elder_jax.methods.elder import GateSettings
-from elder_jax.run.config import HOW_MUCH
-from elder_jax.settings import fields
-from elder_jax.settings import name_of
+from elder_jax.run.removal_settings import CHOOSING
+from elder_jax.run.removal_settings import HOW_MUCH
 
 _FIXED = {'recipe': 'heal', 'compare': (), 'remove_layers': ()}
-_NOT_HERE = {*HOW_MUCH, 'rounds', 'method', 'score_steps', *map(name_of, fields(GateSettings)), *_FIXED}
+_NOT_HERE = {*HOW_MUCH, 'rounds', *CHOOSING, *_FIXED}
 
 
 def run(parsed: Parsed) -> int | None:
@@ -38,5 +36,5 @@ COMMAND = Command(
     '    --train_data=more.jsonl --train_tokens=20M --validate_every=100 --eval_data=news=news.txt',
   ),
   configs=True,
-  hidden=('How much goes, and what', 'Method elder'),
+  hidden=('How much goes, and what', 'Method elder', 'Method mask', 'Method swaps'),
 )

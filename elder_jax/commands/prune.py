@@ -21,6 +21,8 @@ from elder_jax.errors import disk_is_full
 from elder_jax.hf import verify
 from elder_jax.log import log
 from elder_jax.methods.elder import GateSettings
+from elder_jax.methods.mask import MaskSettings
+from elder_jax.methods.swaps import SwapSettings
 from elder_jax.run import plan
 from elder_jax.run import series
 from elder_jax.run import workdir
@@ -28,7 +30,7 @@ from elder_jax.run.config import PLACES
 from elder_jax.run.config import ComputeSettings
 from elder_jax.run.config import Config
 from elder_jax.run.config import PathSettings
-from elder_jax.run.config import RemovalSettings
+from elder_jax.run.removal_settings import RemovalSettings
 from elder_jax.run.report import markdown
 from elder_jax.run.result_settings import EvalSettings
 from elder_jax.run.result_settings import OutputSettings
@@ -42,6 +44,8 @@ GROUPS = {
   'Training text': DataSettings,
   'Training, of every recipe that trains': TrainSettings,
   'Method elder': GateSettings,
+  'Method mask': MaskSettings,
+  'Method swaps': SwapSettings,
   'Evaluation': EvalSettings,
   'Devices, memory, checkpoints': ComputeSettings,
   'Export and tracking': OutputSettings,

@@ -8,8 +8,10 @@ from elder_jax.methods import ablation
 from elder_jax.methods import auto
 from elder_jax.methods import elder
 from elder_jax.methods import laco
+from elder_jax.methods import mask
 from elder_jax.methods import order
 from elder_jax.methods import stream
+from elder_jax.methods import swaps
 from elder_jax.methods import weights
 from elder_jax.methods.method import Method
 from elder_jax.methods.scores import KEPT_FIRST
@@ -80,8 +82,20 @@ _SCORING: dict[str, Method] = {
   ),
 }
 
+_AUTO = auto.method({name: _SCORING[name] for name in auto.PARTS})
+
 METHODS: dict[str, Method] = {
-  'auto': auto.method({name: _SCORING[name] for name in auto.PARTS}),
+  'auto': _AUTO,
+  'swaps': swaps.method(_AUTO),
+  'mask': Method(
+    mask.choose,
+    'the layers of a learned mask, exactly so many off in every step, after E3-Pruner',
+    paper='2511.17205',
+    nested=False,
+    refuses=mask.why_not,
+    programs=mask.programs,
+    reads=mask.READS,
+  ),
   'elder': Method(
     elder.choose,
     'the layers of the lowest learned gates (ELDeR)',

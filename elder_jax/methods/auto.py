@@ -11,45 +11,45 @@ import math
 
 import numpy as np
 
-from elder_jax.devices import hosts
 from elder_jax.errors import InputError
+from elder_jax.methods import contest
+from elder_jax.methods import judging
 from elder_jax.methods.method import Method
-from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
-from elder_jax.model.program import device_bytes
 from elder_jax.model.spec import Mode
-from elder_jax.recipes import absorb
 from elder_jax.recipes.context import Batches
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
-from elder_jax.training import losses
 
-# One method that chooses a contiguous block and two that choose single layers, and what part of the text they read: ppl
+# One method that chooses a contiguous block and three that choose single layers, and what part of the text they read: ppl
 # runs half of the model for every layer, and chooses the same or nearly so by a quarter of the text (docs/decisions.md).
-PARTS = {'cosine_block': 1.0, 'taylor': 1.0, 'ppl': 0.25}
-# What candidates are judged after: the part of `absorb` that gains most, for a fraction of its time.
-QUICK = {'after': 0, 'attention': False}
+PARTS = {'cosine_block': 1.0, 'shortgpt': 1.0, 'taylor': 1.0, 'ppl': 0.25}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """Layers to remove, in the order of `method`, and the mean LM loss per token that is left when they are absorbed."""
+  """Layers to remove, in the order of `method`, and the mean LM loss per token that is left when they are absorbed.
+
+  again: what the best were judged by afterwards (contest.py), the lower the better; None: they were not.
+  """
 
   method: str
   removed: list[int]
   loss: float
+  again: float | None = None
 
 
 def method(candidates: dict[str, Method]) -> Method:
   """The entry of the table; `candidates` are the methods of PARTS."""
   return Method(
     functools.partial(choose, candidates),
-    'what cosine_block, taylor or ppl chooses, whichever leaves the least loss when it is absorbed',
+    'what cosine_block, shortgpt, taylor or ppl chooses, whichever leaves the least loss when it is absorbed',
     nested=False,
     refuses=why_not,
     programs=functools.partial(programs, candidates),
+    reads=('score_steps', 'judge_steps', 'judge_by'),
   )
 
 
@@ -62,7 +62,14 @@ def why_not(settings, num_layers: int, num_remove: int) -> str:
   """Method.refuses: of the candidates one can always choose; but judging needs text of its own."""
   del num_layers, num_remove
   if settings.one_pass >= 2:
-    return ''
+    left = settings.one_pass - 2 * num_fitted(settings.removal.score_steps, settings.one_pass)
+    if settings.removal.judge_steps <= left:
+      return ''
+    return (
+      f'judges after --judge_steps={settings.removal.judge_steps} steps on text that it is not judged by, but of the '
+      f'{settings.one_pass} batches of a pass {left} are left; give more sequences, or lower one of --judge_steps and '
+      '--score_steps.'
+    )
   return (
     f'judges by batches that no candidate was fitted on, but --num_sequences={settings.data.sequences} and '
     f'--batch_size={settings.data.batch_size} make only one; give more sequences, a smaller batch, or '
@@ -98,8 +105,24 @@ def choose(candidates: dict[str, Method], context: Context, num_remove: int) -> 
   fit, held_out = context.batches[:steps], context.batches[steps : 2 * steps]
   removed = {name: choice.removed for name, choice in found.items()}
   judged = judge(context.model, removed, fit, held_out, context.mode, say)
+  if contest.is_held(context.settings):
+    judged = _again(context, judged, fit, held_out)
   told = [dataclasses.asdict(c) | {'scores': found[c.method].scores} for c in judged]
   return Choice(judged[0].removed, about={'candidates': told})
+
+
+def _again(context: Context, judged: list[Candidate], fit: Batches, held_out: Batches) -> list[Candidate]:
+  """The candidates, the first ones in their order by what contest.py finds."""
+  best, others = judged[: contest.FINALISTS], judged[contest.FINALISTS :]
+  figure_of = contest.figures(context, {c.method: c.removed for c in best}, held_out, fit)
+  again = [dataclasses.replace(c, again=figure_of[c.method]) for c in best]
+  if not np.isfinite(list(figure_of.values())).all():
+    raise InputError('judge_by', context.settings.removal.judge_by, 'gave a figure that is not finite; check it.')
+  for c in again:
+    context.log.say(
+      f'without layers {sorted(c.removed)}, which {c.method} chooses: judged again {figure_of[c.method]:.4f}'
+    )
+  return sorted(again, key=lambda c: figure_of[c.method]) + others
 
 
 def judge(
@@ -110,55 +133,33 @@ def judge(
   mode: Mode,
   log: Callable[[Candidate], None] = lambda candidate: None,
 ) -> list[Candidate]:
-  """The candidates, the best first. Where `absorb` cannot work on the model they are just removed.
+  """The candidates, the best first.
 
   Args:
     choices: {method: layers to remove}; what several methods choose is judged once, under the first one's name.
-    fit: tokens [B, T] that `absorb` reads.
-    held_out: tokens [B, T] that the loss is taken on.
+    fit, held_out: of judging.Judge.
     log: called with each candidate when it has been judged.
   """
-  candidates: list[Candidate] = []
-  absorbs = not absorb.why_not(model.spec)
+  distinct = {frozenset(removed): name for name, removed in reversed(choices.items())}
+  loss_of, candidates = judging.Judge(model, fit, held_out, mode), []
+  loss_of.share(list(choices.values()))
   for name, removed in choices.items():
-    if any(set(removed) == set(other.removed) for other in candidates):
-      continue
-    pruned = absorb.absorb(model, removed, fit, mode, **QUICK) if absorbs else pruning.prune(model, removed)
-    candidates.append(Candidate(name, removed, _loss(pruned, held_out, mode)))
-    log(candidates[-1])
+    if distinct[frozenset(removed)] == name:
+      candidates.append(Candidate(name, removed, loss_of(removed)))
+      log(candidates[-1])
   if not np.isfinite([candidate.loss for candidate in candidates]).all():
     raise InputError('method', 'auto', 'some losses are not finite; look at the weights, or use --dtype=float32.')
   return sorted(candidates, key=lambda candidate: candidate.loss)
 
 
-def _loss(model: Decoder, batches: Batches, mode: Mode) -> float:
-  total, count = 0.0, 0.0
-  for tokens_BT in batches:
-    nll, n = map(hosts.to_host, losses.batch_nll(model, tokens_BT, None, mode))
-    total, count = total + float(nll), count + float(n)
-  return total / count
-
-
 def programs(candidates: dict[str, Method], shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs: the candidates', then absorbing, removing and the loss of each."""
-  settings, dense, L = shapes.settings, shapes.dense, shapes.num_layers
-  entries = usable(candidates, settings, L, num_remove)
+  """Method.programs: the candidates', then judging them."""
+  settings = shapes.settings
+  entries = usable(candidates, settings, shapes.num_layers, num_remove)
   steps = num_fitted(settings.removal.score_steps, settings.one_pass)
   found = []
   for name, entry in entries.items():
     calls = math.ceil(PARTS[name] * steps)
     found += [dataclasses.replace(p, calls=calls) for p in entry.programs(shapes, num_remove)]
-  if not absorb.why_not(shapes.spec):
-    found += [dataclasses.replace(p, calls=len(entries) * steps) for p in absorb.programs(shapes, **QUICK)]
-  found.append(pruning.removal_program('judging, removing layers', dense, num_remove, keeps=True))
-  pruned = pruning.cut_shapes(dense, num_remove)
-  return [*found, _judging_program(shapes, pruned, device_bytes(dense.layers), len(entries) * steps)]
-
-
-def _judging_program(shapes: Shapes, pruned: Decoder, beside: int, calls: int) -> Program:
-  """The loss of a pruned model; the dense model's layers are beside it, all else is shared."""
-  args = pruned, shapes.tokens_BT, None, shapes.mode
-  flops, size = shapes.flops(pruned.num_layers), device_bytes(pruned)
-  return Program(
-    f'judging, {pruned.num_layers} layers', losses.batch_nll, args, flops, size, beside=beside, calls=calls
-  )
+  found += judging.programs(shapes, num_remove, len(entries), steps)
+  return found + (contest.programs(shapes, num_remove) if contest.is_held(settings) else [])

@@ -52,8 +52,8 @@ class GateSettings(Settings):
     flag='gate_steps',
     least=1,
   )
-  protect_first: int = setting(3, 'Layers at the input end that elder never chooses.', least=0, rare=True)
-  protect_last: int = setting(4, 'Layers at the output end that elder never chooses.', least=0, rare=True)
+  protect_first: int = setting(3, 'Layers at the input end that elder and mask never choose.', least=0, rare=True)
+  protect_last: int = setting(4, 'Layers at the output end that elder and mask never choose.', least=0, rare=True)
 
   @property
   def iterative(self) -> bool:

@@ -51,6 +51,7 @@ def absorb(
   free: Callable | None = None,
   after: int = AFTER,
   attention: bool = True,
+  below: tuple[int, Streams] | None = None,
 ) -> Decoder:
   """The pruned model, in which the layers around the removed runs make up for these runs as far as they can.
 
@@ -77,10 +78,11 @@ def absorb(
     free: of prune.prune; unset, `model` is left as it is.
     after: layers to refit after each run.
     attention: Wo is refitted, too.
+    below: of streams.walk.
   """
   current = jax.tree.map(lambda a: a, model)
   left = 0  # of the layers to refit after a run
-  for l, end, x, t in walk(model, current, removed, batches, mode, after):
+  for l, end, x, t in walk(model, current, removed, batches, mode, after, below):
     if end > l + 1:
       t.advance(model, range(l, end))
       errors, left = _before_run(current, x, t, l, attention), after

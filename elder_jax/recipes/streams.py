@@ -102,22 +102,31 @@ def cuts(num_layers: int, removed) -> list[tuple[int, int]]:
 
 
 def walk(
-  model: Decoder, current: Decoder, removed, batches: Batches, mode: Mode, beyond: int = 0
+  model: Decoder,
+  current: Decoder,
+  removed,
+  batches: Batches,
+  mode: Mode,
+  beyond: int = 0,
+  below: 'tuple[int, Streams] | None' = None,
 ) -> Iterator[tuple[int, int, Streams, Streams]]:
   """(l, end, x, t) for each layer l that stays, from the one before the first run to `beyond` after the last.
 
   x and t are the streams that layer l reads, x in `current` without the removed layers, t in `model`; end is the next layer
   that stays. The caller takes t to `end` and may change layer l of `current`; then x goes through it.
+
+  Args:
+    below: (a layer, the streams that it reads), to begin there; no layer below it is removed or changed.
   """
   L, gaps = model.num_layers, cuts(model.num_layers, removed)
   if not gaps:
     return
   (first, _), (last, _) = gaps[0], gaps[-1]
   kept = pruning.kept_layers(L, removed)
-  below = [l for l in kept if l < first]
-  x = Streams.at_the_bottom(model, batches, mode)
-  t = x.copy().advance(model, range(first)) if len(below) < first else None
-  x.advance(model, below)
+  untouched = [l for l in kept if l < first]
+  at, x = (below[0], below[1].copy()) if below else (0, Streams.at_the_bottom(model, batches, mode))
+  t = x.copy().advance(model, range(at, first)) if len(untouched) < first else None
+  x.advance(model, untouched[at:])
   t = t or x.copy()  # below the first run both are one
   stop = min(len(kept), kept.index(last) + 1 + beyond)
   for l, end in list(zip(kept, [*kept[1:], L]))[kept.index(first) : stop]:

@@ -188,11 +188,17 @@ def _about_choice(choice: dict) -> list[str]:
     merged = '; '.join(f'{base} ← {", ".join(map(str, members))}' for base, *members in choice['merges'])
     lines += [f'Layers merged by {choice["method"]}, {choice["num_remove"]} fewer: {merged}.', '']
   if choice.get('candidates'):
-    judged = '; '.join(
-      f'{c["method"]} {sorted(c["removed"])}, {figure(c.get("loss"), 4)}' for c in choice['candidates']
-    )
+    judged = '; '.join(map(_candidate, choice['candidates']))
     lines += [f'Candidates for {choice["num_remove"]} layers (held-out loss after absorb): {judged}.', '']
+  if swaps := choice.get('swaps'):
+    made = '; '.join(f'{out} for {back}, {figure(loss, 4)}' for back, out, loss in swaps)
+    lines += [f'Layers that went in place of others, of {choice["tried"]} swaps tried (loss): {made}.', '']
   return lines
+
+
+def _candidate(c: dict) -> str:
+  again = '' if c.get('again') is None else f', judged again {figure(c["again"], 4)}'
+  return f'{c["method"]} {sorted(c["removed"])}, {figure(c.get("loss"), 4)}{again}'
 
 
 def verification(report: dict) -> str:

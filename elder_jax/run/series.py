@@ -19,9 +19,9 @@ from elder_jax.log import write_whole
 from elder_jax.methods import find_method
 from elder_jax.run import pipeline
 from elder_jax.run import workdir
-from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
+from elder_jax.run.removal_settings import HOW_MUCH
 from elder_jax.run.report import markdown
 
 ONE = {'seeds': (), 'rounds': 1}

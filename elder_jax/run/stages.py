@@ -191,7 +191,7 @@ def _measuring(shapes: Shapes, recipe: str, num_remove: int) -> list[Program]:
 
 def evaluation_programs(shapes: Shapes, model: Decoder) -> list[Program]:
   """Perplexity and tasks of a model; no other one is there."""
-  name = f'{model.num_layers} layers'
+  name = f'{model.num_layers} layers' + (', patched' if model.spec.patched else '')
   dtypes = [{a.dtype for a in jax.tree.leaves(m.layers)} for m in (model, shapes.dense)]
   name += ', as trained' if dtypes[0] - dtypes[1] else ''
   settings, found = shapes.settings.evaluation, []

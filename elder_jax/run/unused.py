@@ -22,13 +22,19 @@ def _chosen_by(*names: str) -> Callable[[Config], bool]:
   return lambda config: any(set(names) & set(find_method(m).reads) for m in config.methods())
 
 
-_GATES = 'gate selection lambda1 gate_lr gate_steps protect_first protect_last'
+_GATES = 'gate selection lambda1 gate_lr gate_steps'
+_PROTECT = 'protect_first protect_last'
+_MASK = 'mask_steps mask_lr mask_loss'
 
 # (settings, why they are not read, whether this run reads them)
 _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
   ('method', '--remove_layers names the layers', lambda c: c.removal.remove_layers is None),
   ('score_steps', 'no method scores layers', _chosen_by('score_steps')),
   (_GATES, '--method=elder is not run', _chosen_by(*_GATES.split())),
+  (_PROTECT, 'neither --method=elder nor mask is run', _chosen_by(*_PROTECT.split())),
+  (_MASK, '--method=mask is not run', _chosen_by(*_MASK.split())),
+  ('swap_tries', '--method=swaps is not run', _chosen_by('swap_tries')),
+  ('judge_steps judge_by', '--method=auto is not run', _chosen_by('judge_steps')),
   ('penalty penalty_scale lambda2 lambda2_power order anneal', '--recipe=regularize is not run', _penalises),
   (
     'lr warmup_ratio lr_schedule lr_final weight_decay trainable optimizer moment_dtype lora_rank lora_alpha distill '

@@ -1,12 +1,14 @@
 """What the stages of a run do. Each gets the run and the stage; what it returns is kept in stages/ as JSON."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 from elder_jax import methods
 from elder_jax.devices import memory
 from elder_jax.devices import preemption
 from elder_jax.devices import sharding
+from elder_jax.entries import find_entry
 from elder_jax.errors import InputError
 from elder_jax.hf import verify
 from elder_jax.log import log
@@ -108,25 +110,29 @@ def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> 
   """
   figures = {'ppl': _perplexities(job, model, name), 'tasks': {}}
   if job.tasks:
-    settings = job.config.evaluation
     try:
-      figures['tasks'] = zero_shot.run(
-        model,
-        job.tokenizer,
-        job.tasks,
-        job.mode,
-        settings.eval_batch_size,
-        zero_shot.context_length(job.source.config, job.tokenizer),
-        _put(job),
-        settings.task_limit or None,
-        eos_ids(job.source),
-        job.log.progress(f'zero-shot tasks of {name}'),
-      )
+      figures['tasks'] = _task_figures(job, model, name)
     except InputError as e:
       if fatal:
         raise
       log(f'{name} has no figures of tasks: {e.for_command()}')
   return figures
+
+
+def _task_figures(job: Job, model: Decoder | None, name: str) -> dict:
+  settings = job.config.evaluation
+  return zero_shot.run(
+    model,
+    job.tokenizer,
+    job.tasks,
+    job.mode,
+    settings.eval_batch_size,
+    zero_shot.context_length(job.source.config, job.tokenizer),
+    _put(job),
+    settings.task_limit or None,
+    eos_ids(job.source),
+    job.log.progress(f'zero-shot tasks of {name}'),
+  )
 
 
 def _answers(job: Job, model: Decoder | None, name: str) -> dict:
@@ -183,7 +189,19 @@ def choose(run: Run, stage, most: int) -> dict:
     run.job.log,
     functools.partial(row_training.checkpoints, run.job),
   )
+  context = dataclasses.replace(context, judge=_judge(run.job, context))
   return methods.choose(stage.method, context, most).to_json()
+
+
+def _judge(job: Job, context: Context) -> Callable[[Decoder], float] | None:
+  """Of --judge_by: the lower the better; None: the loss on text held out, which the method takes itself."""
+  by = job.config.removal.judge_by
+  if by == 'loss':
+    return None
+  if ':' in by:
+    own = find_entry('judge_by', by, {}, Callable)
+    return lambda model: own(model, context)
+  return lambda model: -_task_figures(job, model, 'a candidate')[by]['acc']
 
 
 # ---- treating ----

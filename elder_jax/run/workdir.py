@@ -25,13 +25,13 @@ from elder_jax.errors import reason
 from elder_jax.errors import user_path
 from elder_jax.log import log
 from elder_jax.log import write_json
-from elder_jax.methods.elder import GateSettings
 from elder_jax.run import tracking
-from elder_jax.run.config import DEFAULT_RATIO
-from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import Config
 from elder_jax.run.config import defaults
 from elder_jax.run.config import settings_of_json
+from elder_jax.run.removal_settings import CHOOSING
+from elder_jax.run.removal_settings import DEFAULT_RATIO
+from elder_jax.run.removal_settings import HOW_MUCH
 from elder_jax.run.result_settings import EvalSettings
 from elder_jax.settings import fields
 from elder_jax.settings import name_of
@@ -56,7 +56,7 @@ _MEASURED = frozenset(name_of(field) for field in fields(EvalSettings))
 _TRAINED = frozenset(
   {'recipe', 'compare', 'teacher', *map(name_of, fields(TrainSettings))} - {'grad_clip', 'grad_accum'}
 )
-_CHOSEN = frozenset({'method', 'score_steps', *HOW_MUCH, *map(name_of, fields(GateSettings))})
+_CHOSEN = CHOOSING | {*HOW_MUCH}
 
 
 # ---- one run at a time ----

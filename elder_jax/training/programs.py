@@ -92,7 +92,8 @@ def training_programs(shapes: Shapes, start: Decoder, recipe: str) -> list[Progr
     return begin_training(model, settings, shapes.mode)
 
   teacher = taught_by if settings.taught else None
-  name = f'training, {num_layers} layers' + (f', {settings.only} alone' if settings.only else '')
+  name = f'training, {num_layers} layers' + (', patched' if start.spec.patched else '')
+  name += f', {settings.only} alone' if settings.only else ''
   program = steps_program(shapes, name, begin, start, teacher, terms, flops, settings.steps)
   state, (frozen, teacher), *_ = program.args
   if settings.taught and shapes.teacher is None:  # what is frozen and not cut is the teacher's own

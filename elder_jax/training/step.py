@@ -101,17 +101,21 @@ def _rows(batch_BT, terms: dict, grad_accum: int):
   return (batch_BT, {'weight_BT': weight_BT}), others | {'count': count}
 
 
-def make_step(tx, mode: Mode, grad_accum: int, rate, temperature: float = 1.0):
+def make_step(tx, mode: Mode, grad_accum: int, rate, temperature: float = 1.0, gates: Callable | None = None):
   """A jitted step(state, (frozen, teacher), batch_BT, terms) -> (state, metrics).
 
   terms, temperature and teacher (None where nothing is distilled) as in losses.loss; no recompilation for other values
-  of the terms. grad_accum: the number of parts that a batch is processed in, which changes no mean over tokens.
+  of the terms. grad_accum: the number of parts that a batch is processed in, which changes no mean over tokens. gates:
+  (the model's gate_L, terms) -> the gates that it is run with; unset, its own.
   """
 
   def micro_loss(trained, fixed, rows, terms):
     frozen, teacher = fixed
     tokens_bT, of_rows = rows
-    return losses.loss(combine(trained, frozen), tokens_bT, terms | of_rows, mode, teacher, temperature)
+    model, terms = combine(trained, frozen), terms | of_rows
+    if gates is not None:
+      terms['gate_L'] = gates(model.gate_L[...], terms)
+    return losses.loss(model, tokens_bT, terms, mode, teacher, temperature)
 
   def split(a_BT):
     # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.

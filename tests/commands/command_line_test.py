@@ -16,9 +16,9 @@ from elder_jax.commands import run_verb
 from elder_jax.commands.flags import parse
 from elder_jax.commands.prune import GROUPS
 from elder_jax.run import unused
-from elder_jax.run.config import HOW_MUCH
 from elder_jax.run.config import PLACES
 from elder_jax.run.config import Config
+from elder_jax.run.removal_settings import HOW_MUCH
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 

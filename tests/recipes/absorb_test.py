@@ -10,6 +10,7 @@ from tiny import config_of
 from tiny import slow
 from tiny import tiny_decoder
 
+from elder_jax.devices import sharding
 from elder_jax.model import pruning
 from elder_jax.model.attention import attention
 from elder_jax.model.attention import rope_and_window
@@ -328,3 +329,20 @@ def test_bfloat16():
   assert pruned.layers.w_down.get_value().dtype == jnp.bfloat16
   exact = ONE_MATRIX(tiny_decoder(), [2], BATCHES, Mode())
   assert np.abs(w_down(pruned, 1) - w_down(exact, 1)).mean() < 0.1 * np.abs(w_down(exact, 1)).mean()
+
+
+@pytest.mark.parametrize('recipe', ['absorb', slow('ghosted'), slow('prune_comp'), slow('replace_linear')])
+def test_eight_devices_make_what_one_does(eight_devices, recipe):
+  whole, made = tiny_decoder(), []
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    mesh = sharding.make_mesh(sizes, eight_devices[: 1 if sizes == (1, 1, 1) else 8])
+    with jax.set_mesh(mesh):
+      model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, sizes))
+      batches = [sharding.put_batch(batch, mesh) for batch in BATCHES]
+      context = Context(model, batches, config_of(num_sequences=12, batch_size=4, seq_len=16))
+      result = RECIPES[recipe].start(context, Choice([1, 3]))
+      places = jax.tree.map(lambda a: a.sharding, (result.layers.wo[...], result.layers.w_down[...]))
+      expected = sharding.for_model(result, mesh).layers
+      assert places == (expected.wo.get_value(), expected.w_down.get_value())
+      made.append(jax.tree.map(np.asarray, result))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *made)

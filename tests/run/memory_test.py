@@ -167,7 +167,7 @@ class Compiled(logging.Handler):
 
 
 # Of a stage that is in the plan, with no more than its arrays: sums of a training state that is saved, scores of a model.
-WITHIN = {'_sums', '_products', '_magnitudes', '_channel_sums'}
+WITHIN = {'_sums', '_products', '_magnitudes', '_channel_sums', '_middle_sums', '_nll_above'}
 
 
 @pytest.mark.slow

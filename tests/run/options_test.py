@@ -109,6 +109,7 @@ def dtypes(outcome: Outcome) -> set[str]:
   return {str(t.dtype) for t in outcome.tensors.values()}
 
 
+MASK = dict(method=('mask',), mask_steps=2)
 # Setting -> (the value, further settings of both runs, what must hold of the run without and the run with it).
 TABLE = {
   # Which layers.
@@ -119,6 +120,18 @@ TABLE = {
   'score_steps': (1, SCORING, lambda a, b: a.report['choices'][0]['scores'] != b.report['choices'][0]['scores']),
   'recipe': ('none', {}, lambda a, b: b.report['steps'] == 0 and not b.of('none', 'loss').size),
   'compare': (('none',), {}, lambda a, b: len(b.report['rows']) == 2 and b.report['rows'][0]['recipe'] == 'none'),
+  'mask_steps': (
+    3,
+    MASK,
+    lambda a, b: (a.of('mask', 'step').size, b.of('mask', 'step').size) == (2, 3),
+  ),
+  'mask_lr': (0.5, MASK, lambda a, b: np.allclose(b.of('mask', 'lr'), 0.5)),
+  'mask_loss': ('lm', MASK, lambda a, b: 'kl' in a.lines[0] and 'kl' not in b.lines[0]),
+  'swap_tries': (
+    2,
+    dict(method=('swaps',), swap_tries=1, compare=()),
+    lambda a, b: [x.report['choices'][0]['tried'] for x in (a, b)] == [1, 2],
+  ),
   # Gates.
   'gate': ('output', {}, lambda a, b: a.report['gates'] != b.report['gates']),
   'selection': ('one_shot', {}, lambda a, b: (len(a.report['gates']), len(b.report['gates'])) == (2, 1)),
@@ -227,6 +240,8 @@ ELSEWHERE = {
   'max_ppl_increase': 'run/series_test.py::test_as_many_layers_go_as_the_limit_allows',
   'rounds': 'run/series_test.py::test_two_rounds_are_two_runs_one_after_the_other',
   'seeds': 'run/series_test.py::test_seeds_have_a_mean_and_a_deviation',
+  'judge_steps': 'methods/contest_test.py::test_the_best_three_are_judged_after_training',
+  'judge_by': 'methods/contest_test.py::test_the_users_own_function_decides',
   'workdir': 'run/end_to_end_test.py::test_report_and_work_folder',
   'tasks': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
   'tasks_dir': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',

@@ -138,6 +138,9 @@ def test_what_is_computed_again_counts_in_what_is_done(one_device):
   assert at['full'].model_flops == at['none'].model_flops
 
 
+CHOOSE_BY_STEPS = ('auto', 'swaps', 'mask', 'elder')  # or by what others choose
+
+
 def test_every_method_and_recipe_has_a_plan(one_device):
   """Of METHODS and RECIPES whole: a new entry is planned, too."""
   settings = dict(
@@ -146,8 +149,8 @@ def test_every_method_and_recipe_has_a_plan(one_device):
   found = {
     p.name: p for p in plan_lib.planned(CONFIG.replace(method=tuple(METHODS), **settings), SPEC, 9, [1], one_device)[1]
   }
-  reading = {f'choosing by {name}' for name, m in METHODS.items() if m.reads_text and name not in ('auto', 'elder')}
-  assert reading | {'stage 1, gates', 'judging, 8 layers'} <= found.keys()
+  reading = {f'choosing by {name}' for name, m in METHODS.items() if m.reads_text and name not in CHOOSE_BY_STEPS}
+  assert reading | {'stage 1, gates', 'learning a mask', 'judging, 8 layers'} <= found.keys()
   of_recipes = {
     'absorb',
     'replace_linear',
@@ -171,7 +174,7 @@ def test_every_method_and_recipe_has_a_plan(one_device):
 def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block, refits):
   config = CONFIG.replace(method=('auto',), recipe='prune_then_train' if block == 'post' else 'absorb_then_train')
   shapes, found = plan_lib.planned(config, dataclasses.replace(SPEC, block=block), 8, [1], one_device)
-  choosing = [f'choosing by {method}' for method in ('cosine_block', 'taylor', 'ppl')]
+  choosing = [f'choosing by {method}' for method in ('cosine_block', 'shortgpt', 'taylor', 'ppl')]
   judging = [*refits, 'judging, removing layers', 'judging, 7 layers', 'removing layers', 'training, 7 layers']
   assert [p.name for p in found] == [
     'loading',

@@ -1,0 +1,107 @@
+"""What a choice of layers costs: the loss on text held out, after the rest has absorbed what it can.
+
+The loss after bare removal would mislead (docs/decisions.md). Choices that begin high up share what lies below them: the
+streams there are computed once.
+"""
+
+from collections.abc import Sequence
+import functools
+
+import jax
+import numpy as np
+
+from elder_jax.devices import hosts
+from elder_jax.devices import sharding
+from elder_jax.model import pruning
+from elder_jax.model.decoder import Decoder
+from elder_jax.model.decoder import final_norm
+from elder_jax.model.decoder import run_layers
+from elder_jax.model.program import Program
+from elder_jax.model.program import Shapes
+from elder_jax.model.program import device_bytes
+from elder_jax.model.spec import Mode
+from elder_jax.recipes import absorb
+from elder_jax.recipes.context import Batches
+from elder_jax.recipes.streams import Streams
+from elder_jax.recipes.streams import cuts
+from elder_jax.training import losses
+
+# Choices are compared after the part of `absorb` that gains most, for a fraction of its time.
+QUICK = {'after': 0, 'attention': False}
+
+
+class Judge:
+  """Losses of choices on one dense model and one text."""
+
+  def __init__(self, model: Decoder, fit: Batches, held_out: Batches, mode: Mode):
+    """fit: tokens [B, T] that `absorb` reads; held_out: those that the loss is taken on."""
+    self._model, self._fit, self._held_out, self._mode = model, fit, list(held_out), mode
+    self._shared: tuple[int, Streams, Streams] | None = None
+
+  def share(self, choices: Sequence[Sequence[int]]):
+    """Computes once what lies below all of these choices. Others cost a pass from the bottom."""
+    first = min((_untouched(self._model, removed) for removed in choices), default=0)
+    if not first or not self._absorbs:
+      return
+    fit, held_out = (Streams.at_the_bottom(self._model, b, self._mode) for b in (self._fit, self._held_out))
+    self._shared = first, *(s.advance(self._model, range(first)) for s in (fit, held_out))
+
+  def __call__(self, removed: Sequence[int]) -> float:
+    """Mean LM loss per held-out token without these layers; just removed where `absorb` cannot work on the model."""
+    if not self._absorbs:
+      return held_out_loss(pruning.prune(self._model, list(removed)), self._held_out, self._mode)
+    begun = self._shared if self._shared and self._shared[0] <= _untouched(self._model, removed) else None
+    below = (begun[0], begun[1]) if begun else None
+    pruned = absorb.absorb(self._model, removed, self._fit, self._mode, below=below, **QUICK)
+    if begun is None:
+      return held_out_loss(pruned, self._held_out, self._mode)
+    alive_L = np.arange(pruned.num_layers) >= begun[0]
+    return _mean(
+      _nll_above(pruned, x_BTD, tokens_BT, alive_L, self._mode) for x_BTD, tokens_BT in zip(begun[2], self._held_out)
+    )
+
+  @property
+  def _absorbs(self) -> bool:
+    return not absorb.why_not(self._model.spec)
+
+
+def held_out_loss(model: Decoder, held_out: Batches, mode: Mode) -> float:
+  """Mean LM loss per token of a model."""
+  return _mean(losses.batch_nll(model, tokens_BT, None, mode) for tokens_BT in held_out)
+
+
+def _untouched(model: Decoder, removed: Sequence[int]) -> int:
+  """How many layers at the bottom a choice leaves as they are."""
+  found = cuts(model.num_layers, removed)
+  return 0 if 0 in removed or not found else found[0][0]
+
+
+def _mean(sums) -> float:
+  total = np.zeros(2)
+  for nll, count in sums:
+    total += [float(hosts.to_host(nll)), float(hosts.to_host(count))]
+  return float(total[0] / total[1])
+
+
+@functools.partial(jax.jit, static_argnames='mode')
+def _nll_above(model: Decoder, x_BTD, tokens_BT, alive_L, mode: Mode):
+  x_BTD = final_norm(model, run_layers(model, x_BTD, alive_L, mode)[0])
+  return sharding.replicate(losses.next_token_nll(model, x_BTD, tokens_BT))
+
+
+def programs(shapes: Shapes, num_remove: int, choices: int, steps: int) -> list[Program]:
+  """Judging so many choices by `steps` batches, and as many that are held out."""
+  found, dense = [], shapes.dense
+  if not absorb.why_not(shapes.spec):
+    for p in absorb.programs(shapes, **QUICK):
+      found.append(p if p.host else _with_calls(p, choices * steps))
+  found.append(pruning.removal_program('judging, removing layers', dense, num_remove, keeps=True))
+  pruned = pruning.cut_shapes(dense, num_remove)
+  args, flops = (pruned, shapes.tokens_BT, None, shapes.mode), shapes.flops(pruned.num_layers)
+  size, beside = device_bytes(pruned), device_bytes(dense.layers)  # all else is shared
+  name = f'judging, {pruned.num_layers} layers'
+  return [*found, Program(name, losses.batch_nll, args, flops, size, beside=beside, calls=choices * steps)]
+
+
+def _with_calls(program: Program, calls: int) -> Program:
+  return Program(**(vars(program) | {'calls': calls}))

@@ -1,0 +1,158 @@
+"""Judging with what is shared, the search by swaps, and the second judgement of auto's best."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import config_of
+from tiny import tiny_decoder
+from tiny import write_tiny_llama
+
+from elder_jax.errors import InputError
+from elder_jax.methods import METHODS
+from elder_jax.methods import auto
+from elder_jax.methods import contest
+from elder_jax.methods import judging
+from elder_jax.methods import swaps
+from elder_jax.methods.method import Method
+from elder_jax.model.spec import Mode
+from elder_jax.recipes import streams
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+from elder_jax.run import pipeline
+from elder_jax.training import batches as batches_lib
+
+BATCHES = list(np.random.default_rng(0).integers(0, 40, (8, 4, 16), np.int32))
+FIT, HELD_OUT = BATCHES[:4], BATCHES[4:]
+
+
+@pytest.mark.parametrize('block', ['pre', 'sandwich'])
+def test_what_choices_share_is_computed_once_and_changes_no_loss(block, monkeypatch):
+  model, choices = tiny_decoder(block=block), ([3, 4], [4], [3, 5])
+  alone = judging.Judge(model, FIT, HELD_OUT, Mode())
+  expected = [alone(removed) for removed in choices]
+  shared = judging.Judge(model, FIT, HELD_OUT, Mode())
+  shared.share(choices)
+
+  def no_more(*_):
+    raise AssertionError('from the bottom again')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(streams, '_embed', no_more)
+    found = [shared(removed) for removed in choices]
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  assert len(set(found)) == 3
+  assert shared([1, 4]) == pytest.approx(alone([1, 4]), rel=1e-6)  # begins below what is shared
+  assert shared([0, 4]) == pytest.approx(alone([0, 4]), rel=1e-6)
+
+
+def context(model, **settings) -> Context:
+  config = config_of(num_sequences=32, batch_size=4, seq_len=16, score_steps=4, **settings)
+  return Context(model, BATCHES, config, Mode())
+
+
+def first_method(removed) -> Method:
+  """Begins the search with these layers, by their own loss."""
+
+  def choose(context, num_remove):
+    loss = judging.Judge(context.model, FIT, HELD_OUT, context.mode)(removed)
+    return Choice(
+      list(removed), about={'candidates': [{'method': 'x', 'removed': removed, 'loss': loss, 'scores': []}]}
+    )
+
+  return Method(choose, 'given', reads_text=False)
+
+
+def test_swaps_end_where_no_single_swap_is_better():
+  model, start = tiny_decoder(), [0, 5]
+  judge = judging.Judge(model, FIT, HELD_OUT, Mode())
+  choice = swaps.choose(first_method(start), context(model, swap_tries=1000), 2)
+  best = judge(choice.removed)
+  assert best < judge(start) and choice.about['swaps']
+  assert best == pytest.approx(choice.about['loss'], rel=1e-6)
+  for back in choice.removed:
+    for out in set(range(6)) - set(choice.removed):
+      assert judge(sorted({*choice.removed, out} - {back})) >= best
+  removed = set(start)
+  for back, out, _ in choice.about['swaps']:  # the way there
+    removed = removed - {back} | {out}
+  assert sorted(removed) == choice.removed
+
+
+@pytest.mark.parametrize('tries', [1, 3])
+def test_as_many_swaps_are_tried_as_were_asked_for(tries, monkeypatch):
+  calls, judge = [], judging.Judge.__call__
+  monkeypatch.setattr(judging.Judge, '__call__', lambda self, removed: calls.append(removed) or judge(self, removed))
+  choice = swaps.choose(first_method([0, 5]), context(tiny_decoder(), swap_tries=tries), 2)
+  assert len(calls) == 1 + tries and choice.about['tried'] == tries  # the first judges the start
+
+
+def test_swaps_are_tried_in_the_order_of_what_layers_cost_alone():
+  assert list(swaps._swaps([0, 2], np.array([8.0, 3.0, 2.5, 1.0]))) == [(0, 3), (0, 1), (2, 3), (2, 1)]
+
+
+@pytest.fixture
+def deep(settings, tmp_path) -> dict:
+  model = tmp_path / 'deep'
+  write_tiny_llama(model, num_hidden_layers=10)
+  more = dict(method='auto', recipe='absorb_then_train', compare=[], score_steps=1, num_sequences=24, train_steps=2)
+  return settings | more | dict(model=str(model))
+
+
+def test_the_best_three_are_judged_after_training(deep, monkeypatch):
+  seen, train = [], contest.train
+
+  def spy(model, layers, settings, mode, batches, *more, **named):
+    seen.append((settings, {tuple(row) for i in range(settings.steps) for row in np.asarray(batches[i]).tolist()}))
+    return train(model, layers, settings, mode, batches, *more, **named)
+
+  monkeypatch.setattr(contest, 'train', spy)
+  judged = {}
+
+  def keep(model, choices, fit, held_out, *more):
+    judged.update(rows={tuple(row) for batch in held_out for row in np.asarray(batch).tolist()})
+    return real(model, choices, fit, held_out, *more)
+
+  real = auto.judge
+  monkeypatch.setattr(auto, 'judge', keep)
+  report = pipeline.run(config_of(**deep | dict(judge_steps=3, lr=1e-2, distill=0.5)))
+  candidates = report['choices'][0]['candidates']
+  again = [c['again'] for c in candidates if c['again'] is not None]
+  assert 2 <= len(again) <= 3 and len(seen) == len(again) and again == sorted(again)
+  assert report['removed'] == sorted(candidates[0]['removed'])
+  for settings, rows in seen:
+    assert settings.steps == 3 and settings.lr == 1e-2 and settings.distill == (0.5,)
+    assert not rows & judged['rows'], 'trained on what it is judged by'
+  assert 'judged again' in (config_of(**deep).path() / 'report.md').read_text()
+
+
+def fewest_below(model, context) -> float:
+  """The user's own: the number of weights that are above a bound, of the last layer alone."""
+  assert context.settings.removal.method == ('auto',) and model.num_layers == 8
+  return float(np.abs(np.asarray(model.layers.wq[...])).sum())
+
+
+def test_the_users_own_function_decides(deep):
+  report = pipeline.run(config_of(**deep | dict(judge_by=f'{__name__}:fewest_below')))
+  again = [c['again'] for c in report['choices'][0]['candidates'] if c['again'] is not None]
+  assert len(again) >= 2 and again == sorted(again) and again[0] < again[-1]
+
+
+@pytest.mark.parametrize(
+  'changes, sentence',
+  [
+    (dict(judge_by='piqa'), 'judge_by=piqa: is not among the tasks of this run'),
+    (dict(judge_by='no.such:thing'), 'judge_by=no.such:thing: cannot be imported'),
+    (dict(judge_steps=5), 'of the 6 batches of a pass 4 are left'),
+  ],
+)
+def test_a_judgement_that_cannot_be_held_is_refused(deep, changes, sentence):
+  with pytest.raises(InputError, match=sentence):
+    pipeline.run(config_of(**deep | changes))
+
+
+def test_the_text_behind_what_is_judged_by():
+  rows = np.arange(8)
+  after = contest.After(rows, 3)
+  assert [int(after[i]) for i in range(3)] == [3, 4, 5]
+  assert batches_lib and METHODS['swaps'].why_not(config_of(num_sequences=4, batch_size=4), 6, 2)
+  assert jax.devices()
