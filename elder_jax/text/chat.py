@@ -7,6 +7,10 @@ from elder_jax.errors import reason
 from elder_jax.text.documents import Message
 
 
+class Refused(InputError):
+  """The template refuses one conversation; others may be fine."""
+
+
 def check(flag: str, source: str, tokenizer):
   """Raises InputError for a tokenizer that cannot render conversations."""
   if not getattr(tokenizer, 'chat_template', None):
@@ -57,4 +61,4 @@ def _render(flag: str, source: str, tokenizer, messages: list[Message], ask: boo
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
   except Exception as e:  # a template is a program  # noqa: BLE001
     why = f'the chat template refuses a conversation ({reason(e)}); leave that row out.'
-    raise InputError(flag, source, why) from e
+    raise Refused(flag, source, why) from e

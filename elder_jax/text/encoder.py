@@ -1,10 +1,12 @@
 """Documents as tokens."""
 
 from collections.abc import Iterator
+import math
 
 import numpy as np
 
 from elder_jax.errors import InputError
+from elder_jax.log import log
 from elder_jax.text import chat
 from elder_jax.text.documents import Document
 from elder_jax.text.documents import Documents
@@ -35,7 +37,7 @@ class Encoder:
     """
     self._documents, self._tokenizer, self._between = documents, tokenizer, between
     self._special, self._train_on = special_tokens, train_on
-    self._can_chat = False
+    self._can_chat, self._refused = False, 0
     if between == 'eos' and tokenizer.eos_token_id is None:
       raise InputError('documents', 'eos', 'the tokenizer has no end-of-text token; use --documents=wikitext.')
 
@@ -85,8 +87,15 @@ class Encoder:
     if not self._can_chat:
       chat.check(flag, source, self._tokenizer)
       self._can_chat = True
-    if self._train_on == 'all':
-      tokens = chat.tokens_of(flag, source, self._tokenizer, document.content)
-      return np.array(tokens, np.int64), None, after
-    tokens, own_N = chat.encode(flag, source, self._tokenizer, document.content)
+    own_N = None
+    try:
+      if self._train_on == 'all':
+        tokens = chat.tokens_of(flag, source, self._tokenizer, document.content)
+      else:
+        tokens, own_N = chat.encode(flag, source, self._tokenizer, document.content)
+    except chat.Refused as e:
+      self._refused += 1
+      if math.log10(self._refused).is_integer():  # each of many would be no news
+        log(f'--{flag}={source}: {self._refused} rows left out so far: {e.why}')
+      tokens, own_N = [], None if self._train_on == 'all' else np.zeros(0, bool)
     return np.array(tokens, np.int64), own_N, after

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 
@@ -28,6 +29,8 @@ from elder_jax.text.token_store import TokenStore
 SMALL = 64 * 2**20
 _VERSION = 1  # of how text becomes tokens; another one makes them anew
 _LOOKED_AT = 1024  # rows that are read before the long work begins
+
+FIRST_CONVERSATIONS = 100  # that are tried before a source is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +96,23 @@ def _folder(settings: DataSettings, shared: pathlib.Path | None) -> pathlib.Path
 
 
 def _conversations(part: Part, documents: Documents, tokenizer, settings: DataSettings) -> tuple[bool, bool]:
-  """Whether a source has conversations, and then tokens that do not count in the loss; by its first document."""
-  document = next((document for document, _ in documents.read()), None)
-  if document is None:
-    raise InputError(part.setting, part.source, 'is empty; give a file with text.')
-  if isinstance(document.content, str):
-    return False, False
-  chat.check(part.setting, part.source, tokenizer)
-  if settings.train_on == 'all':
-    return True, False
-  chat.encode(part.setting, part.source, tokenizer, document.content)
-  return True, True
+  """Whether a source has conversations, and then tokens that do not count in the loss; by its first documents.
+
+  A source of which the chat template refuses all of these is refused; later ones are left out one by one.
+  """
+  refused = None
+  for document, _ in itertools.islice(documents.read(), FIRST_CONVERSATIONS):
+    if isinstance(document.content, str):
+      return False, False
+    chat.check(part.setting, part.source, tokenizer)
+    if settings.train_on == 'all':
+      return True, False
+    try:
+      chat.encode(part.setting, part.source, tokenizer, document.content)
+      return True, True
+    except chat.Refused as e:
+      refused = e
+  raise refused or InputError(part.setting, part.source, 'is empty; give a file with text.')
 
 
 def _blend(settings, sources: list[Source], small: list[bool], vocab_size: int, validates: bool, read) -> TrainingText:

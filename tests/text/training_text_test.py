@@ -129,6 +129,19 @@ def test_conversations_that_cannot_be_rendered(tmp_path, tiny, chatting):
   assert len(opened(chatting, path, train_on='all').rows) == 4
 
 
+@pytest.mark.parametrize('train_on', ['assistant', 'all'])
+def test_conversations_that_the_template_refuses_are_left_out_and_told(tmp_path, chatting, capsys, train_on):
+  refuses = '{% if messages[0].content == "no" %}{{ raise_exception("not this") }}{% endif %}'
+  chatting.chat_template = refuses + CHATML
+  bad = {'messages': [{'role': 'user', 'content': 'no'}, *TURNS[1:]]}
+  rows = [{'messages': TURNS}] * 6
+  clean = opened(chatting, write(tmp_path / 'a.jsonl', *rows), train_on=train_on).rows
+  mixed = opened(chatting, write(tmp_path / 'b.jsonl', bad, *rows[:3], bad, *rows[3:], bad), train_on=train_on).rows
+  assert said(chatting, mixed) == said(chatting, clean)
+  told = capsys.readouterr()
+  assert '1 rows left out so far: the chat template refuses a conversation' in told.err + told.out
+
+
 def test_conversations_behind_texts_are_not_passed_over(tmp_path, chatting):
   path = write(tmp_path / 'a.jsonl', 'text ' * 3, *[{'messages': TURNS}] * 3)
   with pytest.raises(InputError, match='has conversations behind texts'):
