@@ -68,7 +68,7 @@ def _treated(context: Context, name: str, removed: list[int], fit: Batches, skip
 
   kept = pruning.kept_layers(dense.num_layers, removed)
   teacher = dense if settings.taught else None
-  saved = context.checkpoints(f'judge-{name}', settings.steps)
+  saved = context.checkpoints(f'judge-{name}-{len(removed)}', settings.steps)
   batches = After(context.batches, skip)
   made = train(model, [], settings, context.mode, batches, told, saved, teacher, kept=kept)
   memory.free(model, (made, dense))

@@ -66,7 +66,7 @@ def choose(context: Context, num_remove: int) -> Choice:
 
   training = config.training
   step, state, frozen = begin(model, num_remove, settings, context.mode, training.grad_clip, training.grad_accum)
-  checkpoint = context.checkpoints('mask', steps)
+  checkpoint = context.checkpoints(f'mask-{num_remove}', steps)
   if checkpoint:
     state = checkpoint.latest(state)
   fixed = frozen, model if settings.loss == 'kl' else None

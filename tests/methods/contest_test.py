@@ -125,6 +125,14 @@ def test_the_best_three_are_judged_after_training(deep, monkeypatch):
   assert 'judged again' in (config_of(**deep).path() / 'report.md').read_text()
 
 
+def test_each_depth_of_a_sweep_is_judged_after_its_own_training(deep, tmp_path):
+  settings = deep | dict(judge_steps=2, num_remove=None, compare=[])
+  both = pipeline.run(config_of(**settings | dict(ratio='0.3,0.2')))
+  for choice, ratio in zip(both['choices'], ('0.3', '0.2')):
+    alone = pipeline.run(config_of(**settings | dict(ratio=ratio, workdir=str(tmp_path / ratio))))
+    assert alone['choices'][0]['candidates'] == choice['candidates']
+
+
 def fewest_below(model, context) -> float:
   """The user's own: the number of weights that are above a bound, of the last layer alone."""
   assert context.settings.removal.method == ('auto',) and model.num_layers == 8

@@ -109,6 +109,15 @@ def test_a_run_that_is_stopped_goes_on_exactly(settings, tmp_path, monkeypatch):
   assert pruning.kept_layers(6, report['removed']) == report['kept']
 
 
+def test_each_depth_of_a_sweep_is_learned_anew(settings, tmp_path):
+  settings |= dict(method='mask', mask_steps=4, recipe='none', compare=[], num_remove=None, mask_lr=1.0)
+  both = pipeline.run(config_of(**settings | dict(ratio='0.5,0.2')))
+  for choice, ratio in zip(both['choices'], ('0.5', '0.2')):
+    alone = pipeline.run(config_of(**settings | dict(ratio=ratio, workdir=str(tmp_path / ratio))))
+    assert alone['choices'][0]['scores'] == choice['scores'] and alone['removed'] == sorted(choice['chosen'])
+  assert both['choices'][0]['scores'] != both['choices'][1]['scores']
+
+
 def test_eight_devices_learn_what_one_does(eight_devices):
   whole, found = tiny_decoder(), []
   for sizes in ((1, 1, 1), (2, 2, 2)):

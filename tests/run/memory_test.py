@@ -180,6 +180,7 @@ WITHIN = {'_sums', '_products', '_magnitudes', '_channel_sums', '_middle_sums', 
     dict(method='last', recipe='regularize', compare=['none'], lora_rank=2, dtype='bfloat16', distill=0.5),
     dict(method='last', recipe='prune_then_train', compare=[], trainable='all', export_dtype='float16', gate='output'),
     dict(method='last', recipe='prune_then_train', compare=['regularize'], distill_hidden=0.5),
+    dict(method='swaps', judge_steps=2, recipe='prune_then_train', compare=[], num_sequences=32, distill=0.5),
   ],
   ids=str,
 )
