@@ -41,10 +41,11 @@ VARIANTS = {
 NORMED = {
   'one round': ((1.0,), 0.1, dict(after=0)),
   'two': ((1.0, 1.0), 0.1, dict(after=0)),
+  'three': ((1.0, 1.0, 1.0), 0.1, dict(after=0)),
   'two, the first on a quarter': ((0.25, 1.0), 0.1, dict(after=0)),
   'the same, ridge 0.02': ((0.25, 1.0), 0.02, dict(after=0)),
   'the same, ridge 0.3': ((0.25, 1.0), 0.3, dict(after=0)),
-  'the same, ridge 0.1, two layers behind': ((0.25, 1.0), 0.1, dict(after=2)),
+  'the same, ridge 0.1, two layers behind with 0.3': ((0.25, 1.0), 0.1, dict(after=2)),
 }
 
 

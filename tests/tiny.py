@@ -1,6 +1,7 @@
 """Tiny random models and what else tests share that is no fixture."""
 
 from collections.abc import Callable
+import math
 import pathlib
 
 import jax
@@ -8,13 +9,17 @@ import pytest
 
 from elder_jax import methods
 from elder_jax.commands.flags import value_of
+from elder_jax.devices import preemption
+from elder_jax.devices import sharding
 from elder_jax.errors import InputError
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.spec import Spec
 from elder_jax.recipes.context import Context
+from elder_jax.run import pipeline
 from elder_jax.run.config import Config
 from elder_jax.run.config import all_fields
 from elder_jax.settings import types_of
+from elder_jax.training.batches import Batches
 
 
 def slow(*case):
@@ -135,3 +140,30 @@ def without_additions(config: dict, before: dict) -> dict:
   }
   assert config.keys() - before.keys() <= added and ('rope_parameters' in before or config.keys() == before.keys())
   return {key: value for key, value in config.items() if key in before}
+
+
+def stop_at_batch(monkeypatch, number: int, settings: dict):
+  """A run that is told to stop when it takes so many batches of the training text."""
+  taken, batch = [], Batches.__getitem__
+
+  def stopping(self, step):
+    taken.append(step)
+    monkeypatch.setattr(preemption, '_signalled', len(taken) == number)
+    return batch(self, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Batches, '__getitem__', stopping)
+    with pytest.raises(preemption.Preempted):
+      pipeline.run(config_of(**settings))
+  monkeypatch.setattr(preemption, '_signalled', False)
+
+
+def on_one_and_eight(model: Decoder, batches: list, devices: list, f: Callable) -> list:
+  """f(model, batches) on one device and on eight, as [data, fsdp, tp] = [2, 2, 2]."""
+  found = []
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    mesh = sharding.make_mesh(sizes, devices[: math.prod(sizes)])
+    with jax.set_mesh(mesh):
+      there = jax.tree.map(jax.device_put, model, sharding.for_model(model, mesh, sizes))
+      found.append(f(there, [sharding.put_batch(batch, mesh) for batch in batches]))
+  return found

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 
-import jax
-
 from elder_jax.devices import memory
 from elder_jax.methods import judging
 from elder_jax.model import pruning
@@ -22,22 +20,12 @@ from elder_jax.training.trainer import train
 FINALISTS = 3
 
 
-class After:
-  """The batches after the first `skip`, which judging reads."""
-
-  def __init__(self, batches: Batches, skip: int):
-    self._batches, self._skip = batches, skip
-
-  def __getitem__(self, step: int) -> jax.Array:
-    return self._batches[step + self._skip]
-
-
 def is_held(settings) -> bool:
   """Whether a run asks for it."""
   return settings.removal.judge_steps > 0 or settings.removal.judge_by != 'loss'
 
 
-def training_settings(settings) -> TrainSettings:
+def _training_settings(settings) -> TrainSettings:
   """Those of the run, for the steps of a judgement."""
   of_run = settings.train_settings()
   return dataclasses.replace(of_run, steps=settings.removal.judge_steps, validate_every=0, export='last', only='')
@@ -56,7 +44,7 @@ def figures(context: Context, choices: dict[str, list[int]], held_out: Batches, 
 
 
 def _treated(context: Context, name: str, removed: list[int], fit: Batches, skip: int) -> Decoder:
-  dense, settings = context.model, training_settings(context.settings)
+  dense, settings = context.model, _training_settings(context.settings)
   absorbs = not absorb.why_not(dense.spec)
   model = absorb.absorb(dense, removed, fit, context.mode) if absorbs else pruning.prune(dense, list(removed))
   if not settings.steps:
@@ -69,7 +57,7 @@ def _treated(context: Context, name: str, removed: list[int], fit: Batches, skip
   kept = pruning.kept_layers(dense.num_layers, removed)
   teacher = dense if settings.taught else None
   saved = context.checkpoints(f'judge-{name}-{len(removed)}', settings.steps)
-  batches = After(context.batches, skip)
+  batches = context.batches[skip : skip + settings.steps]
   made = train(model, [], settings, context.mode, batches, told, saved, teacher, kept=kept)
   memory.free(model, (made, dense))
   return made

@@ -5,6 +5,7 @@ streams there are computed once.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 
 import jax
@@ -94,14 +95,10 @@ def programs(shapes: Shapes, num_remove: int, choices: int, steps: int) -> list[
   found, dense = [], shapes.dense
   if not absorb.why_not(shapes.spec):
     for p in absorb.programs(shapes, **QUICK):
-      found.append(p if p.host else _with_calls(p, choices * steps))
+      found.append(p if p.host else dataclasses.replace(p, calls=choices * steps))
   found.append(pruning.removal_program('judging, removing layers', dense, num_remove, keeps=True))
   pruned = pruning.cut_shapes(dense, num_remove)
   args, flops = (pruned, shapes.tokens_BT, None, shapes.mode), shapes.flops(pruned.num_layers)
   size, beside = device_bytes(pruned), device_bytes(dense.layers)  # all else is shared
   name = f'judging, {pruned.num_layers} layers'
   return [*found, Program(name, losses.batch_nll, args, flops, size, beside=beside, calls=choices * steps)]
-
-
-def _with_calls(program: Program, calls: int) -> Program:
-  return Program(**(vars(program) | {'calls': calls}))

@@ -1,6 +1,5 @@
 """The method swaps: a search from auto's choice, one layer for another, each swap judged by the loss after absorbing."""
 
-from collections.abc import Iterator
 import dataclasses
 import math
 
@@ -45,37 +44,32 @@ def choose(first: Method, context: Context, num_remove: int) -> Choice:
   steps = auto.num_fitted(context.settings.removal.score_steps, len(context.batches))
   loss_of = judging.Judge(context.model, context.batches[:steps], context.batches[steps : 2 * steps], context.mode)
   quarter = context.batches[: math.ceil(steps / 4)]
-  cost_L = ablation.ppl(context.model, 1, quarter, context.mode).scores
+  cost_L = np.array(ablation.ppl(context.model, 1, quarter, context.mode).scores)
   tries, progress = context.settings.swaps.tries, context.log.progress('swapping layers')
-  removed, loss, made, left = sorted(start.removed), start.about['candidates'][0]['loss'], [], tries
+  removed, loss, made = sorted(start.removed), start.about['candidates'][0]['loss'], []
   loss_of.share([removed])
-  seen, better = {tuple(removed)}, True
-  while better and left:
-    better = False
-    for back, out in _swaps(removed, np.array(cost_L)):
-      found = sorted({*removed, out} - {back})
-      if tuple(found) in seen:
-        continue
-      seen.add(tuple(found))
-      left -= 1
-      of_found = loss_of(found)
-      progress(tries - left, tries, f'best loss {min(loss, of_found):.4f}')
-      if of_found < loss:
-        context.log.say(f'layer {out} instead of layer {back}: loss {loss:.4f} → {of_found:.4f}')
-        removed, loss, better = found, of_found, True
-        made.append([back, out, loss])
-        break
-      if not left:
-        break
-  return Choice(removed, about=start.about | {'swaps': made, 'tried': tries - left, 'loss': loss})
+  seen = {tuple(removed)}  # the start, which is not tried
+  while swap := _next(removed, cost_L, seen) if len(seen) <= tries else None:
+    back, out, found = swap
+    seen.add(tuple(found))
+    of_found = loss_of(found)
+    progress(len(seen) - 1, tries, f'best loss {min(loss, of_found):.4f}')
+    if of_found < loss:
+      context.log.say(f'layer {out} instead of layer {back}: loss {loss:.4f} → {of_found:.4f}')
+      removed, loss = found, of_found
+      made.append([back, out, loss])
+  return Choice(removed, about=start.about | {'swaps': made, 'tried': len(seen) - 1, 'loss': loss})
 
 
-def _swaps(removed: list[int], cost_L: np.ndarray) -> Iterator[tuple[int, int]]:
-  """(layer to put back, layer to take out), the most promising first: by the perplexity without each of them alone."""
-  log_L = np.log(cost_L)
-  kept = [l for l in range(len(cost_L)) if l not in removed]
-  pairs = [(back, out) for back in removed for out in kept]
-  return iter(sorted(pairs, key=lambda pair: (log_L[pair[1]] - log_L[pair[0]], pair)))
+def _next(removed: list[int], cost_L: np.ndarray, seen: set[tuple[int, ...]]) -> tuple[int, int, list[int]] | None:
+  """(layer to put back, layer to take out, the layers that are out then) of the most promising swap that was not seen.
+
+  The order is that of the perplexity without each of the two layers alone.
+  """
+  kept, log_L = [l for l in range(len(cost_L)) if l not in removed], np.log(cost_L)
+  swaps = sorted((log_L[out] - log_L[back], back, out) for back in removed for out in kept)
+  found = ((back, out, sorted({*removed, out} - {back})) for _, back, out in swaps)
+  return next((swap for swap in found if tuple(swap[2]) not in seen), None)
 
 
 def programs(first: Method, shapes: Shapes, num_remove: int) -> list[Program]:

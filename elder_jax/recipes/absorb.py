@@ -37,7 +37,7 @@ from elder_jax.recipes.streams import stream_programs
 from elder_jax.recipes.streams import walk
 from elder_jax.recipes.streams import weights
 
-# Chosen on validation text: docs/decisions.md.
+# Chosen by trials on validation text: docs/decisions.md.
 RIDGE = 0.3  # times the mean diagonal of a Gram matrix
 AFTER = 2  # layers that are refitted after a run
 
@@ -102,11 +102,11 @@ def _before_run(current: Decoder, x: Streams, t: Streams, l: int, attention: boo
   if block == 'sandwich':
     return normed.refit(current, x, t, l, normed.RIDGE)
   if attention:
-    gram, cross, error, size = x.totals(_sums, current, l, x.mode, 'both', beside=t)
+    gram, cross, error, size = x.totals(_sums, current, l, 'both', beside=t)
     before, won = error / size, _change_both(current, l, gram, cross)
     if block == 'parallel':
       return before, (error - won) / size
-  gram, cross, error, size = x.totals(_sums, current, l, x.mode, 'down', beside=t)
+  gram, cross, error, size = x.totals(_sums, current, l, 'down', beside=t)
   return error / size if before is None else before, (error - _change(layers.w_down, l, gram, cross)) / size
 
 
@@ -114,16 +114,16 @@ def _after_run(model: Decoder, current: Decoder, x: Streams, t: Streams, l: int,
   """Refits layer l, which reads x, to write what it writes in `model`, which reads t; takes t through it."""
   block = current.spec.block
   if attention and block == 'pre':
-    gram, cross = x.totals(_middle_sums, model, current, l, x.mode, beside=t)
+    gram, cross = x.totals(_middle_sums, model, current, l, beside=t)
     _change(current.layers.wo, l, gram, cross)
   t.advance(model, [l])
   if block == 'sandwich':
     normed.refit(current, x, t, l, RIDGE)
   elif attention and block == 'parallel':
-    gram, cross, *_ = x.totals(_sums, current, l, x.mode, 'both', beside=t)
+    gram, cross, *_ = x.totals(_sums, current, l, 'both', beside=t)
     _change_both(current, l, gram, cross)
   else:
-    gram, cross, *_ = x.totals(_sums, current, l, x.mode, 'down', beside=t)
+    gram, cross, *_ = x.totals(_sums, current, l, 'down', beside=t)
     _change(current.layers.w_down, l, gram, cross)
 
 
@@ -157,14 +157,13 @@ def _won(delta, gram, cross) -> float:
 # ---- sums over the tokens of a batch, float32 ----
 
 
-@functools.partial(jax.jit, static_argnames=('mode', 'of'))
-def _sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode, of: str):
+@functools.partial(jax.jit, static_argnames='of')
+def _sums(x_BTD, target_BTD, model: Decoder, l, of: str):
   """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²), r = target − what layer l writes.
 
   Args:
     of: what a is: `down`, the features of the MLP; `both`, those of attention and then those of the MLP.
   """
-  del mode  # the streams have its type
   block, attended_BTNH = layer_at(model, l, x_BTD)
   attn_BTD = block.attn_update(attended_BTNH, x_BTD)
   f_BTF, mid_BTD = block.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD
@@ -173,10 +172,9 @@ def _sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode, of: str):
   return _weighted(a_SA, r_SD, rows(target_BTD))
 
 
-@functools.partial(jax.jit, static_argnames='mode')
-def _middle_sums(x_BTD, t_BTD, model: Decoder, current: Decoder, l, mode: Mode):
+@jax.jit
+def _middle_sums(x_BTD, t_BTD, model: Decoder, current: Decoder, l):
   """(Σ w a·aᵀ, Σ w a·rᵀ), a what attention gives in layer l of `current`, r what its stream after attention lacks."""
-  del mode
   block, attended_BTNH = layer_at(current, l, x_BTD)
   dense_block, dense_BTNH = layer_at(model, l, t_BTD)
   target_SD = rows(t_BTD) + rows(dense_block.attn_update(dense_BTNH, t_BTD))
@@ -206,19 +204,17 @@ def start_absorbed(context: Context, choice: Choice) -> Decoder:
 
 def why_not(spec: Spec) -> str:
   """Recipe.refuses: '' where what layers add to the stream can be refitted in closed form."""
+  if spec.block != 'post':
+    return ''
   return (
-    (
-      'layers of this family normalise the stream after their MLP, so that nothing can be folded into it; use '
-      '--recipe=prune_then_train or regularize, or none.'
-    )
-    if spec.block == 'post'
-    else ''
+    'layers of this family normalise the stream after their MLP, so that nothing can be folded into it; use '
+    '--recipe=prune_then_train or regularize, or none.'
   )
 
 
 def programs(shapes: Shapes, after: int = AFTER, attention: bool = True) -> list[Program]:
   """Recipe.programs; arguments as for `absorb`."""
-  at, layers = (shapes.dense, np.int32(0), shapes.mode), 1 + after
+  at, layers = (shapes.dense, np.int32(0)), 1 + after
   if shapes.spec.block == 'sandwich':
     return stream_programs(shapes, 'absorb', normed.sums, *at, normed.no_scale(shapes), layers=3 * layers)
   if attention:

@@ -57,9 +57,8 @@ class Context:
   # Called with arrays of `model` that are not needed any more, as soon as they are not (memory.free). None: the model
   # stays as it is.
   free: Callable | None = None
-  judge: Callable[[Decoder], float] | None = (
-    None  # of --judge_by, the lower the better; None: the loss on text held out
-  )
+  # Of --judge_by, the lower the better. None: the loss on text held out.
+  judge: Callable[[Decoder], float] | None = None
   score_steps: int | None = None  # batches that scores are taken on; unset: those of the settings
 
   @property

@@ -23,8 +23,7 @@ def start(context: Context, choice: Choice) -> Decoder:
   return patch.start(context, choice, _sums, _solve)
 
 
-def _solve(sequences: int, gram_DD, cross_DD) -> np.ndarray:
-  del sequences
+def _solve(gram_DD, cross_DD) -> np.ndarray:
   return solve_once(lambda gram, cross: np.linalg.solve(gram + EPSILON * np.eye(len(gram)), cross), gram_DD, cross_DD)
 
 

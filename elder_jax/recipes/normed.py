@@ -1,7 +1,5 @@
 """`absorb` of a layer whose MLP ends in a norm, as Gemma's do: its down projection and the scale of the norm in turns."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import numpy as np
 from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.program import Shapes
-from elder_jax.model.spec import Mode
 from elder_jax.recipes.streams import Streams
 from elder_jax.recipes.streams import get_layer
 from elder_jax.recipes.streams import layer_at
@@ -45,15 +42,15 @@ def refit(current: Decoder, x: Streams, t: Streams, l: int, strength: float) -> 
   """
   w_down, scale = current.layers.w_down, current.layers.post_mlp_norm.scale
   offset = 1.0 if current.layers.post_mlp_norm.kind == 'rms1' else 0.0  # the scale is stored without it
-  r2_D, ry_D, y2_D, size, weight = x.totals(_channel_sums, current, l, x.mode, beside=t, part=ROUNDS[0])
+  r2_D, ry_D, y2_D, size, weight = x.totals(_channel_sums, current, l, beside=t, part=ROUNDS[0])
   before = np.sum(r2_D - 2 * ry_D + y2_D) / size
   kappa_D = np.sqrt(np.maximum(r2_D / weight, 1e-30))
   put_layer(w_down, get_layer(w_down, l) * ((get_layer(scale, l) + offset) / kappa_D), l)
   put_layer(scale, np.ones_like(kappa_D) - offset, l)  # so that the block gives n
   for part in ROUNDS:
-    gram, cross = x.totals(sums, current, l, x.mode, kappa_D.astype(np.float32), beside=t, part=part)
+    gram, cross = x.totals(sums, current, l, kappa_D.astype(np.float32), beside=t, part=part)
     put_layer(w_down, get_layer(w_down, l) + solve_once(ridge, gram, cross, strength), l)
-  r2_D, rn_D, n2_D, size, _ = x.totals(_channel_sums, current, l, x.mode, beside=t)
+  r2_D, rn_D, n2_D, size, _ = x.totals(_channel_sums, current, l, beside=t)
   s_D = rn_D / np.maximum(n2_D, 1e-30)  # a channel that no layer writes to stays so
   put_layer(scale, s_D - offset, l)
   return before, np.sum(r2_D - 2 * s_D * rn_D + s_D**2 * n2_D) / size
@@ -64,10 +61,9 @@ def no_scale(shapes: Shapes) -> np.ndarray:
   return np.ones(shapes.spec.d_model, np.float32)
 
 
-@functools.partial(jax.jit, static_argnames='mode')
-def sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode, kappa_D):
+@jax.jit
+def sums(x_BTD, target_BTD, model: Decoder, l, kappa_D):
   """(Σ w a·aᵀ, Σ w a·(r/κ − n)ᵀ) with a = f/ρ; the norm's scale is 1. See `refit`."""
-  del mode
   block, f_BTF, mid_BTD = _parts(model, l, x_BTD)
   n_SD, u_SD = rows(block.mlp_update(f_BTF, mid_BTD)), rows(block.mlp_output(f_BTF))
   a_SF = rows(f_BTF) * jax.lax.rsqrt(jnp.mean(u_SD * u_SD, -1, keepdims=True) + block.post_mlp_norm.eps)
@@ -76,10 +72,9 @@ def sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode, kappa_D):
   return sharding.replicate((product(weighted_SF, a_SF), product(weighted_SF, wanted_SD - n_SD)))
 
 
-@functools.partial(jax.jit, static_argnames='mode')
-def _channel_sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode):
+@jax.jit
+def _channel_sums(x_BTD, target_BTD, model: Decoder, l):
   """(Σ w r², Σ w r y, Σ w y² of each channel; Σ w ‖target‖², Σ w): y what the MLP adds, r what it should add."""
-  del mode
   block, f_BTF, mid_BTD = _parts(model, l, x_BTD)
   y_SD, r_SD = rows(block.mlp_update(f_BTF, mid_BTD)), rows(target_BTD) - rows(mid_BTD)
   t_SD = rows(target_BTD)

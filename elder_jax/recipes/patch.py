@@ -25,15 +25,14 @@ def start(context: Context, choice: Choice, sums: Callable, solve: Callable[...,
 
   Args:
     sums: of a batch, (x_BTD before the run, x_BTD after it) -> arrays that are added up over the batches.
-    solve: (number of sequences, sums) -> M_DD.
+    solve: of these sums -> M_DD.
   """
   model, found, at = context.model, {}, 0
   t = Streams.at_the_bottom(model, context.fitted, context.mode)
-  sequences = sum(tokens_BT.shape[0] for tokens_BT in context.fitted)
   for l, end in cuts(model.num_layers, choice.removed):
     before = t.advance(model, range(at, l + 1)).copy()
     t.advance(model, range(l + 1, end))
-    found[l] = solve(sequences, *before.totals(sums, beside=t))
+    found[l] = solve(*before.totals(sums, beside=t))
     at = end
     context.log.say(f'a matrix in place of layers {l + 1}-{end - 1}')
   return prune_changed(attach(model, found), choice.removed, model, context.free)

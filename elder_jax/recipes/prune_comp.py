@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elder_jax.devices import sharding
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.layers import Norm
@@ -14,6 +13,7 @@ from elder_jax.model.spec import Spec
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 from elder_jax.recipes.streams import Streams
+from elder_jax.recipes.streams import channel_ratios
 from elder_jax.recipes.streams import cuts
 from elder_jax.recipes.streams import prune_changed
 from elder_jax.recipes.streams import stream_programs
@@ -35,8 +35,8 @@ def start(context: Context, choice: Choice) -> Decoder:
   for l, end in cuts(model.num_layers, choice.removed):
     x.advance(current, [k for k in kept if at <= k <= l])
     after = x.copy().advance(current, range(l + 1, end))
-    (ratio_D,) = x.totals(_sums, beside=after)
-    alpha = float(ratio_D.mean()) / sum(tokens_BT.shape[0] for tokens_BT in context.fitted)
+    ratio_D, sequences = x.totals(channel_ratios, beside=after)
+    alpha = float(ratio_D.mean() / sequences)
     scale(current, l, alpha)
     x.map(lambda x_BTD, alpha=alpha: x_BTD * jnp.asarray(alpha, x_BTD.dtype))
     at = end
@@ -75,16 +75,6 @@ def _times(param, factor):
     param.set_value((value.astype(jnp.float32) * factor).astype(value.dtype))
 
 
-@jax.jit
-def _sums(x_BTD, y_BTD):
-  """The sum over sequences of each channel's ratio."""
-
-  def size_BD(a_BTD):
-    return jnp.mean(jnp.abs(a_BTD.astype(jnp.float32)), 1)
-
-  return sharding.replicate((jnp.sum(size_BD(y_BTD) / jnp.maximum(size_BD(x_BTD), 1e-12), 0),))
-
-
 def why_not(spec: Spec) -> str:
   """Recipe.refuses."""
   if spec.block != 'post' and (spec.final_norm or not spec.tied):
@@ -97,4 +87,4 @@ def why_not(spec: Spec) -> str:
 
 def programs(shapes: Shapes) -> list[Program]:
   """Recipe.programs."""
-  return stream_programs(shapes, 'prune_comp', _sums)
+  return stream_programs(shapes, 'prune_comp', channel_ratios)

@@ -1,7 +1,5 @@
 """ReplaceMe (arXiv 2505.02819, section 2.2): each removed run becomes a linear map, folded into the layer before."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -9,7 +7,6 @@ from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
-from elder_jax.model.spec import Mode
 from elder_jax.model.spec import Spec
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
@@ -36,7 +33,7 @@ def start(context: Context, choice: Choice) -> Decoder:
   for l, end, x, t in walk(model, current, choice.removed, context.fitted, context.mode):
     t.advance(model, range(l, end))
     if end > l + 1:
-      gram_DD, cross_DD = x.totals(_sums, current, l, context.mode, beside=t)
+      gram_DD, cross_DD = x.totals(_sums, current, l, beside=t)
       w_FD = get_layer(current.layers.w_down, l)
       put_layer(current.layers.w_down, w_FD + w_FD @ solve_once(_least_squares, gram_DD, cross_DD), l)
   return prune_changed(current, choice.removed, model, context.free)
@@ -47,11 +44,10 @@ def _least_squares(gram_DD, cross_DD):
   return np.linalg.pinv(gram_DD, rcond=1e-12, hermitian=True) @ cross_DD
 
 
-@functools.partial(jax.jit, static_argnames='mode')
-def _sums(x_BTD, target_BTD, model: Decoder, l, mode: Mode):
+@jax.jit
+def _sums(x_BTD, target_BTD, model: Decoder, l):
   """(Σ a·aᵀ, Σ a·rᵀ): a the product of layer l's down projection, r = target − what the layer writes, so that the
   solution is T − 1."""
-  del mode
   block, attended_BTNH = layer_at(model, l, x_BTD)
   attn_BTD = block.attn_update(attended_BTNH, x_BTD)
   out_BTD = block.mlp_output(block.mlp_features(x_BTD, attn_BTD))
@@ -73,4 +69,4 @@ def why_not(spec: Spec) -> str:
 
 def programs(shapes: Shapes) -> list[Program]:
   """Recipe.programs."""
-  return stream_programs(shapes, 'replace_linear', _sums, shapes.dense, np.int32(0), shapes.mode)
+  return stream_programs(shapes, 'replace_linear', _sums, shapes.dense, np.int32(0))

@@ -45,7 +45,7 @@ class Streams:
   @classmethod
   def at_the_bottom(cls, model: Decoder, batches: Batches, mode: Mode) -> 'Streams':
     """What layer 0 reads."""
-    return cls(mode, [_to_host(_embed(model, tokens_BT, mode)) for tokens_BT in _stoppable(batches)])
+    return cls(mode, [_to_host(_embed(model, tokens_BT, mode)) for tokens_BT in batches])
 
   def copy(self) -> 'Streams':
     """The same streams, to be taken elsewhere."""
@@ -68,9 +68,8 @@ class Streams:
 
   def totals(self, sums: Callable, *args, beside: 'Streams | None' = None, part: float = 1.0) -> list[np.ndarray]:
     """sums(x_BTD, its part of `beside`, *args), a tuple, added up in float64 over the batches, or a first part of them."""
-    rows = zip(self, self if beside is None else beside)
-    total = None
-    for x_BTD, other_BTD in itertools.islice(rows, math.ceil(part * len(self._parts))):
+    pairs, total = zip(self, self if beside is None else beside), None
+    for x_BTD, other_BTD in itertools.islice(pairs, math.ceil(part * len(self._parts))):
       found = [hosts.to_host(a).astype(np.float64) for a in sums(x_BTD, other_BTD, *args)]
       total = found if total is None else [t + a for t, a in zip(total, found)]
     return total
@@ -83,16 +82,21 @@ def _stoppable(items):
 
 
 def _to_host(x_BTD):
-  """Out of the way of the devices; on a CPU it is where it should be."""
-  return x_BTD if sharding.platform() == 'cpu' else _moved(x_BTD, 'pinned_host')
+  """Out of the way of the devices."""
+  return _moved(x_BTD, 'pinned_host') if _waits_apart() else x_BTD
 
 
 def _to_device(x_BTD):
-  return x_BTD if sharding.platform() == 'cpu' else _moved(x_BTD, 'device')
+  return _moved(x_BTD, 'device') if _waits_apart() else x_BTD
 
 
-def _moved(x_BTD, memory: str):
-  return jax.device_put(x_BTD, x_BTD.sharding.with_memory_kind(memory))
+def _moved(x_BTD, kind: str):
+  return jax.device_put(x_BTD, x_BTD.sharding.with_memory_kind(kind))
+
+
+def _waits_apart() -> bool:
+  """Whether the memory of the hosts is another than that of the devices."""
+  return sharding.platform() != 'cpu'
 
 
 def cuts(num_layers: int, removed) -> list[tuple[int, int]]:
@@ -173,6 +177,17 @@ def rows(a) -> jax.Array:
 def weights(target_SD):
   """1 / ‖target‖² of each token, [S, 1]: with it a squared error is one relative to the stream."""
   return 1 / jnp.maximum(jnp.sum(target_SD**2, -1, keepdims=True), 1e-12)
+
+
+@jax.jit
+def channel_ratios(x_BTD, y_BTD):
+  """(Σ over the sequences of Σ |y| / Σ |x| of each channel, the inner sums over tokens; the number of sequences)."""
+
+  def size_BD(a_BTD):
+    return jnp.sum(jnp.abs(a_BTD.astype(jnp.float32)), 1)
+
+  ratio_BD = size_BD(y_BTD) / jnp.maximum(size_BD(x_BTD), 1e-12)
+  return sharding.replicate((jnp.sum(ratio_BD, 0), jnp.float32(ratio_BD.shape[0])))
 
 
 product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)

@@ -23,6 +23,7 @@ from elder_jax.settings import default_of
 from elder_jax.settings import fields
 from elder_jax.settings import name_of
 from elder_jax.settings import setting
+from elder_jax.text import zero_shot
 from elder_jax.text.settings import DataSettings
 from elder_jax.training.settings import TrainSettings
 
@@ -120,7 +121,7 @@ class Config:
         'train_tokens', data.train_tokens, 'and --train_steps both say how long to train; leave out one.'
       )
     by = self.removal.judge_by
-    if by != 'loss' and ':' not in by and by not in self.evaluation.tasks:
+    if by != 'loss' and ':' not in by and by not in zero_shot.expand(self.evaluation.tasks):
       raise InputError(
         'judge_by',
         by,

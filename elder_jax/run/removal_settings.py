@@ -99,8 +99,8 @@ class RemovalSettings(Settings):
   )
   judge_by: str = setting(
     'loss',
-    'What auto judges the best three by: loss, on text held out; a task of --tasks, by its acc; or a function of your own, '
-    'package.module:NAME, of a Decoder and the Context, which gives a number, the lower the better.',
+    'What auto judges the best three by: loss, on text held out; a task of --tasks, by its accuracy; or a function of your '
+    'own, package.module:NAME, of a Decoder and the Context, which gives a number, the lower the better.',
     rare=True,
   )
   recipe: str = setting(

@@ -22,6 +22,8 @@ from elder_jax.run import row_training
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
 from elder_jax.run.job import load
+from elder_jax.run.tables import is_fraction
+from elder_jax.run.tables import main_metric
 from elder_jax.text import answers
 from elder_jax.text import perplexity
 from elder_jax.text import zero_shot
@@ -201,7 +203,15 @@ def _judge(job: Job, context: Context) -> Callable[[Decoder], float] | None:
   if ':' in by:
     own = find_entry('judge_by', by, {}, Callable)
     return lambda model: own(model, context)
-  return lambda model: -_task_figures(job, model, 'a candidate')[by]['acc']
+  return lambda model: -_score(by, _task_figures(job, model, 'a candidate').get(by, {}))
+
+
+def _score(task: str, values: dict) -> float:
+  """The fraction of right answers. Raises InputError for a task that has none."""
+  metric = main_metric(values)
+  if not is_fraction(metric):
+    raise InputError('judge_by', task, 'has no fraction of right answers; judge by another task, or by loss.')
+  return values[metric]
 
 
 # ---- treating ----

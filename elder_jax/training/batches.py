@@ -85,6 +85,10 @@ class _Part(Sequence):
   def __getitem__(self, i):
     return _Part(self._batches, self._steps[i]) if isinstance(i, slice) else self._batches[self._steps[i]]
 
+  def weight_BT(self, i: int) -> jax.Array | None:
+    """Of Batches."""
+    return self._batches.weight_BT(self._steps[i])
+
   def __iter__(self) -> Iterator[jax.Array]:
     for step in self._steps:
       preemption.check()

@@ -1,6 +1,5 @@
 """Judging with what is shared, the search by swaps, and the second judgement of auto's best."""
 
-import jax
 import numpy as np
 import pytest
 from tiny import config_of
@@ -8,7 +7,6 @@ from tiny import tiny_decoder
 from tiny import write_tiny_llama
 
 from elder_jax.errors import InputError
-from elder_jax.methods import METHODS
 from elder_jax.methods import auto
 from elder_jax.methods import contest
 from elder_jax.methods import judging
@@ -19,6 +17,8 @@ from elder_jax.recipes import streams
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 from elder_jax.run import pipeline
+from elder_jax.run import prepare
+from elder_jax.run import work
 from elder_jax.training import batches as batches_lib
 
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (8, 4, 16), np.int32))
@@ -87,7 +87,11 @@ def test_as_many_swaps_are_tried_as_were_asked_for(tries, monkeypatch):
 
 
 def test_swaps_are_tried_in_the_order_of_what_layers_cost_alone():
-  assert list(swaps._swaps([0, 2], np.array([8.0, 3.0, 2.5, 1.0]))) == [(0, 3), (0, 1), (2, 3), (2, 1)]
+  seen, order = set(), []
+  while swap := swaps._next([0, 2], np.array([8.0, 3.0, 2.5, 1.0]), seen):
+    order.append(swap[:2])
+    seen.add(tuple(swap[2]))
+  assert order == [(0, 3), (0, 1), (2, 3), (2, 1)]
 
 
 @pytest.fixture
@@ -149,6 +153,7 @@ def test_the_users_own_function_decides(deep):
   'changes, sentence',
   [
     (dict(judge_by='piqa'), 'judge_by=piqa: is not among the tasks of this run'),
+    (dict(judge_by='quick', tasks='quick'), 'judge_by=quick: is not among the tasks'),
     (dict(judge_by='no.such:thing'), 'judge_by=no.such:thing: cannot be imported'),
     (dict(judge_steps=5), 'of the 6 batches of a pass 4 are left'),
   ],
@@ -158,9 +163,48 @@ def test_a_judgement_that_cannot_be_held_is_refused(deep, changes, sentence):
     pipeline.run(config_of(**deep | changes))
 
 
-def test_the_text_behind_what_is_judged_by():
-  rows = np.arange(8)
-  after = contest.After(rows, 3)
-  assert [int(after[i]) for i in range(3)] == [3, 4, 5]
-  assert batches_lib and METHODS['swaps'].why_not(config_of(num_sequences=4, batch_size=4), 6, 2)
-  assert jax.devices()
+@pytest.mark.parametrize(
+  'values, expected',
+  [({'acc': 0.25, 'n': 4}, 0.25), ({'exact_match,strict': 0.5, 'n': 4}, 0.5), ({'ppl': 9.0}, None), ({}, None)],
+)
+def test_a_task_is_judged_by_its_right_answers(values, expected):
+  if expected is not None:
+    assert work._score('some', values) == expected
+    return
+  with pytest.raises(InputError, match='judge_by=some: has no fraction of right answers'):
+    work._score('some', values)
+
+
+def test_a_task_of_the_run_decides(deep, monkeypatch):
+  """The harness's own is stood in for: the second that is asked about is right most often."""
+  asked = []
+
+  def figures(job, model, name):
+    asked.append(name)  # the dense model is measured, too
+    return {'piqa': {'acc': 0.9 if asked.count('a candidate') == 2 else 0.1}}
+
+  monkeypatch.setattr(work, '_task_figures', figures)
+  monkeypatch.setattr(prepare.zero_shot, 'load_tasks', lambda *_: {'tasks': {}})
+  report = pipeline.run(config_of(**deep | dict(judge_by='piqa', tasks='quick')))
+  again = [c['again'] for c in report['choices'][0]['candidates'] if c['again'] is not None]
+  assert again[0] == -0.9 and set(again[1:]) == {-0.1}
+
+
+def test_a_part_of_a_text_has_the_weights_of_its_tokens():
+  class Rows:
+    masked = True
+
+    def __len__(self):
+      return 12
+
+    def __getitem__(self, numbers):
+      return np.repeat(np.asarray(numbers)[:, None], 4, 1).astype(np.int32)
+
+    def counted(self, numbers):
+      return np.asarray(numbers)[:, None] % 2 == np.zeros((1, 4))
+
+  whole = batches_lib.Batches(Rows(), 2, seed=3)
+  part = whole[2:5][1:]
+  for i in range(2):
+    np.testing.assert_array_equal(part[i], whole[3 + i])
+    np.testing.assert_array_equal(part.weight_BT(i), whole.weight_BT(3 + i))

@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import config_of
+from tiny import on_one_and_eight
+from tiny import stop_at_batch
 from tiny import tiny_decoder
 
-from elder_jax.devices import preemption
-from elder_jax.devices import sharding
 from elder_jax.methods import mask
 from elder_jax.model import pruning
 from elder_jax.model.spec import Mode
 from elder_jax.recipes.context import Context
 from elder_jax.run import pipeline
 from elder_jax.training import losses
-from elder_jax.training.batches import Batches
 
 L = 6
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (64, 4, 16), np.int32))
@@ -92,20 +91,9 @@ def test_layers_without_effect_are_found(loss):
 def test_a_run_that_is_stopped_goes_on_exactly(settings, tmp_path, monkeypatch):
   settings |= dict(method='mask', mask_steps=6, recipe='none', compare=[], checkpoint_every=2, num_sequences=32)
   straight = pipeline.run(config_of(**settings | dict(workdir=str(tmp_path / 'straight'))))
-  taken, batch = [], Batches.__getitem__
-
-  def stopping(self, step):
-    taken.append(step)
-    monkeypatch.setattr(preemption, '_signalled', len(taken) == 3)
-    return batch(self, step)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(Batches, '__getitem__', stopping)
-    with pytest.raises(preemption.Preempted):
-      pipeline.run(config_of(**settings))
-  monkeypatch.setattr(preemption, '_signalled', False)
+  stop_at_batch(monkeypatch, 3, settings)
   report = pipeline.run(config_of(**settings))
-  assert taken == [0, 1, 2] and report['choices'] == straight['choices'] and report['ppl'] == straight['ppl']
+  assert report['choices'] == straight['choices'] and report['ppl'] == straight['ppl']
   assert pruning.kept_layers(6, report['removed']) == report['kept']
 
 
@@ -119,12 +107,9 @@ def test_each_depth_of_a_sweep_is_learned_anew(settings, tmp_path):
 
 
 def test_eight_devices_learn_what_one_does(eight_devices):
-  whole, found = tiny_decoder(), []
-  for sizes in ((1, 1, 1), (2, 2, 2)):
-    mesh = sharding.make_mesh(sizes, eight_devices[: 1 if sizes == (1, 1, 1) else 8])
-    with jax.set_mesh(mesh):
-      model = jax.tree.map(jax.device_put, whole, sharding.for_model(whole, mesh, sizes))
-      batches = [sharding.put_batch(batch, mesh) for batch in BATCHES]
-      found.append(mask.choose(Context(model, batches, settings_of(mask_steps=8), Mode()), 2))
+  def learn(model, batches):
+    return mask.choose(Context(model, batches, settings_of(mask_steps=8), Mode()), 2)
+
+  found = on_one_and_eight(tiny_decoder(), BATCHES, eight_devices, learn)
   assert found[0].removed == found[1].removed
   np.testing.assert_allclose(found[0].scores, found[1].scores, atol=1e-3)

@@ -18,9 +18,9 @@ from elder_jax.model.decoder import logits_of
 from elder_jax.model.decoder import run_layers
 from elder_jax.model.spec import Mode
 from elder_jax.recipes import RECIPES
-from elder_jax.recipes import linear_patch
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
+from elder_jax.recipes.hadamard import hadamard
 from elder_jax.run import pipeline
 from elder_jax.text.decoding import decode_step
 from elder_jax.text.decoding import prefill
@@ -59,7 +59,7 @@ def with_maps(model, tokens_BT, removed, map_of: dict) -> np.ndarray:
 
 
 def plain_linear_patch(x_BTD, y_BTD) -> np.ndarray:
-  H = linear_patch.hadamard(16)
+  H = hadamard(16)
   ratio_BD = np.abs(y_BTD @ H).mean(1) / np.abs(x_BTD @ H).mean(1)
   return H @ np.diag(ratio_BD.mean(0)) @ H.T
 
@@ -122,7 +122,7 @@ def test_rescaling_is_a_factor_on_the_stream_at_each_cut(features, tied):
 
 @pytest.mark.parametrize('d', [1, 2, 12, 20, 28, 36, 84, 576, 640, 896, 2304, 3584, 5120])
 def test_hadamard_matrices(d):
-  H = linear_patch.hadamard(d)
+  H = hadamard(d)
   np.testing.assert_allclose(H @ H.T, np.eye(d), atol=1e-9)
   np.testing.assert_allclose(np.abs(H), d**-0.5)
 
@@ -131,7 +131,7 @@ def test_hadamard_matrices(d):
 def test_an_order_without_one_is_refused(d):
   """92 has one, but not by these constructions."""
   with pytest.raises(ValueError, match=f'order {d}'):
-    linear_patch.hadamard(d)
+    hadamard(d)
   spec = dataclasses.replace(tiny_decoder().spec, d_model=d)
   assert '--recipe=ghosted' in RECIPES['linear_patch'].refuses(spec)
 

@@ -6,8 +6,8 @@ import pathlib
 import jax
 import pytest
 from tiny import config_of
+from tiny import stop_at_batch
 
-from elder_jax.devices import preemption
 from elder_jax.errors import InputError
 from elder_jax.methods.method import Method
 from elder_jax.model import pruning
@@ -15,7 +15,6 @@ from elder_jax.recipes.context import Choice
 from elder_jax.recipes.recipe import Recipe
 from elder_jax.run import pipeline
 from elder_jax.run import plan
-from elder_jax.training.batches import Batches
 
 
 def choose_middle(context, num_remove: int) -> Choice:
@@ -52,18 +51,7 @@ def test_the_plan(own, capsys):
 
 def test_a_sweep_that_is_stopped_and_resumed(own, tmp_path, monkeypatch):
   straight = pipeline.run(config_of(**own | dict(workdir=str(tmp_path / 'straight'))))
-  taken, batch = [], Batches.__getitem__
-
-  def stopping(self, step):
-    taken.append(step)
-    monkeypatch.setattr(preemption, '_signalled', len(taken) == 4)
-    return batch(self, step)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(Batches, '__getitem__', stopping)
-    with pytest.raises(preemption.Preempted):
-      pipeline.run(config_of(**own))
-  monkeypatch.setattr(preemption, '_signalled', False)
+  stop_at_batch(monkeypatch, 4, own)
   report = pipeline.run(config_of(**own))
   for name in ('rows', 'choices', 'removed', 'kept', 'ppl', 'recipe', 'method'):
     assert report[name] == straight[name], name

@@ -9,14 +9,13 @@ import types
 import pytest
 from refusal import refused
 from tiny import config_of
+from tiny import stop_at_batch
 
-from elder_jax.devices import preemption
 from elder_jax.errors import InputError
 from elder_jax.log import RunLog
 from elder_jax.run import pipeline
 from elder_jax.run import tracking
 from elder_jax.run import workdir
-from elder_jax.training.batches import Batches
 
 
 def events(folder: pathlib.Path) -> list:
@@ -42,21 +41,6 @@ def curves(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     for value in event.summary.value:
       shown.setdefault(value.tag, []).append((event.step, value.simple_value))
   return shown
-
-
-def stop_at_batch(monkeypatch, number: int, settings: dict):
-  taken, batch = [], Batches.__getitem__
-
-  def stopping(self, step):
-    taken.append(step)
-    monkeypatch.setattr(preemption, '_signalled', len(taken) == number)
-    return batch(self, step)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(Batches, '__getitem__', stopping)
-    with pytest.raises(preemption.Preempted):
-      pipeline.run(config_of(**settings))
-  monkeypatch.setattr(preemption, '_signalled', False)
 
 
 class Recorder:
