@@ -170,13 +170,16 @@ def test_local_dry_run():
   assert len(shown) == 2 and 1024 < int(port) < 65536
 
 
-# Stands where an interpreter would, to end as the test says: process I runs the words of ENDS after the Ith comma.
+# Stands where an interpreter would, to end as the test says: process I runs the words of ENDS after the Ith comma. None
+# ends before all are there: the first to end may end the others.
 INTERPRETER = r"""
-for arg; do case $arg in --process_id=*) id=${arg#*=} ;; esac; done
+for arg; do case $arg in --process_id=*) id=${arg#*=} ;; --num_processes=*) n=${arg#*=} ;; esac; done
 echo "process $id: $JAX_PLATFORMS ${XLA_FLAGS:-}"
 printf '%s\n' "$@" >"$ARGS/$id"
 trap 'echo checkpoint $id; exit 75' TERM
 [[ $id != 2 ]] || trap '' TERM
+touch "$ARGS/there-$id"
+for ((i = 0; i < n; i++)); do until [[ -e $ARGS/there-$i ]]; do sleep 0.05; done; done
 IFS=, read -ra ends <<<"$ENDS"
 forever() { touch "$ARGS/ready-$id"; while true; do sleep 0.1; done; }
 eval "${ends[id]}"
