@@ -1,13 +1,17 @@
 """Local task files for lm-evaluation-harness, for where no model hub is reached.
 
-  python -m benchmarks.tasks --out=FOLDER --piqa=FOLDER --bigbench
-  elder_jax eval --model=MODEL --tasks_dir=FOLDER --tasks=piqa,social_iqa,winogrande_objects
+  python -m benchmarks.tasks --out=FOLDER --piqa=FOLDER --bigbench --last_word=TEXT
+  elder_jax eval --model=MODEL --tasks_dir=FOLDER --tasks=piqa,social_iqa,winogrande_objects,last_word
 
 --piqa names a folder with PIQA's own valid.jsonl and valid-labels.lst. --bigbench fetches the PyPI package bigbench==1.0.0
 (358 MB, not kept) and takes two tasks from it: SocialIQA's 1954 validation questions, and the 9000 sentences about objects
 that WinoGrande was chosen from. The latter are not WinoGrande's validation set: their figures compare models with one
 another, not with published ones. Prompts and choices are those of the harness's tasks piqa, social_iqa and winogrande.
 BIG-bench asks that its data be in no training corpus: do not publish what this writes.
+
+--last_word makes a task like LAMBADA of any text with a document a line: the model reads some sentences and completes the
+last word of the next one. Only words are asked for that stand in the sentences before, as most of LAMBADA's do. LAMBADA's
+passages were also chosen by people, so these figures compare models with one another, not with published ones.
 """
 
 import hashlib
@@ -25,7 +29,9 @@ from absl import flags
 _OUT = flags.DEFINE_string('out', None, 'Folder for the task files; made if missing.', required=True)
 _PIQA = flags.DEFINE_string('piqa', None, "Folder with PIQA's valid.jsonl and valid-labels.lst.")
 _BIGBENCH = flags.DEFINE_boolean('bigbench', False, 'Fetch SocialIQA and sentences of WinoGrande.')
+_LAST_WORD = flags.DEFINE_string('last_word', None, 'A text, a document a line; best one that no model is trained on.')
 
+CONTEXT = 4  # sentences before the one that is completed
 _PACKAGE = 'bigbench==1.0.0'
 _MEMBERS = 'bigbench-1.0.0/bigbench/benchmark_tasks/'
 _SOCIAL_IQA = 'social_iqa/task.json'
@@ -34,12 +40,42 @@ SHA256 = {
   _SOCIAL_IQA: 'edc9f568b70ae6d4af0783764dbe4e4f18aa1242c675a93f534338d73a565348',
   _WINOGRANDE: '0b50034573d26f63b0b270ac6229ea3535fe4981cb98a8af4c3e184f1635fda2',
 }
+
+
+def _metrics(**aggregations: str) -> list[dict]:
+  lower = ('perplexity',)
+  return [{'metric': m, 'aggregation': a, 'higher_is_better': m not in lower} for m, a in aggregations.items()]
+
+
+_CHOICE = {'output_type': 'multiple_choice', 'metric_list': _metrics(acc='mean', acc_norm='mean')}
 # The parts of a task file that are not the same for all.
-PROMPTS = {
-  'piqa': {'doc_to_text': 'Question: {{goal}}\nAnswer:', 'doc_to_choice': '{{[sol1, sol2]}}', 'doc_to_target': 'label'},
-  'social_iqa': {'doc_to_text': 'Q: {{question}}\nA:', 'doc_to_choice': '{{choices}}', 'doc_to_target': 'label'},
+TASKS = {
+  'piqa': {
+    **_CHOICE,
+    'doc_to_text': 'Question: {{goal}}\nAnswer:',
+    'doc_to_choice': '{{[sol1, sol2]}}',
+    'doc_to_target': 'label',
+  },
+  'social_iqa': {
+    **_CHOICE,
+    'doc_to_text': 'Q: {{question}}\nA:',
+    'doc_to_choice': '{{choices}}',
+    'doc_to_target': 'label',
+  },
   # Two contexts and one continuation, as in the harness's winogrande: what follows the blank is scored.
-  'winogrande_objects': {'doc_to_text': 'label', 'doc_to_choice': '{{contexts}}', 'doc_to_target': 'continuation'},
+  'winogrande_objects': {
+    **_CHOICE,
+    'doc_to_text': 'label',
+    'doc_to_choice': '{{contexts}}',
+    'doc_to_target': 'continuation',
+  },
+  # As in the harness's lambada_openai.
+  'last_word': {
+    'output_type': 'loglikelihood',
+    'metric_list': _metrics(acc='mean', perplexity='perplexity'),
+    'doc_to_text': '{{passage}}',
+    'doc_to_target': ' {{word}}',
+  },
 }
 
 
@@ -75,6 +111,20 @@ def winogrande_objects(task: dict) -> list[dict]:
   return rows
 
 
+def last_words(text: str) -> list[dict]:
+  """Passages of CONTEXT sentences and one more without its last word, which is one of theirs: {'passage', 'word'}."""
+  rows = []
+  for document in text.splitlines():
+    sentences = re.split(r'(?:(?<=[.!?])|(?<=[.!?]")) +(?=[A-Z"])', document.strip())
+    for end in range(CONTEXT, len(sentences)):
+      before = ' '.join(sentences[end - CONTEXT : end])
+      start, _, word = sentences[end].rstrip('.!?"').rpartition(' ')
+      known = re.search(rf'\b{re.escape(word)}\b', before) and not re.search(rf'\b{re.escape(word)}\b', start)
+      if start and re.fullmatch('[A-Za-z]{4,}', word) and known:
+        rows.append({'passage': f'{before} {start}', 'word': word})
+  return rows
+
+
 def fetch() -> dict[str, dict]:
   """The members of SHA256, by name."""
   print(f'tasks: fetching {_PACKAGE}, 358 MB', flush=True)
@@ -100,10 +150,8 @@ def write(folder: pathlib.Path, name: str, rows: list[dict]):
     'task': name,
     'dataset_path': 'json',
     'dataset_kwargs': {'data_files': {'validation': questions.name}},
-    'output_type': 'multiple_choice',
     'validation_split': 'validation',
-    **PROMPTS[name],
-    'metric_list': [{'metric': m, 'aggregation': 'mean', 'higher_is_better': True} for m in ('acc', 'acc_norm')],
+    **TASKS[name],
     'metadata': {'version': 1.0},
   }
   # JSON is YAML.
@@ -117,6 +165,8 @@ def main(argv: list[str]):
   out.mkdir(parents=True, exist_ok=True)
   if _PIQA.value:
     write(out, 'piqa', piqa(pathlib.Path(_PIQA.value).expanduser()))
+  if _LAST_WORD.value:
+    write(out, 'last_word', last_words(pathlib.Path(_LAST_WORD.value).expanduser().read_text(encoding='utf-8')))
   if _BIGBENCH.value:
     fetched = fetch()
     write(out, 'social_iqa', social_iqa(fetched[_SOCIAL_IQA]))

@@ -117,3 +117,15 @@ def test_what_the_script_of_the_versions_uses_is_there():
 )
 def test_what_is_not_there_is_seen(source, expected):
   assert missing(importlib.import_module('benchmarks.absorb_variants'), source) == expected
+
+
+@pytest.mark.usefixtures('no_flags')
+def test_a_last_word_is_asked_for_where_the_sentences_before_have_it():
+  last_words = importlib.import_module('benchmarks.tasks').last_words
+  four = 'The fire came near Gunning. Crews slept. "It was loud." They left at 4.30 today.'
+  asked = {'passage': f'{four} The road is closed at', 'word': 'Gunning'}
+  assert last_words(f'{four} The road is closed at Gunning.\n') == [asked]
+  # Not there before, said in the same sentence, short, or with too few sentences before.
+  for last in ('The road to Sydney is closed.', 'Gunning is near Gunning.', 'Who came near?', 'They left at 4.30.'):
+    assert not [row for row in last_words(f'{four} {last}') if row['word'] != 'near'], last
+  assert not last_words('The fire came near Gunning. They left Gunning.')

@@ -48,8 +48,8 @@ def config_of(**settings) -> Config:
   return Config.of(**{name: _value(name, value) for name, value in settings.items()})
 
 
-def tiny_decoder(**features) -> Decoder:
-  """Six random layers of Llama's kind, but for `features` of Spec."""
+def tiny_decoder(num_layers: int = 6, **features) -> Decoder:
+  """Random layers of Llama's kind, but for `features` of Spec."""
   llama = dict(
     vocab_size=40,
     d_model=16,
@@ -61,7 +61,7 @@ def tiny_decoder(**features) -> Decoder:
     tied=True,
     rope_freq_RH=((1.0, 0.1),),
   )
-  return Decoder(Spec(**llama | features), 6, jax.random.key(0))
+  return Decoder(Spec(**llama | features), num_layers, jax.random.key(0))
 
 
 def _value(name: str, value):

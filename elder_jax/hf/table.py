@@ -4,9 +4,12 @@ import dataclasses
 import functools
 import math
 
+from flax import nnx
 import jax
+from jax.sharding import Mesh
 import numpy as np
 
+from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.spec import Spec
 
@@ -82,6 +85,18 @@ def make_row(template: str, layer: int | None, entry, sizes: dict[str, int]) -> 
 def abstract_decoder(spec: Spec, num_layers: int) -> Decoder:
   """The Decoder of this spec without its arrays; not to be written to."""
   return jax.eval_shape(lambda: Decoder(spec, num_layers, jax.random.key(0)))
+
+
+def abstract_model(spec: Spec, num_layers: int, dtype: str, mesh: Mesh, flag: tuple[int, ...]) -> Decoder:
+  """The Decoder as load_model gives it, without its arrays."""
+  model = abstract_decoder(spec, num_layers)
+
+  def shape(p, place):
+    of_type = 'float32' if p.get_metadata()['axes'] == 'L' else dtype  # gates
+    return p.replace(jax.ShapeDtypeStruct(p.get_value().shape, of_type, sharding=place.get_value()))
+
+  places = sharding.for_model(model, mesh, flag)
+  return jax.tree.map(shape, model, places, is_leaf=lambda a: isinstance(a, nnx.Variable))
 
 
 def rows_of(family, spec: Spec, num_layers: int) -> list[Row]:

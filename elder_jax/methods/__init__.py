@@ -30,7 +30,7 @@ _SCORING: dict[str, Method] = {
     programs=stream.programs_shortgpt,
   ),
   'sleb': Method(
-    by_scores(ablation.sleb),
+    by_scores(ablation.sleb, passes=lambda num_remove: num_remove),
     'greedily the layer that costs least, scored anew each time (SLEB)',
     paper='2402.09025',
     programs=ablation.programs_sleb,

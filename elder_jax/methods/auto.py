@@ -5,6 +5,7 @@ did not read: it ranks choices as training does, which the loss after bare remov
 """
 
 from collections.abc import Callable
+from collections.abc import MutableMapping
 import dataclasses
 import functools
 import math
@@ -90,10 +91,13 @@ def choose(candidates: dict[str, Method], context: Context, num_remove: int) -> 
   """Method.choose; `about` has the candidates, the best first, each with its own scores."""
   steps = num_fitted(context.settings.removal.score_steps, len(context.batches))
   found: dict[str, Choice] = {}
+  notes = context.notes(f'auto-{num_remove}')
   for name, entry in usable(candidates, context.settings, context.model.num_layers, num_remove).items():
     context.log.say(f'choosing layers by {name}')
-    part = dataclasses.replace(context, score_steps=math.ceil(PARTS[name] * steps))
-    found[name] = entry.choose(part, num_remove)
+    if name not in notes:
+      part = dataclasses.replace(context, score_steps=math.ceil(PARTS[name] * steps))
+      notes[name] = entry.choose(part, num_remove).to_json()
+    found[name] = Choice.from_json(notes[name])
     if not np.isfinite(found[name].scores).all():
       raise InputError(
         'method', 'auto', f'some scores of {name} are not finite; check the weights, or use --dtype=float32.'
@@ -104,17 +108,19 @@ def choose(candidates: dict[str, Method], context: Context, num_remove: int) -> 
 
   fit, held_out = context.batches[:steps], context.batches[steps : 2 * steps]
   removed = {name: choice.removed for name, choice in found.items()}
-  judged = judge(context.model, removed, fit, held_out, context.mode, say)
+  judged = judge(context.model, removed, fit, held_out, context.mode, say, notes)
   if contest.is_held(context.settings):
-    judged = _again(context, judged, fit, held_out)
+    judged = _again(context, judged, fit, held_out, notes)
   told = [dataclasses.asdict(c) | {'scores': found[c.method].scores} for c in judged]
   return Choice(judged[0].removed, about={'candidates': told})
 
 
-def _again(context: Context, judged: list[Candidate], fit: Batches, held_out: Batches) -> list[Candidate]:
+def _again(
+  context: Context, judged: list[Candidate], fit: Batches, held_out: Batches, notes: MutableMapping
+) -> list[Candidate]:
   """The candidates, the first ones in their order by what contest.py finds."""
   best, others = judged[: contest.FINALISTS], judged[contest.FINALISTS :]
-  figure_of = contest.figures(context, {c.method: c.removed for c in best}, held_out, fit)
+  figure_of = contest.figures(context, {c.method: c.removed for c in best}, held_out, fit, notes)
   again = [dataclasses.replace(c, again=figure_of[c.method]) for c in best]
   if not np.isfinite(list(figure_of.values())).all():
     raise InputError('judge_by', context.settings.removal.judge_by, 'gave a figure that is not finite; check it.')
@@ -132,16 +138,17 @@ def judge(
   held_out: Batches,
   mode: Mode,
   log: Callable[[Candidate], None] = lambda candidate: None,
+  notes: MutableMapping | None = None,
 ) -> list[Candidate]:
   """The candidates, the best first.
 
   Args:
     choices: {method: layers to remove}; what several methods choose is judged once, under the first one's name.
-    fit, held_out: of judging.Judge.
+    fit, held_out, notes: of judging.Judge.
     log: called with each candidate when it has been judged.
   """
   distinct = {frozenset(removed): name for name, removed in reversed(choices.items())}
-  loss_of, candidates = judging.Judge(model, fit, held_out, mode), []
+  loss_of, candidates = judging.Judge(model, fit, held_out, mode, notes), []
   loss_of.share(list(choices.values()))
   for name, removed in choices.items():
     if distinct[frozenset(removed)] == name:

@@ -1,5 +1,6 @@
 """The best of auto's candidates, judged again: after steps of training, by a task, or by a function of the user's."""
 
+from collections.abc import MutableMapping
 import dataclasses
 import functools
 
@@ -31,16 +32,23 @@ def _training_settings(settings) -> TrainSettings:
   return dataclasses.replace(of_run, steps=settings.removal.judge_steps, validate_every=0, export='last', only='')
 
 
-def figures(context: Context, choices: dict[str, list[int]], held_out: Batches, fit: Batches) -> dict[str, float]:
-  """{method: figure}, the lower the better, of each choice: absorbed, and trained for --judge_steps."""
-  found = {}
+def figures(
+  context: Context, choices: dict[str, list[int]], held_out: Batches, fit: Batches, notes: MutableMapping
+) -> dict[str, float]:
+  """{method: figure}, the lower the better, of each choice: absorbed, and trained for --judge_steps.
+
+  Args:
+    notes: figures that are known, and where new ones go.
+  """
   for name, removed in choices.items():
+    if (key := f'again {name}') in notes:
+      continue
     context.log.say(f'judging the layers that {name} chooses again')
     model = _treated(context, name, removed, fit, 2 * len(fit))
     judge = context.judge or functools.partial(judging.held_out_loss, held_out=held_out, mode=context.mode)
-    found[name] = float(judge(model))
+    notes[key] = float(judge(model))
     memory.free(model, context.model)
-  return found
+  return {name: notes[f'again {name}'] for name in choices}
 
 
 def _treated(context: Context, name: str, removed: list[int], fit: Batches, skip: int) -> Decoder:

@@ -4,6 +4,7 @@ The loss after bare removal would mislead (docs/decisions.md). Choices that begi
 streams there are computed once.
 """
 
+from collections.abc import MutableMapping
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -34,24 +35,41 @@ QUICK = {'after': 0, 'attention': False}
 class Judge:
   """Losses of choices on one dense model and one text."""
 
-  def __init__(self, model: Decoder, fit: Batches, held_out: Batches, mode: Mode):
-    """fit: tokens [B, T] that `absorb` reads; held_out: those that the loss is taken on."""
+  def __init__(self, model: Decoder, fit: Batches, held_out: Batches, mode: Mode, notes: MutableMapping | None = None):
+    """Nothing is computed yet.
+
+    Args:
+      fit: tokens [B, T] that `absorb` reads.
+      held_out: those that the loss is taken on.
+      notes: losses that are known, and where new ones go.
+    """
     self._model, self._fit, self._held_out, self._mode = model, fit, list(held_out), mode
-    self._shared: tuple[int, Streams, Streams] | None = None
+    self._notes = {} if notes is None else notes
+    self._first, self._shared = 0, None
 
   def share(self, choices: Sequence[Sequence[int]]):
-    """Computes once what lies below all of these choices. Others cost a pass from the bottom."""
-    first = min((_untouched(self._model, removed) for removed in choices), default=0)
-    if not first or not self._absorbs:
-      return
-    fit, held_out = (Streams.at_the_bottom(self._model, b, self._mode) for b in (self._fit, self._held_out))
-    self._shared = first, *(s.advance(self._model, range(first)) for s in (fit, held_out))
+    """From now on what lies below all of these choices is computed once. Others cost a pass from the bottom."""
+    self._first = min((_untouched(self._model, removed) for removed in choices), default=0)
+    self._shared = None
 
   def __call__(self, removed: Sequence[int]) -> float:
     """Mean LM loss per held-out token without these layers; just removed where `absorb` cannot work on the model."""
+    name = f'loss without {sorted(removed)}'
+    if name not in self._notes:
+      self._notes[name] = self._loss(removed)
+    return self._notes[name]
+
+  def _below(self) -> tuple[int, Streams, Streams]:
+    """(the first layer that a choice may change, what it reads of the two texts)."""
+    if self._shared is None:
+      fit, held_out = (Streams.at_the_bottom(self._model, b, self._mode) for b in (self._fit, self._held_out))
+      self._shared = self._first, *(s.advance(self._model, range(self._first)) for s in (fit, held_out))
+    return self._shared
+
+  def _loss(self, removed: Sequence[int]) -> float:
     if not self._absorbs:
       return held_out_loss(pruning.prune(self._model, list(removed)), self._held_out, self._mode)
-    begun = self._shared if self._shared and self._shared[0] <= _untouched(self._model, removed) else None
+    begun = self._below() if 0 < self._first <= _untouched(self._model, removed) else None
     below = (begun[0], begun[1]) if begun else None
     pruned = absorb.absorb(self._model, removed, self._fit, self._mode, below=below, **QUICK)
     if begun is None:

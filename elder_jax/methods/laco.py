@@ -3,6 +3,7 @@
 Dimension names: see model/decoder.py.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import functools
 import math
@@ -46,6 +47,7 @@ def laco(
   interval: int = 2,
   threshold: float = 0.95,
   step: float = 0.05,
+  progress: Callable[[int, int, str], None] = lambda done, of, note: None,
 ) -> Collapsed:
   """LaCo (arXiv 2402.11187, sections 2.2 and 2.3, Algorithm 1), made to end with exactly `num_remove` layers removed.
 
@@ -59,13 +61,11 @@ def laco(
   num_remove + 1). And T is not given but found: the sweep starts again on the original model with the next lower of
   threshold, threshold − step, … until it removes num_remove layers; so T is the highest of these that does.
 
-  The authors' notebook differs from their formula: it leaves the norms' scales alone, and adds each difference to the
-  layer as merged so far, which makes θ*_l = θ_{l+C−1}. We follow the formula.
-
   Args:
     batches: [B, T] tokens each, a few sequences; every trial runs the original and the merged model on all of them.
     combine: C, the layers that become one.
     interval: I.
+    progress: called after each trial with the layers removed by this sweep, `num_remove`, and T.
 
   Raises:
     InputError: no sweep can remove so many layers, or an output is not finite.
@@ -90,6 +90,7 @@ def laco(
       else:
         refused.append(seen[trial])
         l -= 1
+      progress(L - len(alive), num_remove, f'threshold {threshold:g}')
     if len(alive) == L - num_remove:
       break
     # The next on the way down that accepts more than this one did.
@@ -116,7 +117,8 @@ def why_not(settings, num_layers: int, num_remove: int) -> str:
 
 def choose(context: Context, num_remove: int) -> Choice:
   """Method.choose."""
-  collapsed = laco(context.model, num_remove, context.scored, context.mode)
+  progress = context.log.progress('merging layers')
+  collapsed = laco(context.model, num_remove, context.scored, context.mode, progress=progress)
   return Choice(collapsed.removed, about={'merges': [list(group) for group in collapsed.merges]})
 
 

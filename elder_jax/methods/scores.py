@@ -9,6 +9,7 @@ from elder_jax.devices import hosts
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.model.program import device_bytes
+from elder_jax.recipes.context import Batches
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 
@@ -25,13 +26,38 @@ def to_host64(array) -> np.ndarray:
   return hosts.to_host(array).astype(np.float64)
 
 
-def by_scores(function: Callable) -> Callable[[Context, int], Choice]:
-  """Method.choose of a function (model, num_remove, batches, mode, seed) -> Choice."""
+def by_scores(function: Callable, passes: Callable[[int], int] = lambda num_remove: 1):
+  """Method.choose of a function (model, num_remove, batches, mode, seed) -> Choice.
+
+  Args:
+    passes: how often it goes through the batches.
+  """
 
   def choose(context: Context, num_remove: int) -> Choice:
-    return function(context.model, num_remove, context.scored, context.mode, context.settings.data.seed)
+    progress = context.log.progress('scoring layers')
+    batches = _Told(context.scored, progress, passes(num_remove))
+    return function(context.model, num_remove, batches, context.mode, context.settings.data.seed)
 
   return choose
+
+
+class _Told(Sequence):
+  """Batches, and how many of them were read in all passes."""
+
+  def __init__(self, batches: Batches, progress: Callable[[int, int], None], passes: int):
+    self._batches, self._progress, self._of, self._done = batches, progress, passes * len(batches), 0
+
+  def __len__(self) -> int:
+    return len(self._batches)
+
+  def __getitem__(self, i):
+    return self._batches[i]
+
+  def __iter__(self):
+    for batch in self._batches:
+      yield batch
+      self._done += 1
+      self._progress(self._done, self._of)
 
 
 def score_program(

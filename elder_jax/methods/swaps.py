@@ -42,9 +42,15 @@ def choose(first: Method, context: Context, num_remove: int) -> Choice:
   """Method.choose. `about` has auto's candidates and the swaps that were made: [layer back, layer out, loss]."""
   start = first.choose(context, num_remove)
   steps = auto.num_fitted(context.settings.removal.score_steps, len(context.batches))
-  loss_of = judging.Judge(context.model, context.batches[:steps], context.batches[steps : 2 * steps], context.mode)
-  quarter = context.batches[: math.ceil(steps / 4)]
-  cost_L = np.array(ablation.ppl(context.model, 1, quarter, context.mode).scores)
+  fit, held_out, notes = (
+    context.batches[:steps],
+    context.batches[steps : 2 * steps],
+    context.notes(f'swaps-{num_remove}'),
+  )
+  loss_of = judging.Judge(context.model, fit, held_out, context.mode, notes)
+  if 'ppl' not in notes:
+    notes['ppl'] = ablation.ppl(context.model, 1, fit[: math.ceil(steps / 4)], context.mode).scores
+  cost_L = np.array(notes['ppl'])
   tries, progress = context.settings.swaps.tries, context.log.progress('swapping layers')
   removed, loss, made = sorted(start.removed), start.about['candidates'][0]['loss'], []
   loss_of.share([removed])

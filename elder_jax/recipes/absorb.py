@@ -52,6 +52,7 @@ def absorb(
   after: int = AFTER,
   attention: bool = True,
   below: tuple[int, Streams] | None = None,
+  progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
   """The pruned model, in which the layers around the removed runs make up for these runs as far as they can.
 
@@ -78,11 +79,12 @@ def absorb(
     free: of prune.prune; unset, `model` is left as it is.
     after: layers to refit after each run.
     attention: Wo is refitted, too.
-    below: of streams.walk.
+    below, progress: of streams.walk.
   """
   current = jax.tree.map(lambda a: a, model)
   left = 0  # of the layers to refit after a run
-  for l, end, x, t in walk(model, current, removed, batches, mode, after, below):
+  sums = {'sandwich': normed.SUMS, 'parallel': 1}.get(model.spec.block, 1 + attention)
+  for l, end, x, t in walk(model, current, removed, batches, mode, after, below, progress, sums):
     if end > l + 1:
       t.advance(model, range(l, end))
       errors, left = _before_run(current, x, t, l, attention), after
@@ -199,7 +201,8 @@ def start_absorbed(context: Context, choice: Choice) -> Decoder:
     layers = f'layer {layer + 1}' if end == layer + 2 else f'layers {layer + 1}-{end - 1}'
     context.log.say(f'absorbed {layers} into layer {layer}: relative squared error {before:.3g} → {after:.3g}')
 
-  return absorb(context.model, choice.removed, context.fitted, context.mode, say, context.free)
+  progress = context.log.progress('fitting')
+  return absorb(context.model, choice.removed, context.fitted, context.mode, say, context.free, progress=progress)
 
 
 def why_not(spec: Spec) -> str:

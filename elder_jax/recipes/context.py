@@ -1,6 +1,7 @@
 """What methods and recipes get, and what a method gives: which layers go."""
 
 from collections.abc import Callable
+from collections.abc import MutableMapping
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -59,6 +60,8 @@ class Context:
   free: Callable | None = None
   # Of --judge_by, the lower the better. None: the loss on text held out.
   judge: Callable[[Decoder], float] | None = None
+  # What a search has found so far, by the name of its stage; kept where the run keeps its checkpoints.
+  notes: Callable[[str], MutableMapping[str, Any]] = lambda stage: {}
   score_steps: int | None = None  # batches that scores are taken on; unset: those of the settings
 
   @property

@@ -34,7 +34,11 @@ def layer_mask(layers: Sequence[int], num_layers: int) -> np.ndarray:
 
 @jax.jit
 def merge_into(model: Decoder, base, members_L):
-  """The model whose layer `base` has θ_base + Σ over members_L of (θ_member − θ_base); the members still stand."""
+  """The model whose layer `base` has θ_base + Σ over members_L of (θ_member − θ_base); the members still stand.
+
+  LaCo's notebook differs from its formula: it leaves the norms' scales alone, and adds each difference to the layer as
+  merged so far, which gives the last member. This follows the formula.
+  """
 
   def add_differences(a):
     a_32 = a.astype(jnp.float32)

@@ -21,6 +21,7 @@ from elder_jax.recipes.streams import weights
 RIDGE = 0.1
 # The projection is refitted in rounds, by these parts of the text: the first has only to come near.
 ROUNDS = (0.25, 1.0)
+SUMS = ROUNDS[0] + sum(ROUNDS) + 1  # passes of a refit
 
 
 def refit(current: Decoder, x: Streams, t: Streams, l: int, strength: float) -> tuple[float, float]:

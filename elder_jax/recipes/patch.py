@@ -13,6 +13,7 @@ from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
+from elder_jax.recipes.streams import Passes
 from elder_jax.recipes.streams import Streams
 from elder_jax.recipes.streams import cuts
 from elder_jax.recipes.streams import prune_changed
@@ -28,13 +29,16 @@ def start(context: Context, choice: Choice, sums: Callable, solve: Callable[...,
     solve: of these sums -> M_DD.
   """
   model, found, at = context.model, {}, 0
-  t = Streams.at_the_bottom(model, context.fitted, context.mode)
-  for l, end in cuts(model.num_layers, choice.removed):
+  gaps = cuts(model.num_layers, choice.removed)
+  passes = Passes(context.log.progress('fitting'), max((end for _, end in gaps), default=0) + len(gaps))
+  t = Streams.at_the_bottom(model, context.fitted, context.mode, passes)
+  for l, end in gaps:
     before = t.advance(model, range(at, l + 1)).copy()
     t.advance(model, range(l + 1, end))
     found[l] = solve(*before.totals(sums, beside=t))
     at = end
     context.log.say(f'a matrix in place of layers {l + 1}-{end - 1}')
+  passes.end()
   return prune_changed(attach(model, found), choice.removed, model, context.free)
 
 

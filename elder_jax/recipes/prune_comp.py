@@ -12,6 +12,7 @@ from elder_jax.model.program import Shapes
 from elder_jax.model.spec import Spec
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
+from elder_jax.recipes.streams import Passes
 from elder_jax.recipes.streams import Streams
 from elder_jax.recipes.streams import channel_ratios
 from elder_jax.recipes.streams import cuts
@@ -31,8 +32,10 @@ def start(context: Context, choice: Choice) -> Decoder:
   """
   model = context.model
   current, kept = jax.tree.map(lambda a: a, model), pruning.kept_layers(model.num_layers, choice.removed)
-  x, at = Streams.at_the_bottom(model, context.fitted, context.mode), 0
-  for l, end in cuts(model.num_layers, choice.removed):
+  gaps = cuts(model.num_layers, choice.removed)
+  passes = Passes(context.log.progress('fitting'), max((end for _, end in gaps), default=0) + len(gaps))
+  x, at = Streams.at_the_bottom(model, context.fitted, context.mode, passes), 0
+  for l, end in gaps:
     x.advance(current, [k for k in kept if at <= k <= l])
     after = x.copy().advance(current, range(l + 1, end))
     ratio_D, sequences = x.totals(channel_ratios, beside=after)
@@ -41,6 +44,7 @@ def start(context: Context, choice: Choice) -> Decoder:
     x.map(lambda x_BTD, alpha=alpha: x_BTD * jnp.asarray(alpha, x_BTD.dtype))
     at = end
     context.log.say(f'layers {l + 1}-{end - 1}: what is below them times {alpha:.4g}')
+  passes.end()
   return prune_changed(current, choice.removed, model, context.free)
 
 

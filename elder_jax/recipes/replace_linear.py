@@ -30,7 +30,9 @@ def start(context: Context, choice: Choice) -> Decoder:
   """
   model = context.model
   current = jax.tree.map(lambda a: a, model)
-  for l, end, x, t in walk(model, current, choice.removed, context.fitted, context.mode):
+  for l, end, x, t in walk(
+    model, current, choice.removed, context.fitted, context.mode, progress=context.log.progress('fitting')
+  ):
     t.advance(model, range(l, end))
     if end > l + 1:
       gram_DD, cross_DD = x.totals(_sums, current, l, beside=t)

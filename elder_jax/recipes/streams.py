@@ -36,20 +36,35 @@ from elder_jax.model.spec import Mode
 from elder_jax.recipes.context import Batches
 
 
+class Passes:
+  """Tells how far a fit is, in passes of the whole text through a layer or through the sums of one."""
+
+  def __init__(self, progress: Callable[[int, int], None] = lambda done, of: None, of: int = 0):
+    self._progress, self._of, self._done = progress, of, 0.0
+
+  def add(self, passes: float):
+    self._done += passes
+    self._progress(min(int(self._done + 1e-6), self._of - 1), self._of)
+
+  def end(self):
+    if self._of:
+      self._progress(self._of, self._of)
+
+
 class Streams:
   """x_BTD of each batch at one place of a model, in the type of computation."""
 
-  def __init__(self, mode: Mode, parts: list[jax.Array]):
-    self.mode, self._parts = mode, parts
+  def __init__(self, mode: Mode, parts: list[jax.Array], passes: Passes = Passes()):
+    self.mode, self._parts, self._passes = mode, parts, passes
 
   @classmethod
-  def at_the_bottom(cls, model: Decoder, batches: Batches, mode: Mode) -> 'Streams':
+  def at_the_bottom(cls, model: Decoder, batches: Batches, mode: Mode, passes: Passes = Passes()) -> 'Streams':
     """What layer 0 reads."""
-    return cls(mode, [_to_host(_embed(model, tokens_BT, mode)) for tokens_BT in batches])
+    return cls(mode, [_to_host(_embed(model, tokens_BT, mode)) for tokens_BT in batches], passes)
 
   def copy(self) -> 'Streams':
     """The same streams, to be taken elsewhere."""
-    return Streams(self.mode, list(self._parts))
+    return Streams(self.mode, list(self._parts), self._passes)
 
   def __iter__(self) -> Iterator[jax.Array]:
     return (_to_device(x_BTD) for x_BTD in _stoppable(self._parts))
@@ -58,13 +73,14 @@ class Streams:
     """Takes the streams through these layers of the model, and gives them back. They must be at the first of them."""
     if layers:
       alive_L = np.isin(np.arange(model.num_layers), layers)
-      self.map(lambda x_BTD: _advance(model, x_BTD, alive_L, self.mode))
+      self.map(lambda x_BTD: _advance(model, x_BTD, alive_L, self.mode), len(layers))
     return self
 
-  def map(self, f: Callable[[jax.Array], jax.Array]):
-    """Puts f(x_BTD) in the place of each."""
+  def map(self, f: Callable[[jax.Array], jax.Array], passes: int = 0):
+    """Puts f(x_BTD) in the place of each, which takes so many passes."""
     for i, x_BTD in enumerate(self):
       self._parts[i] = _to_host(f(x_BTD))
+      self._passes.add(passes / len(self._parts))
 
   def totals(self, sums: Callable, *args, beside: 'Streams | None' = None, part: float = 1.0) -> list[np.ndarray]:
     """sums(x_BTD, its part of `beside`, *args), a tuple, added up in float64 over the batches, or a first part of them."""
@@ -72,6 +88,7 @@ class Streams:
     for x_BTD, other_BTD in itertools.islice(pairs, math.ceil(part * len(self._parts))):
       found = [hosts.to_host(a).astype(np.float64) for a in sums(x_BTD, other_BTD, *args)]
       total = found if total is None else [t + a for t, a in zip(total, found)]
+      self._passes.add(1 / len(self._parts))
     return total
 
 
@@ -113,6 +130,8 @@ def walk(
   mode: Mode,
   beyond: int = 0,
   below: 'tuple[int, Streams] | None' = None,
+  progress: Callable[[int, int], None] | None = None,
+  sums: float = 1,
 ) -> Iterator[tuple[int, int, Streams, Streams]]:
   """(l, end, x, t) for each layer l that stays, from the one before the first run to `beyond` after the last.
 
@@ -121,6 +140,8 @@ def walk(
 
   Args:
     below: (a layer, the streams that it reads), to begin there; no layer below it is removed or changed.
+    progress: of Log.progress.
+    sums: how often the caller takes sums of a layer that it changes, for the progress.
   """
   L, gaps = model.num_layers, cuts(model.num_layers, removed)
   if not gaps:
@@ -128,14 +149,21 @@ def walk(
   (first, _), (last, _) = gaps[0], gaps[-1]
   kept = pruning.kept_layers(L, removed)
   untouched = [l for l in kept if l < first]
-  at, x = (below[0], below[1].copy()) if below else (0, Streams.at_the_bottom(model, batches, mode))
+  stop = min(len(kept), kept.index(last) + 1 + beyond)
+  passes = Passes()
+  if progress:
+    of_t = [*kept, L][stop] - (first if len(untouched) == first else 0)
+    changed = min(stop - len(untouched), len(gaps) * (1 + beyond))
+    passes = Passes(progress, math.ceil(stop - 1 + of_t + sums * changed))
+  at, x = (below[0], below[1].copy()) if below else (0, Streams.at_the_bottom(model, batches, mode, passes))
   t = x.copy().advance(model, range(at, first)) if len(untouched) < first else None
   x.advance(model, untouched[at:])
   t = t or x.copy()  # below the first run both are one
-  stop = min(len(kept), kept.index(last) + 1 + beyond)
-  for l, end in list(zip(kept, [*kept[1:], L]))[kept.index(first) : stop]:
-    yield l, end, x, t
-    x.advance(current, [l])
+  for i in range(len(untouched), stop):
+    yield kept[i], [*kept, L][i + 1], x, t
+    if i + 1 < stop:
+      x.advance(current, [kept[i]])
+  passes.end()
 
 
 def prune_changed(current: Decoder, removed, model: Decoder, free: Callable | None) -> Decoder:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from elder_jax.devices import memory
 from elder_jax.hf.load import load_model
 from elder_jax.hf.source import Source
 from elder_jax.log import RunLog
@@ -65,6 +66,11 @@ class Dense:
     """For a caller who will use the arrays up: nobody else has the model then."""
     model, self._model = self.get(), None
     return model
+
+  def drop(self):
+    """Nobody needs it for now."""
+    model, self._model = self._model, None
+    memory.free(model)
 
 
 def load(job: Job, source: Source | None = None) -> Decoder:

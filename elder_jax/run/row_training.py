@@ -13,6 +13,7 @@ from elder_jax.model.decoder import Decoder
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.recipe import Recipe
 from elder_jax.run.job import Job
+from elder_jax.run.notes import Notes
 from elder_jax.training import validation
 from elder_jax.training.checkpoints import Checkpoints
 from elder_jax.training.trainer import train
@@ -91,6 +92,11 @@ def checkpoints(job: Job, name: str, steps: int) -> Checkpoints:
   settings = job.config.computation
   folder = job.config.path() / 'checkpoints' / name
   return Checkpoints(folder, settings.checkpoint_every, steps, settings.checkpoint_minutes, settings.keep_checkpoints)
+
+
+def notes(job: Job, stage: str) -> Notes:
+  """Those of a stage."""
+  return Notes(job.config.path() / 'checkpoints' / stage / 'notes.json')
 
 
 def clear(job: Job, name: str):

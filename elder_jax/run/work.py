@@ -18,6 +18,7 @@ from elder_jax.recipes import find_recipe
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 from elder_jax.run import exporting
+from elder_jax.run import fits
 from elder_jax.run import row_training
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
@@ -85,6 +86,7 @@ def take_row(run: Run, stage, result: dict):
     run.answers['pruned'] = result.get('answers')
   if not stage.exported:
     row_training.clear(run.job, stage.name)
+    fits.clear(run.job, stage.name)
 
 
 def measure_row(run: Run, stage) -> dict:
@@ -190,6 +192,7 @@ def choose(run: Run, stage, most: int) -> dict:
     run.job.mode,
     run.job.log,
     functools.partial(row_training.checkpoints, run.job),
+    notes=functools.partial(row_training.notes, run.job),
   )
   context = dataclasses.replace(context, judge=_judge(run.job, context))
   return methods.choose(stage.method, context, most).to_json()
@@ -225,7 +228,6 @@ def treat(run: Run, stage):
   run.pruned = None  # of the row before: its memory is needed now
   if run.job.copies:
     return
-  run.dense.get()
   run.pruned = apply_recipe(run, stage, choice)
 
 
@@ -239,13 +241,19 @@ def apply_recipe(run: Run, stage, choice: Choice) -> Decoder:
   trains = job.config.trains(stage.recipe)
   teacher = run.teacher.get() if trains and job.config.training.taught else None
   own_teacher = trains and job.config.training.taught and teacher is None
-  model = run.dense.take()
+  start = fits.kept_fit(job, stage.name, recipe, choice)
+  model = run.dense.take() if start is None or own_teacher else None
   spare = model if own_teacher else ()  # a teacher is needed up to the last step
   free = functools.partial(memory.free, spare=spare)
-  batches, saved = job.batches if job.batches is not None else (), functools.partial(row_training.checkpoints, job)
-  context = Context(model, batches, job.config, job.mode, job.log, saved, free)
-  start = recipe.start(context, choice)
-  memory.free(model, (start, spare))
+  if start is None:
+    batches, saved = job.batches if job.batches is not None else (), functools.partial(row_training.checkpoints, job)
+    context = Context(model, batches, job.config, job.mode, job.log, saved, free)
+    start = fits.fit(job, stage.name, recipe, context, choice)
+    memory.free(model, (start, spare))
+  elif own_teacher:
+    start = fits.sharing(start, model)
+  else:
+    run.dense.drop()
   if not trains:
     return pruning.prune(start, choice.removed, free) if recipe.removes_last else start
   result = row_training.train_row(job, stage.name, recipe, start, choice, model if own_teacher else teacher, free)

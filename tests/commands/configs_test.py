@@ -150,7 +150,7 @@ def test_a_config_json_of_an_earlier_version(tmp_path):
   'name, told',
   [
     ('llama7', 'did you mean llama7b'),
-    ('nothing_like_it', 'those that come with elder_jax: gemma3_270m_anchor, llama13b, '),
+    ('nothing_like_it', 'those that come with elder_jax: gemma3_270m_anchor, gemma3_270m_healing, '),
     ('bad.json', 'is no config.json of a run'),
     ('_wikitext2', 'those that come with elder_jax'),
   ],

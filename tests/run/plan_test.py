@@ -15,6 +15,7 @@ from elder_jax.devices import memory
 from elder_jax.devices import sharding
 from elder_jax.errors import DOES_NOT_FIT
 from elder_jax.errors import InputError
+from elder_jax.hf.table import abstract_model
 from elder_jax.methods import METHODS
 from elder_jax.model import program as program_lib
 from elder_jax.model.program import Program
@@ -24,7 +25,6 @@ from elder_jax.recipes import RECIPES
 from elder_jax.run import plan as plan_lib
 from elder_jax.run.plan import compile as compile_lib
 from elder_jax.run.plan.advice import advice
-from elder_jax.run.plan.programs import abstract_model
 from elder_jax.training.penalty import penalty_terms
 from elder_jax.training.trainer import begin_training
 

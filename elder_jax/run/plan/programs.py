@@ -2,14 +2,12 @@
 
 import dataclasses
 
-from flax import nnx
 import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 
 from elder_jax.devices import sharding
-from elder_jax.hf.table import abstract_decoder
-from elder_jax.model.decoder import Decoder
+from elder_jax.hf.table import abstract_model
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.model.spec import Spec
@@ -40,18 +38,6 @@ def shapes_of(
   taught_by = abstract_model(*teacher, *how) if teacher else None
   export_dtype = config.output.export_dtype or source_dtype
   return Shapes(dense, batch, config.mode(), mesh, config, export_dtype, tuple(num_removes), taught_by)
-
-
-def abstract_model(spec: Spec, num_layers: int, dtype: str, mesh: Mesh, flag: tuple[int, ...]) -> Decoder:
-  """The Decoder as load_model gives it, without its arrays."""
-  model = abstract_decoder(spec, num_layers)
-
-  def shape(p, place):
-    of_type = 'float32' if p.get_metadata()['axes'] == 'L' else dtype  # gates
-    return p.replace(jax.ShapeDtypeStruct(p.get_value().shape, of_type, sharding=place.get_value()))
-
-  places = sharding.for_model(model, mesh, flag)
-  return jax.tree.map(shape, model, places, is_leaf=lambda a: isinstance(a, nnx.Variable))
 
 
 def programs_by_stage(shapes: Shapes, stages: list[Stage]) -> list[list[Program]]:

@@ -1,0 +1,80 @@
+"""Everything that reads the whole text, method or recipe, tells how far it is and comes to its end."""
+
+import numpy as np
+import pytest
+from tiny import config_of
+from tiny import tiny_decoder
+
+from elder_jax.log import Log
+from elder_jax.methods import METHODS
+from elder_jax.recipes import RECIPES
+from elder_jax.recipes import streams
+from elder_jax.recipes.context import Choice
+from elder_jax.recipes.context import Context
+from elder_jax.training.batches import Batches
+
+L = 9
+BATCHES = Batches(np.random.default_rng(0).integers(0, 40, (16, 16), np.int32), 4, seed=None)
+BLOCKS = {
+  'pre': dict(),
+  'parallel': dict(block='parallel', shared_norm=True),
+  'sandwich': dict(norm='rms1', block='sandwich'),
+}
+
+
+class Told(Log):
+  """Keeps what each progress was called with."""
+
+  def __init__(self):
+    self.calls: list[tuple[str, list[tuple[int, int]]]] = []
+
+  def progress(self, what: str, tokens: int = 0):
+    calls = []
+    self.calls.append((what, calls))
+    return lambda done, of, note='': calls.append((done, of))
+
+
+def context(log: Log, **block) -> Context:
+  settings = dict(
+    num_sequences=16, batch_size=4, seq_len=16, score_steps=2, num_remove=3, swap_tries=2, mask_steps=3, gate_steps=3
+  )
+  return Context(tiny_decoder(num_layers=L, **block), BATCHES, config_of(**settings), log=log)
+
+
+def assert_told(log: Told, part: str):
+  found = [calls for what, calls in log.calls if what.startswith(part)]
+  assert found
+  for calls in found:
+    done = [d for d, _ in calls]
+    assert len({of for _, of in calls}) == 1 and done[-1] == calls[0][1] and done == sorted(done)
+  assert max(len({d for d, _ in calls}) for calls in found) > 1
+
+
+@pytest.mark.parametrize('removed', [[3, 4, 7], [0, 8], [1, 3, 5]], ids=str)
+@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('recipe', [name for name, r in RECIPES.items() if r.reads_text and not r.trains])
+def test_a_recipe_tells_its_passes_and_knows_their_number(recipe, block, removed, monkeypatch):
+  told, passes = Told(), []
+  begin = context(told, **BLOCKS[block])
+  if RECIPES[recipe].refuses(begin.model.spec):
+    return
+  end = streams.Passes.end
+  monkeypatch.setattr(streams.Passes, 'end', lambda self: (passes.append((self._done, self._of)), end(self)))
+  RECIPES[recipe].start(begin, Choice(removed))
+  assert_told(told, 'fitting')
+  [(done, of)] = passes
+  assert of - 1 < done + 1e-6 and done <= of + 1e-6
+
+
+@pytest.mark.parametrize('method', [name for name, m in METHODS.items() if m.reads_text])
+def test_a_method_tells_how_far_it_is(method):
+  told = Told()
+  METHODS[method].choose(context(told), 3)
+  parts = {'elder': 'stage 1', 'mask': 'learning', 'laco': 'merging', 'swaps': 'swapping'}
+  assert_told(told, parts.get(method, 'scoring'))
+
+
+def test_rounds_of_scoring_are_known():
+  told = Told()
+  METHODS['sleb'].choose(context(told), 3)
+  assert told.calls == [('scoring layers', [(i + 1, 6) for i in range(6)])]
