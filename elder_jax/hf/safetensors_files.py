@@ -46,9 +46,37 @@ def open_folder(folder: pathlib.Path):
     tensors.add(path)
   for name, file in weight_map.items():
     if name not in tensors.home or (tensors.home[name].name != file and name not in _names(folder / file)):
-      index = folder / _INDEX
-      raise InputError(f'{index}: says that {name} is in {file}, but it is not; use the index of these files.')
+      raise InputError(_not_there(folder, name, file))
   return tensors.shapes, tensors.dtypes, tensors.read, tensors.pieces
+
+
+def headers(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, dict[str, dict]]]:
+  """{file: (where its tensors begin, {name: what its header says})} of all shards; every file was seen to be whole."""
+  paths, weight_map = _shards(folder)
+  found = {}
+  for path in paths:
+    with _opened(path):
+      found[path] = _data_begins(path)
+  for name, file in weight_map.items():
+    if name not in found[folder / file][1]:
+      raise InputError(_not_there(folder, name, file))
+  return found
+
+
+def metadata(path: pathlib.Path) -> dict[str, str]:
+  """What a file says of itself, besides its tensors."""
+  with _opened(path) as file:
+    return file.metadata() or {}
+
+
+def sync(file):
+  """Waits until what was written to a file is on the disk."""
+  file.flush()
+  os.fsync(file.fileno())
+
+
+def _not_there(folder: pathlib.Path, name: str, file: str) -> str:
+  return f'{folder / _INDEX}: says that {name} is in {file}, but it is not; use the index of these files.'
 
 
 def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
@@ -220,7 +248,7 @@ def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], p
         _write_all(file, octets)
       assert file.tell() == 8 + len(text) + header[name]['data_offsets'][1], name
     hashed.result()
-    os.fsync(file.fileno())
+    sync(file)
   return digest.hexdigest()
 
 

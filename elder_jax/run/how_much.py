@@ -1,6 +1,7 @@
 """How many layers go: by a ratio, a number, a list, or a target that the pruned model shall meet."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -28,12 +29,7 @@ def count_removed(
   removal = config.removal
   given = removal.remove_layers
   if given is not None:
-    if wrong := next((l for l in given if not 0 <= l < num_layers), None):
-      raise InputError(
-        'remove_layers', given, f'{wrong} is not a layer of this model, which has 0 to {num_layers - 1}.'
-      )
-    if len(given) == num_layers:
-      raise InputError('remove_layers', given, 'names every layer of the model; leave one.')
+    check_given(given, num_layers)
   target = next((name for name in TARGETS if getattr(removal, name) is not None), None)
   if target:
     counts = [_for_target(target, getattr(removal, target), config, spec, num_layers, dtype, say)]
@@ -72,6 +68,14 @@ TARGETS = {
     'weights to read for a token',
   ),
 }
+
+
+def check_given(given: Sequence[int], num_layers: int):
+  """Raises InputError for --remove_layers that the model does not have, or that leave none."""
+  if wrong := next((l for l in given if not 0 <= l < num_layers), None):
+    raise InputError('remove_layers', given, f'{wrong} is not a layer of this model, which has 0 to {num_layers - 1}.')
+  if len(given) == num_layers:
+    raise InputError('remove_layers', given, 'names every layer of the model; leave one.')
 
 
 def _for_target(name: str, target: float, config: Config, spec: Spec, num_layers: int, dtype: str, say) -> int:

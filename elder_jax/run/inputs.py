@@ -23,11 +23,16 @@ def of_model(source: Source) -> str:
   """That of the weights and of what says how to read them."""
   if source.is_gguf:
     return of_files(gguf_source.parts_of(user_path(source.name)))
+  return of_folder(source.files)
+
+
+def of_folder(folder: pathlib.Path) -> str:
+  """The same of a Hugging Face folder."""
   names = {'config.json', 'model.safetensors', 'model.safetensors.index.json'}
-  index = source.files / 'model.safetensors.index.json'
-  if index.is_file() and not (source.files / 'model.safetensors').is_file():
+  index = folder / 'model.safetensors.index.json'
+  if index.is_file() and not (folder / 'model.safetensors').is_file():
     names |= set(safetensors_files.read_json(index)['weight_map'].values())
-  return of_files([path for name in names if (path := source.files / name).is_file()])
+  return of_files([path for name in names if (path := folder / name).is_file()])
 
 
 def of_tasks(loaded, tasks_dir: str) -> str:

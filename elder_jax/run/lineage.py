@@ -12,14 +12,14 @@ from elder_jax.run.config import Config
 NAME = 'elder_jax.json'
 
 
-def of_source(source: Source) -> list[dict]:
+def of_folder(folder: pathlib.Path) -> list[dict]:
   """The steps of the runs that made a checkpoint; none for one that elder_jax has not written."""
   try:
-    steps = json.loads((source.files / NAME).read_text(encoding='utf-8'))['lineage']
+    steps = json.loads((folder / NAME).read_text(encoding='utf-8'))['lineage']
   except FileNotFoundError:
     return []
   except (OSError, ValueError, KeyError, TypeError):
-    log(f'{source.files / NAME}: cannot be read; what was done to the model before is not told')
+    log(f'{folder / NAME}: cannot be read; what was done to the model before is not told')
     return []
   return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
@@ -45,7 +45,7 @@ def kept_layers(config: Config, source: Source, teacher: Source | None) -> list[
     return list(given)
   if source.num_layers == total:
     return list(range(total))
-  for found in (_by_lineage(of_source(source), total), _by_mergekit(source)):
+  for found in (_by_lineage(of_folder(source.files), total), _by_mergekit(source)):
     if found and len(found) == source.num_layers and found[-1] < total:
       return found
   return None

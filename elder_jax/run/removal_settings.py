@@ -52,6 +52,12 @@ class RemovalSettings(Settings):
     'Layers to remove by 0-based number, e.g. 3,5 or 12-18, in place of --ratio and --method. Empty (--remove_layers=): '
     'none.',
   )
+  layers_at: str = setting(
+    '',
+    'The list of layers to cut, by its name in the names of the tensors, as in model.language_model.layers; with '
+    '--remove_layers and --recipe=none, for models with several lists.',
+    rare=True,
+  )
   target_params: int | None = setting(
     None,
     'Parameters that are to be left at most, as in 6B, in place of --ratio: as few layers go as that takes.',

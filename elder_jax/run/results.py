@@ -54,7 +54,7 @@ def make_report(run: Run) -> dict:
     'answers': pairs(list(job.prompts), run.answers.get('dense'), run.answers.get('pruned')),
     'corpora': {c: w.about for c, w in job.windows.items()},
     'params': {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)},
-    'lineage': [*lineage.of_source(job.source), lineage.step_of(config, num_layers, sorted(removed))],
+    'lineage': [*lineage.of_folder(job.source.files), lineage.step_of(config, num_layers, sorted(removed))],
     'steps': config.steps() if config.trains(config.removal.recipe) else 0,
     'tokens_per_step': config.data.batch_size * config.data.seq_len,
     'versions': about.package_versions(),

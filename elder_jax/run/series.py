@@ -17,6 +17,7 @@ from elder_jax.log import log
 from elder_jax.log import write_json
 from elder_jax.log import write_whole
 from elder_jax.methods import find_method
+from elder_jax.run import by_name
 from elder_jax.run import pipeline
 from elder_jax.run import workdir
 from elder_jax.run.config import Config
@@ -29,6 +30,8 @@ ONE = {'seeds': (), 'rounds': 1}
 
 def run(config: Config) -> dict:
   """A run, or a series of them where the settings ask for one; the report. As pipeline.run otherwise."""
+  if why := by_name.why(config):
+    return by_name.run(config, why)
   if config.removal.max_ppl_increase is not None:
     return _series(config, _search)
   if config.data.seeds:

@@ -234,6 +234,7 @@ ELSEWHERE = {
   'validation_sequences': 'text/training_text_test.py::test_held_out_rows_come_first_from_each_source',
   'token_cache': 'text/training_text_test.py::test_tokens_are_made_once_for_the_same_content_and_options',
   'export': 'training/validation_test.py::test_the_best_state_is_exported',
+  'layers_at': 'hf/by_name_test.py::test_a_list_is_named_where_there_are_several',
   'target_params': 'run/series_test.py::test_targets_of_size',
   'target_gb': 'run/series_test.py::test_targets_of_size',
   'target_speedup': 'run/series_test.py::test_target_of_speed',

@@ -23,6 +23,7 @@ from elder_jax.log import log
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.model.spec import Spec
+from elder_jax.run import by_name
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
 from elder_jax.run.job import Job
@@ -91,6 +92,9 @@ def plan(config: Config) -> int:
   """
   if config.computation.topology:
     jax.config.update('jax_platforms', 'cpu')  # the TPUs are only compiled for
+  if why := by_name.why(config):
+    print(f'Nothing is loaded or computed: {why}; layers are copied from file to file.')
+    return 0
   spec, num_layers, dtype = _architecture(config.paths.model)
   teacher = _architecture(config.paths.teacher)[:2] if config.paths.teacher else None
   num_removes = count_removed(config, spec, num_layers, dtype)

@@ -1,0 +1,153 @@
+"""The files of a checkpoint without some of its layers: tensors as they stand, octet for octet, in the same shards."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+import hashlib
+import json
+import math
+import pathlib
+from typing import NamedTuple
+
+from elder_jax.devices import preemption
+from elder_jax.hf import folder as model_folder
+from elder_jax.hf import safetensors_files
+from elder_jax.hf.by_name import keys
+from elder_jax.hf.by_name import layer_list
+from elder_jax.hf.by_name.layer_list import LayerList
+
+_PIECE = 2**24  # octets that are copied at a time
+_QUANTISATION = ('quantize_config.json', 'quant_config.json', 'hf_quant_config.json')
+
+
+class Checkpoint(NamedTuple):
+  """A Hugging Face folder, opened by its headers alone."""
+
+  name: str  # as the user called it
+  files: pathlib.Path  # folder
+  config: dict
+  headers: dict[pathlib.Path, tuple[int, dict]]  # of each file with tensors: where they begin, {name: header}
+  layers: LayerList
+
+
+def open_checkpoint(model: str, at: str = '') -> Checkpoint:
+  """Reads config.json and the headers.
+
+  Args:
+    at: --layers_at.
+  """
+  folder = model_folder.find('model', model)
+  config = safetensors_files.read_json(folder / 'config.json')
+  headers = safetensors_files.headers(folder)
+  names = [name for _, header in headers.values() for name in header]
+  return Checkpoint(model, folder, config, headers, layer_list.find(names, config, model, at))
+
+
+def write(
+  checkpoint: Checkpoint,
+  kept: list[int],
+  config: dict,
+  folder: pathlib.Path,
+  told: Callable[[int, int], None],
+  tokenizer: pathlib.Path | None = None,
+) -> dict[str, str]:
+  """Writes the layers `kept` into `folder`, which exists; {file: sha256} of the files with tensors.
+
+  Args:
+    config: config.json of the result.
+    told: called with (megabytes written, megabytes in all).
+    tokenizer: of folder.small_files.
+  """
+  files = model_folder.small_files(checkpoint.files, tokenizer)
+  model_folder.copy(files, folder)
+  for name in _QUANTISATION:
+    if (path := checkpoint.files / name).is_file():
+      value = safetensors_files.read_json(path)
+      _write_json(folder / name, keys.renamed_strings(value, checkpoint.layers, kept, checkpoint.name))
+  _write_json(folder / 'config.json', config)
+  plan = {path: _plan(header, checkpoint.layers, kept) for path, (_, header) in checkpoint.headers.items()}
+  total, done, hashes, weight_map = _sum(plan.values()), 0, {}, {}
+  for path, tensors in plan.items():
+    if not tensors:
+      continue
+    octets = _octets(path, checkpoint.headers[path][0], tensors)
+    digest, size = hashlib.sha256(), 0
+    with (folder / path.name).open('wb') as file:
+      for piece in octets:
+        preemption.check_alone()
+        file.write(piece)
+        digest.update(piece)
+        size += len(piece)
+        told(min(done + size, total) // 10**6, total // 10**6)
+      safetensors_files.sync(file)
+    done += _sum([tensors])
+    hashes[path.name] = digest.hexdigest()
+    weight_map |= dict.fromkeys((new for _, new, _ in tensors), path.name)
+  if list(hashes) != ['model.safetensors']:
+    index = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(weight_map.items()))}
+    _write_json(folder / 'model.safetensors.index.json', index)
+  return hashes
+
+
+def check(checkpoint: Checkpoint, kept: list[int], folder: pathlib.Path) -> int:
+  """The number of tensors, each the original's octet for octet. Raises ValueError for one that is not."""
+  written, count = safetensors_files.headers(folder), 0
+  home = {name: (path, begin, about) for path, (begin, of) in written.items() for name, about in of.items()}
+  for path, (begin, header) in checkpoint.headers.items():
+    for _, new, about in _plan(header, checkpoint.layers, kept):
+      there, its_begin, its_about = home.pop(new)
+      pieces = _pieces(path, begin, about), _pieces(there, its_begin, its_about)
+      same = its_about['dtype'] == about['dtype'] and its_about['shape'] == about['shape']
+      if not same or any(a != b for a, b in zip(*pieces, strict=True)):
+        raise ValueError(f'{there}: the tensor {new} is not what was copied')
+      count += 1
+  if home:
+    raise ValueError(f'{folder}: there is a tensor too many, {next(iter(home))}')
+  return count
+
+
+def _plan(header: dict, layers: LayerList, kept: list[int]) -> list[tuple[str, str, dict]]:
+  """(old name, new name, header) of the tensors of a file that stay, in the order of the file."""
+  of_file = sorted(header.items(), key=lambda item: item[1]['data_offsets'])
+  return [(name, new, about) for name, about in of_file if (new := layers.renamed(name, kept)) is not None]
+
+
+def _octets(path: pathlib.Path, begin: int, tensors: list[tuple[str, str, dict]]) -> Iterator[bytes]:
+  """A safetensors file with these tensors."""
+  header: dict[str, dict] = {'__metadata__': safetensors_files.metadata(path)}
+  end = 0
+  for _, new, about in tensors:
+    start, end = end, end + _size(about)
+    header[new] = {'dtype': about['dtype'], 'shape': about['shape'], 'data_offsets': [start, end]}
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  yield len(text).to_bytes(8, 'little') + text
+  for _, _, about in tensors:
+    yield from _pieces(path, begin, about)
+
+
+def _pieces(path: pathlib.Path, begin: int, about: dict) -> Iterator[bytes]:
+  first, end = about['data_offsets']
+  with path.open('rb') as file:
+    file.seek(begin + first)
+    for at in range(first, end, _PIECE):
+      yield file.read(min(_PIECE, end - at))
+
+
+def size_left(checkpoint: Checkpoint, kept: list[int]) -> tuple[int, int]:
+  """(octets, elements) of the tensors that stay."""
+  plans = [_plan(header, checkpoint.layers, kept) for _, header in checkpoint.headers.values()]
+  return _sum(plans), sum(math.prod(about['shape']) for tensors in plans for _, _, about in tensors)
+
+
+def _sum(plans: Iterable[list[tuple[str, str, dict]]]) -> int:
+  return sum(_size(about) for tensors in plans for _, _, about in tensors)
+
+
+def _size(about: dict) -> int:
+  first, end = about['data_offsets']
+  return end - first
+
+
+def _write_json(path: pathlib.Path, value: dict):
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
