@@ -38,11 +38,14 @@ def model_card(report: dict, config: dict) -> str:
       lines.append(f'Training text: {shares}.')
   if len(report.get('lineage', [])) > 1:
     lines += ['', 'What was done so far:', *(f'- {lineage.sentence(step)}.' for step in report['lineage'])]
+  is_gguf = report.get('format') == 'gguf'
+  readers = 'transformers, vLLM and convert_hf_to_gguf.py of llama.cpp read it as it is.'
+  checks = '`sha256sum -c SHA256SUMS`' if is_gguf else '`elder_jax verify FOLDER` or `sha256sum -c SHA256SUMS`'
   lines += [
     '',
-    'An ordinary checkpoint of its architecture with fewer layers: transformers, vLLM and convert_hf_to_gguf.py of '
-    'llama.cpp read it as it is. `elder_jax verify FOLDER` or `sha256sum -c SHA256SUMS` tells whether the files '
-    'are those that were written (this page included).',
+    f'An ordinary {"file" if is_gguf else "checkpoint"} of its architecture with fewer layers: '
+    f'{"llama.cpp and Ollama read it as it is." if is_gguf else readers} {checks} tells whether the files are those that '
+    'were written (this page included).',
   ]
   if unverified := verification(report):
     lines += ['', unverified]

@@ -57,6 +57,13 @@ class OutputSettings(Settings):
   export_dtype: str = setting(
     '', "Type of the exported weights; unset: the model's own.", choices=('', 'float32', 'bfloat16', 'float16')
   )
+  export_format: str = setting(
+    'hf',
+    'hf: a Hugging Face folder; gguf: a file for llama.cpp and Ollama, of a model that is one and of which layers are only '
+    'cut.',
+    choices=('hf', 'gguf'),
+    rare=True,
+  )
   shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0, rare=True)
   verify: str = setting(
     'auto',

@@ -55,7 +55,7 @@ def write(
 
   Args:
     config: config.json of the result.
-    told: called with (megabytes written, megabytes in all).
+    told: called with (octets written, octets in all).
     tokenizer: of folder.small_files.
   """
   files = model_folder.small_files(checkpoint.files, tokenizer)
@@ -78,7 +78,7 @@ def write(
         file.write(piece)
         digest.update(piece)
         size += len(piece)
-        told(min(done + size, total) // 10**6, total // 10**6)
+        told(min(done + size, total), total)
       safetensors_files.sync(file)
     done += _sum([tensors])
     hashes[path.name] = digest.hexdigest()

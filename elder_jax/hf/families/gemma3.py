@@ -50,19 +50,27 @@ def config_from_gguf(field, tensors: dict) -> dict:
   """As llama.config_from_gguf. Defaults are llama.cpp's; scaling is for the layers without a window."""
   config = llama.gguf_config(field, tensors)
   del config['hidden_act']
-  return config | {
-    'architectures': ['Gemma3ForCausalLM'],
-    'model_type': 'gemma3_text',
-    'hidden_activation': 'gelu_pytorch_tanh',
-    # Only the 27B, of 62 layers, scales its scores by another width than that of the heads.
-    'query_pre_attn_scalar': llama.gguf_head_dim(field) if config['num_hidden_layers'] == 62 else config['head_dim'],
-    'sliding_window': field('attention.sliding_window'),
-    'sliding_window_pattern': field('attention.sliding_window_pattern', 6),
-    'rope_local_base_freq': float(field('rope.freq_base_swa', 10000.0)),
-    'attention_bias': False,
-    'attn_logit_softcapping': None,
-    'final_logit_softcapping': llama.gguf_float(field('final_logit_softcapping', 0)) or None,
-  }
+  pattern = field('attention.sliding_window_pattern', 6, per_layer=True)
+  if isinstance(pattern, list):
+    kinds = {'layer_types': ['sliding_attention' if windowed else 'full_attention' for windowed in pattern]}
+  else:
+    kinds = {'sliding_window_pattern': pattern}
+  return (
+    config
+    | kinds
+    | {
+      'architectures': ['Gemma3ForCausalLM'],
+      'model_type': 'gemma3_text',
+      'hidden_activation': 'gelu_pytorch_tanh',
+      # Only the 27B, of 62 layers, scales its scores by another width than that of the heads.
+      'query_pre_attn_scalar': llama.gguf_head_dim(field) if config['num_hidden_layers'] == 62 else config['head_dim'],
+      'sliding_window': field('attention.sliding_window'),
+      'rope_local_base_freq': float(field('rope.freq_base_swa', 10000.0)),
+      'attention_bias': False,
+      'attn_logit_softcapping': None,
+      'final_logit_softcapping': llama.gguf_float(field('final_logit_softcapping', 0)) or None,
+    }
+  )
 
 
 def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:

@@ -37,7 +37,13 @@ class Tensor(NamedTuple):
 
 
 def read(path: pathlib.Path) -> tuple[dict, list[Tensor]]:
-  """(metadata by name, tensors) of one file.
+  """(metadata by name, tensors) of one file; raises as `read_raw`."""
+  fields, _, tensors = read_raw(path)
+  return fields, tensors
+
+
+def read_raw(path: pathlib.Path) -> tuple[dict, dict[str, bytes], list[Tensor]]:
+  """(metadata by name, the same as it stands in the file: type and value, tensors) of one file.
 
   Raises:
     InputError: it is whole, but of a kind that is not read.
@@ -59,12 +65,14 @@ def read(path: pathlib.Path) -> tuple[dict, list[Tensor]]:
       f'{path}: is of GGUF version {version}, only 2 and 3 are read; convert the original model with a current llama.cpp.'
     )
   num_tensors, num_fields = walk.count(24), walk.count(12)
-  fields = {}
+  fields, raw = {}, {}
   for _ in range(num_fields):
     name = walk.string()
     if name in fields:
       raise ValueError(f'it has the field {name!r} twice')
+    begin = walk.at
     fields[name] = walk.value(walk.number('I'))
+    raw[name] = bytes(walk.view[begin : walk.at])
   heads = {}
   for _ in range(num_tensors):
     name = walk.string()
@@ -83,7 +91,8 @@ def read(path: pathlib.Path) -> tuple[dict, list[Tensor]]:
   if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
     raise ValueError('general.alignment is no power of two')
   begin = -(-walk.at // alignment) * alignment
-  return fields, [Tensor(name, *head[:2], _data(octets, begin + head[2], *head[:2])) for name, head in heads.items()]
+  tensors = [Tensor(name, *head[:2], _data(octets, begin + head[2], *head[:2])) for name, head in heads.items()]
+  return fields, raw, tensors
 
 
 def _data(octets: np.ndarray, begin: int, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:

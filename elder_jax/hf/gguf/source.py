@@ -46,7 +46,7 @@ _MISSING = object()
 
 def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
   """Writes config.json, tokenizer and generation_config.json into `scratch`; returns (config, {name: shape}, read)."""
-  fields, listed = _read(path)
+  fields, _, listed = read_raw(path)
   family = _family(path, fields)
   tensors = {t.name: t for t in listed}
   config, num_layers = _config(path, fields, tensors, family)
@@ -82,11 +82,16 @@ class _Fields:
   def __init__(self, fields: dict):
     self._fields, self.asked = fields, set()
 
-  def __call__(self, name: str, default=_MISSING):
+  def __call__(self, name: str, default=_MISSING, per_layer: bool = False):
+    """The value of a field.
+
+    Args:
+      per_layer: it may be a list with an entry for each layer.
+    """
     key = f'{self._fields["general.architecture"]}.{name}'
     self.asked.add(key)
     value = self._fields.get(key, default)
-    if isinstance(value, list):
+    if isinstance(value, list) and not per_layer:
       raise InputError(f'the GGUF field {key} has a value for each layer, only one for all is supported; {_FOLDER}.')
     if isinstance(value, int) and value > 2**31:  # before a table of that size is made
       raise InputError(f'the GGUF field {key} is {value}, which is larger than in any model; {_FOLDER}.')
@@ -142,11 +147,11 @@ def _check_types(path: pathlib.Path, listed: list):
       raise InputError(f'{path}: the quantisation {kind} of {tensor.name} is not supported; use Q8_0 or F16.') from e
 
 
-def _read(path: pathlib.Path) -> tuple[dict, list[header.Tensor]]:
-  """As gguf_header.read, of all parts where the file is one of several."""
-  fields, tensors = _read_part(path)
+def read_raw(path: pathlib.Path) -> tuple[dict, dict[str, bytes], list[header.Tensor]]:
+  """As header.read_raw, of all parts where the file is one of several."""
+  fields, raw, tensors = _read_part(path)
   if (count := fields.get('split.count', 1)) in (0, 1):
-    return fields, tensors
+    return fields, raw, tensors
   parts = parts_of(path)
   if len(parts) != count:
     raise InputError(
@@ -158,12 +163,12 @@ def _read(path: pathlib.Path) -> tuple[dict, list[header.Tensor]]:
       f'{absent}: is missing; {path.name} is one of {count} parts of a split GGUF file, fetch all of them.'
     )
   read = [_read_part(p) for p in parts]
-  tensors = [t for _, of_part in read for t in of_part]
+  tensors = [t for *_, of_part in read for t in of_part]
   if len({t.name for t in tensors}) != fields.get('split.tensors.count', len(tensors)):
     raise InputError(
       f'{path}: the {count} parts of this split GGUF file do not belong together; fetch all of them again.'
     )
-  return read[0][0], tensors
+  return *read[0][:2], tensors
 
 
 def parts_of(path: pathlib.Path) -> list[pathlib.Path]:
@@ -174,9 +179,9 @@ def parts_of(path: pathlib.Path) -> list[pathlib.Path]:
   return [path.with_name(f'{name[1]}{i + 1:05d}-of-{name[2]}{path.suffix}') for i in range(int(name[2]))]
 
 
-def _read_part(path: pathlib.Path) -> tuple[dict, list[header.Tensor]]:
+def _read_part(path: pathlib.Path) -> tuple[dict, dict[str, bytes], list[header.Tensor]]:
   try:
-    return header.read(path)
+    return header.read_raw(path)
   except (ValueError, EOFError, OSError) as e:
     raise InputError(f'{path}: is truncated or not a GGUF file ({reason(e)}); fetch it again.') from e
 
