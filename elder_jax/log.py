@@ -175,6 +175,20 @@ class Progress:
     return f' ({", ".join(told)})' if told else ''
 
 
+def in_megabytes(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+  """A function of (octets done, octets in all) that tells whole megabytes, each once."""
+  last = 0
+
+  def told(done: int, of: int):
+    nonlocal last
+    now = -(-done // 10**6)
+    if now > last:
+      last = now
+      progress(now, -(-of // 10**6))
+
+  return told
+
+
 def duration(seconds: float) -> str:
   """As people say it: 41 s, 12 min, 3.5 h."""
   if seconds < 100:

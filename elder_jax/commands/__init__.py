@@ -17,6 +17,7 @@ VERBS = {
   'speed': ('speed', 'dense against pruned, timed alternating'),
   'eval': ('evaluate', 'zero-shot tasks of lm-evaluation-harness'),
   'verify': ('verify', 'whether an exported folder holds the files that were written'),
+  'export-gguf': ('export_gguf', 'an exported folder as a file for llama.cpp and Ollama'),
   'report': ('report', 'the tables of finished runs'),
 }
 

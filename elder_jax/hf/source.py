@@ -67,8 +67,8 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     path = user_path(model)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
       raise InputError('model', model, 'there is no such file; check the path.')
-    config, shapes, read = gguf_source.open_gguf(path, scratch)
-    files, dtypes = scratch, dict.fromkeys(shapes, 'float32')
+    config, shapes, dtypes, read = gguf_source.open_gguf(path, scratch)
+    files = scratch
 
     def pieces(name):
       return iter([read(name)])

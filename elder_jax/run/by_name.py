@@ -24,6 +24,7 @@ from elder_jax.hf.gguf.source import parts_of
 from elder_jax.hf.source import architecture
 from elder_jax.hf.source import read_config
 from elder_jax.log import RunLog
+from elder_jax.log import in_megabytes
 from elder_jax.log import log
 from elder_jax.log import write_json
 from elder_jax.log import write_whole
@@ -206,7 +207,7 @@ def _export(config: Config, cutter: Cutter, kept: list[int], unchecked: str, beg
   temporary, final = work / 'export.partial', work / 'export'
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir()
-  hashes = cutter.write(kept, temporary, _megabytes(RunLog(work / 'metrics.jsonl').progress('copying, MB')))
+  hashes = cutter.write(kept, temporary, in_megabytes(RunLog(work / 'metrics.jsonl').progress('copying, MB')))
   try:
     tensors = cutter.check(kept, temporary)
   except ValueError as e:
@@ -221,20 +222,6 @@ def _export(config: Config, cutter: Cutter, kept: list[int], unchecked: str, beg
   write_whole(work / 'report.md', markdown(report))
   write_json(work / 'report.json', report)
   return report
-
-
-def _megabytes(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-  """Progress in octets, told when there is another megabyte of it."""
-  last = 0
-
-  def told(done: int, of: int):
-    nonlocal last
-    now = -(-done // 10**6)
-    if now > last:
-      last = now
-      progress(now, -(-of // 10**6))
-
-  return told
 
 
 def _report(config: Config, cutter: Cutter, kept: list[int], verified: dict) -> dict:

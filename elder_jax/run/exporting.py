@@ -40,6 +40,8 @@ def export(run: Run) -> dict:
   work, report = job.config.path(), make_report(run)
   temporary, final, kept = work / 'export.partial', work / 'export', report['kept']
   log(f'writing and checking {final}')
+  if job.source.is_gguf and not job.config.output.export_dtype:
+    log(f'the export is in {job.source.dtype}; --export_dtype gives another type')
   hashes = _write(run, temporary, kept)
   figures = _check(run, temporary, kept)
   if why := figures.get('torch_error'):

@@ -45,13 +45,14 @@ def kept_layers(config: Config, source: Source, teacher: Source | None) -> list[
     return list(given)
   if source.num_layers == total:
     return list(range(total))
-  for found in (_by_lineage(of_folder(source.files), total), _by_mergekit(source)):
+  for found in (kept_by(of_folder(source.files), total), _by_mergekit(source)):
     if found and len(found) == source.num_layers and found[-1] < total:
       return found
   return None
 
 
-def _by_lineage(steps: list[dict], total: int) -> list[int] | None:
+def kept_by(steps: list[dict], total: int) -> list[int] | None:
+  """The layers of a model of `total` layers that these steps leave; None where they were made from another one."""
   kept = list(range(total))
   for step in steps:
     if step.get('layers') != len(kept) or not isinstance(step.get('removed'), list):

@@ -55,7 +55,9 @@ class OutputSettings(Settings):
   """The exported folder, and where the metrics of training go as well."""
 
   export_dtype: str = setting(
-    '', "Type of the exported weights; unset: the model's own.", choices=('', 'float32', 'bfloat16', 'float16')
+    '',
+    "Type of the exported weights; unset: the model's own, of a quantised .gguf file bfloat16.",
+    choices=('', 'float32', 'bfloat16', 'float16'),
   )
   export_format: str = setting(
     'hf',

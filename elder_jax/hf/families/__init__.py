@@ -4,7 +4,7 @@ A family module has `spec_from_config` and `WEIGHTS` (llama.py says how to read 
 removal of layers changes keys of config.json beside the depth and lists with an entry per layer; `DEPTH`, if the key
 of the depth is not num_hidden_layers; `ROPE_KEYS`, if what rope_parameters holds has had other names outside. The first
 row of WEIGHTS is the embedding; files may leave the first part of its name out of all names. For GGUF:
-`GGUF_ARCHITECTURE`, `GGUF_NAMES`, `config_from_gguf`, `from_gguf`, and `GGUF_DERIVED` for a tensor that only
+`GGUF_ARCHITECTURE`, `GGUF_NAMES`, `config_from_gguf`, `from_gguf`, `to_gguf`, and `GGUF_DERIVED` for a tensor that only
 config_from_gguf looks at. Only family modules know Hugging Face's and llama.cpp's names. docs/families.md says how to add
 one.
 """

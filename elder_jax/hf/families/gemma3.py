@@ -77,3 +77,9 @@ def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
   """As Hugging Face has it: llama.cpp stores what a norm multiplies by, 1 + w."""
   del config
   return weight - 1 if name.endswith('norm.weight') else weight
+
+
+def to_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
+  """The inverse of from_gguf."""
+  del config
+  return weight + 1 if name.endswith('norm.weight') else weight

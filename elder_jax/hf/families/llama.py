@@ -171,3 +171,12 @@ def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
       n = config[heads]
       return weight.reshape(n, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
   return weight
+
+
+def to_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
+  """The inverse of from_gguf."""
+  for part, heads in (('.q_proj.', 'num_attention_heads'), ('.k_proj.', 'num_key_value_heads')):
+    if part in name:
+      n = config.get(heads) or config['num_attention_heads']
+      return weight.reshape(n, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+  return weight

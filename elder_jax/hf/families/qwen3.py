@@ -23,7 +23,7 @@ GGUF_ARCHITECTURE = 'qwen3'
 GGUF_NAMES = llama.GGUF_NAMES | {
   f'model.layers.{{l}}.self_attn.{p}_norm.weight': f'blk.{{l}}.attn_{p}_norm.weight' for p in 'qk'
 }
-from_gguf = qwen2.from_gguf
+from_gguf, to_gguf = qwen2.from_gguf, qwen2.to_gguf
 
 
 def config_from_gguf(field, tensors: dict) -> dict:

@@ -38,7 +38,7 @@ _PER_LAYER = frozenset(
   'attention.value_length'.split()
 )
 _OTHER_ARRAYS = frozenset(['rope.dimension_sections'])
-_WINDOW, _PATTERN = 'attention.sliding_window', 'attention.sliding_window_pattern'
+_WINDOW, PATTERN = 'attention.sliding_window', 'attention.sliding_window_pattern'
 _SUSPECT = re.compile(r'layers?$|layer_|block|interval|pattern|_step$|every')
 
 
@@ -104,7 +104,7 @@ def cut_fields(opened: Opened, kept: list[int]) -> dict[str, bytes]:
       raw[key] = new
   pattern = window_pattern(opened)
   if pattern and (left := [pattern[l] for l in kept]) != _default(name, len(kept)):
-    raw[f'{name}.{_PATTERN}'] = writer.flags([*left, *[False] * opened.extras])
+    raw[f'{name}.{PATTERN}'] = writer.flags([*left, *[False] * opened.extras])
   return raw
 
 
@@ -115,7 +115,7 @@ def _changed(opened: Opened, key: str, value, kept: list[int], entries: list[int
     return writer.uint32(len(entries))
   if name == 'leading_dense_block_count':
     return writer.uint32(sum(l < value for l in kept))
-  if name in ('nextn_predict_layers', _PATTERN) and not isinstance(value, list):
+  if name in ('nextn_predict_layers', PATTERN) and not isinstance(value, list):
     return None  # the period becomes an array
   if isinstance(value, list):
     if name in _OTHER_ARRAYS:
@@ -130,7 +130,7 @@ def _changed(opened: Opened, key: str, value, kept: list[int], entries: list[int
 def window_pattern(opened: Opened) -> list[bool]:
   """Whether each layer has a sliding window; empty where no rule of llama.cpp depends on its number."""
   name = opened.architecture
-  given = opened.fields.get(f'{name}.{_PATTERN}')
+  given = opened.fields.get(f'{name}.{PATTERN}')
   if isinstance(given, list):
     return []  # cut as any array
   if not PERIODS[name] or (name != 'gemma2' and not opened.fields.get(f'{name}.{_WINDOW}')):

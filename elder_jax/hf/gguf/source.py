@@ -14,6 +14,7 @@ from elder_jax.hf import families
 from elder_jax.hf.gguf import header
 from elder_jax.hf.gguf import tokenizer as gguf_tokenizer
 from elder_jax.log import write_whole
+from elder_jax.model.spec import Spec
 
 _FOLDER = 'use the Hugging Face folder of this model'
 # general.type, or the architecture, of files that are no model.
@@ -45,7 +46,11 @@ _MISSING = object()
 
 
 def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
-  """Writes config.json, tokenizer and generation_config.json into `scratch`; returns (config, {name: shape}, read)."""
+  """Writes config.json, tokenizer and generation_config.json into `scratch`.
+
+  Returns:
+    (config, {name: shape}, {name: type that the tensor is exported in}, read). Quantised weights are not worth float32.
+  """
   fields, _, listed = read_raw(path)
   family = _family(path, fields)
   tensors = {t.name: t for t in listed}
@@ -60,7 +65,18 @@ def open_gguf(path: pathlib.Path, scratch: pathlib.Path):
     return family.from_gguf(name, weight.reshape(shapes[name]), config)
 
   _write_files(scratch, config, fields, path)
-  return config, shapes, read
+  plain = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
+  dtype = 'float32' if {t.tensor_type for t in listed} <= plain else 'bfloat16'
+  return config, shapes, dict.fromkeys(shapes, dtype), read
+
+
+def spec_of(path: pathlib.Path) -> tuple[Spec, int]:
+  """(Spec, number of layers) of a file, by its metadata and the names of its tensors."""
+  fields, _, listed = read_raw(path)
+  family, tensors = _family(path, fields), {t.name: t for t in listed}
+  config, num_layers = _config(path, fields, tensors, family)
+  _by_hf_name(path, fields, tensors, family, num_layers)
+  return family.spec_from_config(config)
 
 
 def _family(path: pathlib.Path, fields: dict):
