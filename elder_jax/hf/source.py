@@ -52,7 +52,7 @@ class Source:
   def context_length(self) -> int | None:
     """Positions that the model has for a prompt and what follows it; None where config.json does not limit them."""
     limits = (self.config.get(name) for name in ('max_position_embeddings', 'n_positions', 'n_ctx'))
-    return self.spec.num_positions or next((n for n in limits if isinstance(n, int) and n > 0), None)
+    return self.spec.most_positions or next((n for n in limits if isinstance(n, int) and n > 0), None)
 
   @property
   def family(self):

@@ -33,16 +33,31 @@ def rope_and_window(spec: Spec, tables, kind: dict):
 NO_WINDOW = 2**30  # where layers differ, one that sees all
 
 
-def rope_tables(spec: Spec, num_tokens: int):
-  """(cos_RTH, sin_RTH) of the positions 0 … num_tokens − 1 in float32, half as wide as what is rotated of a head."""
-  return rope_at(spec, jnp.arange(num_tokens))
+def rope_tables(spec: Spec, num_tokens: int, length=None):
+  """(cos_RTH, sin_RTH) of the positions 0 … num_tokens − 1 in float32, half as wide as what is rotated of a head.
+
+  Args:
+    length: tokens of the text, where some of num_tokens are padding; it may be traced.
+  """
+  return _tables(spec, jnp.arange(num_tokens), (num_tokens if length is None else length) > spec.rope_near)
 
 
 def rope_at(spec: Spec, position_T):
-  """rope_tables' rows of any positions."""
-  freq_RH = jnp.array(spec.rope_freq_RH, jnp.float32)
-  angle_RTH = position_T.astype(jnp.float32)[None, :, None] * freq_RH[:, None]
-  return jnp.cos(angle_RTH), jnp.sin(angle_RTH)
+  """rope_tables' rows of any positions, each as of a text that ends there."""
+  return _tables(spec, position_T, (position_T >= spec.rope_near)[None, :, None])
+
+
+def _tables(spec: Spec, position_T, is_far):
+  """is_far: whether spec.rope_far_RH holds: one for all, or [1, T, 1]."""
+  freq_RTH = jnp.array(spec.rope_freq_RH, jnp.float32)[:, None]
+  if spec.rope_far_RH:
+    freq_RTH = jnp.where(is_far, jnp.array(spec.rope_far_RH, jnp.float32)[:, None], freq_RTH)
+  angle_RTH = position_T.astype(jnp.float32)[None, :, None] * freq_RTH
+  cos_RTH, sin_RTH = jnp.cos(angle_RTH), jnp.sin(angle_RTH)
+  if not spec.rope_scale_R:
+    return cos_RTH, sin_RTH
+  scale_R11 = jnp.array(spec.rope_scale_R, jnp.float32)[:, None, None]
+  return cos_RTH * scale_R11, sin_RTH * scale_R11
 
 
 def apply_rope(x_BTNH, rope):

@@ -21,6 +21,11 @@ class Spec:
   # Radians per position, one for each rotated pair of a head's dimensions; what is not rotated comes after these. A
   # table for each kind of layer; zeros: the layer knows no positions; of length 0: no layer rotates.
   rope_freq_RH: tuple[tuple[float, ...], ...]
+  rope_scale_R: tuple[float, ...] = ()  # of each table's cosine and sine; empty: 1
+  # The tables for a text of more than `rope_near` tokens; empty: the same for all.
+  rope_far_RH: tuple[tuple[float, ...], ...] = ()
+  rope_near: int = 0
+  rope_until: int = 0  # positions that the tables hold for; 0: any number
   # Per layer, sliced with the layers. Empty: 0 everywhere.
   rope_L: tuple[int, ...] = ()  # which table
   window_L: tuple[int, ...] = ()  # how many of the last tokens, its own included, a token sees; 0: all
@@ -44,6 +49,11 @@ class Spec:
   attn_softcap: float | None = None  # scores s become cap · tanh(s / cap)
   final_softcap: float | None = None  # the same of the logits
   patched: bool = False  # what a layer writes is y + y·M, M a D × D matrix; no family has it (recipes/patch.py)
+
+  @property
+  def most_positions(self) -> int:
+    """Tokens that a text may have; 0: any number."""
+    return self.num_positions or self.rope_until
 
   def sizes(self, num_layers: int) -> dict[str, int]:
     return {

@@ -281,10 +281,10 @@ class _Texts:
     return data.bos_rule(self.config.data.bos, self._bos_first, self.tokenizer)
 
   def _check_length(self, setting: str, length: int):
-    """Learned positions end somewhere."""
-    if 0 < self.source.spec.num_positions < length:
+    """Learned positions end somewhere, and so do tables that depend on the length of a text."""
+    if 0 < self.source.spec.most_positions < length:
       raise InputError(
-        setting, length, f'this model has learned {self.source.spec.num_positions} positions; give at most that many.'
+        setting, length, f'this model has {self.source.spec.most_positions} positions; give at most that many.'
       )
 
   def _check_tokens(self, rows_NT: np.ndarray, setting: str, text: str):

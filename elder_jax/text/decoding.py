@@ -79,7 +79,7 @@ def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mo
   T = tokens_BT.shape[1]
   if capacity < T:
     raise ValueError(f'prompts of {T} tokens do not fit into a cache of {capacity}')
-  tables = rope_tables(model.spec, T)
+  tables = rope_tables(model.spec, T, jnp.max(lengths_B))
   spare = ((0, 0), (0, capacity - T), (0, 0), (0, 0))
 
   def layer(x_BTD, scanned):

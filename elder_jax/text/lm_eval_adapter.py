@@ -105,7 +105,7 @@ class JaxLM(TemplateLM):
     super().__init__()
     self.model, self.tokenizer, self.mode, self.batch_size = model, tokenizer, mode, batch_size
     self.max_length = min(
-      max_length, model.spec.num_positions or max_length
+      max_length, model.spec.most_positions or max_length
     )  # a config.json may leave it to its default
     self.put, self.eos_ids, self.progress = put, eos_ids, progress
     if self.prefix_token_id is None:

@@ -1,12 +1,8 @@
 """config.json, read strictly: what would change the computation and is not understood is refused by name, never ignored."""
 
-import math
-import sys
-
-import numpy as np
-
 from elder_jax.errors import InputError
 from elder_jax.errors import shown
+from elder_jax.hf.families import rope
 
 # Keys that change nothing in the computation of logits, whatever the family: what a file is, special tokens, dropout and
 # initialisation, defaults of generation, classification heads, and how a library computes.
@@ -98,7 +94,7 @@ class Fields:
 
   def number(self, key: str, default=None, optional: bool = False) -> float | None:
     value = self._get(key, default)
-    return None if optional and value is None else _above_0(key, value)
+    return None if optional and value is None else rope.above_0(key, value)
 
   def flag(self, key: str, default: bool = False) -> bool:
     value = self._get(key, default)
@@ -191,8 +187,10 @@ class Fields:
         table = {}  # one table for the whole model means the layers without a window
       tables |= table
     outside = [self._get(key, None) if key else None for key in keys]
-    theta = _above_0(keys[0], tables.pop('rope_theta', None) or outside[0] or theta)
-    part = _above_0(keys[1] or 'partial_rotary_factor', tables.pop('partial_rotary_factor', None) or outside[1] or part)
+    theta = rope.above_0(keys[0], tables.pop('rope_theta', None) or outside[0] or theta)
+    part = rope.above_0(
+      keys[1] or 'partial_rotary_factor', tables.pop('partial_rotary_factor', None) or outside[1] or part
+    )
     rotated = int(head_dim * part)
     if part > 1 or rotated % 2:
       raise InputError(
@@ -200,7 +198,7 @@ class Fields:
         if rotated == head_dim
         else f'config.json: {rotated} of head_dim={head_dim} cannot be rotated (an even part is needed); mend the file.'
       )
-    return rope_frequencies(rotated, theta, tables)
+    return rope.table(rotated, theta, tables, self.config)
 
   def done(self, family: str, depth: str = 'num_hidden_layers') -> int:
     """The number of layers. Raises InputError for a key that nobody asked for."""
@@ -221,43 +219,3 @@ class Fields:
 
 
 MOST_LAYERS = 10_000  # of which tables are made before config.json is held against the tensors
-
-
-def _above_0(key, value) -> float:
-  if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-    raise InputError(f'config.json: {key}={shown(value)} must be a number above 0; mend the file.')
-  return float(value)
-
-
-@np.errstate(divide='ignore', over='ignore', invalid='ignore')  # the result is looked at
-def rope_frequencies(rotated: int, theta: float, scaling: dict) -> tuple[float, ...]:
-  """The table of `rotated` / 2 frequencies; scaling: rope_type and what goes with it."""
-  rope = dict(scaling)
-  kind = rope.pop('rope_type', rope.pop('type', 'default'))
-  rope.pop('type', None)
-  rope = {key: value for key, value in rope.items() if value is not None}
-  # Rounded to float32 where transformers rounds (torch's power goes through double), so that far positions agree.
-  exponent_R = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
-  freq_R = np.float32(1) / (theta ** exponent_R.astype(np.float64)).astype(np.float32)
-  known = {'default': (), 'linear': ('factor',)}
-  known['llama3'] = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-  if kind not in list(known):  # a list: it may be what cannot be hashed
-    raise InputError(f'config.json: rope type {shown(kind)} is not supported (default, linear and llama3 are).')
-  if unknown := sorted(set(rope) - set(known[kind])):
-    raise InputError(
-      f'config.json: rope scaling key {shown(unknown[0])} is not known for rope type {kind!r}; remove it.'
-    )
-  p = {key: _above_0(key, rope.get(key)) for key in known[kind]}
-  if kind == 'linear':
-    freq_R = freq_R / np.float32(p['factor'])
-  elif kind == 'llama3':
-    # Llama 3.1: wavelengths past the training context are stretched, short ones kept, those between interpolated.
-    wavelength_R = 2 * math.pi / freq_R
-    low, high, context = p['low_freq_factor'], p['high_freq_factor'], p['original_max_position_embeddings']
-    if high <= low:
-      raise InputError(f'config.json: rope high_freq_factor={high} must be above low_freq_factor={low}; mend the file.')
-    smooth_R = np.clip((context / wavelength_R - low) / (high - low), 0.0, 1.0)
-    freq_R = (1 - smooth_R) * freq_R / p['factor'] + smooth_R * freq_R
-  if not np.isfinite(freq_R).all():
-    raise InputError('config.json: rope_theta and rope scaling give frequencies that are not finite; mend the file.')
-  return tuple(float(f) for f in freq_R.astype(np.float32))

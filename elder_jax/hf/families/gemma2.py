@@ -1,6 +1,7 @@
 """Gemma 2: norms that scale by 1 + w before and after each part, capped scores and logits, windows on every other layer."""
 
 from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
@@ -42,7 +43,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   fields = Fields(DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0) | config)
   features, window, kinds = common(fields), fields.window('sliding_window'), layer_kinds(fields)
   window_L = tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
-  spec = Spec(**features, rope_freq_RH=(fields.rope(features['head_dim']),), window_L=window_L)
+  spec = Spec(**features, **rope.features(fields.rope(features['head_dim'])), window_L=window_L)
   return spec, fields.done('gemma2')
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from elder_jax.hf.families import gemma2
 from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
@@ -25,7 +26,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   near = fields.rope(H, theta=1e4, keys=('rope_local_base_freq', None), kinds='sliding_attention')
   local_L = tuple(int(kind == 'sliding_attention') for kind in kinds)
   window_L = tuple(window * local for local in local_L)
-  spec = Spec(**features, qk_norm=True, rope_freq_RH=(far, near), rope_L=local_L, window_L=window_L)
+  spec = Spec(**features, qk_norm=True, **rope.features(far, near), rope_L=local_L, window_L=window_L)
   return spec, fields.done('gemma3_text')
 
 

@@ -1,5 +1,6 @@
 """GPT-NeoX and Pythia: attention and MLP side by side, a part of each head rotated, q, k and v interleaved."""
 
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
@@ -42,7 +43,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
     d_ff=fields.size('intermediate_size'),
     norm_eps=fields.number('layer_norm_eps', 1e-5),
     tied=fields.flag('tie_word_embeddings'),
-    rope_freq_RH=(fields.rope(heads['head_dim'], part=0.25, keys=ROPE_KEYS),),
+    **rope.features(fields.rope(heads['head_dim'], part=0.25, keys=ROPE_KEYS)),
     norm='layer',
     block='parallel' if fields.flag('use_parallel_residual', True) else 'pre',
     gated_mlp=False,

@@ -3,8 +3,8 @@
 import numpy as np
 
 from elder_jax.errors import InputError
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
-from elder_jax.hf.families.fields import rope_frequencies
 from elder_jax.model.spec import Spec
 
 # Hugging Face name -> (path in model.Decoder, axes there 'HF->ours'), both ways; the stacked layers' L is left out.
@@ -57,8 +57,8 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   fields.only('sliding_window', None)
   fields.one_kind(0)
   size, bias = sizes(fields), fields.flag('attention_bias')
-  rope = fields.rope(size['head_dim'])
-  spec = Spec(**size, rope_freq_RH=(rope,), qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag('mlp_bias'))
+  table = fields.rope(size['head_dim'])
+  spec = Spec(**size, **rope.features(table), qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag('mlp_bias'))
   return spec, fields.done('llama')
 
 
@@ -158,7 +158,7 @@ def _llama3_scaling(config: dict, divisor_R: np.ndarray) -> dict:
     'high_freq_factor': 4.0,
     'original_max_position_embeddings': 8192,
   }
-  plain_R, scaled_R = (np.array(rope_frequencies(config['head_dim'], config['rope_theta'], s)) for s in ({}, scaling))
+  plain_R, scaled_R = (np.array(rope.table(config['head_dim'], config['rope_theta'], s).freq_H) for s in ({}, scaling))
   if divisor_R.shape != plain_R.shape or not np.allclose(plain_R / scaled_R, divisor_R, rtol=1e-5):
     raise InputError(f"{GGUF_DERIVED} is not Llama 3.1's; use the Hugging Face folder of this model.")
   return scaling

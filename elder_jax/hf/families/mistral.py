@@ -1,6 +1,7 @@
 """Mistral: Llama with a sliding window on every layer."""
 
 from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
@@ -13,5 +14,5 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
   window = fields.window('sliding_window')
   fields.one_kind(window)
-  spec = Spec(**size, rope_freq_RH=(fields.rope(size['head_dim']),), window_L=fields.per_layer(L, window))
+  spec = Spec(**size, **rope.features(fields.rope(size['head_dim'])), window_L=fields.per_layer(L, window))
   return spec, fields.done('mistral')

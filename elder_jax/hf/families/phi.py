@@ -1,6 +1,7 @@
 """Phi-1, 1.5 and 2: attention and MLP read one LayerNorm side by side; biases everywhere, a part of each head rotated."""
 
 from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
@@ -30,7 +31,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
     d_ff=fields.size('intermediate_size'),
     norm_eps=fields.number('layer_norm_eps', 1e-5),
     tied=fields.flag('tie_word_embeddings'),
-    rope_freq_RH=(fields.rope(heads['head_dim'], part=0.5, keys=('rope_theta', 'partial_rotary_factor')),),
+    **rope.features(fields.rope(heads['head_dim'], part=0.5, keys=('rope_theta', 'partial_rotary_factor'))),
     norm='layer',
     block='parallel',
     shared_norm=True,

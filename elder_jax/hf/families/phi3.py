@@ -1,6 +1,7 @@
-"""Phi-3 and Phi-4-mini, short context: Llama with q, k and v in one tensor, and gate and up in another."""
+"""Phi-3, Phi-4 and Phi-4-mini: Llama with q, k and v in one tensor, and gate and up in another."""
 
 from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
@@ -20,8 +21,8 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
   fields = Fields({'rms_norm_eps': 1e-5} | config, 'original_max_position_embeddings')
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
-  rope = fields.rope(size['head_dim'], keys=('rope_theta', 'partial_rotary_factor'))
+  table = fields.rope(size['head_dim'], keys=('rope_theta', 'partial_rotary_factor'))
   window = fields.window('sliding_window')
   fields.one_kind(window)
-  spec = Spec(**size, rope_freq_RH=(rope,), window_L=fields.per_layer(L, window))
+  spec = Spec(**size, **rope.features(table), window_L=fields.per_layer(L, window))
   return spec, fields.done('phi3')

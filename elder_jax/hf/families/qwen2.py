@@ -3,6 +3,7 @@
 import numpy as np
 
 from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
@@ -21,7 +22,7 @@ def read(config: dict, family: str, features) -> tuple[Spec, int]:
   first = fields.whole('max_window_layers', 28)
   kinds = fields.layer_kinds(lambda l: 'sliding_attention' if window and l >= first else 'full_attention')
   window_L = tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
-  spec = Spec(**size, rope_freq_RH=(fields.rope(size['head_dim']),), window_L=window_L, **features(fields))
+  spec = Spec(**size, **rope.features(fields.rope(size['head_dim'])), window_L=window_L, **features(fields))
   return spec, fields.done(family)
 
 

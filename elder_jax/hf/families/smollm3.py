@@ -2,6 +2,7 @@
 
 from elder_jax.errors import InputError
 from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import MOST_LAYERS
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
@@ -16,10 +17,10 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   has_rope_L = _has_rope(fields, L)
   window = fields.window('sliding_window', fields.flag('use_sliding_window'))
   kinds = fields.layer_kinds(lambda l: 'full_attention' if has_rope_L[l] or not window else 'sliding_attention')
-  bias, rope = fields.flag('attention_bias'), fields.rope(size['head_dim'], theta=2e6)
+  bias, table = fields.flag('attention_bias'), fields.rope(size['head_dim'], theta=2e6)
   spec = Spec(
     **size,
-    rope_freq_RH=(rope, (0.0,) * len(rope)),
+    **rope.features(table, table.without_positions()),
     rope_L=tuple(int(not has) for has in has_rope_L),
     window_L=tuple(window if kind == 'sliding_attention' else 0 for kind in kinds),
     qkv_bias=bias,

@@ -1,0 +1,209 @@
+"""Rotary position embedding: the frequencies that a config.json asks for."""
+
+import math
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from elder_jax.errors import InputError
+from elder_jax.errors import shown
+
+
+class Rope(NamedTuple):
+  """The table of a kind of layer.
+
+  freq_H: radians per position of each rotated pair.
+  scale: of cosine and sine.
+  far_H: frequencies for a text of more than `near` tokens; empty: the same.
+  until: positions up to which the table holds; 0: all.
+  """
+
+  freq_H: tuple[float, ...]
+  scale: float = 1.0
+  far_H: tuple[float, ...] = ()
+  near: int = 0
+  until: int = 0
+
+  def without_positions(self) -> 'Rope':
+    """Of layers that know no positions."""
+    return Rope((0.0,) * len(self.freq_H))
+
+
+def features(*ropes: Rope) -> dict:
+  """Keyword arguments of Spec, a table for each kind of layer."""
+  found: dict = {'rope_freq_RH': tuple(rope.freq_H for rope in ropes)}
+  if any(rope.scale != 1 for rope in ropes):
+    found['rope_scale_R'] = tuple(rope.scale for rope in ropes)
+  if far := [rope for rope in ropes if rope.far_H]:
+    if len({rope.near for rope in far}) > 1:
+      raise InputError(
+        'config.json: its kinds of layers have different original_max_position_embeddings; mend the file.'
+      )
+    found |= {'rope_far_RH': tuple(rope.far_H or rope.freq_H for rope in ropes), 'rope_near': far[0].near}
+  if ends := [rope.until for rope in ropes if rope.until]:
+    found['rope_until'] = min(ends)
+  return found
+
+
+# Type -> (keys that it has to have, keys that it may have).
+_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+  'default': ((), ()),
+  'linear': (('factor',), ()),
+  'dynamic': (('factor',), ('original_max_position_embeddings',)),
+  'llama3': (('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'), ()),
+  'yarn': (
+    ('factor',),
+    (
+      'original_max_position_embeddings',
+      'attention_factor',
+      'beta_fast',
+      'beta_slow',
+      'mscale',
+      'mscale_all_dim',
+      'truncate',
+    ),
+  ),
+  'longrope': (
+    ('short_factor', 'long_factor'),
+    ('original_max_position_embeddings', 'factor', 'attention_factor'),
+  ),
+}
+_NAMES = {'su': 'longrope'}  # as Phi-3's first files had it
+
+
+def table(rotated: int, theta: float, scaling: dict, config: dict | None = None) -> Rope:
+  """The table of `rotated` / 2 frequencies; what transformers' modeling_rope_utils.py computes.
+
+  Args:
+    scaling: rope_type and what goes with it.
+    config: of the model, for its numbers of positions.
+  """
+  rope = dict(scaling)
+  kind = rope.pop('rope_type', rope.pop('type', 'default'))
+  rope.pop('type', None)
+  rope = {key: value for key, value in rope.items() if value is not None}
+  kind = _NAMES.get(kind, kind) if isinstance(kind, str) else kind
+  if kind not in list(_KEYS):  # a list: it may be what cannot be hashed
+    *others, last = _KEYS
+    raise InputError(f'config.json: rope type {shown(kind)} is not supported ({", ".join(others)} and {last} are).')
+  needed, optional = _KEYS[kind]
+  if unknown := sorted(set(rope) - {*needed, *optional}):
+    raise InputError(
+      f'config.json: rope scaling key {shown(unknown[0])} is not known for rope type {kind!r}; remove it.'
+    )
+  with np.errstate(divide='ignore', over='ignore', invalid='ignore'):  # the result is looked at
+    found = _RULES[kind](rotated, theta, rope, config or {})
+  if not np.isfinite([*found.freq_H, *found.far_H, found.scale]).all():
+    raise InputError('config.json: rope_theta and rope scaling give frequencies that are not finite; mend the file.')
+  return found
+
+
+def above_0(key, value) -> float:
+  """The value as a number above 0. Raises InputError."""
+  if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+    raise InputError(f'config.json: {key}={shown(value)} must be a number above 0; mend the file.')
+  return float(value)
+
+
+def _plain(rotated: int, theta: float) -> np.ndarray:
+  # Rounded to float32 where transformers rounds (torch's power goes through double), so that far positions agree.
+  exponent_H = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+  return (theta ** exponent_H.astype(np.float64)).astype(np.float32)
+
+
+def _tuple(freq_H: np.ndarray) -> tuple[float, ...]:
+  return tuple(float(f) for f in freq_H.astype(np.float32))
+
+
+def _default(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
+  return Rope(_tuple(np.float32(1) / _plain(rotated, theta)))
+
+
+def _linear(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
+  return Rope(_tuple(np.float32(1) / _plain(rotated, theta) / np.float32(above_0('factor', rope.get('factor')))))
+
+
+def _dynamic(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
+  """NTK by length: up to max_position_embeddings nothing is scaled, and further positions are not had."""
+  above_0('factor', rope.get('factor'))
+  until = int(above_0('max_position_embeddings', config.get('max_position_embeddings')))
+  return _default(rotated, theta, {}, config)._replace(until=until)
+
+
+def _llama3(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
+  """Llama 3.1: wavelengths past the training context are stretched, short ones kept, those between interpolated."""
+  p = {key: above_0(key, rope.get(key)) for key in _KEYS['llama3'][0]}
+  freq_H = np.float32(1) / _plain(rotated, theta)
+  wavelength_H = 2 * math.pi / freq_H
+  low, high, context = p['low_freq_factor'], p['high_freq_factor'], p['original_max_position_embeddings']
+  if high <= low:
+    raise InputError(f'config.json: rope high_freq_factor={high} must be above low_freq_factor={low}; mend the file.')
+  smooth_H = np.clip((context / wavelength_H - low) / (high - low), 0.0, 1.0)
+  return Rope(_tuple((1 - smooth_H) * freq_H / p['factor'] + smooth_H * freq_H))
+
+
+def _original(rope: dict, config: dict) -> float:
+  """Positions that the model was trained on before."""
+  keys = ('original_max_position_embeddings', 'max_position_embeddings')
+  given = (rope.get(keys[0]), config.get(keys[0]), config.get(keys[1]))
+  return above_0(keys[0], next((value for value in given if value is not None), None))
+
+
+def _yarn(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
+  """YaRN (arXiv 2309.00071): fast frequencies kept, slow ones divided by the factor, a ramp between."""
+  factor, original = above_0('factor', rope.get('factor')), _original(rope, config)
+  fast, slow = above_0('beta_fast', rope.get('beta_fast', 32)), above_0('beta_slow', rope.get('beta_slow', 1))
+
+  def dimension(rotations: float) -> float:
+    """That turns so often over the original context."""
+    return rotated * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+  low, high = dimension(fast), dimension(slow)
+  if rope.get('truncate', True):
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, rotated - 1)
+  high += 0.001 if low == high else 0
+  kept_H = 1 - np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+  plain_H = _plain(rotated, theta)
+  freq_H = (1 / (np.float32(factor) * plain_H)) * (1 - kept_H) + (1 / plain_H) * kept_H
+  scale = rope.get('attention_factor')
+  if scale is None:
+    m, m_all = rope.get('mscale'), rope.get('mscale_all_dim')
+    scale = _mscale(factor, m) / _mscale(factor, m_all) if m and m_all else _mscale(factor, 1)
+  return Rope(_tuple(freq_H), above_0('attention_factor', scale))
+
+
+def _mscale(factor: float, m: float) -> float:
+  return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+
+def _longrope(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
+  """LongRoPE (arXiv 2402.13753): each frequency divided by a factor of its own, another one for long texts."""
+  original = _original(rope, config)
+  factor = rope.get('factor')
+  if factor is None:
+    factor = above_0('max_position_embeddings', config.get('max_position_embeddings')) / original
+  scale = rope.get('attention_factor')
+  if scale is None:
+    scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+  near_H, far_H = (_divided(rotated, theta, rope, key) for key in ('short_factor', 'long_factor'))
+  return Rope(near_H, above_0('attention_factor', scale), far_H, int(original))
+
+
+def _divided(rotated: int, theta: float, rope: dict, key: str) -> tuple[float, ...]:
+  factors = rope.get(key)
+  if not isinstance(factors, list) or len(factors) != rotated // 2:
+    raise InputError(f'config.json: rope scaling {key} must be a list of {rotated // 2} numbers; mend the file.')
+  factor_H = np.array([above_0(key, f) for f in factors], np.float32)
+  return _tuple(np.float32(1) / (factor_H * _plain(rotated, theta)))
+
+
+_RULES = {
+  'default': _default,
+  'linear': _linear,
+  'dynamic': _dynamic,
+  'llama3': _llama3,
+  'yarn': _yarn,
+  'longrope': _longrope,
+}
