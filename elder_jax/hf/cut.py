@@ -8,8 +8,8 @@ def _rope_for_transformers_4(family, config: dict) -> dict:
     return {}
   theta, part = getattr(family, 'ROPE_KEYS', ('rope_theta', 'partial_rotary_factor'))
   old, full = {}, rope.get('full_attention', rope)
-  if 'sliding_attention' in rope:
-    old['rope_local_base_freq'] = rope['sliding_attention'].get('rope_theta')
+  if 'sliding_attention' in rope and hasattr(family, 'ROPE_LOCAL'):
+    old[family.ROPE_LOCAL] = rope['sliding_attention'].get('rope_theta')
   old |= {theta: full.get('rope_theta'), part: full.get('partial_rotary_factor')}
   if full.get('rope_type', 'default') != 'default':
     old['rope_scaling'] = {k: v for k, v in full.items() if k not in ('rope_theta', 'partial_rotary_factor')}

@@ -74,8 +74,9 @@ def make_row(template: str, layer: int | None, entry, sizes: dict[str, int]) -> 
   parts, size = [], sizes | {'*': 1}
   for path, rule in (entry,) if isinstance(entry[0], str) else entry:
     theirs, ours = rule.replace('+', '').split('->')
-    dims, letters = theirs.split(','), theirs.replace(',', '').replace('*', '')
-    shape, folded = (math.prod(size[a] for a in dim) for dim in dims), (size[a] for a in theirs.replace(',', ''))
+    axes = theirs.replace(',', '') or ours  # a tensor without dimensions has one of size 1 here
+    dims, letters = theirs.split(',') if theirs else [], axes.replace('*', '')
+    shape, folded = (math.prod(size[a] for a in dim) for dim in dims), (size[a] for a in axes)
     parts.append(Part(path, tuple(shape), tuple(folded), tuple(letters.index(a) for a in ours)))
   dim = next((j for j, text in enumerate(rule.split(',')) if {'+', '*'} & set(text)), None)
   return Row(template, layer, tuple(parts), dim, theirs.replace(',', '').index('*') if '*' in theirs else None)

@@ -60,14 +60,17 @@ def _tables(spec: Spec, position_T, is_far):
   return cos_RTH * scale_R11, sin_RTH * scale_R11
 
 
-def apply_rope(x_BTNH, rope):
-  """Rotates the pairs (i, i + R/2) of each head's first R dimensions, Hugging Face's layout, in float32."""
+def apply_rope(x_BTNH, rope, pairs: bool = False):
+  """Rotates pairs of each head's first R dimensions in float32: (i, i + R/2), Hugging Face's layout, or (2i, 2i + 1)."""
   cos, sin = (table_TH[None, :, None, :] for table_TH in rope)
   half, H = cos.shape[-1], x_BTNH.shape[-1]
   if not half:
     return x_BTNH
-  a, b = jnp.split(x_BTNH[..., : 2 * half].astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+  turned = x_BTNH[..., : 2 * half].astype(jnp.float32)
+  a, b = (turned[..., 0::2], turned[..., 1::2]) if pairs else jnp.split(turned, 2, axis=-1)
+  both = a * cos - b * sin, b * cos + a * sin
+  rotated = jnp.stack(both, -1).reshape(turned.shape) if pairs else jnp.concatenate(both, -1)
+  rotated = rotated.astype(x_BTNH.dtype)
   return rotated if 2 * half == H else jnp.concatenate([rotated, x_BTNH[..., 2 * half :]], -1)
 
 

@@ -167,11 +167,13 @@ def head_of(model: Decoder):
 
 def logits_of(model: Decoder, x_BTD, gathered=None):
   """float32 logits_BTV of `forward`'s hidden states. For a loss use losses.next_token_nll, which never holds them all."""
-  return project(head_of(model) if gathered is None else gathered, x_BTD, model.spec.final_softcap)
+  return project(head_of(model) if gathered is None else gathered, x_BTD, model.spec.outputs())
 
 
-def project(gathered, x_BTD, cap: float | None):
-  """`logits`, by the head as `head` gives it and the cap of its model's spec."""
+def project(gathered, x_BTD, outputs: tuple[float, float | None]):
+  """`logits`, by the head as `head` gives it and Spec.outputs of its model."""
+  scale, cap = outputs
   weights_VD, bias_V = gathered
   out_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, weights_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
-  return softcap(out_BTV if bias_V is None else out_BTV + wide(bias_V, out_BTV), cap)
+  out_BTV = out_BTV if bias_V is None else out_BTV + wide(bias_V, out_BTV)
+  return softcap(out_BTV if scale == 1 else out_BTV * scale, cap)

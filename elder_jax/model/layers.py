@@ -40,21 +40,27 @@ class Norm(nnx.Module):
 
   def __init__(self, spec: Spec, weight: Weight, axes: str, kind: str | None = None):
     self.kind, self.eps = kind or spec.norm, spec.norm_eps
-    self.scale = weight(axes, 0.0 if self.kind == 'rms1' else 1.0)
-    self.bias = weight(axes, 0.0) if self.kind == 'layer' else None
+    self.scale = weight(axes, 1.0 - self.offset)
+    self.bias = weight(axes, 0.0) if self.kind in ('layer', 'layer1') else None
+
+  @property
+  def offset(self) -> float:
+    """What is added to the scale as it is stored."""
+    return 1.0 if self.kind in ('rms1', 'layer1') else 0.0
 
   def __call__(self, x_BTD):
     """Computed in float32; over the last axis of x, whatever is before it."""
     if self.kind == 'rms':
       return rms_norm(x_BTD, whole(self.scale), self.eps)
     x32_BTD = x_BTD.astype(jnp.float32)
-    if self.kind == 'rms1':
-      x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + self.eps)
-      return (x32_BTD * wide(1 + whole(self.scale).astype(jnp.float32), x_BTD)).astype(x_BTD.dtype)
-    x32_BTD = x32_BTD - jnp.mean(x32_BTD, -1, keepdims=True)
+    if self.kind != 'rms1':
+      x32_BTD = x32_BTD - jnp.mean(x32_BTD, -1, keepdims=True)
     x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + self.eps)
-    scale_D, bias_D = (wide(whole(p).astype(jnp.float32), x_BTD) for p in (self.scale, self.bias))
-    return (x32_BTD * scale_D + bias_D).astype(x_BTD.dtype)
+    scale_D = whole(self.scale).astype(jnp.float32)
+    y_BTD = x32_BTD * wide(self.offset + scale_D if self.offset else scale_D, x_BTD)
+    if self.bias is not None:
+      y_BTD = y_BTD + wide(whole(self.bias).astype(jnp.float32), x_BTD)
+    return y_BTD.astype(x_BTD.dtype)
 
 
 class Block(nnx.Module):
@@ -69,50 +75,70 @@ class Block(nnx.Module):
     def bias(there, axes):
       return weight(axes, 0.0) if there else None
 
-    self.attn_norm = norm()
+    self.attn_norm = None if spec.block == 'branch' else norm()
     self.wq = weight('LDNH', 'D')
     self.wk = weight('LDKH', 'D')
     self.wv = weight('LDKH', 'D')
     self.bq, self.bk, self.bv = (bias(spec.qkv_bias, axes) for axes in ('LNH', 'LKH', 'LKH'))
-    self.q_norm, self.k_norm = (norm('LH') if spec.qk_norm else None for _ in 'qk')
+    axes = ('LNH', 'LKH') if spec.qk_norm_over == 'all' else ('LH', 'LH')
+    self.q_norm, self.k_norm = (norm(a) if spec.qk_norm else None for a in axes)
     self.wo = weight('LNHD', 'NH')
     self.bo = bias(spec.out_bias, 'LD')
-    self.mlp_norm = None if spec.shared_norm else norm()
+    self.mlp_norm = None if spec.shared_norm or spec.block == 'branch' else norm()
     self.w_gate = weight('LDF', 'D') if spec.gated_mlp else None
     self.b_gate = bias(spec.mlp_bias and spec.gated_mlp, 'LF')
     self.w_up = weight('LDF', 'D')
     self.b_up = bias(spec.mlp_bias, 'LF')
     self.w_down = weight('LFD', 'F')
     self.b_down = bias(spec.mlp_bias, 'LD')
-    self.post_attn_norm, self.post_mlp_norm = (norm() if spec.block == 'sandwich' else None for _ in 'am')
+    self.post_attn_norm, self.post_mlp_norm = (norm() if spec.norms_output else None for _ in 'am')
+
+    def of_activation(value):
+      return weight('LX', value) if spec.activation == 'xielu' else None
+
+    self.act_pos, self.act_neg = of_activation(0.0), of_activation(0.0)
+    self.act_beta, self.act_eps = of_activation(0.5), of_activation(-1e-6)
     self.patch = weight('LDD', 0.0) if spec.patched else None
 
   def qkv(self, x_BTD, rope):
     """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer, the first two rotated."""
-    h_BTD = x_BTD if self.spec.block == 'post' else self.attn_norm(x_BTD)
+    h_BTD = self.attn_norm(x_BTD) if self.spec.reads_normed else x_BTD
 
     def project(w, b, axes):
       return _plus(_product(f'BTD,D{axes}->BT{axes}', h_BTD, w), b)
 
     q_BTNH, k_BTKH = project(self.wq, self.bq, 'NH'), project(self.wk, self.bk, 'KH')
-    if self.spec.qk_norm:
-      q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-    return apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), project(self.wv, self.bv, 'KH')
+    if self.spec.qk_norm and not self.spec.qk_norm_last:
+      q_BTNH, k_BTKH = self._normed(self.q_norm, q_BTNH), self._normed(self.k_norm, k_BTKH)
+    q_BTNH, k_BTKH = (apply_rope(a, rope, self.spec.rope_pairs) for a in (q_BTNH, k_BTKH))
+    if self.spec.qk_norm and self.spec.qk_norm_last:
+      q_BTNH, k_BTKH = self._normed(self.q_norm, q_BTNH), self._normed(self.k_norm, k_BTKH)
+    return q_BTNH, k_BTKH, project(self.wv, self.bv, 'KH')
+
+  def _normed(self, norm: Norm, a_BTNH):
+    """Of each head's, or of all heads' together."""
+    if self.spec.qk_norm_over == 'head':
+      return norm(a_BTNH)
+    flat = a_BTNH.reshape(*a_BTNH.shape[:2], -1)
+    return rms_norm(flat, whole(norm.scale).reshape(-1), norm.eps).reshape(a_BTNH.shape)
 
   def attn_update(self, attended_BTNH, x_BTD):
     """What attention adds to the stream x_BTD that this layer read."""
     out_BTD = _plus(_product('BTNH,NHD->BTD', attended_BTNH, self.wo), self.bo)
     if self.spec.block == 'post':
       return self.attn_norm(x_BTD + out_BTD) - x_BTD
-    return self.post_attn_norm(out_BTD) if self.spec.block == 'sandwich' else out_BTD
+    return self._scaled(self.post_attn_norm(out_BTD) if self.spec.norms_output else out_BTD)
+
+  def _scaled(self, update_BTD):
+    scale = self.spec.residual_scale
+    return update_BTD if scale == 1 else update_BTD * jnp.asarray(scale, update_BTD.dtype)
 
   def mlp_features(self, x_BTD, attn_BTD):
     """What the down projection reads, [B, T, F], where attention added attn_BTD to x_BTD."""
-    block = self.spec.block
-    h_BTD = x_BTD if block == 'parallel' else x_BTD + attn_BTD
-    if block != 'post':
+    h_BTD = x_BTD if self.spec.block == 'parallel' else x_BTD + attn_BTD
+    if self.spec.reads_normed:
       h_BTD = (self.attn_norm if self.spec.shared_norm else self.mlp_norm)(h_BTD)
-    act = ACTIVATIONS[self.spec.activation]
+    act = self._xielu if self.spec.activation == 'xielu' else ACTIVATIONS[self.spec.activation]
 
     def project(w, b):
       return _plus(_product('BTD,DF->BTF', h_BTD, w), b)
@@ -120,6 +146,13 @@ class Block(nnx.Module):
     if self.spec.gated_mlp:
       return act(project(self.w_gate, self.b_gate)) * project(self.w_up, self.b_up)
     return act(project(self.w_up, self.b_up))
+
+  def _xielu(self, x_BTF):
+    """xIELU (arXiv 2411.13010) with this layer's own two parameters; two constants are stored beside them."""
+    pos, neg = (jax.nn.softplus(whole(p, x_BTF.dtype)[0]) for p in (self.act_pos, self.act_neg))
+    beta, eps = (jax.lax.stop_gradient(whole(p, x_BTF.dtype)[0]) for p in (self.act_beta, self.act_eps))
+    below = (jnp.expm1(jnp.minimum(x_BTF, eps)) - x_BTF) * (beta + neg) + beta * x_BTF
+    return jnp.where(x_BTF > 0, pos * x_BTF * x_BTF + beta * x_BTF, below)
 
   def mlp_output(self, f_BTF):
     """What the down projection gives, before a norm that a block may have there."""
@@ -130,8 +163,8 @@ class Block(nnx.Module):
     out_BTD = self.mlp_output(f_BTF)
     if self.spec.block == 'post':
       out_BTD = self.mlp_norm(mid_BTD + out_BTD) - mid_BTD
-    elif self.spec.block == 'sandwich':
-      out_BTD = self.post_mlp_norm(out_BTD)
+    else:
+      out_BTD = self._scaled(self.post_mlp_norm(out_BTD) if self.spec.norms_output else out_BTD)
     if self.patch is None:
       return out_BTD
 
@@ -163,6 +196,7 @@ ACTIVATIONS = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
   'gelu_tanh': jax.nn.gelu,
   'relu': jax.nn.relu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 

@@ -25,17 +25,22 @@ class Spec:
   # The tables for a text of more than `rope_near` tokens; empty: the same for all.
   rope_far_RH: tuple[tuple[float, ...], ...] = ()
   rope_near: int = 0
+  rope_pairs: bool = False  # pairs are neighbours (2i, 2i + 1); else (i, i + R/2)
   rope_until: int = 0  # positions that the tables hold for; 0: any number
   # Per layer, sliced with the layers. Empty: 0 everywhere.
   rope_L: tuple[int, ...] = ()  # which table
   window_L: tuple[int, ...] = ()  # how many of the last tokens, its own included, a token sees; 0: all
-  norm: str = 'rms'  # rms; rms1: RMSNorm that scales by 1 + w; layer: LayerNorm
+  # rms; layer: LayerNorm; rms1, layer1: the same scaled by 1 + w; layer0: LayerNorm without a bias
+  norm: str = 'rms'
   # pre:      h = x + attn(norm(x)), y = h + mlp(norm(h))        parallel: y = x + attn(norm(x)) + mlp(norm(x))
-  # sandwich: pre, with a norm on what each of both adds         post:     h = norm(x + attn(x)), y = norm(h + mlp(h))
+  # sandwich: pre, with a norm on what each of both adds         branch:   h = x + norm(attn(x)), y = h + norm(mlp(h))
+  # post:     h = norm(x + attn(x)), y = norm(h + mlp(h))
   block: str = 'pre'
   shared_norm: bool = False  # parallel: both read the same norm
   final_norm: bool = True
   qk_norm: bool = False  # an RMSNorm over each head's query and key
+  qk_norm_over: str = 'head'  # head; all: over the queries of all heads together, and the keys
+  qk_norm_last: bool = False  # after the rotation
   activation: str = 'silu'
   gated_mlp: bool = True  # activation(gate) · up; else activation(up)
   qkv_bias: bool = False
@@ -48,7 +53,19 @@ class Spec:
   attn_scale: float | None = None  # of the scores; None: head_dim ** -0.5
   attn_softcap: float | None = None  # scores s become cap · tanh(s / cap)
   final_softcap: float | None = None  # the same of the logits
+  residual_scale: float = 1.0  # of what attention and the MLP add
+  logit_scale: float = 1.0
   patched: bool = False  # what a layer writes is y + y·M, M a D × D matrix; no family has it (recipes/patch.py)
+
+  @property
+  def reads_normed(self) -> bool:
+    """Attention and the MLP read a norm of the stream."""
+    return self.block not in ('post', 'branch')
+
+  @property
+  def norms_output(self) -> bool:
+    """A norm is on what attention and the MLP add."""
+    return self.block in ('sandwich', 'branch')
 
   @property
   def most_positions(self) -> int:
@@ -65,11 +82,16 @@ class Spec:
       'H': self.head_dim,
       'F': self.d_ff,
       'P': self.num_positions + self.position_offset,
+      'X': 1,
     }
 
   def scores(self) -> tuple[float | None, float | None]:
     """`attention`'s scale and cap."""
     return self.attn_scale, self.attn_softcap
+
+  def outputs(self) -> tuple[float, float | None]:
+    """Scale and cap of the logits."""
+    return self.logit_scale, self.final_softcap
 
   def with_layers(self, kept: list[int]) -> 'Spec':
     """The spec of the model that has only the layers `kept`."""

@@ -83,7 +83,8 @@ def absorb(
   """
   current = jax.tree.map(lambda a: a, model)
   left = 0  # of the layers to refit after a run
-  sums = {'sandwich': normed.SUMS, 'parallel': 1}.get(model.spec.block, 1 + attention)
+  once = 1 if model.spec.block == 'parallel' else 1 + attention
+  sums = normed.SUMS if model.spec.norms_output else once
   for l, end, x, t in walk(model, current, removed, batches, mode, after, below, progress, sums):
     if end > l + 1:
       t.advance(model, range(l, end))
@@ -101,7 +102,7 @@ def absorb(
 def _before_run(current: Decoder, x: Streams, t: Streams, l: int, attention: bool) -> tuple[float, float]:
   """Refits layer l, which reads x and is to write t. Returns the relative squared error before and after."""
   block, layers, before = current.spec.block, current.layers, None
-  if block == 'sandwich':
+  if current.spec.norms_output:
     return normed.refit(current, x, t, l, normed.RIDGE)
   if attention:
     gram, cross, error, size = x.totals(_sums, current, l, 'both', beside=t)
@@ -109,7 +110,7 @@ def _before_run(current: Decoder, x: Streams, t: Streams, l: int, attention: boo
     if block == 'parallel':
       return before, (error - won) / size
   gram, cross, error, size = x.totals(_sums, current, l, 'down', beside=t)
-  return error / size if before is None else before, (error - _change(layers.w_down, l, gram, cross)) / size
+  return error / size if before is None else before, (error - _change(current, layers.w_down, l, gram, cross)) / size
 
 
 def _after_run(model: Decoder, current: Decoder, x: Streams, t: Streams, l: int, attention: bool):
@@ -117,22 +118,22 @@ def _after_run(model: Decoder, current: Decoder, x: Streams, t: Streams, l: int,
   block = current.spec.block
   if attention and block == 'pre':
     gram, cross = x.totals(_middle_sums, model, current, l, beside=t)
-    _change(current.layers.wo, l, gram, cross)
+    _change(current, current.layers.wo, l, gram, cross)
   t.advance(model, [l])
-  if block == 'sandwich':
+  if current.spec.norms_output:
     normed.refit(current, x, t, l, RIDGE)
   elif attention and block == 'parallel':
     gram, cross, *_ = x.totals(_sums, current, l, 'both', beside=t)
     _change_both(current, l, gram, cross)
   else:
     gram, cross, *_ = x.totals(_sums, current, l, 'down', beside=t)
-    _change(current.layers.w_down, l, gram, cross)
+    _change(current, current.layers.w_down, l, gram, cross)
 
 
-def _change(weight, l: int, gram, cross) -> float:
+def _change(current: Decoder, weight, l: int, gram, cross) -> float:
   """Adds the ridge solution to layer l of a projection. Returns by how much the squared error falls."""
   delta = solve_once(ridge, gram, cross, RIDGE)
-  _add(weight, l, delta)
+  _add(current, weight, l, delta)
   return _won(delta, gram, cross)
 
 
@@ -141,15 +142,16 @@ def _change_both(current: Decoder, l: int, gram, cross) -> float:
   wo, w_down = current.layers.wo, current.layers.w_down
   of_attention = len(cross) - w_down.get_value().shape[1]
   delta = solve_once(ridge, gram, cross, RIDGE, (of_attention, len(cross) - of_attention))
-  _add(wo, l, delta[:of_attention])
+  _add(current, wo, l, delta[:of_attention])
   if current.spec.block == 'parallel':
-    _add(w_down, l, delta[of_attention:])
+    _add(current, w_down, l, delta[of_attention:])
   return _won(delta, gram, cross)
 
 
-def _add(weight, l: int, delta):
+def _add(current: Decoder, weight, l: int, delta):
+  """Changes what a layer adds to the stream by `delta` times what it reads."""
   value = get_layer(weight, l)
-  put_layer(weight, value + delta.reshape(value.shape), l)
+  put_layer(weight, value + delta.reshape(value.shape) / current.spec.residual_scale, l)
 
 
 def _won(delta, gram, cross) -> float:
@@ -218,7 +220,7 @@ def why_not(spec: Spec) -> str:
 def programs(shapes: Shapes, after: int = AFTER, attention: bool = True) -> list[Program]:
   """Recipe.programs; arguments as for `absorb`."""
   at, layers = (shapes.dense, np.int32(0)), 1 + after
-  if shapes.spec.block == 'sandwich':
+  if shapes.spec.norms_output:
     return stream_programs(shapes, 'absorb', normed.sums, *at, normed.no_scale(shapes), layers=3 * layers)
   if attention:
     return stream_programs(shapes, 'absorb', _sums, *at, 'both', layers=2 * layers)

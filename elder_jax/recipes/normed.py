@@ -42,7 +42,7 @@ def refit(current: Decoder, x: Streams, t: Streams, l: int, strength: float) -> 
     The relative squared error before, on the text of step 1, and after.
   """
   w_down, scale = current.layers.w_down, current.layers.post_mlp_norm.scale
-  offset = 1.0 if current.layers.post_mlp_norm.kind == 'rms1' else 0.0  # the scale is stored without it
+  offset = current.layers.post_mlp_norm.offset
   r2_D, ry_D, y2_D, size, weight = x.totals(_channel_sums, current, l, beside=t, part=ROUNDS[0])
   before = np.sum(r2_D - 2 * ry_D + y2_D) / size
   kappa_D = np.sqrt(np.maximum(r2_D / weight, 1e-30))

@@ -54,7 +54,7 @@ def scale(model: Decoder, last: int, alpha: float):
   factor_L = np.where(np.arange(model.num_layers) <= last, alpha, 1.0)
   for param in (model.embed, model.positions):
     _times(param, np.array(alpha))
-  if model.spec.block == 'sandwich':
+  if model.spec.norms_output:
     for norm in (layers.post_attn_norm, layers.post_mlp_norm):
       _scale_norm(norm, factor_L[:, None])
   else:
@@ -66,7 +66,7 @@ def scale(model: Decoder, last: int, alpha: float):
 
 def _scale_norm(norm: Norm, factor):
   """Multiplies what a norm gives."""
-  scale, offset = norm.scale.get_value(), 1.0 if norm.kind == 'rms1' else 0.0  # the scale is stored without it
+  scale, offset = norm.scale.get_value(), norm.offset
   norm.scale.set_value(((scale.astype(jnp.float32) + offset) * factor - offset).astype(scale.dtype))
   _times(norm.bias, factor)
 
@@ -81,7 +81,7 @@ def _times(param, factor):
 
 def why_not(spec: Spec) -> str:
   """Recipe.refuses."""
-  if spec.block != 'post' and (spec.final_norm or not spec.tied):
+  if spec.reads_normed and (spec.final_norm or not spec.tied):
     return ''
   return (
     'layers of this family read the stream without a norm, so that its size cannot be changed below a cut; use '

@@ -37,7 +37,8 @@ def start(context: Context, choice: Choice) -> Decoder:
     if end > l + 1:
       gram_DD, cross_DD = x.totals(_sums, current, l, beside=t)
       w_FD = get_layer(current.layers.w_down, l)
-      put_layer(current.layers.w_down, w_FD + w_FD @ solve_once(_least_squares, gram_DD, cross_DD), l)
+      change_DD = solve_once(_least_squares, gram_DD, cross_DD) / model.spec.residual_scale
+      put_layer(current.layers.w_down, w_FD + w_FD @ change_DD, l)
   return prune_changed(current, choice.removed, model, context.free)
 
 
@@ -52,17 +53,18 @@ def _sums(x_BTD, target_BTD, model: Decoder, l):
   solution is T − 1."""
   block, attended_BTNH = layer_at(model, l, x_BTD)
   attn_BTD = block.attn_update(attended_BTNH, x_BTD)
-  out_BTD = block.mlp_output(block.mlp_features(x_BTD, attn_BTD))
-  r_SD = rows(target_BTD) - rows(x_BTD + attn_BTD) - rows(out_BTD)
+  f_BTF, mid_BTD = block.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD
+  out_BTD = block.mlp_output(f_BTF)
+  r_SD = rows(target_BTD) - rows(mid_BTD) - rows(block.mlp_update(f_BTF, mid_BTD))
   a_SD = rows(out_BTD if block.b_down is None else out_BTD - block.b_down[...].astype(out_BTD.dtype)[None, None])
   return sharding.replicate((product(a_SD, a_SD), product(a_SD, r_SD)))
 
 
 def why_not(spec: Spec) -> str:
   """Recipe.refuses: '' where what the MLP adds to the stream is linear in its down projection."""
-  if spec.block not in ('post', 'sandwich'):
+  if spec.block != 'post' and not spec.norms_output:
     return ''
-  others = 'absorb, ' if spec.block == 'sandwich' else ''
+  others = 'absorb, ' if spec.norms_output else ''
   return (
     'layers of this family normalise the output of their MLP, so that no linear map can be folded into it; use '
     f'--recipe={others}prune_then_train or regularize, or none.'

@@ -76,25 +76,25 @@ def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0
       jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)).reshape(B, -1, chunk, *a.shape[2:]), 1, 0
     )
 
-  caps = model.spec.final_softcap, teacher[0].spec.final_softcap if teacher else None
-  sums = functools.partial(_chunk_sums, caps=caps, temperature=temperature)
+  outputs = model.spec.outputs(), teacher[0].spec.outputs() if teacher else None
+  sums = functools.partial(_chunk_sums, outputs=outputs, temperature=temperature)
   taught = jax.lax.stop_gradient((head_of(teacher[0]), jnp.asarray(distill, jnp.float32))) if teacher else None
   x_CBcD, *rest = jax.tree.map(as_chunks, (x_BTD, target_BT, counted_BT, teacher[1] if teacher else None))
   total, (nll, kl) = _sum_chunks(sums, head_of(model), x_CBcD, taught, rest)
   return total, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(kl), jnp.sum(counted_BT)
 
 
-def _chunk_sums(head_of, x_BcD, taught, rest, caps, temperature: float):
+def _chunk_sums(head_of, x_BcD, taught, rest, outputs, temperature: float):
   """Of one chunk: what is minimised, and (nll, KL). taught: (the teacher's head, the weight of the KL), or None."""
   target_Bc, counted_Bc, y_BcD = rest
-  logit_BcV = project(head_of, x_BcD, caps[0])
+  logit_BcV = project(head_of, x_BcD, outputs[0])
   log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
   nll_Bc = log_z_Bc - jnp.take_along_axis(logit_BcV, target_Bc[..., None], -1)[..., 0]
   nll = jnp.sum(nll_Bc * counted_Bc)
   if taught is None:
     return nll, (nll, jnp.float32(0))
   teacher_head, distill = taught
-  teacher_BcV = project(teacher_head, y_BcD, caps[1])
+  teacher_BcV = project(teacher_head, y_BcD, outputs[1])
   if temperature != 1:
     teacher_BcV, logit_BcV = teacher_BcV / temperature, logit_BcV / temperature
     log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)

@@ -40,6 +40,7 @@ SMALL = dict(
   pad_token_id=None,
 )
 LARGE = SMALL | dict(hidden_size=40, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=1, head_dim=12)
+WIDE = {k: v for k, v in LARGE.items() if k != 'head_dim'} | dict(hidden_size=60)
 FULL = {k: v for k, v in SMALL.items() if k != 'num_key_value_heads'}
 GPT2 = dict(
   vocab_size=V, n_embd=32, n_layer=5, n_head=4, n_positions=64, initializer_range=0.1, bos_token_id=0, eos_token_id=1
@@ -117,6 +118,39 @@ CASES = {
   'smollm3': SMALL
   | dict(no_rope_layers=[1, 0, 1, 1, 0], use_sliding_window=True, sliding_window=7, num_hidden_layers=5),
   'smollm3, interval': LARGE | dict(no_rope_layer_interval=3, tie_word_embeddings=False, attention_bias=True),
+  'olmo2': SMALL,
+  'olmo2, biases': WIDE | dict(attention_bias=True, tie_word_embeddings=True),
+  'olmo3': SMALL
+  | dict(
+    sliding_window=7,
+    num_hidden_layers=6,
+    rope_parameters={
+      'full_attention': LINEAR,
+      'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0},
+    },
+  ),
+  'exaone4': SMALL | dict(sliding_window=7, sliding_window_pattern=3, head_dim=12),
+  'exaone4, no window': LARGE | dict(sliding_window=None, layer_types=['full_attention'] * 6, tie_word_embeddings=True),
+  'granite': SMALL
+  | dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=4.0),
+  'granite, biases': LARGE
+  | dict(attention_bias=True, mlp_bias=True, residual_multiplier=0.7, tie_word_embeddings=True),
+  'glm4': SMALL | dict(head_dim=12),
+  'glm4, no biases': LARGE | dict(attention_bias=False, partial_rotary_factor=1.0, tie_word_embeddings=True),
+  'cohere2': SMALL | dict(sliding_window=7, sliding_window_pattern=3, logit_scale=0.3),
+  'cohere2, biases': LARGE | dict(attention_bias=True, tie_word_embeddings=False),
+  'starcoder2': SMALL | dict(sliding_window=7),
+  'starcoder2, no biases': WIDE | dict(use_bias=False, tie_word_embeddings=False),
+  'seed_oss': SMALL | dict(head_dim=12),
+  'seed_oss, biases': LARGE | dict(attention_bias=False, attention_out_bias=True, mlp_bias=True),
+  'ernie4_5': SMALL | dict(head_dim=12),
+  'ernie4_5, biases': LARGE | dict(use_bias=True, tie_word_embeddings=False),
+  'hunyuan_v1_dense': SMALL | dict(head_dim=12),
+  'hunyuan_v1_dense, biases': LARGE | dict(attention_bias=True, tie_word_embeddings=True),
+  'apertus': SMALL,
+  'apertus, biases': WIDE | dict(attention_bias=True, rope_parameters=LLAMA3),
+  'nemotron': SMALL | dict(partial_rotary_factor=0.5),
+  'nemotron, biases': LARGE | dict(attention_bias=True, mlp_bias=True, partial_rotary_factor=1.0),
 }
 
 
@@ -269,3 +303,16 @@ def test_a_run_with_the_default_recipe_on_blocks_with_a_norm_after_the_mlp(kind,
   before, after = tensors_of(tmp_path / 'in'), tensors_of(tmp_path / 'work' / 'export')
   scale = 'model.layers.1.post_feedforward_layernorm.weight'
   assert (before[scale] != after[scale]).all() and before.keys() > after.keys()
+
+
+# Of each kind of block, norm, activation and multiplier that is new in these families.
+@pytest.mark.parametrize(
+  'kind', ['granite', slow('olmo2'), slow('glm4'), slow('cohere2'), slow('apertus'), slow('nemotron')]
+)
+def test_a_run_that_absorbs_and_trains(kind, settings, tmp_path, monkeypatch):
+  monkeypatch.setitem(CASES, kind, CASES[kind] | {'vocab_size': 258})
+  settings |= dict(model=str(write_model(tmp_path / 'in', kind)), recipe='absorb_then_train', num_remove=None)
+  settings |= dict(remove_layers='2,3', compare=('none', 'absorb'), verify='torch', train_steps=4)
+  report = pipeline.run(config_of(**settings))
+  removed, absorbed, trained = (row['ppl']['text'] for row in report['rows'])
+  assert len({removed, absorbed, trained}) == 3 and report['verify']['torch'] <= 1e-4

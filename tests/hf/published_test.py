@@ -192,10 +192,12 @@ def test_old_and_new_spellings_of_rope_scaling():
 # ---- activations ----
 
 
-@pytest.mark.parametrize('kind', families.FAMILIES)
+# Apertus has parameters for its own.
+@pytest.mark.parametrize('kind', [kind for kind in families.FAMILIES if kind != 'apertus'])
 def test_every_family_knows_every_activation(kind):
   config = of_family(kind)
-  (key,) = {k for k in ACTIVATION_KEYS if k in config} - ({'hidden_act'} if kind.startswith('gemma') else set())
+  unread = {'starcoder2': {'activation_function'}}.get(kind, {'hidden_act'} if kind.startswith('gemma') else set())
+  (key,) = {k for k in ACTIVATION_KEYS if k in config} - unread
   assert {name: read(config | {key: name})[0].activation for name in ACTIVATIONS} == ACTIVATIONS
 
 

@@ -51,10 +51,10 @@ OFF = {
   'use_sliding_window': False,
 }
 # Names of config.json's activations -> those of model.ACTIVATIONS.
-ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_python': 'gelu'} | dict.fromkeys(
-  # They write the same formula differently; the largest difference is 2.4e-7.
-  ('gelu_new', 'gelu_fast', 'gelu_accurate', 'gelu_pytorch_tanh', 'gelu_python_tanh'),
-  'gelu_tanh',
+ACTIVATIONS = {name: name for name in ('silu', 'relu', 'relu2', 'gelu')} | {'swish': 'silu', 'gelu_python': 'gelu'}
+# They write the same formula differently; the largest difference is 2.4e-7.
+ACTIVATIONS |= dict.fromkeys(
+  ('gelu_new', 'gelu_fast', 'gelu_accurate', 'gelu_pytorch_tanh', 'gelu_python_tanh'), 'gelu_tanh'
 )
 _QUANTISED = ('quantization_config', 'quantization', 'quantize_config', 'compression_config')
 _LAYER_KINDS = ('full_attention', 'sliding_attention')

@@ -9,6 +9,7 @@ from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
 WEIGHTS, BOS_FIRST = gemma2.WEIGHTS, gemma2.BOS_FIRST
+ROPE_LOCAL = 'rope_local_base_freq'  # outside of rope_parameters: the base where there is a window
 
 
 def layer_kinds(fields: Fields) -> list[str]:
@@ -23,7 +24,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   H = features['head_dim']
   # The scaling of old files, rope_scaling, is for the layers without a window.
   far = fields.rope(H, theta=1e6, kinds='full_attention')
-  near = fields.rope(H, theta=1e4, keys=('rope_local_base_freq', None), kinds='sliding_attention')
+  near = fields.rope(H, theta=1e4, keys=(ROPE_LOCAL, None), kinds='sliding_attention')
   local_L = tuple(int(kind == 'sliding_attention') for kind in kinds)
   window_L = tuple(window * local for local in local_L)
   spec = Spec(**features, qk_norm=True, **rope.features(far, near), rope_L=local_L, window_L=window_L)

@@ -1,0 +1,27 @@
+"""Granite 3, dense: Llama with multipliers of the embedding, the scores, what layers add, and the logits."""
+
+from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
+from elder_jax.hf.families.fields import Fields
+from elder_jax.model.spec import Spec
+
+WEIGHTS = llama.WEIGHTS
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields(config)
+  fields.one_kind(0)
+  size, bias = llama.sizes(fields), fields.flag('attention_bias')
+  spec = Spec(
+    **size,
+    **rope.features(fields.rope(size['head_dim'])),
+    qkv_bias=bias,
+    out_bias=bias,
+    mlp_bias=fields.flag('mlp_bias'),
+    embed_scale=fields.number('embedding_multiplier', 1.0),
+    attn_scale=fields.number('attention_multiplier', 1.0),
+    residual_scale=fields.number('residual_multiplier', 1.0),
+    logit_scale=1 / fields.number('logits_scaling', 1.0),
+  )
+  return spec, fields.done('granite')

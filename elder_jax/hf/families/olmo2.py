@@ -1,0 +1,32 @@
+"""OLMo 2 and 3: norms on what attention and the MLP add and none before, and one over all queries and all keys."""
+
+from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
+from elder_jax.hf.families.fields import Fields
+from elder_jax.model.spec import Spec
+
+# Norms on what each part adds, none before it.
+BRANCH_NORMS = {
+  'model.layers.{l}.post_attention_layernorm.weight': ('layers.post_attn_norm.scale', 'D->D'),
+  'model.layers.{l}.post_feedforward_layernorm.weight': ('layers.post_mlp_norm.scale', 'D->D'),
+}
+WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if 'input_layernorm' not in name}
+WEIGHTS |= BRANCH_NORMS | {
+  'model.layers.{l}.self_attn.q_norm.weight': ('layers.q_norm.scale', 'NH->NH'),
+  'model.layers.{l}.self_attn.k_norm.weight': ('layers.k_norm.scale', 'KH->KH'),
+}
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields({'rms_norm_eps': 1e-5} | config)
+  size = common(fields)
+  fields.one_kind(0)
+  return Spec(**size, **rope.features(fields.rope(size['head_dim']))), fields.done('olmo2')
+
+
+def common(fields: Fields) -> dict:
+  """What both read alike."""
+  size, bias = llama.sizes(fields), fields.flag('attention_bias')
+  fields.only('clip_qkv', None)
+  return size | dict(block='branch', qk_norm=True, qk_norm_over='all', qkv_bias=bias, out_bias=bias)

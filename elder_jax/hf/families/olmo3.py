@@ -1,0 +1,29 @@
+"""OLMo 3: OLMo 2 with windows on three layers of four, and scaled positions on the others alone."""
+
+from elder_jax.hf.families import olmo2
+from elder_jax.hf.families import rope
+from elder_jax.hf.families.fields import Fields
+from elder_jax.model.spec import Spec
+
+WEIGHTS = olmo2.WEIGHTS
+
+
+def layer_kinds(fields: Fields) -> list[str]:
+  return fields.layer_kinds(lambda l: 'sliding_attention' if (l + 1) % 4 else 'full_attention')
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields({'rms_norm_eps': 1e-5, 'sliding_window': 4096} | config)
+  size, window, kinds = olmo2.common(fields), fields.window('sliding_window'), layer_kinds(fields)
+  far = fields.rope(size['head_dim'], theta=5e5, kinds='full_attention')
+  near = fields.rope(size['head_dim'], theta=5e5, keys=('rope_theta', None), kinds='sliding_attention')
+  local_L = tuple(int(kind == 'sliding_attention') for kind in kinds)
+  window_L = tuple(window * local for local in local_L)
+  return Spec(**size, **rope.features(far, near), rope_L=local_L, window_L=window_L), fields.done('olmo3')
+
+
+def pruned(config: dict, kept: list[int]) -> dict:
+  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  kinds = layer_kinds(Fields(config))
+  return {'layer_types': [kinds[l] for l in kept]}

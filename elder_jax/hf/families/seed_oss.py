@@ -1,0 +1,23 @@
+"""Seed-OSS: Llama with biases on queries, keys and values, and a switch of its own for the out projection's."""
+
+from elder_jax.hf.families import llama
+from elder_jax.hf.families import rope
+from elder_jax.hf.families.fields import Fields
+from elder_jax.model.spec import Spec
+
+WEIGHTS = llama.WEIGHTS
+
+
+def spec_from_config(config: dict) -> tuple[Spec, int]:
+  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  fields = Fields({'head_dim': 128, 'num_key_value_heads': 8} | config, 'residual_dropout')
+  fields.one_kind(0)
+  size = llama.sizes(fields)
+  spec = Spec(
+    **size,
+    **rope.features(fields.rope(size['head_dim'])),
+    qkv_bias=fields.flag('attention_bias', True),
+    out_bias=fields.flag('attention_out_bias'),
+    mlp_bias=fields.flag('mlp_bias'),
+  )
+  return spec, fields.done('seed_oss')
