@@ -238,12 +238,13 @@ def train(
   return model._with(made)
 
 
-def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0) -> dict:
+def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0, text_only: bool = False) -> dict:
   """Writes an ordinary Hugging Face folder, reads it back and compares it with the model before it gets its name.
 
   Args:
     folder: must not exist.
     dtype: of the tensors; empty: that of the checkpoint that the model came from.
+    text_only: of a model for pictures and text, the language model by itself.
 
   Returns:
     The largest difference of a logit, as verify.check has it.
@@ -261,7 +262,8 @@ def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0)
   dtype, source, kept = output.export_dtype or model.source.dtype, model.source, list(model.kept)
   shard_bytes = int(output.shard_gb * 1e9)
   with jax.set_mesh(model.mesh):
-    hashes = save_model(pieces_of_model(model.decoder), source, kept, temporary, dtype, shard_bytes)
+    pieces_of = pieces_of_model(model.decoder)
+    hashes = save_model(pieces_of, source, kept, temporary, dtype, shard_bytes, text_only=text_only)
     tokens_BT = jax.random.randint(jax.random.key(0), (1, 32), 0, source.spec.vocab_size)
     figures = verify.check(temporary, model.decoder, dtype, tokens_BT, torch=verify.use_torch('auto', model.num_params))
   manifest.write(temporary, hashes)

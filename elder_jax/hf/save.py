@@ -12,7 +12,9 @@ import numpy as np
 from elder_jax.devices import hosts
 from elder_jax.devices import preemption
 from elder_jax.errors import InputError
+from elder_jax.hf import copies
 from elder_jax.hf import folder as model_folder
+from elder_jax.hf import multimodal
 from elder_jax.hf import safetensors_files
 from elder_jax.hf.cut import pruned_config
 from elder_jax.hf.load import check_finite
@@ -72,6 +74,14 @@ def _source_rows(source: Source, kept: list[int]) -> Callable[[Row], Row]:
   return lambda row: rows[row.template, None if row.layer is None else kept[row.layer]]
 
 
+def config_of(source: Source, kept: list[int], dtype: str, text_only: bool = False) -> dict:
+  """config.json of the export: the source's, with only what the removal of layers and the type of the weights change."""
+  config = pruned_config(source.family, source.config, kept, dtype)
+  if source.whole and not text_only:
+    config = source.whole.cut_config(config)
+  return {key: value for key, value in config.items() if key != 'auto_map'}
+
+
 def save_model(
   pieces_of: PiecesOf,
   source: Source,
@@ -80,6 +90,7 @@ def save_model(
   dtype: str,
   shard_bytes: int,
   tokenizer: pathlib.Path | None = None,
+  text_only: bool = False,
 ) -> dict:
   """Writes source's layers `kept` as a Hugging Face folder; `folder` must exist and is the caller's to rename.
 
@@ -90,15 +101,14 @@ def save_model(
     pieces_of: from_model or from_source.
     dtype: of the tensors written; empty: each has its source's own.
     tokenizer: the folder of another tokenizer than the source's, if any (model_folder.small_files).
+    text_only: of a folder of several parts, the language model by itself.
 
   Returns:
     {file name: sha256} of the files with tensors.
   """
-  config = pruned_config(source.family, source.config, kept, dtype)
-  config.pop('auto_map', None)
-  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-  model_folder.copy(model_folder.small_files(source.files, tokenizer), folder)
-
+  parts = None if text_only else source.whole
+  _write_json(folder / 'config.json', config_of(source, kept, dtype, text_only))
+  _copy_small_files(source, tokenizer, text_only, folder)
   rows = rows_of(source.family, source.spec.with_layers(kept), len(kept))
   own = _source_rows(source, kept)
   dtypes = {row.name: dtype or source.dtypes[own(row).name] for row in rows}
@@ -111,17 +121,35 @@ def save_model(
     if shards[-1] and sum(map(size, shards[-1])) + size(row) > shard_bytes:
       shards.append([])
     shards[-1].append(row)
-  names = [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
-  if len(shards) == 1:
+
+  def called(row: Row) -> str:
+    return row.name if parts is None else parts.name_of(row.name, own(row).name)
+
+  count = len(shards) + bool(parts and parts.others)
+  names = [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
+  if count == 1:
     names = ['model.safetensors']
-  hashes = {}
+  hashes, weight_map, total = {}, {}, sum(map(size, rows))
   for name, shard in zip(names, shards):
-    tensors = [(row.name, row.shape, dtypes[row.name]) for row in shard]
+    tensors = [(called(row), row.shape, dtypes[row.name]) for row in shard]
     hashes[name] = safetensors_files.write(folder / name, tensors, lambda i, shard=shard: pieces_of(shard[i]))
-  if len(shards) > 1:
-    index = {
-      'metadata': {'total_size': sum(map(size, rows))},
-      'weight_map': {row.name: name for name, shard in zip(names, shards) for row in shard},
-    }
-    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
+    weight_map |= dict.fromkeys(map(called, shard), name)
+  if parts and parts.others:
+    hashes[names[-1]], octets = copies.write(source.files, parts.others, folder / names[-1])
+    weight_map |= dict.fromkeys(parts.others, names[-1])
+    total += octets
+  if count > 1:
+    index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+    _write_json(folder / 'model.safetensors.index.json', index)
   return hashes
+
+
+def _write_json(path: pathlib.Path, value: dict):
+  path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+
+
+def _copy_small_files(source: Source, tokenizer: pathlib.Path | None, text_only: bool, folder: pathlib.Path):
+  found = model_folder.small_files(source.files, tokenizer)
+  if source.whole and text_only:
+    found = {name: path for name, path in found.items() if name not in multimodal.FILES_OF_PICTURES}
+  model_folder.copy(found, folder)

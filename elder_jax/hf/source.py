@@ -15,8 +15,10 @@ import numpy as np
 from elder_jax.errors import InputError
 from elder_jax.errors import shown
 from elder_jax.errors import user_path
+from elder_jax.hf import copies
 from elder_jax.hf import families
 from elder_jax.hf import folder as model_folder
+from elder_jax.hf import multimodal
 from elder_jax.hf import safetensors_files
 from elder_jax.hf import table
 from elder_jax.hf.gguf import source as gguf_source
@@ -37,6 +39,7 @@ class Source:
   dtypes: dict[str, str]  # the same, of safetensors_files.DTYPES
   read: Callable[[str], np.ndarray]
   pieces: Callable[[str], Iterator[np.ndarray]]  # flat; one holds until the next but one
+  whole: multimodal.Multimodal | None = None  # the folder, where the model is a part of it
 
   @property
   def is_gguf(self) -> bool:
@@ -76,10 +79,37 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     files = model_folder.find('model', model)
     config = safetensors_files.read_json(files / 'config.json')
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
-  _check_is_lm(model, config)
-  spec, num_layers = architecture(model, config)
-  source = _with_our_names(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
+  if multimodal.is_multimodal(config):
+    source = _language_model(Source(model, files, config, None, 0, shapes, dtypes, read, pieces))
+  else:
+    _check_is_lm(model, config)
+    spec, num_layers = architecture(model, config)
+    source = _with_our_names(Source(model, files, config, spec, num_layers, shapes, dtypes, read, pieces))
   return _only_weights(_with_own_head(source))
+
+
+def _language_model(source: Source) -> Source:
+  """The language model of a folder that holds more."""
+  names = multimodal.language_names(source.shapes)
+  others = tuple(name for name in source.shapes if name not in names.values())
+  octets = copies.total(source.files, others)
+  config = multimodal.language_config(source.config)
+  spec, num_layers = architecture(source.name, config)
+
+  def by_itself(table):
+    return {name: table[there] for name, there in names.items()}
+
+  return dataclasses.replace(
+    source,
+    config=config,
+    spec=spec,
+    num_layers=num_layers,
+    shapes=by_itself(source.shapes),
+    dtypes=by_itself(source.dtypes),
+    read=lambda name: source.read(names[name]),
+    pieces=lambda name: source.pieces(names[name]),
+    whole=multimodal.Multimodal(source.config, names, others, octets),
+  )
 
 
 def _check_is_lm(model: str, config: dict):
@@ -95,8 +125,10 @@ def _check_is_lm(model: str, config: dict):
 
 
 def read_config(model: str) -> dict:
-  """config.json of a folder or of a hub id, from which nothing else is fetched."""
-  return safetensors_files.read_json(model_folder.find('model', model, 'config') / 'config.json')
+  """config.json of a folder or of a hub id, from which nothing else is fetched; of several parts the language model's."""
+  return multimodal.language_config(
+    safetensors_files.read_json(model_folder.find('model', model, 'config') / 'config.json')
+  )
 
 
 def architecture(model: str, config: dict) -> tuple[Spec, int]:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from elder_jax.devices import hosts
 from elder_jax.devices import memory
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
+from elder_jax.hf import multimodal
+from elder_jax.hf import safetensors_files
 from elder_jax.hf.load import load_model
 from elder_jax.hf.source import Source
 from elder_jax.hf.source import open_source
@@ -82,7 +85,7 @@ def check(
   Args:
     tokens_BT: real text; T at most 512 keeps it quick.
     shardings: as in load_model.
-    torch: also load it by transformers' AutoModelForCausalLM, and generate with and without a cache.
+    torch: also load it by transformers, and generate with and without a cache.
     free: called with the model's arrays, each as soon as it is not needed any more: memory.free there means that only
       one of the models that are compared is in memory at a time. Unset, `model` is left as it is.
 
@@ -180,17 +183,25 @@ def why_torch_cannot(config: dict) -> str:
       (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config), encoding='utf-8')
       made = transformers.AutoConfig.from_pretrained(folder)
     with torch.device('meta'):
-      transformers.AutoModelForCausalLM.from_config(made)
+      torch_class(config).from_config(made)
   except Exception as e:  # of any kind  # noqa: BLE001
     return reason(e)
   return ''
 
 
-def _torch_model(folder: pathlib.Path, dtype: str = 'float32'):
-  import torch  # not a requirement of the package
-  import transformers
+def torch_class(config: dict) -> Any:
+  """The class of transformers that makes a model of a config.json."""
+  import transformers  # not a requirement of the package
 
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+  of_pictures = multimodal.is_multimodal(config)
+  return transformers.AutoModelForImageTextToText if of_pictures else transformers.AutoModelForCausalLM
+
+
+def _torch_model(folder: pathlib.Path, dtype: str = 'float32'):
+  import torch
+
+  kind = torch_class(safetensors_files.read_json(folder / 'config.json'))
+  model = kind.from_pretrained(folder, dtype=torch.float32).eval()
   if dtype != 'float32':
     for parameter in model.parameters():
       parameter.data = parameter.data.to(getattr(torch, dtype)).float()

@@ -120,6 +120,8 @@ def _cut(config: Config) -> dict:
     raise InputError(
       'export_dtype', config.output.export_dtype, 'is for models that are read; tensors are copied as they are here.'
     )
+  if config.output.text_only:
+    raise InputError('text_only', True, 'is for models that are read; every tensor is copied here. Leave the flag out.')
   cutter = _of_gguf(config) if config.output.export_format == 'gguf' else _of_folder(config)
   removed = list(config.removal.remove_layers or ())
   check_given(removed, cutter.depth)

@@ -5,8 +5,9 @@ import shutil
 import jax.numpy as jnp
 
 from elder_jax.errors import InputError
+from elder_jax.hf import multimodal
 from elder_jax.hf import verify
-from elder_jax.hf.cut import pruned_config
+from elder_jax.hf.save import config_of
 from elder_jax.hf.source import Source
 from elder_jax.hf.source import architecture
 from elder_jax.hf.table import abstract_decoder
@@ -20,15 +21,19 @@ def check_export(config: Config, source: Source, num_remove: int):
   """Raises InputError where the export could not be read back, or where there is no room for it."""
   kept = list(range(source.num_layers - num_remove))
   spec = source.spec.with_layers(kept)
-  written = pruned_config(source.family, source.config, kept, config.output.export_dtype)
-  if architecture(config.paths.model, written) != (spec, len(kept)):
+  output = config.output
+  if output.text_only and source.whole is None:
+    raise InputError('text_only', True, f'{config.paths.model} is a language model by itself; leave the flag out.')
+  written = config_of(source, kept, output.export_dtype, output.text_only)
+  if architecture(config.paths.model, multimodal.language_config(written)) != (spec, len(kept)):
     raise InputError(
       'model',
       config.paths.model,
       f'its config.json cannot be cut to {len(kept)} layers; please report this with the file.',
     )
   params = pruning.num_params(abstract_decoder(spec, len(kept)))
-  needed = params * jnp.dtype(config.output.export_dtype or source.dtype).itemsize
+  needed = params * jnp.dtype(output.export_dtype or source.dtype).itemsize
+  needed += source.whole.octets if source.whole and not output.text_only else 0
   if (free := shutil.disk_usage(config.path()).free) < needed:
     raise InputError(
       'workdir',
@@ -65,7 +70,8 @@ def checks_in_torch(config: Config, source: Source, num_remove: int) -> bool:
   params = pruning.num_params(abstract_decoder(source.spec.with_layers(kept), len(kept)))
   if not verify.use_torch(config.output.verify, params):
     return False
-  why = verify.why_torch_cannot(pruned_config(source.family, source.config, kept, config.output.export_dtype))
+  output = config.output
+  why = verify.why_torch_cannot(config_of(source, kept, output.export_dtype, output.text_only))
   if why and config.output.verify == 'torch':
     raise InputError('verify', 'torch', f'transformers cannot make the pruned model ({why}); use --verify=jax.')
   if why:

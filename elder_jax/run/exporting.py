@@ -69,7 +69,7 @@ def _write(run: Run, folder: pathlib.Path, kept: list[int]) -> dict[str, str]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shard_bytes = int(output.shard_gb * 1e9)
-    hashes = save_model(pieces_of, source, kept, folder, dtype, shard_bytes, job.tokenizer_folder)
+    hashes = save_model(pieces_of, source, kept, folder, dtype, shard_bytes, job.tokenizer_folder, output.text_only)
   elif not job.copies:
     take_part(pieces_of, source, kept)
   hosts.barrier('export written')

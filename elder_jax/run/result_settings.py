@@ -66,6 +66,9 @@ class OutputSettings(Settings):
     choices=('hf', 'gguf'),
     rare=True,
   )
+  text_only: bool = setting(
+    False, 'Of a model for pictures and text export the language model by itself, without the other parts.', rare=True
+  )
   shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0, rare=True)
   verify: str = setting(
     'auto',

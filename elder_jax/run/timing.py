@@ -218,7 +218,6 @@ def _in_jax(dense: Source, pruned: Source | None, removed: list[int], dtype: str
 def _in_torch(dense: Source, pruned: Source, dtype: str):
   """As _in_jax."""
   import torch  # not a requirement of the package
-  import transformers
 
   @contextlib.contextmanager
   def in_one_sentence():
@@ -232,7 +231,8 @@ def _in_torch(dense: Source, pruned: Source, dtype: str):
 
   @in_one_sentence()
   def timed(source: Source) -> Timed:
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.files, dtype=getattr(torch, dtype))
+    kind = verify.torch_class(source.whole.config if source.whole else source.config)
+    model = kind.from_pretrained(source.files, dtype=getattr(torch, dtype))
     model = model.to(where).eval()
     last = {'logits_to_keep': 1} if 'logits_to_keep' in inspect.signature(model.forward).parameters else {}
 

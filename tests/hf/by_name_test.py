@@ -12,12 +12,14 @@ import transformers
 
 from elder_jax.devices import preemption
 from elder_jax.errors import InputError
+from elder_jax.hf import copies
 from elder_jax.hf import manifest
 from elder_jax.hf import safetensors_files
 from elder_jax.hf.by_name import folder as by_name
 from elder_jax.hf.by_name import keys
 from elder_jax.hf.by_name import layer_list
 from elder_jax.hf.verify import ExportMismatch
+from elder_jax.run import by_name as run_by_name
 from elder_jax.run import plan
 from elder_jax.run import series
 
@@ -143,6 +145,12 @@ CASES = {
 }
 
 
+@pytest.fixture
+def no_decoder(monkeypatch):
+  """Models for pictures whose language model the decoder knows are cut as if it did not."""
+  monkeypatch.setattr(run_by_name, '_why_not_decoder', lambda model: 'a test says so')
+
+
 def save(make, folder: pathlib.Path) -> pathlib.Path:
   torch.manual_seed(0)
   with torch.device('cpu'):
@@ -187,7 +195,7 @@ def without(model, at: str, removed: list[int]):
 
 
 @pytest.mark.parametrize('make', CASES, ids=lambda make: make.__name__)
-def test_the_cut_folder_is_the_original_with_modules_deleted_to_the_bit(make, tmp_path):
+def test_the_cut_folder_is_the_original_with_modules_deleted_to_the_bit(make, tmp_path, no_decoder):
   at, removed, expected = CASES[make]
   source = save(make, tmp_path / 'source')
   export = cut(source, tmp_path / 'work', removed)
@@ -355,7 +363,7 @@ def test_a_model_that_nobody_knows_is_cut_by_its_names(tmp_path, capsys):
 @pytest.mark.parametrize(
   'key', ['first_k_dense_replace', 'mlp_only_layers', 'no_rope_layers', 'max_window_layers', 'layer_types']
 )
-def test_a_key_that_was_forgotten_is_seen_by_the_layers_that_transformers_makes(key, tmp_path, monkeypatch):
+def test_a_key_that_was_forgotten_is_seen_by_the_layers_that_transformers_makes(key, tmp_path, monkeypatch, no_decoder):
   make, removed = {
     'first_k_dense_replace': (deepseek_v3, [1]),
     'mlp_only_layers': (qwen3_next, [0]),
@@ -380,7 +388,7 @@ def test_a_key_that_was_forgotten_is_seen_by_the_layers_that_transformers_makes(
     cut(source, tmp_path / 'work', removed)
 
 
-def test_a_list_is_named_where_there_are_several(tmp_path):
+def test_a_list_is_named_where_there_are_several(tmp_path, no_decoder):
   source = save(gemma3, tmp_path / 'source')
   export = cut(source, tmp_path / 'work', [1], layers_at='vision_tower.encoder.layers')
   config = json.loads((export / 'config.json').read_text())
@@ -392,14 +400,16 @@ def test_a_list_is_named_where_there_are_several(tmp_path):
     series.run(config_of(**settings))
   with pytest.raises(InputError, match='export_dtype=bfloat16.*copied as they are'):
     cut(source, tmp_path / 'fourth', [1], export_dtype='bfloat16')
+  with pytest.raises(InputError, match='text_only.*every tensor is copied'):
+    cut(source, tmp_path / 'fourth', [1], text_only=True)
   with pytest.raises(InputError, match='remove_layers.*9 is not a layer'):
     cut(source, tmp_path / 'fifth', [9])
 
 
 def test_a_cut_that_was_killed_is_done_again_and_a_finished_one_is_told(tmp_path, monkeypatch):
   source = save(mixtral, tmp_path / 'source')
-  size = by_name._PIECE
-  monkeypatch.setattr(by_name, '_PIECE', 512)
+  size = copies.PIECE
+  monkeypatch.setattr(copies, 'PIECE', 512)
   with monkeypatch.context() as patch:
     patch.setattr(preemption, '_signalled', True)
     with pytest.raises(preemption.Preempted):
@@ -407,7 +417,7 @@ def test_a_cut_that_was_killed_is_done_again_and_a_finished_one_is_told(tmp_path
   assert not (tmp_path / 'work' / 'export').exists()
   export = cut(source, tmp_path / 'work', [2])
   written = octets(export)
-  monkeypatch.setattr(by_name, '_PIECE', size)
+  monkeypatch.setattr(copies, 'PIECE', size)
   monkeypatch.setattr(by_name, 'open_checkpoint', None)
   assert octets(cut(source, tmp_path / 'work', [2])) == written
   assert json.loads((tmp_path / 'work/report.json').read_text())['verify'] == {'tensors': len(written)}

@@ -39,6 +39,7 @@ def export(work, model, remove_layers, **more):
     recipe='none',
     compare=[],
     verify='torch',
+    export_dtype='float32',  # every bit of the dequantised weights
   )
   report = pipeline.run(config_of(**{**settings, **more}))
   return report, work / 'export'

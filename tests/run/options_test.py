@@ -235,6 +235,7 @@ ELSEWHERE = {
   'token_cache': 'text/training_text_test.py::test_tokens_are_made_once_for_the_same_content_and_options',
   'export': 'training/validation_test.py::test_the_best_state_is_exported',
   'layers_at': 'hf/by_name_test.py::test_a_list_is_named_where_there_are_several',
+  'text_only': 'hf/multimodal_test.py::test_text_only_is_the_language_model_by_itself',
   'export_format': 'hf/gguf_cut_test.py::test_the_cut_file_is_the_pruned_model_to_the_bit',
   'target_params': 'run/series_test.py::test_targets_of_size',
   'target_gb': 'run/series_test.py::test_targets_of_size',

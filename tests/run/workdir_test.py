@@ -15,7 +15,7 @@ from tiny import config_of
 
 from elder_jax.errors import InputError
 from elder_jax.hf import manifest
-from elder_jax.hf.cut import pruned_config
+from elder_jax.hf.save import config_of as config_of_export
 from elder_jax.methods import elder
 from elder_jax.run import checks
 from elder_jax.run import exporting
@@ -281,8 +281,7 @@ def test_a_disk_without_room_for_the_export_is_known_before_the_text_is_read(
 
 
 def test_a_config_that_is_cut_wrongly_is_known_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
-  pruned = pruned_config
-  monkeypatch.setattr(checks, 'pruned_config', lambda *args: pruned(*args) | {'num_hidden_layers': 5})
+  monkeypatch.setattr(checks, 'config_of', lambda *args: config_of_export(*args) | {'num_hidden_layers': 5})
   refused(settings, '--model=', 'cannot be cut to 4 layers')
 
 

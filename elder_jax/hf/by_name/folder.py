@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 import hashlib
 import json
 import math
@@ -10,13 +9,13 @@ import pathlib
 from typing import NamedTuple
 
 from elder_jax.devices import preemption
+from elder_jax.hf import copies
 from elder_jax.hf import folder as model_folder
 from elder_jax.hf import safetensors_files
 from elder_jax.hf.by_name import keys
 from elder_jax.hf.by_name import layer_list
 from elder_jax.hf.by_name.layer_list import LayerList
 
-_PIECE = 2**24  # octets that are copied at a time
 _QUANTISATION = ('quantize_config.json', 'quant_config.json', 'hf_quant_config.json')
 
 
@@ -70,7 +69,7 @@ def write(
   for path, tensors in plan.items():
     if not tensors:
       continue
-    octets = _octets(path, checkpoint.headers[path][0], tensors)
+    octets = copies.octets(path, checkpoint.headers[path][0], tensors)
     digest, size = hashlib.sha256(), 0
     with (folder / path.name).open('wb') as file:
       for piece in octets:
@@ -96,7 +95,7 @@ def check(checkpoint: Checkpoint, kept: list[int], folder: pathlib.Path) -> int:
   for path, (begin, header) in checkpoint.headers.items():
     for _, new, about in _plan(header, checkpoint.layers, kept):
       there, its_begin, its_about = home.pop(new)
-      pieces = _pieces(path, begin, about), _pieces(there, its_begin, its_about)
+      pieces = copies.pieces(path, begin, about), copies.pieces(there, its_begin, its_about)
       same = its_about['dtype'] == about['dtype'] and its_about['shape'] == about['shape']
       if not same or any(a != b for a, b in zip(*pieces, strict=True)):
         raise ValueError(f'{there}: the tensor {new} is not what was copied')
@@ -112,28 +111,6 @@ def _plan(header: dict, layers: LayerList, kept: list[int]) -> list[tuple[str, s
   return [(name, new, about) for name, about in of_file if (new := layers.renamed(name, kept)) is not None]
 
 
-def _octets(path: pathlib.Path, begin: int, tensors: list[tuple[str, str, dict]]) -> Iterator[bytes]:
-  """A safetensors file with these tensors."""
-  header: dict[str, dict] = {'__metadata__': safetensors_files.metadata(path)}
-  end = 0
-  for _, new, about in tensors:
-    start, end = end, end + _size(about)
-    header[new] = {'dtype': about['dtype'], 'shape': about['shape'], 'data_offsets': [start, end]}
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  yield len(text).to_bytes(8, 'little') + text
-  for _, _, about in tensors:
-    yield from _pieces(path, begin, about)
-
-
-def _pieces(path: pathlib.Path, begin: int, about: dict) -> Iterator[bytes]:
-  first, end = about['data_offsets']
-  with path.open('rb') as file:
-    file.seek(begin + first)
-    for at in range(first, end, _PIECE):
-      yield file.read(min(_PIECE, end - at))
-
-
 def size_left(checkpoint: Checkpoint, kept: list[int]) -> tuple[int, int]:
   """(octets, elements) of the tensors that stay."""
   plans = [_plan(header, checkpoint.layers, kept) for _, header in checkpoint.headers.values()]
@@ -141,12 +118,7 @@ def size_left(checkpoint: Checkpoint, kept: list[int]) -> tuple[int, int]:
 
 
 def _sum(plans: Iterable[list[tuple[str, str, dict]]]) -> int:
-  return sum(_size(about) for tensors in plans for _, _, about in tensors)
-
-
-def _size(about: dict) -> int:
-  first, end = about['data_offsets']
-  return end - first
+  return sum(copies.size(about) for tensors in plans for _, _, about in tensors)
 
 
 def _write_json(path: pathlib.Path, value: dict):
