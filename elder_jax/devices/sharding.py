@@ -21,7 +21,7 @@ from elder_jax.errors import InputError
 
 AXES = ('data', 'fsdp', 'tp')
 # Axis letter of a parameter (model.py) -> mesh axis. Letters that are not here are replicated.
-RULES = {'D': 'fsdp', 'N': 'tp', 'K': 'tp', 'F': 'tp', 'V': 'tp'}
+RULES = {'D': 'fsdp', 'N': 'tp', 'K': 'tp', 'E': 'tp', 'F': 'tp', 'V': 'tp'}
 BATCH = P(('data', 'fsdp'))
 
 
@@ -149,6 +149,17 @@ def batch_ways() -> int:
   """Number of parts that a batch lies in."""
   mesh = _mesh()
   return mesh.shape['data'] * mesh.shape['fsdp'] if mesh else 1
+
+
+def mesh_sizes() -> dict[str, int]:
+  """{axis: devices} of the mesh; empty without one, or with one device."""
+  mesh = _mesh()
+  return dict(mesh.shape) if mesh else {}
+
+
+def batch_axes(size: int) -> tuple[str, ...] | None:
+  """The mesh axes over which a batch of this size lies."""
+  return None if size % batch_ways() else BATCH[0]
 
 
 def constrain(a, *spec):

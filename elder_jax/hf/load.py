@@ -38,14 +38,14 @@ def load_model(source: Source, dtype: str, shardings=None) -> Decoder:
     preemption.check()
     for part, piece in zip(row.parts, row.to_ours(source.read(row.name))):
       place, check = where(part.path), functools.partial(check_finite, source=source, row=row)
-      if row.layer is None:
+      if not row.index:
         stacks[part.path] = _on_devices(piece, dtype, place, check)
         continue
       if part.path not in stacks:
-        stacks[part.path] = _zeros((source.num_layers, *piece.shape), dtype, place)
-      slice_place = None if place is None else NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+        stacks[part.path] = _zeros(param_at(model, part.path).get_value().shape, dtype, place)
+      slice_place = None if place is None else NamedSharding(place.mesh, PartitionSpec(*place.spec[len(row.index) :]))
       array = _on_devices(piece, dtype, slice_place, check)
-      stacks[part.path] = _put(stacks[part.path], array, np.int32(row.layer), place)
+      stacks[part.path] = _put(stacks[part.path], array, tuple(map(np.int32, row.index)), place)
   for path, array in stacks.items():
     param_at(model, path).set_value(array)
   ones_L = np.ones(source.num_layers, np.float32)
@@ -94,8 +94,9 @@ def _zeros(shape, dtype, place):
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack, piece, layer, place):
-  stack = jax.lax.dynamic_update_index_in_dim(stack, piece, layer, 0)
+def _put(stack, piece, index, place):
+  begin = (*index, *[np.int32(0)] * piece.ndim)
+  stack = jax.lax.dynamic_update_slice(stack, piece.reshape((1,) * len(index) + piece.shape), begin)
   return stack if place is None else jax.lax.with_sharding_constraint(stack, place)
 
 

@@ -36,7 +36,7 @@ def pieces_of_model(model: Decoder) -> PiecesOf:
     ours = []
     for part in row.parts:
       array = param_at(model, part.path)[...]
-      array = array if row.layer is None else array[row.layer]
+      array = array[row.index] if row.index else array
       # Turned on the device, so that what to_hf turns back lies in the file's order already.
       theirs = hosts.to_host(turn(array, order_of(part.order), None))
       ours.append(theirs.transpose(part.order))
@@ -70,8 +70,12 @@ def take_part(pieces_of: PiecesOf, source: Source, kept: list[int]):
 
 def _source_rows(source: Source, kept: list[int]) -> Callable[[Row], Row]:
   """From a row of the model that has the layers `kept` to the same tensor's in the source."""
-  rows = {(row.template, row.layer): row for row in rows_of(source.family, source.spec, source.num_layers)}
-  return lambda row: rows[row.template, None if row.layer is None else kept[row.layer]]
+  rows = {(row.template, *row.index): row for row in rows_of(source.family, source.spec, source.num_layers)}
+
+  def own(row: Row) -> Row:
+    return rows[row.template, *row.index] if row.layer is None else rows[row.template, kept[row.layer], *row.index[1:]]
+
+  return own
 
 
 def config_of(source: Source, kept: list[int], dtype: str, text_only: bool = False) -> dict:

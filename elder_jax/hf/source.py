@@ -19,6 +19,7 @@ from elder_jax.hf import copies
 from elder_jax.hf import families
 from elder_jax.hf import folder as model_folder
 from elder_jax.hf import multimodal
+from elder_jax.hf import mxfp4
 from elder_jax.hf import safetensors_files
 from elder_jax.hf import table
 from elder_jax.hf.gguf import source as gguf_source
@@ -79,6 +80,10 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     files = model_folder.find('model', model)
     config = safetensors_files.read_json(files / 'config.json')
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
+    if mxfp4.is_packed(config):
+      log(f'--model={model}: its MXFP4 weights are read, and exported, in bfloat16')
+      config = {key: value for key, value in config.items() if key != 'quantization_config'}
+      shapes, dtypes, read, pieces = mxfp4.unpacked(files, mxfp4.Tensors(shapes, dtypes, read, pieces))
   if multimodal.is_multimodal(config):
     source = _language_model(Source(model, files, config, None, 0, shapes, dtypes, read, pieces))
   else:
@@ -144,7 +149,7 @@ def architecture(model: str, config: dict) -> tuple[Spec, int]:
 def _with_our_names(source: Source) -> Source:
   """Names with the prefix of the whole model left out, or twice, are read as transformers does: h.0 is transformer.h.0."""
   templates = source.family.WEIGHTS
-  known = re.compile('|'.join(re.escape(n).replace(re.escape('{l}'), r'\d+') for n in templates))
+  known = table.pattern_of(templates)
   prefix = next(iter(templates)).partition('.')[0] + '.'
 
   def ours(name: str) -> str:
@@ -231,7 +236,7 @@ def _check_dtype(source: Source, name: str):
 
 def _ignored(family, spec: Spec) -> re.Pattern:
   names = [n for n, e in family.WEIGHTS.items() if e is None or (e[0] == 'head' and spec.tied)]
-  return re.compile('|'.join(re.escape(n).replace(re.escape('{l}'), r'\d+') for n in names))
+  return table.pattern_of(names)
 
 
 def _check_names_and_shapes(source: Source):

@@ -1,8 +1,10 @@
 """A family's table of weights, both ways: which slices of our parameters a Hugging Face tensor is."""
 
+from collections.abc import Iterable
 import dataclasses
 import functools
 import math
+import re
 
 from flax import nnx
 import jax
@@ -28,15 +30,21 @@ class Part:
 class Row:
   """One Hugging Face tensor and the slices of ours that it is: one, or several that are fused."""
 
-  template: str  # the name, with {l} for the layer
+  template: str  # the name, with {l} for the layer and {e} for the expert
   layer: int | None  # index on our leading axis
   parts: tuple[Part, ...]
   dim: int | None  # of the tensor, in which the parts are fused: '+', one after the other, or '*', in turns
   star: int | None  # '*': the axis of the folded shape along which they take turns
+  expert: int | None = None  # index on the axis after that of layers
 
   @property
   def name(self) -> str:
-    return self.template.format(l=self.layer)
+    return self.template.format(l=self.layer, e=self.expert)
+
+  @property
+  def index(self) -> tuple[int, ...]:
+    """Of the slice, in a parameter."""
+    return tuple(i for i in (self.layer, self.expert) if i is not None)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -69,7 +77,7 @@ class Row:
     return np.concatenate(pieces, self.dim if self.star is None else self.star).reshape(self.shape)
 
 
-def make_row(template: str, layer: int | None, entry, sizes: dict[str, int]) -> Row:
+def make_row(template: str, layer: int | None, entry, sizes: dict[str, int], expert: int | None = None) -> Row:
   """A row of a family's table. A rule is 'HF->ours', as families/llama.py says; fused parts have '+' or '*' in it."""
   parts, size = [], sizes | {'*': 1}
   for path, rule in (entry,) if isinstance(entry[0], str) else entry:
@@ -79,7 +87,8 @@ def make_row(template: str, layer: int | None, entry, sizes: dict[str, int]) -> 
     shape, folded = (math.prod(size[a] for a in dim) for dim in dims), (size[a] for a in axes)
     parts.append(Part(path, tuple(shape), tuple(folded), tuple(letters.index(a) for a in ours)))
   dim = next((j for j, text in enumerate(rule.split(',')) if {'+', '*'} & set(text)), None)
-  return Row(template, layer, tuple(parts), dim, theirs.replace(',', '').index('*') if '*' in theirs else None)
+  star = theirs.replace(',', '').index('*') if '*' in theirs else None
+  return Row(template, layer, tuple(parts), dim, star, expert)
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,13 +115,20 @@ def rows_of(family, spec: Spec, num_layers: int) -> list[Row]:
   for name, entry in family.WEIGHTS.items():
     if entry is None or param_at(model, entry[0] if isinstance(entry[0], str) else entry[0][0]) is None:
       continue
-    rows += [make_row(name, l, entry, sizes) for l in (range(num_layers) if '{l}' in name else [None])]
+    layers = range(num_layers) if '{l}' in name else [None]
+    experts = range(spec.experts) if '{e}' in name else [None]
+    rows += [make_row(name, l, entry, sizes, e) for l in layers for e in experts]
   embeds = ('embed', 'positions')
 
   def place(row):
     return row.layer if row.layer is not None else -1 if row.parts[0].path in embeds else num_layers
 
   return sorted(rows, key=place)
+
+
+def pattern_of(templates: Iterable[str]) -> re.Pattern:
+  """Of all names that these give for some layer and expert."""
+  return re.compile('|'.join(re.sub(r'\\{[le]\\}', r'\\d+', re.escape(name)) for name in templates))
 
 
 def param_at(model: Decoder, path: str):

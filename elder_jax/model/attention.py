@@ -74,16 +74,17 @@ def apply_rope(x_BTNH, rope, pairs: bool = False):
   return rotated if 2 * half == H else jnp.concatenate([rotated, x_BTNH[..., 2 * half :]], -1)
 
 
-def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, cap: float | None = None):
+def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, cap: float | None = None, sink_N=None):
   """Causal attention [B, T, N, H]; query head n reads key/value head n // (N/K). cuDNN's fused kernel on a GPU.
 
   Args:
     window: how many of the last tokens, its own included, a token sees; a number, an int32 scalar, or None: all.
     scale: of the scores; None: H ** -0.5.
     cap: scores s become cap · tanh(s / cap).
+    sink_N: of each head, a score that is in the softmax beside those of the keys, and whose part goes nowhere.
   """
   backend, T = sharding.platform(), q_BTNH.shape[1]
-  plain = cap is None and (window is None or isinstance(window, int))
+  plain = cap is None and sink_N is None and (window is None or isinstance(window, int))
   if backend == 'gpu' and plain:
     H = q_BTNH.shape[-1]
     fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0  # what cuDNN has on all GPUs
@@ -108,15 +109,17 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
     seen_ts = back_ts >= 0 if window is None else (back_ts >= 0) & (back_ts < window)
     blocks.append(
       masked_attention(
-        q_BTNH[:, start:end], k_BTKH[:, first:end], v_BTKH[:, first:end], seen_ts[None, None], scale, cap
+        q_BTNH[:, start:end], k_BTKH[:, first:end], v_BTKH[:, first:end], seen_ts[None, None], scale, cap, sink_N
       )
     )
   return jnp.concatenate(blocks, axis=1)
 
 
-def masked_attention(q_BTNH, k_BSKH, v_BSKH, seen_BNTS, scale: float | None = None, cap: float | None = None):
+def masked_attention(
+  q_BTNH, k_BSKH, v_BSKH, seen_BNTS, scale: float | None = None, cap: float | None = None, sink_N=None
+):
   """Attention [B, T, N, H] of queries to the keys that `seen` shows them; axes of 1 in it are broadcast."""
-  if cap is None:
+  if cap is None and sink_N is None:
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen_BNTS, scale=scale, implementation='xla')
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
@@ -124,5 +127,9 @@ def masked_attention(q_BTNH, k_BSKH, v_BSKH, seen_BNTS, scale: float | None = No
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
   score_BKGTS = jnp.where(seen_BNTS[:, :, None], softcap(score_BKGTS, cap), -jnp.inf)
-  p_BKGTS = jax.nn.softmax(score_BKGTS, -1).astype(v_BSKH.dtype)
+  if sink_N is None:
+    p_BKGTS = jax.nn.softmax(score_BKGTS, -1).astype(v_BSKH.dtype)
+  else:
+    sink_BKGT1 = jnp.broadcast_to(sink_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1), (*score_BKGTS.shape[:-1], 1))
+    p_BKGTS = jax.nn.softmax(jnp.concatenate([score_BKGTS, sink_BKGT1], -1), -1)[..., :-1].astype(v_BSKH.dtype)
   return jnp.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH).reshape(B, T, N, H)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax.devices import sharding
+from elder_jax.model import experts
 from elder_jax.model import lora
 from elder_jax.model.attention import apply_rope
 from elder_jax.model.attention import attention
@@ -84,13 +85,17 @@ class Block(nnx.Module):
     self.q_norm, self.k_norm = (norm(a) if spec.qk_norm else None for a in axes)
     self.wo = weight('LNHD', 'NH')
     self.bo = bias(spec.out_bias, 'LD')
+    self.sinks = bias(spec.sinks, 'LN')
     self.mlp_norm = None if spec.shared_norm or spec.block == 'branch' else norm()
-    self.w_gate = weight('LDF', 'D') if spec.gated_mlp else None
-    self.b_gate = bias(spec.mlp_bias and spec.gated_mlp, 'LF')
-    self.w_up = weight('LDF', 'D')
-    self.b_up = bias(spec.mlp_bias, 'LF')
-    self.w_down = weight('LFD', 'F')
-    self.b_down = bias(spec.mlp_bias, 'LD')
+    self.router = weight('LDE', 'D') if spec.experts else None
+    self.router_bias = bias(spec.router_bias, 'LE')
+    LE = 'LE' if spec.experts else 'L'
+    self.w_gate = weight(LE + 'DF', 'D') if spec.gated_mlp else None
+    self.b_gate = bias(spec.mlp_bias and spec.gated_mlp, LE + 'F')
+    self.w_up = weight(LE + 'DF', 'D')
+    self.b_up = bias(spec.mlp_bias, LE + 'F')
+    self.w_down = weight(LE + 'FD', 'F')
+    self.b_down = bias(spec.mlp_bias, LE + 'D')
     self.post_attn_norm, self.post_mlp_norm = (norm() if spec.norms_output else None for _ in 'am')
 
     def of_activation(value):
@@ -133,19 +138,45 @@ class Block(nnx.Module):
     scale = self.spec.residual_scale
     return update_BTD if scale == 1 else update_BTD * jnp.asarray(scale, update_BTD.dtype)
 
+  def attend(self, q_BTNH, k_BTKH, v_BTKH, window):
+    """Attention as it is before its out projection."""
+    return attention(q_BTNH, k_BTKH, v_BTKH, window, *self.scores())
+
+  def scores(self):
+    """attention's scale, cap and sinks."""
+    return *self.spec.scores(), None if self.sinks is None else whole(self.sinks)
+
   def mlp_features(self, x_BTD, attn_BTD):
-    """What the down projection reads, [B, T, F], where attention added attn_BTD to x_BTD."""
+    """What the down projection reads, [B, T, F], where attention added attn_BTD to x_BTD; of experts what they give."""
     h_BTD = x_BTD if self.spec.block == 'parallel' else x_BTD + attn_BTD
     if self.spec.reads_normed:
       h_BTD = (self.attn_norm if self.spec.shared_norm else self.mlp_norm)(h_BTD)
-    act = self._xielu if self.spec.activation == 'xielu' else ACTIVATIONS[self.spec.activation]
+    if self.spec.experts:
+      return self._mixture(h_BTD)
 
     def project(w, b):
       return _plus(_product('BTD,DF->BTF', h_BTD, w), b)
 
-    if self.spec.gated_mlp:
-      return act(project(self.w_gate, self.b_gate)) * project(self.w_up, self.b_up)
-    return act(project(self.w_up, self.b_up))
+    gate_BTF = project(self.w_gate, self.b_gate) if self.spec.gated_mlp else None
+    return self._activated(gate_BTF, project(self.w_up, self.b_up))
+
+  def _mixture(self, h_BTD):
+    score_BTE = jnp.einsum('BTD,DE->BTE', h_BTD, _cast(self.router, h_BTD), preferred_element_type=jnp.float32)
+    score_BTE = _plus(score_BTE, self.router_bias)
+    names = ('w_gate', 'w_up', 'w_down', 'b_gate', 'b_up', 'b_down')
+    weights = {name: None if (w := getattr(self, name)) is None else _cast(w, h_BTD) for name in names}
+    return experts.mixture(self.spec, h_BTD, *experts.chosen(self.spec, score_BTE), weights, self._activated)
+
+  def _activated(self, gate, up):
+    """What the down projection reads, by what the gate projection (None: there is none) and the up projection give."""
+    spec = self.spec
+    act = self._xielu if spec.activation == 'xielu' else ACTIVATIONS[spec.activation]
+    if gate is None:
+      return act(up)
+    if spec.glu_limit is None:
+      return act(gate) * up
+    gate, up = jnp.minimum(gate, spec.glu_limit), jnp.clip(up, -spec.glu_limit, spec.glu_limit)
+    return gate * jax.nn.sigmoid(spec.glu_alpha * gate) * (up + 1)
 
   def _xielu(self, x_BTF):
     """xIELU (arXiv 2411.13010) with this layer's own two parameters; two constants are stored beside them."""
@@ -156,6 +187,8 @@ class Block(nnx.Module):
 
   def mlp_output(self, f_BTF):
     """What the down projection gives, before a norm that a block may have there."""
+    if self.spec.experts:
+      return f_BTF
     return _plus(_product('BTF,FD->BTD', f_BTF, self.w_down), self.b_down)
 
   def mlp_update(self, f_BTF, mid_BTD):
@@ -182,7 +215,7 @@ class Block(nnx.Module):
 
   def __call__(self, x_BTD, gate, rope, mode: Mode, window=None):
     """One gated layer: (x_BTD, gate as an fp32 scalar) -> (next x_BTD, the layer's own update d_BTD, ungated)."""
-    attn_BTD, mlp_BTD = self.updates(x_BTD, attention(*self.qkv(x_BTD, rope), window, *self.spec.scores()))
+    attn_BTD, mlp_BTD = self.updates(x_BTD, self.attend(*self.qkv(x_BTD, rope), window))
     # Added in the order of the ungated network, so that a gate of 1 changes no bit and a gate of 0 leaves x alone.
     if mode.gate == 'residual':
       y_BTD = (x_BTD + gate * attn_BTD) + gate * mlp_BTD

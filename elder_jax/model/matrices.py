@@ -21,5 +21,6 @@ def _name(path, i: int) -> str:
 
 
 def layer_matrices(layers) -> dict[str, nnx.Param]:
-  """{name: matrix, or the Lora in its place}, sorted by name; see `is_layer_matrix`."""
-  return {name: p for name, p in sorted(vars(layers).items()) if name.startswith('w') and p is not None}
+  """{name: matrix, or the Lora in its place}, sorted by name, but for those of experts."""
+  found = {name: p for name, p in sorted(vars(layers).items()) if name.startswith('w') and p is not None}
+  return {name: p for name, p in found.items() if not isinstance(p, nnx.Param) or 'E' not in p.get_metadata()['axes']}

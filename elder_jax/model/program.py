@@ -82,7 +82,8 @@ def forward_flops(spec: Spec, num_layers: int, seq_len: int) -> tuple[float, flo
   """
   sizes = spec.sizes(num_layers)
   D, N, K, H, F = (sizes[a] for a in 'DNKHF')
-  weights = 2 * D * N * H + 2 * D * K * H + (3 if spec.gated_mlp else 2) * D * F
+  mlps = spec.experts_per_token if spec.experts else 1
+  weights = 2 * D * N * H + 2 * D * K * H + mlps * (3 if spec.gated_mlp else 2) * D * F + D * sizes['E']
   return 2.0 * num_layers * weights, 4.0 * num_layers * seq_len * N * H, 2.0 * sizes['V'] * D
 
 

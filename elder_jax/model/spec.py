@@ -55,6 +55,14 @@ class Spec:
   final_softcap: float | None = None  # the same of the logits
   residual_scale: float = 1.0  # of what attention and the MLP add
   logit_scale: float = 1.0
+  sinks: bool = False  # a score of each head that takes its part of the softmax and gives nothing
+  experts: int = 0  # MLPs of which each token takes `experts_per_token`; 0: one for all
+  experts_per_token: int = 0
+  router: str = 'chosen'  # the scores' softmax is over: chosen, the token's own experts; all of them
+  router_bias: bool = False
+  # g · sigmoid(glu_alpha · g) · (u + 1) in place of activation(gate) · up: g = min(gate, limit), u = up within ±limit.
+  glu_limit: float | None = None
+  glu_alpha: float = 1.0
   patched: bool = False  # what a layer writes is y + y·M, M a D × D matrix; no family has it (recipes/patch.py)
 
   @property
@@ -81,12 +89,13 @@ class Spec:
       'K': self.num_kv_heads,
       'H': self.head_dim,
       'F': self.d_ff,
+      'E': self.experts,
       'P': self.num_positions + self.position_offset,
       'X': 1,
     }
 
   def scores(self) -> tuple[float | None, float | None]:
-    """`attention`'s scale and cap."""
+    """`attention`'s scale and cap; Block.scores has the sinks, too."""
     return self.attn_scale, self.attn_softcap
 
   def outputs(self) -> tuple[float, float | None]:

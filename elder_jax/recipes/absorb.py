@@ -68,6 +68,7 @@ def absorb(
   Of each of the `after` layers that follow a run, as many as there are before the next:
     1. Wo with the dense stream between attention and MLP as the target;
     2. W with the dense stream after the layer as the target.
+  Of experts f is what they give together, and W becomes W + W·ΔW in each: a change that is the same for all of them.
   Where a norm follows the projections (sandwich blocks) only W is refitted, in turns with that norm (recipes/normed.py).
 
   Runs are worked off upwards, each on the stream that those below it really leave. One that begins at layer 0 has no layer
@@ -140,7 +141,7 @@ def _change(current: Decoder, weight, l: int, gram, cross) -> float:
 def _change_both(current: Decoder, l: int, gram, cross) -> float:
   """The same of both projections; of the MLP's only in parallel blocks, where it reads nothing of attention's."""
   wo, w_down = current.layers.wo, current.layers.w_down
-  of_attention = len(cross) - w_down.get_value().shape[1]
+  of_attention = current.spec.num_heads * current.spec.head_dim
   delta = solve_once(ridge, gram, cross, RIDGE, (of_attention, len(cross) - of_attention))
   _add(current, wo, l, delta[:of_attention])
   if current.spec.block == 'parallel':
@@ -149,9 +150,15 @@ def _change_both(current: Decoder, l: int, gram, cross) -> float:
 
 
 def _add(current: Decoder, weight, l: int, delta):
-  """Changes what a layer adds to the stream by `delta` times what it reads."""
-  value = get_layer(weight, l)
-  put_layer(weight, value + delta.reshape(value.shape) / current.spec.residual_scale, l)
+  """Changes what a layer adds to the stream by `delta` times what a projection reads, or experts give."""
+  value, delta = get_layer(weight, l), delta / current.spec.residual_scale
+  if not (current.spec.experts and weight is current.layers.w_down):
+    put_layer(weight, value + delta.reshape(value.shape), l)
+    return
+  put_layer(weight, value + value @ delta, l)
+  if (bias := current.layers.b_down) is not None:
+    bias_ED = get_layer(bias, l)
+    put_layer(bias, bias_ED + bias_ED @ delta, l)
 
 
 def _won(delta, gram, cross) -> float:

@@ -38,7 +38,7 @@ def start(context: Context, choice: Choice) -> Decoder:
       gram_DD, cross_DD = x.totals(_sums, current, l, beside=t)
       w_FD = get_layer(current.layers.w_down, l)
       change_DD = solve_once(_least_squares, gram_DD, cross_DD) / model.spec.residual_scale
-      put_layer(current.layers.w_down, w_FD + w_FD @ change_DD, l)
+      put_layer(current.layers.w_down, w_FD + w_FD @ change_DD, l)  # of experts each
   return prune_changed(current, choice.removed, model, context.free)
 
 
@@ -62,6 +62,8 @@ def _sums(x_BTD, target_BTD, model: Decoder, l):
 
 def why_not(spec: Spec) -> str:
   """Recipe.refuses: '' where what the MLP adds to the stream is linear in its down projection."""
+  if spec.experts and spec.mlp_bias:
+    return 'the experts of this family have biases, so that no linear map can be folded into them; use --recipe=absorb.'
   if spec.block != 'post' and not spec.norms_output:
     return ''
   others = 'absorb, ' if spec.norms_output else ''

@@ -21,7 +21,6 @@ from elder_jax.devices import memory
 from elder_jax.devices import preemption
 from elder_jax.devices import sharding
 from elder_jax.model import pruning
-from elder_jax.model.attention import attention
 from elder_jax.model.attention import kinds
 from elder_jax.model.attention import rope_and_window
 from elder_jax.model.attention import rope_tables
@@ -194,7 +193,7 @@ def layer_at(model: Decoder, l, x_BTD) -> tuple[Block, jax.Array]:
   kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in kinds(spec).items()}
   rope, window = rope_and_window(spec, rope_tables(spec, x_BTD.shape[1]), kind_l)
   block = jax.tree.map(lambda a: a[l], model.layers)
-  return block, attention(*block.qkv(x_BTD, rope), window, *spec.scores())
+  return block, block.attend(*block.qkv(x_BTD, rope), window)
 
 
 def rows(a) -> jax.Array:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
-from elder_jax.model.attention import attention
 from elder_jax.model.attention import kinds
 from elder_jax.model.attention import masked_attention
 from elder_jax.model.attention import rope_and_window
@@ -86,7 +85,7 @@ def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mo
     block, kind = scanned
     rope, window = rope_and_window(model.spec, tables, kind)
     q_BTNH, k_BTKH, v_BTKH = block.qkv(x_BTD, rope)
-    x_BTD = _add(block, x_BTD, attention(q_BTNH, k_BTKH, v_BTKH, window, *model.spec.scores()))
+    x_BTD = _add(block, x_BTD, block.attend(q_BTNH, k_BTKH, v_BTKH, window))
     return sharding.constrain_batch(x_BTD), Cache(jnp.pad(k_BTKH, spare), jnp.pad(v_BTKH, spare))
 
   layers = model.layers, kinds(model.spec)
@@ -115,7 +114,7 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
     cache = Cache(*(a_LBSKH.at[l, rows_B, position_B].set(a_1BKH[0]) for a_LBSKH, a_1BKH in zip(cache, new)))
     # Not model.attention: there is one query, and each row sees a number of keys of its own.
     attended_B1NH = masked_attention(
-      q_1BNH.swapaxes(0, 1), cache.k_LBSKH[l], cache.v_LBSKH[l], seen_B11S, *model.spec.scores()
+      q_1BNH.swapaxes(0, 1), cache.k_LBSKH[l], cache.v_LBSKH[l], seen_B11S, *block.scores()
     )
     return (sharding.constrain_batch(_add(block, x_1BD, attended_B1NH.swapaxes(0, 1)), 1), cache), None
 

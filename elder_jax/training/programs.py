@@ -9,6 +9,7 @@ from elder_jax.devices import sharding
 from elder_jax.model import lora
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.matrices import is_layer_matrix
+from elder_jax.model.matrices import layer_matrices
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.model.program import device_bytes
@@ -25,7 +26,10 @@ def trained_shapes(shapes: Shapes, start: Decoder, recipe: str) -> Decoder:
   settings, dtype = shapes.settings.train_settings(recipe), 'float32'
   if settings.trained == 'lora':
     dtype = lora.merged_dtype(shapes.settings.computation.dtype, shapes.export_dtype)
-    changed = jax.tree_util.tree_map_with_path(lambda path, _: is_layer_matrix(path), start)
+    factored = layer_matrices(start.layers)
+    changed = jax.tree_util.tree_map_with_path(
+      lambda path, _: is_layer_matrix(path) and path[1].name in factored, start
+    )
   else:
     changed = train_mask(start, settings.trained)
 

@@ -70,6 +70,7 @@ LLAMA3 = {
 LINEAR = {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0}
 KINDS = ['sliding_attention', 'full_attention', 'sliding_attention', 'sliding_attention', 'full_attention']
 GEMMA = dict(hidden_activation='gelu_pytorch_tanh', query_pre_attn_scalar=20, sliding_window=7)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 CASES = {
   'llama': SMALL | dict(rope_parameters=LLAMA3, tie_word_embeddings=True),
   'llama, biases': LARGE | dict(attention_bias=True, mlp_bias=True),
@@ -150,6 +151,22 @@ CASES = {
   'apertus': SMALL,
   'apertus, biases': WIDE | dict(attention_bias=True, rope_parameters=LLAMA3),
   'nemotron': SMALL | dict(partial_rotary_factor=0.5),
+  'mixtral': SMALL | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
+  'mixtral, odd': LARGE | dict(num_local_experts=5, num_experts_per_tok=3, tie_word_embeddings=True),
+  'qwen3_moe': SMALL | EXPERTS | dict(head_dim=12, norm_topk_prob=True, use_sliding_window=True, sliding_window=7),
+  'qwen3_moe, biases': LARGE | EXPERTS | dict(attention_bias=True, num_experts_per_tok=1, tie_word_embeddings=True),
+  'gpt_oss': SMALL | dict(head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
+  'gpt_oss, no biases': LARGE
+  | dict(
+    num_local_experts=5,
+    num_experts_per_tok=3,
+    attention_bias=False,
+    sliding_window=5,
+    rope_parameters=LINEAR,
+    layer_types=['full_attention', *KINDS],
+    swiglu_limit=0.4,
+    swiglu_alpha=1.2,
+  ),
   'nemotron, biases': LARGE | dict(attention_bias=True, mlp_bias=True, partial_rotary_factor=1.0),
 }
 
@@ -307,7 +324,18 @@ def test_a_run_with_the_default_recipe_on_blocks_with_a_norm_after_the_mlp(kind,
 
 # Of each kind of block, norm, activation and multiplier that is new in these families.
 @pytest.mark.parametrize(
-  'kind', ['granite', slow('olmo2'), slow('glm4'), slow('cohere2'), slow('apertus'), slow('nemotron')]
+  'kind',
+  [
+    'granite',
+    slow('olmo2'),
+    slow('glm4'),
+    slow('cohere2'),
+    slow('apertus'),
+    slow('nemotron'),
+    'mixtral',
+    slow('qwen3_moe'),
+    slow('gpt_oss'),
+  ],
 )
 def test_a_run_that_absorbs_and_trains(kind, settings, tmp_path, monkeypatch):
   monkeypatch.setitem(CASES, kind, CASES[kind] | {'vocab_size': 258})

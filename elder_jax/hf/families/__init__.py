@@ -18,10 +18,12 @@ from elder_jax.hf.families import gemma3
 from elder_jax.hf.families import glm4
 from elder_jax.hf.families import gpt2
 from elder_jax.hf.families import gpt_neox
+from elder_jax.hf.families import gpt_oss
 from elder_jax.hf.families import granite
 from elder_jax.hf.families import hunyuan_dense
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import mistral
+from elder_jax.hf.families import mixtral
 from elder_jax.hf.families import nemotron
 from elder_jax.hf.families import olmo2
 from elder_jax.hf.families import olmo3
@@ -30,6 +32,7 @@ from elder_jax.hf.families import phi
 from elder_jax.hf.families import phi3
 from elder_jax.hf.families import qwen2
 from elder_jax.hf.families import qwen3
+from elder_jax.hf.families import qwen3_moe
 from elder_jax.hf.families import seed_oss
 from elder_jax.hf.families import smollm3
 from elder_jax.hf.families import starcoder2
@@ -59,4 +62,7 @@ FAMILIES = {
   'hunyuan_v1_dense': hunyuan_dense,
   'apertus': apertus,
   'nemotron': nemotron,
+  'mixtral': mixtral,
+  'qwen3_moe': qwen3_moe,
+  'gpt_oss': gpt_oss,
 }

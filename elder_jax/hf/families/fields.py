@@ -151,6 +151,23 @@ class Fields:
     if set(self.layer_kinds(lambda l: alike)) != {alike}:
       raise InputError(f'config.json: layer_types may only have {alike!r} here; use a checkpoint without the others.')
 
+  def experts(self, default: int, per_token: int) -> dict:
+    """The numbers of experts, as Spec calls them; what training adds to the loss for them is not read.
+
+    Args:
+      default, per_token: the family's defaults of both.
+    """
+    self._asked |= {'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise'}
+    E, k = (
+      self.size('num_local_experts', self._get('num_experts', default)),
+      self.size('num_experts_per_tok', per_token),
+    )
+    if not k <= E <= MOST_LAYERS or self._get('num_experts', E) != E:
+      raise InputError(
+        f'config.json: num_experts_per_tok={k} and the numbers of experts ({E}) do not fit; mend the file.'
+      )
+    return dict(experts=E, experts_per_token=k)
+
   def heads(self, heads='num_attention_heads', kv_heads='num_key_value_heads', width='hidden_size') -> dict:
     """The sizes of attention, as Spec calls them."""
     d_model, N = self.size(width), self.size(heads)
