@@ -50,7 +50,8 @@ def pytest_configure(config):
 
 # The longest files; a worker that got one of them last would work alone.
 FIRST = (
-  'hf/fuzz hf/smollm2 run/options devices/hosts methods/importance text/generate run/resume hf/families run/memory'
+  'hf/fuzz hf/smollm2 run/options devices/hosts methods/importance methods/choices text/generate run/signals hf/families '
+  'run/memory'
 ).split()
 
 

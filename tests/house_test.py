@@ -8,6 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / 'elder_jax').rglob('*.py'))
+TESTS = sorted((ROOT / 'tests').rglob('*.py'))
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -18,6 +19,11 @@ def test_no_file_over_350_lines_and_no_function_over_60(path):
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
       first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
       assert node.end_lineno - first + 1 <= 60, node.name
+
+
+@pytest.mark.parametrize('path', TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_of_tests_over_350_lines(path):
+  assert path.read_text(encoding='utf-8').count('\n') <= 350
 
 
 def test_the_pipeline_is_a_page():

@@ -5,6 +5,7 @@ import math
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from elder_jax import methods
@@ -12,6 +13,8 @@ from elder_jax.commands.flags import value_of
 from elder_jax.devices import preemption
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
+from elder_jax.hf.load import load_model
+from elder_jax.hf.source import open_source
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.spec import Spec
 from elder_jax.recipes.context import Context
@@ -48,8 +51,8 @@ def config_of(**settings) -> Config:
   return Config.of(**{name: _value(name, value) for name, value in settings.items()})
 
 
-def tiny_decoder(num_layers: int = 6, **features) -> Decoder:
-  """Random layers of Llama's kind, but for `features` of Spec."""
+def tiny_spec(**features) -> Spec:
+  """Llama's kind of layers, but for `features` of Spec."""
   llama = dict(
     vocab_size=40,
     d_model=16,
@@ -61,7 +64,30 @@ def tiny_decoder(num_layers: int = 6, **features) -> Decoder:
     tied=True,
     rope_freq_RH=((1.0, 0.1),),
   )
-  return Decoder(Spec(**llama | features), num_layers, jax.random.key(0))
+  return Spec(**llama | features)
+
+
+def tiny_decoder(num_layers: int = 6, **features) -> Decoder:
+  """Random layers of Llama's kind, but for `features` of Spec."""
+  return Decoder(tiny_spec(**features), num_layers, jax.random.key(0))
+
+
+def named(tree) -> dict:
+  """The leaves by their paths."""
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def leaves(tree) -> dict[str, np.ndarray]:
+  """Copies of the leaves by their paths."""
+  return {name: np.array(leaf) for name, leaf in named(tree).items()}
+
+
+def load(folder) -> Decoder:
+  return load_model(open_source(str(folder), folder), 'float32')
+
+
+def names(folder) -> list[str]:
+  return sorted(p.name for p in pathlib.Path(folder).iterdir())
 
 
 def _value(name: str, value):

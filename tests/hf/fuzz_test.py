@@ -10,9 +10,9 @@ import resource
 import signal
 
 import gguf
-from gguf_test import CASES
-from gguf_test import SIZES
-from gguf_test import write_gguf
+from gguf_files import CASES
+from gguf_files import SIZES
+from gguf_files import write_gguf
 import hypothesis
 from hypothesis import strategies as st
 import pytest

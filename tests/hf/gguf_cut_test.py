@@ -4,9 +4,9 @@ import json
 import pathlib
 
 import gguf
-from gguf_test import CASES
-from gguf_test import SIZES
-from gguf_test import write_gguf
+from gguf_files import CASES
+from gguf_files import SIZES
+from gguf_files import write_gguf
 import jax
 import numpy as np
 import pytest

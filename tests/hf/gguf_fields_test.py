@@ -4,41 +4,19 @@ import json
 import pathlib
 import shutil
 
-import gguf
-from gguf_test import BOS
-from gguf_test import CASES
-from gguf_test import CONTROL
-from gguf_test import SIZES
-from gguf_test import VOCAB
-from gguf_test import open_folder
-from gguf_test import open_gguf_file
-from gguf_test import write_gguf
+from gguf_files import BOS
+from gguf_files import CONTROL
+from gguf_files import FAMILIES
+from gguf_files import VOCAB
+from gguf_files import open_folder
+from gguf_files import open_gguf_file
+from gguf_files import write_gguf
 import pytest
 from refusal import edit_json
 from refusal import one_sentence
-from tiny import write_tiny_llama
-import torch
-import transformers
 
 from elder_jax.errors import InputError
-from elder_jax.hf import folder as model_folder
-from elder_jax.hf.source import open_source
 from elder_jax.text import data
-
-FAMILIES = ['llama', 'qwen2', 'qwen3', 'gemma3_text']
-
-
-@pytest.fixture(scope='module')
-def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
-  """A tiny model of each family that GGUF is read for; read only."""
-  found = {}
-  for kind in FAMILIES:
-    found[kind] = tmp_path_factory.mktemp(kind)
-    config = transformers.AutoConfig.for_model(kind, **SIZES | CASES[kind] | dict(num_hidden_layers=1))
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(found[kind])
-  return found
-
 
 # The fields of files that convert_hf_to_gguf.py and those who publish its files make of Llama 3, Qwen2.5, Qwen3, Gemma 3.
 ANYWHERE = {
@@ -272,87 +250,3 @@ def test_an_end_token_and_further_templates(folders, tmp_path):
 
   assert chat() == 'hi' and chat(chat_template='tool_use') == 'tools: hi'
   assert tokenizer.bos_token == BOS
-
-
-# ---- files of other kinds ----
-
-
-def refused_file(path: pathlib.Path, *parts):
-  with pytest.raises(InputError) as caught:
-    open_gguf_file(path)
-  one_sentence(caught.value.for_command(), *parts)
-  assert 'truncated' not in str(caught.value) and 'fetch it again' not in str(caught.value)
-
-
-def test_parts_of_a_split_file_are_one_model(tmp_path):
-  folder = write_tiny_llama(tmp_path / 'in', vocab_size=VOCAB, num_hidden_layers=2)
-  whole = write_gguf(tmp_path / 'whole.gguf', folder)
-  write_gguf(tmp_path / 'm.gguf', folder, split_max_tensors=8)
-  parts = sorted(tmp_path.glob('m-*.gguf'))
-  assert [p.name for p in parts] == [f'm-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
-  expected = open_gguf_file(whole)
-  for path in parts:
-    source = open_gguf_file(path)
-    assert (source.spec, source.shapes) == (expected.spec, expected.shapes)
-    for name in source.shapes:
-      assert (source.read(name) == expected.read(name)).all(), name
-  shutil.copy(parts[0], tmp_path / 'renamed.gguf')
-  refused_file(tmp_path / 'renamed.gguf', 'renamed.gguf', 'one of 3 parts', 'llama-gguf-split --merge')
-  shutil.copy(parts[1], parts[2])
-  with pytest.raises(InputError, match='3 parts of this split GGUF file do not belong together'):
-    open_gguf_file(parts[0])
-  parts[2].unlink()
-  refused_file(parts[0], parts[2], 'is missing', 'one of 3 parts')
-
-
-def test_a_big_endian_file_says_so(folders, tmp_path):
-  path = write_gguf(tmp_path / 'm.gguf', folders['llama'], endianess=gguf.GGUFEndian.BIG)
-  refused_file(path, path, 'big-endian', 'gguf-convert-endian m.gguf little')
-
-
-def test_other_versions_and_formats_say_so(folders, tmp_path):
-  path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
-  octets = path.read_bytes()
-  path.write_bytes(octets[:4] + b'\1\0\0\0' + octets[8:])
-  refused_file(path, 'GGUF version 1')
-  path.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n')
-  refused_file(path, 'Git LFS pointer', 'git lfs pull')
-  path.write_bytes(b'tjgg' + octets[4:])
-  refused_file(path, 'older than GGUF')
-
-
-def test_a_forks_quantisation_says_so(folders, tmp_path):
-  path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
-  name = b'blk.0.ffn_down.weight'
-  octets, after = path.read_bytes(), len(name) + 4 + 2 * 8  # the number of dimensions, both of them; then the type
-  at = octets.index(name) + after
-  assert octets[at : at + 4] == bytes(4)  # F32
-  path.write_bytes(octets[:at] + (144).to_bytes(4, 'little') + octets[at + 4 :])  # one of ik_llama.cpp's
-  refused_file(path, path, 'blk.0.ffn_down.weight', 'quantisation type 144', "a fork's", 'Q8_0')
-
-
-@pytest.mark.parametrize(
-  ('fields', 'architecture', 'what'),
-  [
-    ({'general.type': 'adapter', 'adapter.type': 'lora', 'adapter.lora.alpha': 16.0}, 'llama', 'LoRA adapter'),
-    ({'general.type': 'mmproj'}, 'clip', 'image or audio part'),
-    ({}, 'clip', 'image or audio part'),
-    ({'general.type': 'imatrix', 'imatrix.chunk_count': 1}, 'llama', 'importance matrix'),
-    ({}, 'controlvector', 'control vector'),
-  ],
-)
-def test_what_is_no_model_says_so(fields, architecture, what, tmp_path):
-  writer = gguf.GGUFWriter(tmp_path / 'm.gguf', architecture)
-  for key, value in fields.items():
-    writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.close()
-  refused_file(tmp_path / 'm.gguf', 'm.gguf', what, 'give the')
-
-
-def test_the_suffix_may_be_in_capitals_and_a_folder_is_none(folders, tmp_path):
-  write_gguf(tmp_path / 'M.GGUF', folders['llama'])
-  assert open_gguf_file(tmp_path / 'M.GGUF').num_layers == 1
-  folder = shutil.copytree(folders['llama'], tmp_path / 'folder.gguf')
-  assert not model_folder.is_gguf(str(folder)) and open_source(str(folder), tmp_path / 's').num_layers == 1

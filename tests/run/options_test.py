@@ -249,14 +249,14 @@ ELSEWHERE = {
   'tasks': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
   'tasks_dir': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
   'task_limit': 'text/zero_shot_test.py::test_accuracies_equal_the_hf_backend',
-  'mesh': 'run/resume_test.py::test_from_8_devices_to_2_to_1_by_sigterm',
+  'mesh': 'run/signals_test.py::test_from_8_devices_to_2_to_1_by_sigterm',
   'plan': 'run/plan_test.py::test_a_config_is_enough_and_what_fits_ends_with_0',
   'force': 'run/memory_test.py::test_force_goes_on',
   'topology': 'run/plan_test.py::test_refusals',
   'checkpoint_every': 'run/resume_test.py::test_stage_1_goes_on_exactly',
-  'checkpoint_minutes': 'run/resume_test.py::test_due_by_time_since_the_last_one',
+  'checkpoint_minutes': 'training/checkpoints_test.py::test_due_by_time_since_the_last_one',
   'track': 'run/tracking_test.py::test_tensorboard_has_every_step_once_when_a_run_resumes',
-  'keep_checkpoints': 'run/resume_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
+  'keep_checkpoints': 'training/checkpoints_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 from refusal import edit_json
 from refusal import refused
 from tiny import config_of
+from tiny import names
 
 from elder_jax.errors import InputError
 from elder_jax.hf import manifest
@@ -31,10 +32,6 @@ from elder_jax.training.loop import NonFiniteLoss
 
 def run(settings, **more) -> dict:
   return pipeline.run(config_of(**{**settings, **more}))
-
-
-def names(folder) -> list[str]:
-  return sorted(p.name for p in pathlib.Path(folder).iterdir())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Generation against transformers' and against full forward passes; sampling; the command."""
+"""Generation against transformers' and against full forward passes, for any batch."""
 
 import pathlib
 import re
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import config_of
+from tiny import load
 from tiny import write_tiny_llama
 
-from elder_jax.commands import run_verb
 from elder_jax.errors import InputError
 from elder_jax.hf.load import load_model
 from elder_jax.hf.source import open_source
@@ -26,8 +26,6 @@ from elder_jax.text.decoding import Sampling
 from elder_jax.text.decoding import decode_step
 from elder_jax.text.decoding import prefill
 from elder_jax.text.decoding import run_prompts
-from elder_jax.text.decoding import sample
-from elder_jax.text.decoding import truncate
 from elder_jax.text.generation import eos_ids
 from elder_jax.text.generation import generate
 from elder_jax.text.generation import stream
@@ -44,10 +42,6 @@ ENGLISH = (
   'The difference between a cat and a dog is that',
   'List three reasons to read books:\n1.',
 )
-
-
-def load(folder) -> Decoder:
-  return load_model(open_source(str(folder), folder), 'float32')
 
 
 @pytest.fixture(scope='module')
@@ -199,67 +193,6 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(model, prompts):
   assert twice[0] != twice[1] and twice[0] == all_together[0]
 
 
-# Probabilities 0.4, 0.3, 0.2, 0.1, in an order that is not theirs.
-P_V = np.array([0.2, 0.4, 0.1, 0.3])
-
-
-@pytest.mark.parametrize(
-  'top_k, top_p, kept',
-  [
-    (0, 1.0, {0, 1, 2, 3}),
-    (2, 1.0, {1, 3}),
-    (9, 1.0, {0, 1, 2, 3}),
-    (0, 0.3, {1}),
-    (0, 0.39, {1}),
-    (0, 0.41, {1, 3}),
-    (0, 0.69, {1, 3}),
-    (0, 0.71, {0, 1, 3}),
-    (0, 0.91, {0, 1, 2, 3}),
-    (0, 1e-9, {1}),
-    (2, 0.56, {1}),  # of what top_k leaves, 4/7 and 3/7
-    (2, 0.6, {1, 3}),
-  ],
-)
-def test_truncation_of_known_probabilities(top_k, top_p, kept):
-  logits_BV = np.log(np.stack([P_V, P_V[::-1]])).astype(np.float32)
-  out_BV = np.asarray(jax.jit(truncate, static_argnums=(1, 2))(logits_BV, top_k, top_p))
-  assert set(np.flatnonzero(np.isfinite(out_BV[0]))) == kept
-  assert set(np.flatnonzero(np.isfinite(out_BV[1]))) == {3 - v for v in kept}
-  np.testing.assert_array_equal(out_BV[np.isfinite(out_BV)], logits_BV[np.isfinite(out_BV)])
-
-
-@pytest.mark.parametrize('top_k, top_p', [(0, 0.9), (7, 1.0), (20, 0.5)])
-def test_truncation_equals_transformers(top_k, top_p):
-  import torch
-  import transformers
-
-  logits_BV = 3 * np.random.default_rng(0).standard_normal((16, 100), np.float32)
-  expected = torch.tensor(logits_BV)
-  if top_k:
-    expected = transformers.TopKLogitsWarper(top_k)(None, expected)
-  if top_p < 1:
-    expected = transformers.TopPLogitsWarper(top_p)(None, expected)
-  np.testing.assert_array_equal(truncate(logits_BV, top_k, top_p), expected.numpy())
-
-
-@pytest.mark.parametrize(
-  'sampling, expected_V',
-  [
-    (Sampling(1.0), P_V),
-    (Sampling(0.5), P_V**2 / (P_V**2).sum()),
-    (Sampling(1.0, top_p=0.6), np.array([0, 4, 0, 3]) / 7),
-    (Sampling(1.0, top_k=3), np.array([2, 4, 0, 3]) / 9),
-  ],
-)
-def test_tokens_are_drawn_with_their_probabilities(sampling, expected_V):
-  n = 20_000
-  logits_BV = np.tile(np.log(P_V).astype(np.float32) + 5, (n, 1))
-  token_B = jax.jit(sample, static_argnums=2)(logits_BV, jax.random.split(jax.random.key(0), n), sampling)
-  share_V = np.bincount(token_B, minlength=4) / n
-  np.testing.assert_allclose(share_V, expected_V, atol=0.015)  # four standard deviations
-  assert (share_V[expected_V == 0] == 0).all()
-
-
 def test_what_does_not_fit_is_refused(model, prompts):
   with pytest.raises(InputError, match='prompt 7 has 65 tokens.*--max_new_tokens=16.*80'):
     generate(model, prompts, 16, capacity=80)
@@ -298,60 +231,6 @@ def test_a_stream_is_what_generate_gives(model, prompts):
 
 def test_no_prompts_no_tokens(model):
   assert generate(model, [], 4) == []
-
-
-# ---- the command ----
-
-
-@pytest.fixture
-def command(capsys):
-  def run(*args):
-    run_verb('generate', list(args))
-    return capsys.readouterr().out
-
-  return run
-
-
-def test_the_command_prints_what_follows(tiny, model, command):
-  tokenizer = data.load_tokenizer(str(tiny))
-  tokens = generate(model, [tokenizer('Once upon')['input_ids']], 9, eos_ids=(1,))[0]
-  out = command(f'--model={tiny}', '--prompt=Once upon', '--max_new_tokens=9')
-  assert out == tokenizer.decode(tokens, skip_special_tokens=True) + '\n'
-  warm = ('--temperature=1.5', '--top_k=100', '--top_p=0.99', '--max_new_tokens=9', '--prompt=Once upon')
-  drawn = [command(f'--model={tiny}', *warm, f'--seed={seed}') for seed in (1, 1, 2)]
-  assert drawn[0] == drawn[1] != drawn[2]
-
-
-@pytest.mark.parametrize(
-  'args, parts',
-  [
-    ([], '--prompt=: is missing'),
-    (['--prompt=Hello', '--model=missing_folder'], '--model=missing_folder'),
-    (['--prompt=Hello', '--max_new_tokens=252'], 'prompt 0 has 5 tokens, with --max_new_tokens=252 more than the 256'),
-    (['--prompt=Hello', '--top_p=2'], '--top_p=2.0'),
-    (['--prompt=Hello', '--dtype=int8'], '--dtype'),
-    (['--prompt=Hello', '--lenght=5'], 'lenght'),
-  ],
-)
-def test_the_command_refuses_in_one_sentence(tiny, command, capsys, args, parts):
-  with pytest.raises(SystemExit) as stop:
-    command(*([] if any(arg.startswith('--model') for arg in args) else [f'--model={tiny}']), *args)
-  assert stop.value.code == 2
-  error = capsys.readouterr().err
-  assert parts in error and error.startswith('elder_jax: ') and error.count('\n') == 1
-
-
-def test_ids_that_end_a_sequence(tiny, tmp_path):
-  source = open_source(str(tiny), tiny)
-  assert eos_ids(source) == (1,)
-  folder = write_tiny_llama(tmp_path, num_hidden_layers=1)
-  source = open_source(str(folder), folder)
-  for text, expected in (('{}', (1,)), ('{"eos_token_id": [1, 7]}', (1, 7)), ('{"eos_token_id": 9}', (9,))):
-    (folder / 'generation_config.json').write_text(text)
-    assert eos_ids(source) == expected
-  (folder / 'generation_config.json').write_text('{"eos_token_id": "end"}')
-  with pytest.raises(InputError, match="eos_token_id='end'"):
-    eos_ids(source)
 
 
 # ---- the real model ----

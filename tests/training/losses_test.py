@@ -3,15 +3,15 @@
 import chex
 import jax
 import jax.numpy as jnp
-from model_test import SPEC
-from model_test import B
-from model_test import T
-from model_test import alive_without
-from model_test import by_hand
-from model_test import decoder
-from model_test import tokens
-from model_test import with_gates
 import numpy as np
+from plain_forward import SPEC
+from plain_forward import B
+from plain_forward import T
+from plain_forward import alive_without
+from plain_forward import by_hand
+from plain_forward import decoder
+from plain_forward import tokens
+from plain_forward import with_gates
 import pytest
 
 from elder_jax.model.decoder import logits_of

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from tiny import Endless
+from tiny import leaves
 
 from elder_jax.model import pruning
 from elder_jax.model.decoder import Decoder
@@ -49,10 +50,6 @@ def random_model(tied: bool) -> Decoder:
 
 def tiny(tied=True) -> Decoder:
   return jax.tree.map(lambda a: a, random_model(tied))
-
-
-def leaves(model) -> dict:
-  return {jax.tree_util.keystr(p): np.array(a) for p, a in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
 def settings(**more) -> TrainSettings:

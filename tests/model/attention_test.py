@@ -1,0 +1,52 @@
+"""Attention: blocks of queries, each head's own keys, and cuDNN on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from plain_forward import B
+import pytest
+
+from elder_jax.model import decoder as model_lib
+from elder_jax.model.attention import QUERY_BLOCK
+from elder_jax.model.attention import attention
+
+
+@pytest.mark.parametrize(
+  'dtype, head_dim, expected',
+  [('bfloat16', 64, 'cudnn'), ('bfloat16', 6, 'xla'), ('bfloat16', 256, 'xla'), ('float32', 64, 'xla')],
+)
+def test_on_a_gpu_cudnn_is_asked_for_what_it_has(dtype, head_dim, expected, monkeypatch):
+  asked = []
+  monkeypatch.setattr(model_lib.sharding, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda *_, implementation, **__: asked.append(implementation))
+  attention(*[jnp.zeros((1, 4, 2, head_dim), dtype)] * 3)
+  assert asked == [expected]
+
+
+@pytest.mark.parametrize('length, kv_heads', [(5, 2), (8, 2), (16, 4), (21, 1)])
+def test_blocks_of_queries_equal_the_whole_square(length, kv_heads, monkeypatch):
+  monkeypatch.setitem(QUERY_BLOCK, 'cpu', 8)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  random = np.random.default_rng(0)
+  q, k, v = (jnp.array(random.normal(size=(B, length, n, 6)), jnp.float32) for n in (4, kv_heads, kv_heads))
+  expected = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True))(q, k, v)
+  squares, whole = [], jax.nn.dot_product_attention
+
+  def noted(q, k, v, **how):
+    squares.append((q.shape[1], k.shape[1]))
+    return whole(q, k, v, **how)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', noted)
+  np.testing.assert_allclose(jax.jit(attention)(q, k, v), expected, rtol=1e-5, atol=1e-6)
+  ends = [*range(8, length, 8), length]
+  assert squares == [(end - start, end) for start, end in zip([0, *ends], ends)]
+
+
+def test_query_head_reads_its_own_key_value_head():
+  """Query head n reads key/value head n // (N/K), as Hugging Face's repeat_kv has it."""
+  random = np.random.default_rng(0)
+  q, k, v = (jnp.array(random.normal(size=(B, 7, n, 6)), jnp.float32) for n in (4, 2, 2))
+  repeated = (jnp.array(np.repeat(a, 2, axis=2)) for a in (k, v))
+  np.testing.assert_allclose(jax.jit(attention)(q, k, v), jax.jit(attention)(q, *repeated), rtol=1e-5, atol=1e-6)

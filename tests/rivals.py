@@ -1,0 +1,27 @@
+"""What the tests of methods that score layers share: a tiny model, its batches, and how a method is asked."""
+
+import numpy as np
+import tiny
+from tiny import tiny_spec
+
+from elder_jax.methods import METHODS as ALL_METHODS
+from elder_jax.model.spec import Mode
+from elder_jax.recipes.context import Choice
+
+SPEC = tiny_spec()
+L = 9
+BATCHES = list(np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 8, 9), np.int32))
+METHODS = [name for name in ALL_METHODS if name not in ('auto', 'swaps', 'mask', 'elder', 'laco')]  # those that score
+
+
+def choose(method, model, num_remove, batches=BATCHES, mode=Mode(), seed=0) -> Choice:
+  return tiny.choose(method, model, num_remove, batches, mode, seed)
+
+
+def ascending(scores, candidates) -> list[int]:
+  return sorted(candidates, key=lambda l: scores[l])
+
+
+def middle(num_layers: int) -> range:
+  """Where Shortened LLaMA chooses: the first four and the last two blocks stay."""
+  return range(4, num_layers - 2)

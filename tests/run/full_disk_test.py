@@ -1,0 +1,70 @@
+"""A full disk: told in one sentence, and old files stay whole."""
+
+import errno
+import os
+
+import pytest
+from tiny import config_of
+
+from elder_jax.commands import prune
+from elder_jax.commands.flags import Parsed
+from elder_jax.errors import disk_is_full
+from elder_jax.log import MetricsFile
+from elder_jax.log import write_whole
+
+pytestmark = [
+  # Of damaged checkpoints Orbax's own threads may complain to an event loop that is closed, after the test is over.
+  pytest.mark.filterwarnings('ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning'),
+]
+
+
+def test_a_full_disk_is_told_from_other_failures():
+  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  try:
+    raise ValueError('wrapped') from full
+  except ValueError as e:
+    assert disk_is_full(e)
+  assert disk_is_full(full) and disk_is_full(OSError(errno.EDQUOT, 'quota'))
+  assert disk_is_full(
+    ValueError('RESOURCE_EXHAUSTED: Failed to write 83 bytes to file 20: No space left on device [os_e')
+  )
+  assert not disk_is_full(OSError(errno.EACCES, 'no')) and not disk_is_full(
+    ValueError('RESOURCE_EXHAUSTED: out of memory')
+  )
+
+
+def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, capsys):
+  def full(config):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(prune.series, 'run', full)
+  monkeypatch.setattr(prune.hosts, 'start', lambda launch: None)
+  monkeypatch.setattr(prune.preemption, 'listen', lambda: None)
+  with pytest.raises(SystemExit) as caught:
+    prune.run_config(Parsed({}, []), config_of(**settings).flat())
+  told = capsys.readouterr().err
+  assert caught.value.code == 1 and told.count('\n') == 1
+  assert f'--workdir={settings["workdir"]}: the disk is full; free some space' in told
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+  path = tmp_path / 'metrics.jsonl'
+  log = MetricsFile(path)
+  for step in range(3):
+    log.write('gates', step, {'loss': 1.0})
+  before = path.read_text()
+
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'):
+      log.begin('gates', 1)
+    with pytest.raises(OSError, match='No space'):
+      write_whole(tmp_path / 'report.md', 'text')
+  assert path.read_text() == before and not (tmp_path / 'report.md').exists()
+  with path.open('a') as file:
+    file.write('{"stage": "gates", "st')  # what a full disk leaves of a line
+  log.begin('gates', 1)
+  assert path.read_text() == before.splitlines()[0] + '\n'
