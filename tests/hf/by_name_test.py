@@ -116,7 +116,7 @@ def test_a_list_is_named_where_there_are_several(tmp_path, no_decoder):
     cut(source, tmp_path / 'fifth', [9])
 
 
-def test_a_cut_that_was_killed_is_done_again_and_a_finished_one_is_told(tmp_path, monkeypatch):
+def test_a_cut_that_was_killed_is_done_again_and_a_finished_one_is_told(tmp_path, monkeypatch, no_decoder):
   source = save(mixtral, tmp_path / 'source')
   size = copies.PIECE
   monkeypatch.setattr(copies, 'PIECE', 512)
@@ -133,7 +133,7 @@ def test_a_cut_that_was_killed_is_done_again_and_a_finished_one_is_told(tmp_path
   assert json.loads((tmp_path / 'work/report.json').read_text())['verify'] == {'tensors': len(written)}
 
 
-def test_a_copy_that_is_not_the_original_is_seen(tmp_path, monkeypatch):
+def test_a_copy_that_is_not_the_original_is_seen(tmp_path, monkeypatch, no_decoder):
   source = save(mixtral, tmp_path / 'source')
   write = by_name.write
 

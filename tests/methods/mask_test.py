@@ -77,7 +77,7 @@ def test_layers_without_effect_are_found(loss):
     for tokens_BT in BATCHES:
       tokens_BT = np.array(tokens_BT)
       for t in range(15):
-        logits_BTV = losses.project(losses.head_of(model), forward(model, tokens_BT)[0], None)
+        logits_BTV = losses.project(losses.head_of(model), forward(model, tokens_BT)[0], model.spec.outputs())
         tokens_BT[:, t + 1] = np.argmax(logits_BTV[:, t], -1)
       text.append(tokens_BT)
       if len(text) == 8:

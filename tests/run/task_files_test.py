@@ -199,5 +199,5 @@ def test_learned_positions_bound_the_context(loaded_model):
 
   model, tokenizer = loaded_model
   for positions, context in ((0, 2048), (64, 64)):  # 0: none are learned
-    spec = types.SimpleNamespace(num_positions=positions)
+    spec = types.SimpleNamespace(most_positions=positions)
     assert JaxLM(types.SimpleNamespace(spec=spec), tokenizer, max_length=2048).max_length == context
