@@ -19,6 +19,7 @@ VERBS = {
   'verify': ('verify', 'whether an exported folder holds the files that were written'),
   'export-gguf': ('export_gguf', 'an exported folder as a file for llama.cpp and Ollama'),
   'report': ('report', 'the tables of finished runs'),
+  'models': ('models', 'the models that can be read'),
 }
 
 

@@ -39,6 +39,7 @@ class Multimodal(NamedTuple):
 
 
 class _Kind(NamedTuple):
+  models: str  # their names
   language: str  # model_type of the language model by itself
   architecture: str
   text_types: tuple[str | None, ...]  # model_type in text_config; None: there may be no text_config
@@ -47,13 +48,17 @@ class _Kind(NamedTuple):
 
 KINDS = {
   'gemma3': _Kind(
+    'Gemma 3 from 4B',
     'gemma3_text',
     'Gemma3ForCausalLM',
     ('gemma3_text',),
     {'tie_word_embeddings': True, 'vocab_size': 262_208, 'num_attention_heads': 8, 'num_key_value_heads': 4},
   ),
-  'mistral3': _Kind('mistral', 'MistralForCausalLM', ('mistral',), {'tie_word_embeddings': True}),
+  'mistral3': _Kind(
+    'Mistral Small 3.1 and 3.2', 'mistral', 'MistralForCausalLM', ('mistral',), {'tie_word_embeddings': True}
+  ),
   'qwen2_5_vl': _Kind(
+    'Qwen2.5-VL',
     'qwen2',
     'Qwen2ForCausalLM',
     ('qwen2_5_vl_text', 'qwen2_5_vl', None),

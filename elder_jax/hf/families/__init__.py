@@ -1,6 +1,7 @@
 """The model families that can be read and written: `model_type` in config.json -> module.
 
-A family module has `spec_from_config` and `WEIGHTS` (llama.py says how to read it). Where it differs: `pruned`, if a
+A family module has `MODELS`, their names for docs/models.md (and `RUN`, those of which real weights were pruned here),
+`spec_from_config` and `WEIGHTS` (llama.py says how to read it). Where it differs: `pruned`, if a
 removal of layers changes keys of config.json beside the depth and lists with an entry per layer; `DEPTH`, if the key
 of the depth is not num_hidden_layers; `ROPE_KEYS`, if what rope_parameters holds has had other names outside;
 `ROPE_LOCAL`, the name there of the base of layers with a window. The first row of WEIGHTS is the embedding; files may leave

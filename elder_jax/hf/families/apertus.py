@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Apertus'
 _LAYER = 'model.layers.{l}.'
 _OTHERS = 'gate_proj input_layernorm post_attention_layernorm'.split()
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _OTHERS)} | {

@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Command R7B, Command A, Tiny Aya'
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if 'post_attention_layernorm' not in name}
 
 

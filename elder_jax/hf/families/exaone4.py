@@ -6,6 +6,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'EXAONE 4.0'
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if 'input_layernorm' not in name} | olmo2.BRANCH_NORMS
 
 

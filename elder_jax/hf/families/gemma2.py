@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Gemma 2'
 _NORMS = {'post_attention_layernorm': 'post_attn_norm', 'pre_feedforward_layernorm': 'mlp_norm'}
 _NORMS['post_feedforward_layernorm'] = 'post_mlp_norm'
 WEIGHTS = llama.WEIGHTS | {

@@ -8,6 +8,8 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Gemma 3 270M and 1B'
+RUN = 'Gemma 3 270M'
 WEIGHTS, BOS_FIRST = gemma2.WEIGHTS, gemma2.BOS_FIRST
 ROPE_LOCAL = 'rope_local_base_freq'  # outside of rope_parameters: the base where there is a window
 

@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'GLM-4 and GLM-Z1 of April 2025'
 _FUSED = 'gate_proj up_proj q_norm k_norm'.split()
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _FUSED)} | {
   'model.layers.{l}.post_self_attn_layernorm.weight': ('layers.post_attn_norm.scale', 'D->D'),

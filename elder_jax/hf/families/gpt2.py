@@ -3,6 +3,7 @@
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'GPT-2, DistilGPT-2, DialoGPT, Cerebras-GPT'
 _LAYER = 'transformer.h.{l}.'
 # '+': the parts lie one after the other in this dimension.
 WEIGHTS = {

@@ -4,6 +4,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'GPT-NeoX, Pythia'
 _LAYER = 'gpt_neox.layers.{l}.'
 # '*': the parts alternate here, the first of all heads' neighbours being the others of the same head.
 WEIGHTS = {

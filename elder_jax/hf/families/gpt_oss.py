@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'gpt-oss, also as published in MXFP4'
 _LAYER = 'model.layers.{l}.'
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if '.mlp.' not in name} | {
   _LAYER + 'self_attn.sinks': ('layers.sinks', 'N->N'),

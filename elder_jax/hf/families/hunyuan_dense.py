@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Hunyuan, dense'
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if '_norm' not in name} | {
   'model.layers.{l}.self_attn.query_layernorm.weight': ('layers.q_norm.scale', 'H->H'),
   'model.layers.{l}.self_attn.key_layernorm.weight': ('layers.k_norm.scale', 'H->H'),

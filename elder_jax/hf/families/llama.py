@@ -7,6 +7,8 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Llama 1 to 3.2 (text), SmolLM2, TinyLlama, Vicuna, Falcon 3'
+RUN = 'SmolLM2 135M; 7B with random weights loaded and saved'
 # Hugging Face name -> (path in model.Decoder, axes there 'HF->ours'), both ways; the stacked layers' L is left out.
 # A comma separates HF's dimensions, letters next to each other are folded into one. What the spec's features leave out
 # of the Decoder is not asked for. None: a buffer that is derived from the config, skipped when read and not written.

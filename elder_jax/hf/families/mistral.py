@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Mistral 7B, Mistral Nemo'
 WEIGHTS = llama.WEIGHTS
 
 

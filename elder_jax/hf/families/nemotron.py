@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Nemotron and Minitron, dense'
 _OTHERS = 'gate_proj q_norm k_norm'.split()
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _OTHERS)} | {
   'model.layers.{l}.input_layernorm.bias': ('layers.attn_norm.bias', 'D->D'),

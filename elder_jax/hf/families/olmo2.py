@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'OLMo 2'
 # Norms on what each part adds, none before it.
 BRANCH_NORMS = {
   'model.layers.{l}.post_attention_layernorm.weight': ('layers.post_attn_norm.scale', 'D->D'),

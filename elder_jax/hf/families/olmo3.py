@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'OLMo 3'
 WEIGHTS = olmo2.WEIGHTS
 
 

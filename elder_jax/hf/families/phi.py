@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Phi-1, 1.5, 2'
 _SHARED = ('q_proj', 'k_proj', 'v_proj', 'embed_tokens', 'lm_head', 'rotary_emb')
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if any(part in name for part in _SHARED)} | {
   'model.layers.{l}.input_layernorm.weight': ('layers.attn_norm.scale', 'D->D'),

@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Phi-3, Phi-4 (14B), Phi-4-mini'
 _FUSED = 'q_proj k_proj v_proj gate_proj up_proj q_norm k_norm'.split()
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _FUSED)} | {
   # '+': the parts lie one after the other in this dimension.

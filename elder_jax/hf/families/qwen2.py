@@ -7,6 +7,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Qwen2, Qwen2.5'
 WEIGHTS = llama.WEIGHTS
 
 

@@ -5,6 +5,7 @@ from elder_jax.hf.families import qwen2
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Qwen3, dense'
 WEIGHTS = llama.WEIGHTS
 pruned = qwen2.pruned
 

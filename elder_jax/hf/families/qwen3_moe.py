@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'Qwen3 with experts'
 _MLP = 'model.layers.{l}.mlp.'
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if '.mlp.' not in name} | {
   _MLP + 'gate.weight': ('layers.router', 'E,D->DE'),

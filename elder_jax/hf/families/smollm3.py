@@ -7,6 +7,7 @@ from elder_jax.hf.families.fields import MOST_LAYERS
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'SmolLM3'
 WEIGHTS = llama.WEIGHTS
 
 

@@ -5,6 +5,7 @@ from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
+MODELS = 'StarCoder2'
 _LAYER = 'model.layers.{l}.'
 _SHARED = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'norm.weight', 'embed_tokens', 'lm_head', 'rotary_emb')
 WEIGHTS = {n: row for n, row in llama.WEIGHTS.items() if any(part in n for part in _SHARED) and '_norm' not in n} | {
