@@ -57,7 +57,7 @@ def export_all(models: pathlib.Path):
   from elder_jax.hf.source import open_source
   from elder_jax.run import pipeline
   from elder_jax.run.config import Config
-  from tests.hf.families_test import CASES
+  from tests.family_cases import CASES
   from tests.hf.families_test import logits
   from tests.hf.families_test import tokens
   from tests.hf.families_test import write_model

@@ -15,6 +15,7 @@ _SMALL = (
   _SIZES | dict(intermediate_size=48, num_key_value_heads=2),
   _SIZES | dict(intermediate_size=48),
   _SIZES | dict(ffn_dim=48),
+  _SIZES | dict(intermediate_size=48, num_attention_heads=16),
   dict(vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=16),
 )
 

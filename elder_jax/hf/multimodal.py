@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from elder_jax.hf.families import rope
+
 
 class Multimodal(NamedTuple):
   """The folder.
@@ -57,6 +59,13 @@ KINDS = {
   'mistral3': _Kind(
     'Mistral Small 3.1 and 3.2', 'mistral', 'MistralForCausalLM', ('mistral',), {'tie_word_embeddings': True}
   ),
+  'qwen3_5': _Kind(
+    'Qwen3.5, dense',
+    'qwen3_5_text',
+    'Qwen3_5ForCausalLM',
+    ('qwen3_5_text',),
+    {'tie_word_embeddings': False},
+  ),
   'qwen2_5_vl': _Kind(
     'Qwen2.5-VL',
     'qwen2',
@@ -100,9 +109,7 @@ def language_config(config: dict) -> dict:
   found = {**kind.defaults, **shared, **(config if text is None else text)}
   found['tie_word_embeddings'] = _tied(kind, config, text or {})
   found = {key: value for key, value in found.items() if key not in _OF_PICTURES}
-  for key in ('rope_scaling', 'rope_parameters'):
-    if isinstance(table := found.get(key), dict) and 'mrope_section' in table:
-      found[key] = _rope_of_text(table)
+  found = rope.of_text(found)
   return found | {'model_type': kind.language, 'architectures': [kind.architecture]}
 
 
@@ -110,15 +117,6 @@ def _tied(kind: _Kind, config: dict, text: dict) -> object:
   """transformers 5 goes by the folder's own key; Qwen2.5-VL's may be in text_config, which version 4 wrote there."""
   own = config.get('tie_word_embeddings', kind.defaults['tie_word_embeddings'])
   return text.get('tie_word_embeddings', own) if own is False and kind.language == 'qwen2' else own
-
-
-def _rope_of_text(table: dict) -> dict | None:
-  """The three positions that a token of a picture has are the same one for text."""
-  plain = {key: value for key, value in table.items() if key != 'mrope_section'}
-  for key in ('type', 'rope_type'):
-    if plain.get(key) in ('mrope', 'default'):
-      del plain[key]
-  return plain or None
 
 
 def language_names(names: Iterable[str]) -> dict[str, str]:

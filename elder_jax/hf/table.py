@@ -115,7 +115,7 @@ def rows_of(family, spec: Spec, num_layers: int) -> list[Row]:
   for name, entry in family.WEIGHTS.items():
     if entry is None or param_at(model, entry[0] if isinstance(entry[0], str) else entry[0][0]) is None:
       continue
-    layers = range(num_layers) if '{l}' in name else [None]
+    layers = _layers_with(name, family, spec, num_layers) if '{l}' in name else [None]
     experts = range(spec.experts) if '{e}' in name else [None]
     rows += [make_row(name, l, entry, sizes, e) for l in layers for e in experts]
   embeds = ('embed', 'positions')
@@ -124,6 +124,12 @@ def rows_of(family, spec: Spec, num_layers: int) -> list[Row]:
     return row.layer if row.layer is not None else -1 if row.parts[0].path in embeds else num_layers
 
   return sorted(rows, key=place)
+
+
+def _layers_with(name: str, family, spec: Spec, num_layers: int) -> list[int]:
+  """The layers that have a tensor of this name."""
+  only = next((kind for part, kind in getattr(family, 'ONLY', {}).items() if part in name), None)
+  return [l for l in range(num_layers) if only is None or spec.mixer_L[l] == only]
 
 
 def pattern_of(templates: Iterable[str]) -> re.Pattern:

@@ -20,7 +20,8 @@ def softcap(a, cap: float | None):
 def kinds(spec: Spec) -> dict:
   """What differs between the layers, as int32_L to be scanned over; empty where all are alike."""
   window_L = [w or NO_WINDOW for w in spec.window_L]
-  return {k: np.array(a, np.int32) for k, a in (('rope', spec.rope_L), ('window', window_L)) if len(set(a)) > 1}
+  of_layers = {'rope': spec.rope_L, 'window': window_L, 'mixer': spec.mixer_L}
+  return {k: np.array(a, np.int32) for k, a in of_layers.items() if len(set(a)) > 1}
 
 
 def rope_and_window(spec: Spec, tables, kind: dict):
@@ -28,6 +29,11 @@ def rope_and_window(spec: Spec, tables, kind: dict):
   row = kind.get('rope', spec.rope_L[0] if spec.rope_L else 0)
   window = kind.get('window', spec.window_L[0] or None if spec.window_L else None)
   return tuple(table_RTH[row] for table_RTH in tables), window
+
+
+def mixer_of(spec: Spec, kind: dict):
+  """0 or 1, as in Spec.mixer_L; kind: what `kinds` gave for the layer."""
+  return kind.get('mixer', spec.mixer_L[0] if spec.mixer_L else 0)
 
 
 NO_WINDOW = 2**30  # where layers differ, one that sees all

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from elder_jax.devices import sharding
 from elder_jax.model.attention import kinds
+from elder_jax.model.attention import mixer_of
 from elder_jax.model.attention import rope_and_window
 from elder_jax.model.attention import rope_tables
 from elder_jax.model.attention import softcap
@@ -32,7 +33,7 @@ class Decoder(nnx.Module):
   """A decoder-only transformer. `gate_L` (fp32) holds one gate per layer; at 1 the network is the ungated one."""
 
   def __init__(self, spec: Spec, num_layers: int, key: jax.Array):
-    assert {len(of_L) for of_L in (spec.rope_L, spec.window_L)} <= {0, num_layers}
+    assert {len(of_L) for of_L in (spec.rope_L, spec.window_L, spec.mixer_L)} <= {0, num_layers}
     weight = weight_maker(spec, num_layers, key)
     self.spec = spec
     self.embed = weight('VD', 'D')
@@ -129,7 +130,7 @@ def run_layers(
 
     def run(x_BTD):
       rope, window = rope_and_window(model.spec, tables, kind)
-      y_BTD, d_BTD = block(x_BTD, gate, rope, mode, window)
+      y_BTD, d_BTD = block(x_BTD, gate, rope, mode, window, mixer_of(model.spec, kind))
       return y_BTD, measure(d_BTD, x_BTD) if measure else jnp.float32(0)
 
     if mode.remat == 'full':

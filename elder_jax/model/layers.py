@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax.devices import sharding
+from elder_jax.model import delta
 from elder_jax.model import experts
 from elder_jax.model import lora
 from elder_jax.model.attention import apply_rope
@@ -80,6 +81,7 @@ class Block(nnx.Module):
     self.wq = weight('LDNH', 'D')
     self.wk = weight('LDKH', 'D')
     self.wv = weight('LDKH', 'D')
+    self.w_attn_gate = weight('LDNH', 'D') if spec.attn_gate else None
     self.bq, self.bk, self.bv = (bias(spec.qkv_bias, axes) for axes in ('LNH', 'LKH', 'LKH'))
     axes = ('LNH', 'LKH') if spec.qk_norm_over == 'all' else ('LH', 'LH')
     self.q_norm, self.k_norm = (norm(a) if spec.qk_norm else None for a in axes)
@@ -104,6 +106,12 @@ class Block(nnx.Module):
     self.act_pos, self.act_neg = of_activation(0.0), of_activation(0.0)
     self.act_beta, self.act_eps = of_activation(0.5), of_activation(-1e-6)
     self.patch = weight('LDD', 0.0) if spec.patched else None
+    if spec.delta:
+      self.w_delta, self.w_delta_gate = weight('LDC', 'D'), weight('LDZ', 'D')
+      self.delta_beta, self.delta_decay = weight('LDM', 'D'), weight('LDM', 'D')
+      self.delta_kernel = weight('LCW', 'W')
+      self.delta_bias, self.delta_log = weight('LM', 1.0), weight('LM', 0.0)
+      self.delta_norm = Norm(spec, weight, 'LU', 'rms')
 
   def qkv(self, x_BTD, rope):
     """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer, the first two rotated."""
@@ -138,9 +146,54 @@ class Block(nnx.Module):
     scale = self.spec.residual_scale
     return update_BTD if scale == 1 else update_BTD * jnp.asarray(scale, update_BTD.dtype)
 
-  def attend(self, q_BTNH, k_BTKH, v_BTKH, window):
-    """Attention as it is before its out projection."""
-    return attention(q_BTNH, k_BTKH, v_BTKH, window, *self.scores())
+  def mixed(self, x_BTD, rope, window=None, mixer=0):
+    """What attention, or a delta-net, gives to the out projection, [B, T, N, H]; mixer: of Spec.mixer_L, maybe traced."""
+
+    def by_attention(x_BTD):
+      return self.gated(attention(*self.qkv(x_BTD, rope), window, *self.scores()), x_BTD)
+
+    def by_delta(x_BTD):
+      return self.of_delta(x_BTD)[0]
+
+    if not isinstance(mixer, int):
+      return jax.lax.cond(mixer, by_delta, by_attention, x_BTD)
+    return by_delta(x_BTD) if mixer else by_attention(x_BTD)
+
+  def gated(self, attended_BTNH, x_BTD):
+    """What attention gave, times the gate of the layer that read x_BTD."""
+    if self.w_attn_gate is None:
+      return attended_BTNH
+    return attended_BTNH * jax.nn.sigmoid(_product('BTD,DNH->BTNH', self.attn_norm(x_BTD), self.w_attn_gate))
+
+  def of_delta(self, x_BTD, before: delta.State | None = None, length_B=None):
+    """(what the delta-net gives to the out projection [B, T, N, H], its State after x_BTD).
+
+    Args:
+      before: the State that one token finds; None: a text from its beginning.
+      length_B: of delta.of_text.
+    """
+    h_BTD, sizes = self.attn_norm(x_BTD), self.spec.delta
+    assert sizes is not None
+
+    def small(w):
+      return jnp.einsum('BTD,DM->BTM', h_BTD, _cast(w, h_BTD)).astype(jnp.float32)
+
+    rate_M, bias_M = (whole(p, jnp.float32) for p in (self.delta_log, self.delta_bias))
+    inputs = {
+      'channels_BTC': _product('BTD,DC->BTC', h_BTD, self.w_delta),
+      'beta_BTM': jax.nn.sigmoid(small(self.delta_beta)),
+      'decay_BTM': wide(-jnp.exp(rate_M), h_BTD) * jax.nn.softplus(small(self.delta_decay) + wide(bias_M, h_BTD)),
+      'kernel_CW': _cast(self.delta_kernel, h_BTD),
+    }
+    act = ACTIVATIONS[self.spec.activation]
+    if before is None:
+      out_BTMU, after = delta.of_text(sizes, inputs, act, length_B)
+    else:
+      out_BTMU, after = delta.of_token(sizes, inputs, act, before)
+    gate_BTZ = _product('BTD,DZ->BTZ', h_BTD, self.w_delta_gate).astype(jnp.float32)
+    normed_BTMU = self.delta_norm(out_BTMU.astype(h_BTD.dtype))
+    gated_BTMU = normed_BTMU * jax.nn.silu(gate_BTZ).reshape(normed_BTMU.shape)
+    return gated_BTMU.astype(h_BTD.dtype).reshape(*h_BTD.shape[:2], self.spec.num_heads, -1), after
 
   def scores(self):
     """attention's scale, cap and sinks."""
@@ -213,15 +266,22 @@ class Block(nnx.Module):
     attn_BTD = self.attn_update(attended_BTNH, x_BTD)
     return attn_BTD, self.mlp_update(self.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD)
 
-  def __call__(self, x_BTD, gate, rope, mode: Mode, window=None):
+  def __call__(self, x_BTD, gate, rope, mode: Mode, window=None, mixer=0):
     """One gated layer: (x_BTD, gate as an fp32 scalar) -> (next x_BTD, the layer's own update d_BTD, ungated)."""
-    attn_BTD, mlp_BTD = self.updates(x_BTD, self.attend(*self.qkv(x_BTD, rope), window))
+    attn_BTD, mlp_BTD = self.updates(x_BTD, self.mixed(x_BTD, rope, window, mixer))
     # Added in the order of the ungated network, so that a gate of 1 changes no bit and a gate of 0 leaves x alone.
     if mode.gate == 'residual':
       y_BTD = (x_BTD + gate * attn_BTD) + gate * mlp_BTD
     else:
       y_BTD = gate * ((x_BTD + attn_BTD) + mlp_BTD)
     return y_BTD.astype(x_BTD.dtype), attn_BTD + mlp_BTD
+
+
+def is_of_mixer(name: str, mixer: int) -> bool:
+  """Whether a parameter of a Block is read only in layers of this kind (Spec.mixer_L)."""
+  if mixer:
+    return name.startswith(('w_delta', 'delta_'))
+  return name in ('wq', 'wk', 'wv', 'w_attn_gate', 'bq', 'bk', 'bv', 'q_norm', 'k_norm', 'sinks')
 
 
 ACTIVATIONS = {

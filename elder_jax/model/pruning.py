@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from elder_jax.model.decoder import Decoder
+from elder_jax.model.layers import is_of_mixer
 from elder_jax.model.program import Program
 from elder_jax.model.program import device_bytes
 
@@ -89,5 +90,9 @@ def with_gates(model: Decoder, value: float) -> Decoder:
 
 
 def num_params(model: Decoder) -> int:
-  """Number of weights, gates apart."""
-  return sum(a.size for a in jax.tree.leaves(model)) - model.num_layers
+  """Number of weights, without the gates, and without what stands in the place of weights that a layer has not."""
+  spare = 0
+  for mixer in model.spec.mixer_L:
+    others = (a for name, p in vars(model.layers).items() if is_of_mixer(name, 1 - mixer) for a in jax.tree.leaves(p))
+    spare += sum(a.size // model.num_layers for a in others)
+  return sum(a.size for a in jax.tree.leaves(model)) - model.num_layers - spare

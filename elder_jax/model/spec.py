@@ -1,6 +1,21 @@
 """What a model is (Spec) and how it is computed (Mode)."""
 
 import dataclasses
+from typing import NamedTuple
+
+
+class Delta(NamedTuple):
+  """Sizes of delta-net layers (model/delta.py)."""
+
+  key_heads: int
+  value_heads: int
+  key_dim: int
+  value_dim: int
+  width: int  # of the convolution
+
+  @property
+  def channels(self) -> int:
+    return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +45,8 @@ class Spec:
   # Per layer, sliced with the layers. Empty: 0 everywhere.
   rope_L: tuple[int, ...] = ()  # which table
   window_L: tuple[int, ...] = ()  # how many of the last tokens, its own included, a token sees; 0: all
+  mixer_L: tuple[int, ...] = ()  # 1: a delta-net in place of attention
+  delta: Delta | None = None
   # rms; layer: LayerNorm; rms1, layer1: the same scaled by 1 + w; layer0: LayerNorm without a bias
   norm: str = 'rms'
   # pre:      h = x + attn(norm(x)), y = h + mlp(norm(h))        parallel: y = x + attn(norm(x)) + mlp(norm(x))
@@ -41,6 +58,7 @@ class Spec:
   qk_norm: bool = False  # an RMSNorm over each head's query and key
   qk_norm_over: str = 'head'  # head; all: over the queries of all heads together, and the keys
   qk_norm_last: bool = False  # after the rotation
+  attn_gate: bool = False  # what attention gives is multiplied by a sigmoid of a projection
   activation: str = 'silu'
   gated_mlp: bool = True  # activation(gate) · up; else activation(up)
   qkv_bias: bool = False
@@ -81,7 +99,13 @@ class Spec:
     return self.num_positions or self.rope_until
 
   def sizes(self, num_layers: int) -> dict[str, int]:
+    delta = self.delta or Delta(0, 0, 0, 0, 0)
     return {
+      'C': delta.channels,
+      'M': delta.value_heads,
+      'U': delta.value_dim,
+      'W': delta.width,
+      'Z': delta.value_heads * delta.value_dim,
       'L': num_layers,
       'V': self.vocab_size,
       'D': self.d_model,
@@ -108,7 +132,7 @@ class Spec:
     def cut(of_L):
       return tuple(of_L[l] for l in kept) if of_L else ()
 
-    return dataclasses.replace(self, rope_L=cut(self.rope_L), window_L=cut(self.window_L))
+    return dataclasses.replace(self, rope_L=cut(self.rope_L), window_L=cut(self.window_L), mixer_L=cut(self.mixer_L))
 
 
 @dataclasses.dataclass(frozen=True)

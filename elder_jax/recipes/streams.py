@@ -22,6 +22,7 @@ from elder_jax.devices import preemption
 from elder_jax.devices import sharding
 from elder_jax.model import pruning
 from elder_jax.model.attention import kinds
+from elder_jax.model.attention import mixer_of
 from elder_jax.model.attention import rope_and_window
 from elder_jax.model.attention import rope_tables
 from elder_jax.model.decoder import Decoder
@@ -193,7 +194,7 @@ def layer_at(model: Decoder, l, x_BTD) -> tuple[Block, jax.Array]:
   kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in kinds(spec).items()}
   rope, window = rope_and_window(spec, rope_tables(spec, x_BTD.shape[1]), kind_l)
   block = jax.tree.map(lambda a: a[l], model.layers)
-  return block, block.attend(*block.qkv(x_BTD, rope), window)
+  return block, block.mixed(x_BTD, rope, window, mixer_of(spec, kind_l))
 
 
 def rows(a) -> jax.Array:

@@ -16,8 +16,11 @@ import jax.numpy as jnp
 
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
+from elder_jax.model import delta
+from elder_jax.model.attention import attention
 from elder_jax.model.attention import kinds
 from elder_jax.model.attention import masked_attention
+from elder_jax.model.attention import mixer_of
 from elder_jax.model.attention import rope_and_window
 from elder_jax.model.attention import rope_at
 from elder_jax.model.attention import rope_tables
@@ -26,6 +29,7 @@ from elder_jax.model.decoder import embed
 from elder_jax.model.decoder import final_norm
 from elder_jax.model.decoder import logits_of
 from elder_jax.model.spec import Mode
+from elder_jax.model.spec import Spec
 
 PAD = 64  # prompts and room for new tokens are padded to multiples of it, so that few programs serve all
 
@@ -37,10 +41,11 @@ NOT_FINITE = -2  # in the place of a token whose logits are not finite; its sequ
 
 
 class Cache(NamedTuple):
-  """Keys, rotated, and values of all layers in the type of computation."""
+  """Keys, rotated, and values of all layers in the type of computation, and the states of delta-nets."""
 
   k_LBSKH: jax.Array
   v_LBSKH: jax.Array
+  state: delta.State | None = None  # of all layers; None: there are no delta-nets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +85,23 @@ def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mo
     raise ValueError(f'prompts of {T} tokens do not fit into a cache of {capacity}')
   tables = rope_tables(model.spec, T, jnp.max(lengths_B))
   spare = ((0, 0), (0, capacity - T), (0, 0), (0, 0))
+  nothing = delta.no_state(model.spec.delta, tokens_BT.shape[0], mode.dtype) if model.spec.delta else None
 
   def layer(x_BTD, scanned):
     block, kind = scanned
     rope, window = rope_and_window(model.spec, tables, kind)
     q_BTNH, k_BTKH, v_BTKH = block.qkv(x_BTD, rope)
-    x_BTD = _add(block, x_BTD, block.attend(q_BTNH, k_BTKH, v_BTKH, window))
-    return sharding.constrain_batch(x_BTD), Cache(jnp.pad(k_BTKH, spare), jnp.pad(v_BTKH, spare))
+
+    def attended(state):
+      return block.gated(attention(q_BTNH, k_BTKH, v_BTKH, window, *block.scores()), x_BTD), state
+
+    def by_delta(state):
+      del state
+      return block.of_delta(x_BTD, length_B=lengths_B)
+
+    mixed_BTNH, state = _mixed(model.spec, kind, attended, by_delta, nothing)
+    x_BTD = _add(block, x_BTD, mixed_BTNH)
+    return sharding.constrain_batch(x_BTD), Cache(jnp.pad(k_BTKH, spare), jnp.pad(v_BTKH, spare), state)
 
   layers = model.layers, kinds(model.spec)
   x_BTD, cache = jax.lax.scan(layer, embed(model, tokens_BT, mode), layers)
@@ -111,12 +126,22 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
     rope, window = rope_and_window(model.spec, tables, kind)
     seen_B11S = back_B11S >= 0 if window is None else (back_B11S >= 0) & (back_B11S < window)
     q_1BNH, *new = block.qkv(x_1BD, rope)
-    cache = Cache(*(a_LBSKH.at[l, rows_B, position_B].set(a_1BKH[0]) for a_LBSKH, a_1BKH in zip(cache, new)))
-    # Not model.attention: there is one query, and each row sees a number of keys of its own.
-    attended_B1NH = masked_attention(
-      q_1BNH.swapaxes(0, 1), cache.k_LBSKH[l], cache.v_LBSKH[l], seen_B11S, *block.scores()
-    )
-    return (sharding.constrain_batch(_add(block, x_1BD, attended_B1NH.swapaxes(0, 1)), 1), cache), None
+    k_LBSKH, v_LBSKH = (a_LBSKH.at[l, rows_B, position_B].set(a_1BKH[0]) for a_LBSKH, a_1BKH in zip(cache[:2], new))
+
+    def attended(state):
+      # Not model.attention: there is one query, and each row sees a number of keys of its own.
+      attended_B1NH = masked_attention(q_1BNH.swapaxes(0, 1), k_LBSKH[l], v_LBSKH[l], seen_B11S, *block.scores())
+      return block.gated(attended_B1NH.swapaxes(0, 1), x_1BD), state
+
+    def by_delta(state):
+      mixed_B1NH, state = block.of_delta(x_1BD.swapaxes(0, 1), state)
+      return mixed_B1NH.swapaxes(0, 1), state
+
+    states = cache.state
+    mixed_1BNH, state = _mixed(model.spec, kind, attended, by_delta, jax.tree.map(lambda a: a[l], states))
+    states = jax.tree.map(lambda a, new: a.at[l].set(new), states, state)
+    x_1BD = sharding.constrain_batch(_add(block, x_1BD, mixed_1BNH), 1)
+    return (x_1BD, Cache(k_LBSKH, v_LBSKH, states)), None
 
   # Attention apart, a block works token by token. So the batch lies on the axis of tokens, where the rotary tables have
   # a row for each: one row of B tokens instead of B rows of one.
@@ -124,6 +149,14 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
   layers = model.layers, jnp.arange(model.num_layers), kinds(model.spec)
   (x_1BD, cache), _ = jax.lax.scan(layer, (x_1BD, cache), layers)
   return logits_of(model, final_norm(model, x_1BD))[0], cache
+
+
+def _mixed(spec: Spec, kind: dict, attended, by_delta, state):
+  """(what goes to the out projection, a delta-net's State) of a layer of either kind, by functions of the State before."""
+  mixer = mixer_of(spec, kind)
+  if isinstance(mixer, int):
+    return (by_delta if mixer else attended)(state)
+  return jax.lax.cond(mixer, by_delta, attended, state)
 
 
 def _add(block, x_BTD, attended_BTNH):

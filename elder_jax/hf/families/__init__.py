@@ -1,13 +1,13 @@
 """The model families that can be read and written: `model_type` in config.json -> module.
 
-A family module has `MODELS`, their names for docs/models.md (and `RUN`, those of which real weights were pruned here),
-`spec_from_config` and `WEIGHTS` (llama.py says how to read it). Where it differs: `pruned`, if a
-removal of layers changes keys of config.json beside the depth and lists with an entry per layer; `DEPTH`, if the key
-of the depth is not num_hidden_layers; `ROPE_KEYS`, if what rope_parameters holds has had other names outside;
-`ROPE_LOCAL`, the name there of the base of layers with a window. The first row of WEIGHTS is the embedding; files may leave
-the first part of its name out of all names. For GGUF: `GGUF_ARCHITECTURE`, `GGUF_NAMES`, `config_from_gguf`, `from_gguf`,
-`to_gguf`, and `GGUF_DERIVED` for a tensor that only config_from_gguf looks at. Only family modules know Hugging Face's and
-llama.cpp's names. docs/families.md says how to add one.
+A family module has `MODELS`, their names for docs/models.md (and `RUN`, those of which real weights were pruned
+here), `spec_from_config` and `WEIGHTS` (llama.py says how to read it). Where it differs: `pruned`, if a removal of
+layers changes keys of config.json beside the depth and lists with an entry per layer; `DEPTH`, if the key of the
+depth is not num_hidden_layers; `ROPE_KEYS`, if what rope_parameters holds has had other names outside; `ROPE_LOCAL`,
+the name there of the base of layers with a window; `ONLY`, which tensors only one kind of layer has. The first row of
+WEIGHTS is the embedding; files may leave the first part of its name out of all names. For GGUF: `GGUF_ARCHITECTURE`,
+`GGUF_NAMES`, `config_from_gguf`, `from_gguf`, `to_gguf`, and `GGUF_DERIVED` for a tensor that only config_from_gguf
+looks at. Only family modules know Hugging Face's and llama.cpp's names. docs/families.md says how to add one.
 """
 
 from elder_jax.hf.families import apertus
@@ -33,6 +33,7 @@ from elder_jax.hf.families import phi
 from elder_jax.hf.families import phi3
 from elder_jax.hf.families import qwen2
 from elder_jax.hf.families import qwen3
+from elder_jax.hf.families import qwen3_5
 from elder_jax.hf.families import qwen3_moe
 from elder_jax.hf.families import seed_oss
 from elder_jax.hf.families import smollm3
@@ -66,4 +67,5 @@ FAMILIES = {
   'mixtral': mixtral,
   'qwen3_moe': qwen3_moe,
   'gpt_oss': gpt_oss,
+  'qwen3_5_text': qwen3_5,
 }

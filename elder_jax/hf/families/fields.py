@@ -133,15 +133,15 @@ class Fields:
   def per_layer(num_layers: int, value: int) -> tuple[int, ...]:
     return (value,) * min(num_layers, MOST_LAYERS) if value else ()
 
-  def layer_kinds(self, default) -> list[str]:
-    """layer_types, one for each layer; default(l) where it is not given."""
+  def layer_kinds(self, default, known=_LAYER_KINDS) -> list[str]:
+    """layer_types, one of `known` for each layer; default(l) where it is not given."""
     L = self.size('num_hidden_layers')
     kinds = self._get('layer_types', None)
     if kinds is None:
       return [default(l) for l in range(min(L, MOST_LAYERS))]
-    if not isinstance(kinds, list) or len(kinds) != L or any(k not in _LAYER_KINDS for k in kinds):
+    if not isinstance(kinds, list) or len(kinds) != L or any(k not in known for k in kinds):
       raise InputError(
-        f'config.json: layer_types must name one of {" and ".join(_LAYER_KINDS)} for each of the {L} layers; mend the file.'
+        f'config.json: layer_types must name one of {" and ".join(known)} for each of the {L} layers; mend the file.'
       )
     return kinds
 

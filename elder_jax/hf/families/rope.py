@@ -99,6 +99,21 @@ def table(rotated: int, theta: float, scaling: dict, config: dict | None = None)
   return found
 
 
+def of_text(config: dict) -> dict:
+  """config.json without the sections of positions that tokens of pictures have: for text all three are the same."""
+  return config | {key: _plain_of(config[key]) for key in ('rope_scaling', 'rope_parameters') if key in config}
+
+
+def _plain_of(table):
+  if not isinstance(table, dict) or 'mrope_section' not in table:
+    return table
+  plain = {key: value for key, value in table.items() if key not in ('mrope_section', 'mrope_interleaved')}
+  for key in ('type', 'rope_type'):
+    if plain.get(key) in ('mrope', 'default'):
+      del plain[key]
+  return plain or None
+
+
 def above_0(key, value) -> float:
   """The value as a number above 0. Raises InputError."""
   if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
