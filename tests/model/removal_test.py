@@ -37,9 +37,9 @@ def test_gate_zero_is_the_removed_layer():
   assert np.max(np.abs(gated - forward_jit(model, tokens_BT)[2])) > 1e-2
 
 
-def _ungated(block, x_BTD, gate, rope, mode, window):
+def _ungated(block, x_BTD, gate, rope, mode, window, mixer):
   """The layer of the paper's dense network; no gate anywhere."""
-  del gate, mode, window
+  del gate, mode, window, mixer
   h_BTD = rms_norm(x_BTD, block.attn_norm.scale[...], SPEC.norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (jnp.einsum('BTD,DNH->BTNH', h_BTD, w[...]) for w in (block.wq, block.wk, block.wv))
   a_BTNH = attention(apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), v_BTKH)
