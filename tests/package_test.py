@@ -16,6 +16,7 @@ import packaging.utils
 import pytest
 from refusal import refused
 from tiny import config_of
+import yaml
 
 import elder_jax
 from elder_jax import commands
@@ -71,7 +72,8 @@ def test_each_extra_installs_what_is_imported(listed):
 
 
 def test_the_versions_agree(listed):
-  assert listed['version'] == elder_jax.__version__
+  citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+  assert listed['version'] == elder_jax.__version__ == citation['version']
   build = tomllib.loads((ROOT / 'pyproject.toml').read_text())['build-system']['requires']
   assert set(build) <= set(listed['extras_require']['test'])  # the wheel test builds without fetching anything
   oldest = listed['python_requires'].removeprefix('>=')
