@@ -1,6 +1,6 @@
-"""Runs docs/first_prune.ipynb on the demo's model and stores what it prints (python -m benchmarks.assets fetches the model).
+"""Runs docs/first_prune.ipynb on the demo's model and stores what it prints.
 
-  python -m benchmarks.notebook
+  python -m benchmarks.notebook      python -m benchmarks.assets fetches the model and the texts
 
 Kept are the lines on stdout: warnings and progress bars differ from one computer to the next.
 """
