@@ -9,7 +9,7 @@ WORKDIR /opt/elder_jax
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY elder_jax/__init__.py elder_jax/
 COPY configs configs
-RUN pip install --no-cache-dir --editable ".${EXTRA:+[$EXTRA]}"
+RUN pip install --no-cache-dir --editable ".[data,gguf,report${EXTRA:+,$EXTRA}]"
 COPY elder_jax elder_jax
 
 RUN useradd --create-home --uid 1000 elder

@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all lint assets results clean
+.PHONY: demo test test-all lint wheel assets results clean
 
 demo: $(VENV)/demo assets
 	$(BIN)/python -m elder_jax prune --config=smollm2_135m_demo
@@ -23,6 +23,12 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/ty check --python $(VENV) elder_jax
+
+# The wheel and the source archive, in dist/.
+wheel: $(VENV)/test
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets
@@ -48,4 +54,4 @@ $(VENV)/test: $(VENV)/demo setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -37,7 +37,7 @@ setup() { # STORAGE
   if [[ ! -e $home/venv/installed ]] || ! cmp -s "$home/src/setup.py" "$home/venv/installed"; then
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv
     ~/.local/bin/uv venv -q --clear --python 3.12 "$home/venv"
-    ~/.local/bin/uv pip install -q --python "$home/venv/bin/python" -e "$home/src[tpu]"
+    ~/.local/bin/uv pip install -q --python "$home/venv/bin/python" -e "$home/src[tpu,data,gguf,report]"
     cp "$home/src/setup.py" "$home/venv/installed"
   fi
 }

@@ -5,14 +5,14 @@ import os
 import pathlib
 import tempfile
 
+from elder_jax import extras
 from elder_jax.commands.command import Command
 from elder_jax.commands.command import out_file
 from elder_jax.commands.flags import Parsed
 from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 from elder_jax.hf import folder as model_folder
-from elder_jax.hf.gguf import cut
-from elder_jax.hf.gguf import export
+from elder_jax.hf import gguf
 from elder_jax.hf.source import open_source
 from elder_jax.log import Progress
 from elder_jax.log import in_megabytes
@@ -30,10 +30,10 @@ class GgufSettings(Settings):
   )
   out: str = setting('', 'The file to write.')
   type: str = setting(
-    export.LIKE,
+    gguf.LIKE,
     'Type of the matrices. source: each as in --like, octet for octet where it was not changed; where that type cannot be '
     'written, Q8_0.',
-    choices=(export.LIKE, *export.TYPES),
+    choices=gguf.CHOICES,
   )
 
 
@@ -42,6 +42,10 @@ def run(parsed: Parsed):
   for name in ('like', 'out'):
     if not getattr(settings, name):
       raise InputError(name, '', 'is missing; give a .gguf file.')
+  extras.require('gguf', 'a .gguf file', 'like', settings.like)
+  from elder_jax.hf.gguf import cut  # here: they need that package
+  from elder_jax.hf.gguf import export
+
   like, out = user_path(settings.like), out_file(settings.out)
   if not os.path.isfile(like):
     raise InputError('like', settings.like, 'there is no such file; check the path.')
@@ -65,7 +69,7 @@ def run(parsed: Parsed):
       partial.unlink(missing_ok=True)
   kinds = ', '.join(f'{count} {kind}' for kind, count in made.kinds.items())
   print(f'{out}: {source.num_layers} layers, {out.stat().st_size / 1e6:.0f} MB, tensors: {kinds}')
-  if settings.type == export.LIKE:
+  if settings.type == gguf.LIKE:
     print(f'{made.untouched} tensors as in --like, octet for octet')
   if made.replaced:
     print(f'Q8_0 in place of {", ".join(made.replaced)}, which cannot be written here; llama-quantize can')

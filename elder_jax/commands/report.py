@@ -2,6 +2,7 @@
 
 import json
 
+from elder_jax import extras
 from elder_jax.commands.command import Command
 from elder_jax.commands.flags import Parsed
 from elder_jax.errors import InputError
@@ -17,6 +18,7 @@ def run(parsed: Parsed):
   for name, report in zip(parsed.operands, reports):
     folder = user_path(name)
     if folder.is_dir() and curve.curves_of(report):
+      extras.require('matplotlib', f'{folder}/curve.svg')
       plot_curve(report, folder / 'curve.svg')
   print('\n\n'.join(markdown(report).rstrip() for report in reports))
 

@@ -12,7 +12,7 @@ def package_versions() -> dict[str, str]:
   for package in packages:
     try:
       found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    except importlib.metadata.PackageNotFoundError:  # an extra, or elder_jax itself where it is run from a checkout
       found[package] = 'not installed'
   return found
 

@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 
+from elder_jax import extras
 from elder_jax.errors import InputError
 from elder_jax.errors import shown
 from elder_jax.errors import user_path
@@ -22,7 +23,6 @@ from elder_jax.hf import multimodal
 from elder_jax.hf import mxfp4
 from elder_jax.hf import safetensors_files
 from elder_jax.hf import table
-from elder_jax.hf.gguf import source as gguf_source
 from elder_jax.log import log
 from elder_jax.model.spec import Spec
 
@@ -71,6 +71,9 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     path = user_path(model)
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
       raise InputError('model', model, 'there is no such file; check the path.')
+    extras.require('gguf', 'a .gguf file', 'model', model)
+    from elder_jax.hf.gguf import source as gguf_source  # here: it needs that package
+
     config, shapes, dtypes, read = gguf_source.open_gguf(path, scratch)
     files = scratch
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 
+from elder_jax import extras
 from elder_jax.devices import about
 from elder_jax.devices import hosts
 from elder_jax.errors import InputError
@@ -19,8 +20,6 @@ from elder_jax.hf import verify
 from elder_jax.hf.by_name import folder as by_name
 from elder_jax.hf.by_name import keys
 from elder_jax.hf.by_name import structure
-from elder_jax.hf.gguf import cut as gguf_cut
-from elder_jax.hf.gguf.source import parts_of
 from elder_jax.hf.source import architecture
 from elder_jax.hf.source import read_config
 from elder_jax.log import RunLog
@@ -178,6 +177,10 @@ def _of_gguf(config: Config) -> Cutter:
   path = user_path(config.paths.model)
   if config.paths.tokenizer:
     raise InputError('tokenizer', config.paths.tokenizer, 'a .gguf file holds its own tokenizer; leave it out.')
+  extras.require('gguf', 'a .gguf file', 'model', config.paths.model)
+  from elder_jax.hf.gguf import cut as gguf_cut  # here: it needs that package
+  from elder_jax.hf.gguf.source import parts_of
+
   opened = gguf_cut.open_file(path)
 
   def name(kept: list[int]) -> str:

@@ -81,7 +81,7 @@ def _needed(exported: dict, row: dict, tokens: int, loss: float) -> list[str]:
 
 def figure_of(report: dict):
   """Held-out loss over tokens, a line for each row that trained; the dense model's as a dashed one."""
-  import matplotlib.figure  # here: it is slow to import
+  import matplotlib.figure  # here: it is slow to import, and an extra
 
   drawing = matplotlib.figure.Figure(figsize=(7, 4.5), layout='constrained')
   axes = drawing.subplots()

@@ -8,7 +8,6 @@ import pathlib
 from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 from elder_jax.hf import safetensors_files
-from elder_jax.hf.gguf import source as gguf_source
 from elder_jax.hf.source import Source
 from elder_jax.text.identity import of_files
 
@@ -22,7 +21,9 @@ def named(setting: str, source: str) -> str:
 def of_model(source: Source) -> str:
   """That of the weights and of what says how to read them."""
   if source.is_gguf:
-    return of_files(gguf_source.parts_of(user_path(source.name)))
+    from elder_jax.hf.gguf.source import parts_of  # here: it needs the package gguf
+
+    return of_files(parts_of(user_path(source.name)))
   return of_folder(source.files)
 
 

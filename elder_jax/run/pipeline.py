@@ -14,6 +14,7 @@ from elder_jax.devices import preemption
 from elder_jax.errors import reason
 from elder_jax.log import log
 from elder_jax.log import write_json
+from elder_jax.run import packages
 from elder_jax.run import tracking
 from elder_jax.run import unused
 from elder_jax.run import workdir
@@ -38,6 +39,7 @@ def run(config: Config) -> dict:
       log(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
       return report
     tracking.check(config.output.track)
+    packages.check(config)
     job = prepare(config)
     track = tracking.tracked(job.log, config.output.track, config.path(), config.to_json())
     with track, workdir.noting_failure(config), jax.set_mesh(job.mesh):

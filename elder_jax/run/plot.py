@@ -27,7 +27,7 @@ def _write(drawing, path: pathlib.Path):
 
 def figure_of(report: dict):
   """Perplexity over the number of layers, axes for each corpus, a line for each way of choosing and recipe."""
-  import matplotlib.figure  # here: it is slow to import, and only a sweep needs it
+  import matplotlib.figure  # here: it is slow to import, and an extra
 
   corpora = list(report['ppl'])
   figure = matplotlib.figure.Figure(figsize=(6 * len(corpora), 4.5), layout='constrained')

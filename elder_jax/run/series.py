@@ -18,6 +18,7 @@ from elder_jax.log import write_json
 from elder_jax.log import write_whole
 from elder_jax.methods import find_method
 from elder_jax.run import by_name
+from elder_jax.run import packages
 from elder_jax.run import pipeline
 from elder_jax.run import workdir
 from elder_jax.run.config import Config
@@ -48,6 +49,7 @@ def _series(config: Config, do: Callable[[Config], dict]) -> dict:
     if report := workdir.finished(config):
       log(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
       return report
+    packages.check(config)
     hosts.leader_first(lambda: workdir.record(config, {}) if hosts.is_leader() else None)
     with workdir.noting_failure(config):
       report = do(config)

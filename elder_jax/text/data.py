@@ -45,10 +45,10 @@ def read_text(flag: str, source: str, column: str) -> str:
 
 def _hub_documents(flag: str, source: str, column: str) -> list[str]:
   """Of a hub data set, which is fetched whole, so that a later run has it without the hub."""
-  import datasets  # here: it is slow to import
+  hub_id, configuration, split = hub.check_hub_id(flag, source)
+  import datasets  # here: it is slow to import, and an extra
   from datasets import exceptions
 
-  hub_id, configuration, split = hub.check_hub_id(flag, source)
   datasets.disable_progress_bars()
   try:
     rows = datasets.load_dataset(hub_id, configuration or None, split=split)

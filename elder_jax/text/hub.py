@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import os
 import re
 
+from elder_jax import extras
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 
@@ -54,14 +55,12 @@ def check_hub_id(flag: str, source: str) -> tuple[str, str, str]:
   """(id, configuration or '', split) of id, id:split, id:configuration or id:configuration:split.
 
   Raises:
-    InputError: it is no hub id.
+    InputError: it is no hub id, or the package that reads hub data sets is missing.
   """
-  from datasets import packaged_modules  # here: it is slow to import
-
   hub_id, *rest = re.split(r':(?![^\[]*\])', source, maxsplit=2)  # no colon of a split such as train[:10%]
   # `datasets` takes other names for URLs, patterns, local folders, or its own readers, which read the current folder.
   is_id = re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', hub_id) and not os.path.exists(hub_id)
-  if not is_id or hub_id in packaged_modules._PACKAGED_DATASETS_MODULES:
+  if not is_id or _is_reader(flag, source, hub_id):
     raise InputError(
       flag,
       source,
@@ -73,3 +72,11 @@ def check_hub_id(flag: str, source: str) -> tuple[str, str, str]:
   if rest and not _SPLITS.fullmatch(rest[0]):
     return hub_id, rest[0], 'train'
   return hub_id, '', rest[0] if rest else 'train'
+
+
+def _is_reader(flag: str, source: str, hub_id: str) -> bool:
+  """Whether `datasets` takes this for one of its own readers."""
+  extras.require('datasets', 'a hub data set', flag, source)
+  from datasets import packaged_modules  # here: it is slow to import
+
+  return hub_id in packaged_modules._PACKAGED_DATASETS_MODULES

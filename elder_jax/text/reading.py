@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+from elder_jax import extras
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 
@@ -37,8 +38,16 @@ def kind_of(path: pathlib.Path) -> tuple[str, str]:
   return suffixes[-1] if suffixes else '', packed
 
 
+def check_package(flag: str, name: str, path: pathlib.Path):
+  """Raises InputError where the package that reads this kind of file is missing."""
+  kind, packed = kind_of(path)
+  if kind == '.parquet' or packed == '.zst':
+    extras.require('pyarrow', f'a {packed or kind} file', flag, name)
+
+
 def open_file(flag: str, name: str, path: pathlib.Path) -> io.BufferedIOBase:
   """The content, unpacked. Raises InputError for a file whose beginning is of another kind than its name says."""
+  check_package(flag, name, path)
   kind, packed = kind_of(path)
   try:
     _check_head(flag, name, path, packed or kind)

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from elder_jax.errors import InputError
+from elder_jax.hf.gguf import LIKE
 from elder_jax.hf.gguf import cut
 from elder_jax.hf.gguf import source as gguf_source
 from elder_jax.hf.gguf import write as writer
@@ -21,7 +22,6 @@ from elder_jax.hf.source import Source
 Type = gguf.GGMLQuantizationType
 # Choice -> (type of matrices, llama.cpp's number of it for a whole file).
 TYPES = {'f32': (Type.F32, 0), 'f16': (Type.F16, 1), 'bf16': (Type.BF16, 32), 'q8_0': (Type.Q8_0, 7)}
-LIKE = 'source'  # the types of the file that the model was made from
 
 
 class Exported(NamedTuple):
