@@ -36,7 +36,7 @@ _CONFIG = 'tokenizer_config.json'
 
 
 def is_gguf(model: str) -> bool:
-  """Whether --model names a GGUF file: it ends in .gguf and is no folder."""
+  """Whether --model names a GGUF file: it ends in .gguf and is not a folder."""
   path = user_path(model)
   return path.suffix.lower() == '.gguf' and not os.path.isdir(path)
 

@@ -31,8 +31,8 @@ class Multimodal(NamedTuple):
       ours: its name in the stand-alone pruned model.
       before: its name in the stand-alone source; the layer number may differ.
     """
-    there = self.names[before]
-    return there[: len(there) - len(_tail(before))] + _tail(ours)
+    in_folder = self.names[before]
+    return in_folder[: len(in_folder) - len(_tail(before))] + _tail(ours)
 
   def cut_config(self, after: dict) -> dict:
     """The folder's config.json after its language model's became `after`."""

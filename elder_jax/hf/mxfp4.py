@@ -29,7 +29,7 @@ class Tensors(NamedTuple):
 
 
 def is_packed(config: dict) -> bool:
-  """Whether config.json says that the weights are in MXFP4."""
+  """Whether the weights are in MXFP4, according to config.json."""
   how = config.get('quantization_config')
   return config.get('model_type') == 'gpt_oss' and isinstance(how, dict) and how.get('quant_method') == 'mxfp4'
 

@@ -42,7 +42,7 @@ def pieces_of_model(model: Decoder) -> PiecesOf:
     for part in row.parts:
       array = param_at(model, part.path)[...]
       array = array[row.index] if row.index else array
-      # Transposed on the device: to_hf only undoes a view, and the data is already in the file's order.
+      # Transposed into the file's order on the device, so that to_hf only makes views on the host.
       theirs = hosts.to_host(turn(array, order_of(part.order), None))
       ours.append(theirs.transpose(part.order))
     tensor = row.to_hf(ours)

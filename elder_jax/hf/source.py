@@ -142,7 +142,7 @@ def read_config(model: str) -> dict:
   """config.json of a folder or hub id; nothing else is fetched. Of a multimodal folder, the language model's.
 
   Raises:
-    InputError: there is none, or it is no JSON object.
+    InputError: there is none, or it is not a JSON object.
   """
   return multimodal.language_config(
     safetensors_files.read_json(model_folder.find('model', model, 'config') / 'config.json')

@@ -1,4 +1,4 @@
-"""Cutting by tensor names: models that transformers does not know, and config.json files that cannot describe the rest."""
+"""Cutting by tensor names: models unknown to transformers, and config.json files that cannot describe the rest."""
 
 import json
 import pathlib
@@ -63,10 +63,10 @@ def test_a_model_unknown_to_transformers_is_cut_by_tensor_names(tmp_path, capsys
   assert "model_type 'unknown_model' is not supported" in printed and 'from file to file' in printed
   config = json.loads((export / 'config.json').read_text())
   assert config['num_hidden_layers'] == 3 and 'auto_map' in config
-  assert 'transformers does not know model_type' in (export / 'README.md').read_text()
+  assert 'transformers does not support model_type' in (export / 'README.md').read_text()
   assert plan.plan(config_of(model=str(source), remove_layers=[0], recipe='none', compare=())) == 0
   assert 'copied from file to file' in capsys.readouterr().out
-  with pytest.raises(InputError, match='verify=torch.*does not know model_type'):
+  with pytest.raises(InputError, match='verify=torch.*does not support model_type'):
     cut(source, tmp_path / 'again', [0, 2], verify='torch')
 
 

@@ -24,7 +24,7 @@ class Hub:
   """Serves the folder as repository own/tiny. Each request for its head commit returns the next of `heads`."""
 
   def __init__(self, folder: pathlib.Path):
-    self.folder, self.heads, self.asked, hub = folder, [FIRST], [], self
+    self.folder, self.heads, self.requests, hub = folder, [FIRST], [], self
 
     class Handler(http.server.BaseHTTPRequestHandler):
       def log_message(self, *_):
@@ -32,7 +32,7 @@ class Hub:
 
       def do_GET(self):
         path = urllib.parse.unquote(self.path.split('?')[0])
-        hub.asked.append(path)
+        hub.requests.append(path)
         status, headers, content = hub.answer(path)
         self.send_response(status)
         for name, value in (headers | {'Content-Length': str(len(content))}).items():
@@ -114,7 +114,7 @@ def test_only_the_weights_that_are_read_are_fetched(repository, tmp_path):
   assert names(fetched) == wanted
   for name in wanted:
     assert (fetched / name).read_bytes() == (folder / name).read_bytes()
-  commits = {path.partition('/resolve/')[2].partition('/')[0] for path in hub.asked if '/resolve/' in path}
+  commits = {path.partition('/resolve/')[2].partition('/')[0] for path in hub.requests if '/resolve/' in path}
   assert commits == {FIRST} == {fetched.name}
   # Offline, the same folder comes from the cache.
   hub.server.shutdown()

@@ -77,7 +77,7 @@ def test_a_config_that_transformers_does_not_support_is_reported_early(
   why = verify.why_torch_cannot
   monkeypatch.setattr(verify, 'why_torch_cannot', lambda config: why(config | {'model_type': 'not_yet'}))
   refused(quick, '--verify=torch', 'not_yet', '--verify=jax')
-  with pytest.raises(pytest.fail.Exception):  # the run goes on to read the text
+  with pytest.raises(pytest.fail.Exception):  # the run continues and reads the text
     pipeline.run(config_of(**quick | dict(verify='auto')))
   assert 'the check in PyTorch is left out' in capsys.readouterr().err
 

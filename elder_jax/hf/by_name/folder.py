@@ -104,11 +104,11 @@ def check(checkpoint: Checkpoint, kept: list[int], folder: pathlib.Path) -> int:
   home = {name: (path, begin, about) for path, (begin, of) in written.items() for name, about in of.items()}
   for path, (begin, header) in checkpoint.headers.items():
     for _, new, about in _plan(header, checkpoint.layers, kept):
-      there, its_begin, its_about = home.pop(new)
-      pieces = copies.pieces(path, begin, about), copies.pieces(there, its_begin, its_about)
-      same = its_about['dtype'] == about['dtype'] and its_about['shape'] == about['shape']
+      copy, copy_begin, copy_about = home.pop(new)
+      pieces = copies.pieces(path, begin, about), copies.pieces(copy, copy_begin, copy_about)
+      same = copy_about['dtype'] == about['dtype'] and copy_about['shape'] == about['shape']
       if not same or any(a != b for a, b in zip(*pieces, strict=True)):
-        raise ValueError(f'{there}: the tensor {new} differs from the original')
+        raise ValueError(f'{copy}: the tensor {new} differs from the original')
       count += 1
   if home:
     raise ValueError(f'{folder}: the tensor {next(iter(home))} is not in the original')

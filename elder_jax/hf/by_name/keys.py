@@ -256,7 +256,7 @@ def transformers_has(config: dict) -> bool:
 
 
 def _lists_of(config: dict, layers: LayerList) -> dict:
-  """The section of config.json as transformers completes it; unchanged if transformers does not know the model."""
+  """The section of config.json as transformers completes it; unchanged if transformers does not support the model."""
   given = part(config, layers.section)
   if not transformers_has(config):
     return dict(given)

@@ -23,7 +23,7 @@ _PLAIN = (bool, int, float, str, type(None))
 def why_unchecked(config: dict) -> str:
   """Why transformers cannot check this model; empty if it can."""
   if not transformers_has(config):
-    return f'transformers does not know model_type {config.get("model_type")!r}'
+    return f'transformers does not support model_type {config.get("model_type")!r}'
   try:
     import torch  # noqa: F401  (not a requirement of the package)
   except ImportError as e:

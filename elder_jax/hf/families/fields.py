@@ -74,7 +74,7 @@ class Fields:
       if (how := self._get(key, None)) is not None:
         method = how.get('quant_method') if isinstance(how, dict) else None
         by = f' with quant_method {shown(method, 40)}' if method else ''
-        raise InputError(f'config.json: {key} says that the checkpoint is quantised{by}; use the unquantised one.')
+        raise InputError(f'config.json: {key} marks the checkpoint as quantised{by}; use the unquantised one.')
 
   def _get(self, key: str, default):
     self._read |= {key}
@@ -153,7 +153,7 @@ class Fields:
     return kinds
 
   def one_kind(self, window: int):
-    """For families whose layers are all alike: if layer_types is given, it must say so."""
+    """For families whose layers are all alike: if layer_types is given, it must agree."""
     alike = 'sliding_attention' if window else 'full_attention'
     if set(self.layer_kinds(lambda l: alike)) != {alike}:
       raise InputError(f'config.json: layer_types may only have {alike!r} in this family; use another checkpoint.')

@@ -52,7 +52,7 @@ def export(
   Args:
     source: the model.
     like: a GGUF file of the model that it was made from.
-    kept: the layers of that file that it still has. None: unknown, so every tensor is written anew.
+    kept: the layers of that file that it still has. None: unknown, so no tensor is copied.
     kind: one of TYPES, or LIKE.
     path: of the new file.
     progress: called with (bytes written, bytes in total).

@@ -41,7 +41,7 @@ _PRE_TOKENIZERS = {
   'qwen2': lambda: _split_by(r'\p{N}'),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
-# Tokens at which llama.cpp always ends a text, whatever the fields say.
+# Tokens at which llama.cpp always ends a text, even if no field names them.
 _ENDS = '<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <EOT> _<EOT>'.split()
 _KNOWN = re.compile(
   r'tokenizer\.(chat_template(s|\..*)?|huggingface\.json|ggml\.(model|pre|tokens|token_type|scores|merges|\w+_token_id|'
