@@ -1,4 +1,4 @@
-"""Tensors copied from one safetensors file to another, octet for octet, whatever their type."""
+"""Copies tensors from one safetensors file to another, byte for byte, whatever their type."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -9,11 +9,15 @@ import pathlib
 from elder_jax.devices import preemption
 from elder_jax.hf import safetensors_files
 
-PIECE = 2**24  # octets that are copied at a time
+PIECE = 2**24  # bytes that are copied at a time
 
 
 def write(source: pathlib.Path, names: Iterable[str], path: pathlib.Path) -> tuple[str, int]:
-  """A file with these tensors of a folder; (its sha256, their octets)."""
+  """Writes a file with the named tensors of a folder.
+
+  Returns:
+    (sha256 of the file, bytes of the tensors).
+  """
   wanted, tensors = set(names), []
   for file, (begin, header) in safetensors_files.headers(source).items():
     tensors += [(file, begin, name, header[name]) for name in header if name in wanted]
@@ -33,7 +37,7 @@ def write(source: pathlib.Path, names: Iterable[str], path: pathlib.Path) -> tup
 
 
 def total(source: pathlib.Path, names: Iterable[str]) -> int:
-  """Octets of these tensors of a folder."""
+  """Bytes of the named tensors of a folder."""
   sizes = {
     name: size(about) for _, header in safetensors_files.headers(source).values() for name, about in header.items()
   }
@@ -41,7 +45,13 @@ def total(source: pathlib.Path, names: Iterable[str]) -> int:
 
 
 def octets(path: pathlib.Path, begin: int, tensors: list[tuple[str, str, dict]]) -> Iterator[bytes]:
-  """A safetensors file with tensors of another one, (old name, new name, header)."""
+  """The content of a safetensors file with tensors of another one, in pieces.
+
+  Args:
+    path: the file to copy from.
+    begin: the offset of its first tensor.
+    tensors: (old name, new name, header) of the tensors to copy.
+  """
   yield _head([(new, about) for _, new, about in tensors], safetensors_files.metadata(path))
   for _, _, about in tensors:
     yield from pieces(path, begin, about)
@@ -59,7 +69,7 @@ def _head(tensors: list[tuple[str, dict]], metadata: dict[str, str]) -> bytes:
 
 
 def pieces(path: pathlib.Path, begin: int, about: dict) -> Iterator[bytes]:
-  """The octets of a tensor."""
+  """The bytes of a tensor, at most PIECE at a time; `begin` is the offset of the file's first tensor."""
   first, end = about['data_offsets']
   with path.open('rb') as file:
     file.seek(begin + first)
@@ -68,6 +78,6 @@ def pieces(path: pathlib.Path, begin: int, about: dict) -> Iterator[bytes]:
 
 
 def size(about: dict) -> int:
-  """Octets of a tensor, by its header."""
+  """Bytes of a tensor, according to its header."""
   first, end = about['data_offsets']
   return end - first

@@ -1,8 +1,11 @@
-"""config.json of a model with fewer layers."""
+"""config.json of a model with fewer layers, for the families that the decoder supports."""
 
 
 def _rope_for_transformers_4(family, config: dict) -> dict:
-  """What version 5 has in rope_parameters alone, where version 4 looks for it; it would take its default unasked."""
+  """Copies rope_parameters to the keys that transformers 4 reads.
+
+  transformers 5 writes rope_parameters alone. Version 4 ignores it and would silently use its defaults.
+  """
   rope = config.get('rope_parameters')
   if not isinstance(rope, dict):
     return {}
@@ -17,7 +20,13 @@ def _rope_for_transformers_4(family, config: dict) -> dict:
 
 
 def pruned_config(family, config: dict, kept: list[int], dtype: str) -> dict:
-  """The source's config.json with only what the removal of layers and the type of the weights change."""
+  """config.json of the pruned model: the source's, changed only where the removal or the type of the weights requires it.
+
+  Args:
+    family: module of families/.
+    kept: numbers of the remaining layers.
+    dtype: type of the weights; empty: unchanged.
+  """
   key_of_depth = getattr(family, 'DEPTH', 'num_hidden_layers')
   depth, changes = config[key_of_depth], {}
   if len(kept) < depth:
@@ -28,8 +37,8 @@ def pruned_config(family, config: dict, kept: list[int], dtype: str) -> dict:
     }
     changes |= family.pruned(config, kept) if hasattr(family, 'pruned') else {}
     changes[key_of_depth] = len(kept)
-  if dtype:  # transformers 5 writes `dtype`, 4 `torch_dtype`; both are read by both
+  if dtype:  # transformers 5 writes `dtype`, 4 writes `torch_dtype`; each reads both
     changes['dtype' if 'dtype' in config else 'torch_dtype'] = dtype
   changes |= _rope_for_transformers_4(family, config)
-  # None: a rule by which the list was made, which does not hold any more.
+  # None marks a rule, such as a period, that no longer holds and is now written as a list.
   return {key: value for key, value in (config | changes).items() if not (key in changes and value is None)}

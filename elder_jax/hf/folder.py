@@ -1,4 +1,4 @@
-"""Folders of models and tokenizers: on disk or fetched from the hub; and which small files an export takes over."""
+"""Folders of models and tokenizers, on disk or fetched from the hub; and the small files that an export copies."""
 
 import fnmatch
 import glob
@@ -13,14 +13,14 @@ from elder_jax.errors import reason
 from elder_jax.errors import user_path
 from elder_jax.hf import safetensors_files
 
-# Weights, archives, pictures. Neither these nor what lies in folders is fetched, but for the weights that are read.
+# Weights, archives, pictures. Of these, and of subfolders, only what is read is fetched.
 _BIG = [
   f'*.{suffix}'
   for suffix in 'safetensors bin pt pth ckpt pkl pickle gguf ggml onnx onnx_data h5 msgpack npz npy ot tflite nemo '
   'tar gz tgz zip 7z zst parquet arrow pdf png jpg jpeg gif svg webp mp4'.split()
 ]
-# Small, but of the weights that the source has, or of its training; or code, which no exported model needs.
-_NOT_TAKEN_OVER = (
+# Small files that are not copied: they describe the source's weights or its training, or are code that no export needs.
+_NOT_COPIED = (
   '.* config.json readme* sha256sums *.index.json params.json *quant*config* recipe.y*ml mergekit* adapter_* modules.json '
   'trainer_* training_args* optimizer* scheduler* rng_state* latest checkpoint *_results.json results* eval* report.* '
   'elder_jax.json metrics.jsonl *.tfevents* *.log *.py *.pyc *.ipynb *.sh'
@@ -30,22 +30,27 @@ _OF_TOKENIZER = re.compile(
   r'additional_chat_templates/',
   re.IGNORECASE,
 )
-_LARGEST = 2**23  # bytes of a small file; a tokenizer's may be larger
+_LARGEST = 2**23  # bytes of a small file; a tokenizer's files may be larger
 _TEMPLATES = 'additional_chat_templates'
 _CONFIG = 'tokenizer_config.json'
 
 
 def is_gguf(model: str) -> bool:
-  """Whether --model means a GGUF file, by its name alone."""
+  """Whether --model names a GGUF file: it ends in .gguf and is not a folder."""
   path = user_path(model)
   return path.suffix.lower() == '.gguf' and not os.path.isdir(path)
 
 
 def find(flag: str, name: str, what: str = 'model') -> pathlib.Path:
-  """The folder that a flag names, fetched first where it is a hub id.
+  """The folder that a setting names; a hub id is fetched first.
 
   Args:
-    what: 'model', 'config' (its config.json is all that is fetched) or 'tokenizer'.
+    flag: the setting, for errors.
+    name: its value: a path or a hub id.
+    what: 'model', 'tokenizer', or 'config' to fetch config.json alone.
+
+  Raises:
+    InputError: there is no such folder, it cannot be fetched, or it holds no model.
   """
   path = user_path(name)
   if os.path.isfile(path):
@@ -69,7 +74,7 @@ def find(flag: str, name: str, what: str = 'model') -> pathlib.Path:
 
 
 def _fetch(flag: str, hub_id: str, what: str) -> pathlib.Path:
-  import huggingface_hub  # here, since a local run needs no hub
+  import huggingface_hub  # imported here: a run on local files does not need it
 
   def fetch(**which) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(hub_id, **which))
@@ -79,7 +84,7 @@ def _fetch(flag: str, hub_id: str, what: str) -> pathlib.Path:
       return fetch(allow_patterns=['config.json'])
     folder = fetch(ignore_patterns=[*_BIG, '*/*'])
     more = _weights(folder) if what == 'model' else [_CONFIG]
-    # Of the same commit, whatever is pushed meanwhile.
+    # The same commit, even if another one is pushed in between.
     return fetch(allow_patterns=[f'{_TEMPLATES}/*', *more], revision=folder.name)
   except InputError:
     raise
@@ -89,16 +94,18 @@ def _fetch(flag: str, hub_id: str, what: str) -> pathlib.Path:
     raise InputError(
       flag,
       hub_id,
-      'no such folder here, and no such repository on the hub, or a private one; check the name or run hf auth login.',
+      'no such folder here, and no such repository on the hub; check the name, or run hf auth login if it is private.',
     ) from e
-  except Exception as e:  # the hub client raises many more kinds  # noqa: BLE001
+  except Exception as e:  # the hub client raises many other kinds  # noqa: BLE001
     raise InputError(
-      flag, hub_id, f'no such folder here, and the hub did not give it ({reason(e)}); check the name or give a folder.'
+      flag,
+      hub_id,
+      f'no such folder here, and fetching it from the hub failed ({reason(e)}); check the name or give a folder.',
     ) from e
 
 
 def _weights(folder: pathlib.Path) -> list[str]:
-  """Patterns of the files that open_folder reads: what the index names, else the one file."""
+  """Patterns of the files that open_folder reads: those named by the index, or the single file."""
   index = folder / 'model.safetensors.index.json'
   if not index.is_file():
     return ['model.safetensors']
@@ -108,35 +115,37 @@ def _weights(folder: pathlib.Path) -> list[str]:
 
 
 def small_files(folder: pathlib.Path, tokenizer: pathlib.Path | None = None) -> dict[str, pathlib.Path]:
-  """{name: path} of what an export takes over: every small file of the source that is true of the pruned model, too.
+  """{name: path} of the files that an export copies: every small file of the source that also holds for the pruned model.
 
-  Names that do not print, or hold a backslash, are passed over: SHA256SUMS cannot list them.
+  Names that do not print or hold a backslash are skipped: SHA256SUMS cannot list them.
 
   Args:
-    tokenizer: the folder of --tokenizer, whose tokenizer files take the place of the source's.
+    tokenizer: the folder of --tokenizer; its tokenizer files replace the source's.
 
   Raises:
-    InputError: one of them cannot be read.
+    InputError: a file cannot be read, or `tokenizer` holds no tokenizer.
   """
-  found = _taken_over(folder)
+  found = _copied(folder)
   if tokenizer is not None:
-    theirs = {name: path for name, path in _taken_over(tokenizer).items() if _OF_TOKENIZER.match(name)}
+    theirs = {name: path for name, path in _copied(tokenizer).items() if _OF_TOKENIZER.match(name)}
     if not theirs:
       raise InputError('tokenizer', tokenizer, 'the folder holds no tokenizer; give one that does.')
     found = {name: path for name, path in found.items() if not _OF_TOKENIZER.match(name)} | theirs
   if _CONFIG in found and (code := _code(found[_CONFIG])):
-    beside = {path.name: path for path in found[_CONFIG].parent.glob('*.py')}
-    found |= beside if code <= beside.keys() else {}
+    scripts = {path.name: path for path in found[_CONFIG].parent.glob('*.py')}
+    found |= scripts if code <= scripts.keys() else {}
   for path in found.values():
     try:
       path.open('rb').close()
     except OSError as e:
-      raise InputError(f'{path}: belongs into the export but cannot be read ({e.strerror}); mend or remove it.') from e
+      raise InputError(
+        f'{path}: the export copies this file, but it cannot be read ({e.strerror}); repair or remove it.'
+      ) from e
   return found
 
 
 def copy(files: dict[str, pathlib.Path], folder: pathlib.Path):
-  """Byte for byte; only a tokenizer's auto_map without its code goes."""
+  """Copies `files` into `folder`, byte for byte. A tokenizer's auto_map is deleted if its code is not among them."""
   for name, path in files.items():
     (folder / name).parent.mkdir(exist_ok=True)
     if name == _CONFIG and not _code(path) <= files.keys():
@@ -147,27 +156,27 @@ def copy(files: dict[str, pathlib.Path], folder: pathlib.Path):
       shutil.copyfile(path, folder / name)
 
 
-def _taken_over(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def _copied(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   paths = sorted([*folder.iterdir(), *(folder / _TEMPLATES).glob('*.jinja')])
-  return {str(path.relative_to(folder).as_posix()): path for path in paths if _is_taken_over(path)}
+  return {str(path.relative_to(folder).as_posix()): path for path in paths if _is_copied(path)}
 
 
-def _is_taken_over(path: pathlib.Path) -> bool:
+def _is_copied(path: pathlib.Path) -> bool:
   name = path.name
   if not name.isprintable() or '\\' in name:
     return False
-  if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in [*_BIG, *_NOT_TAKEN_OVER]):
+  if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in [*_BIG, *_NOT_COPIED]):
     return False
   if not os.path.isfile(path):
-    return os.path.islink(path) and not os.path.exists(path)  # a link to nothing: a file that is missing
+    return os.path.islink(path) and not os.path.exists(path)  # a broken link: small_files reports it
   return os.path.getsize(path) <= _LARGEST or bool(_OF_TOKENIZER.match(name))
 
 
 def _code(config: pathlib.Path) -> set[str]:
-  """The Python files beside tokenizer_config.json that its auto_map names."""
+  """The Python files that the auto_map of a tokenizer_config.json names."""
   try:
     named = json.loads(config.read_text(encoding='utf-8')).get('auto_map')
-  except (OSError, ValueError, AttributeError):  # told where the tokenizer is loaded
+  except (OSError, ValueError, AttributeError):  # reported where the tokenizer is loaded
     return set()
   names = re.findall(r'"([^"]*)"', json.dumps(list(named.values()) if isinstance(named, dict) else named))
   return {f'{name.split(".")[0]}.py' for name in names if '--' not in name}

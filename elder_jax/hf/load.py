@@ -1,4 +1,4 @@
-"""Weights, tensor by tensor, from a checkpoint onto the devices."""
+"""Loads weights, tensor by tensor, from a checkpoint onto the devices."""
 
 from collections.abc import Callable
 import functools
@@ -20,13 +20,16 @@ from elder_jax.model.decoder import Decoder
 
 
 def load_model(source: Source, dtype: str, shardings=None) -> Decoder:
-  """Reads the weights tensor by tensor into arrays of `dtype` (gates: float32 ones), each straight to its place.
+  """Reads the weights into arrays of `dtype`, tensor by tensor; the gates are float32 ones.
 
-  A device's slice of a tensor is all that is read for it, so that of several hosts each reads its own byte ranges (of
-  GGUF, whole tensors). Beside the arrays themselves the host holds a few copies of one tensor.
+  Each host reads only the byte ranges of its own devices' slices (of a GGUF file, whole tensors). In addition to the
+  arrays, it holds a few copies of one tensor.
 
   Args:
     shardings: a Decoder of shardings (sharding.for_model), or None for the default device.
+
+  Raises:
+    InputError: a tensor holds NaN or infinite values, or its file became shorter.
   """
   model = jax.eval_shape(lambda: Decoder(source.spec, source.num_layers, jax.random.key(0)))
 
@@ -54,16 +57,16 @@ def load_model(source: Source, dtype: str, shardings=None) -> Decoder:
 
 
 def _on_devices(tensor: np.ndarray, dtype: str, place, check: Callable) -> jax.Array:
-  """The tensor, which may be a view of a file, on the devices of `place`: each slice is read, checked and copied alone.
+  """Puts a tensor, which may be a view of a file, on the devices of `place`, slice by slice.
 
-  Slices are copied as they lie in memory and turned on the device: a host takes ten times as long for a transposed copy.
+  Slices are copied in their memory order and transposed on the device: a transposed copy takes a host ten times as long.
   """
   as_stored = order_of([-stride for stride in tensor.strides])
   stored, back = tensor.transpose(as_stored), order_of(as_stored)
 
   def part(index):
     check(stored[index])
-    return np.array(stored[index], jnp.dtype(dtype), order='C')  # a copy: an array on a CPU may go on using this memory
+    return np.array(stored[index], jnp.dtype(dtype), order='C')  # a copy: on a CPU, the jax array may share the memory
 
   if place is None:
     return turn(jax.device_put(part(...)), back, None)
@@ -73,18 +76,19 @@ def _on_devices(tensor: np.ndarray, dtype: str, place, check: Callable) -> jax.A
 
 
 def order_of(keys) -> tuple[int, ...]:
-  """What sorts the keys; of a permutation, its inverse."""
+  """The permutation that sorts the keys. Of a permutation it is the inverse."""
   return tuple(int(a) for a in np.argsort(keys, kind='stable'))
 
 
 def turn(array, axes: tuple[int, ...], place):
-  return array if axes == tuple(range(len(axes))) else _turned(array, axes, place)
+  """Transposes an array on its device; `place` is the sharding of the result, None for the default device."""
+  return array if axes == tuple(range(len(axes))) else _transposed(array, axes, place)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _turned(array, axes: tuple[int, ...], place):
-  turned = array.transpose(axes)
-  return turned if place is None else jax.lax.with_sharding_constraint(turned, place)
+def _transposed(array, axes: tuple[int, ...], place):
+  transposed = array.transpose(axes)
+  return transposed if place is None else jax.lax.with_sharding_constraint(transposed, place)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -101,6 +105,7 @@ def _put(stack, piece, index, place):
 
 
 def check_finite(tensor: np.ndarray, source: Source, row: Row):
+  """Raises InputError if the tensor holds NaN or infinite values."""
   if not safetensors_files.finite(tensor):
     raise InputError(
       'model', source.name, f'the tensor {row.name} holds NaN or infinite values; use another copy of the checkpoint.'

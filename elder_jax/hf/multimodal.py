@@ -1,6 +1,6 @@
-"""A language model that is a part of a folder: Gemma 3 from 4B, Mistral Small 3.1 and 3.2, Qwen2.5-VL.
+"""The language model inside a multimodal folder: Gemma 3 from 4B, Mistral Small 3.1 and 3.2, Qwen2.5-VL, Qwen3.5.
 
-The other parts, towers for pictures above all, stay as they are, octet for octet.
+The other parts, such as the vision encoder, are copied byte for byte.
 """
 
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from elder_jax.hf.families import rope
 
 
 class Multimodal(NamedTuple):
-  """The folder.
+  """A multimodal folder.
 
   config: its config.json.
-  names: of the language model's tensors: by itself -> in the folder.
+  names: of the language model's tensors: name in a stand-alone language model -> name in the folder.
   others: names of the tensors of the other parts.
-  octets: of these.
+  octets: bytes of these tensors.
   """
 
   config: dict
@@ -25,27 +25,32 @@ class Multimodal(NamedTuple):
   octets: int
 
   def name_of(self, ours: str, before: str) -> str:
-    """The name in the folder of a tensor that was called `before` in the source and may be of a lower layer now."""
-    there = self.names[before]
-    return there[: len(there) - len(_tail(before))] + _tail(ours)
+    """A tensor's name in the exported folder.
+
+    Args:
+      ours: its name in the stand-alone pruned model.
+      before: its name in the stand-alone source; the layer number may differ.
+    """
+    in_folder = self.names[before]
+    return in_folder[: len(in_folder) - len(_tail(before))] + _tail(ours)
 
   def cut_config(self, after: dict) -> dict:
-    """The folder's config.json, its language model having `after` as its own."""
+    """The folder's config.json after its language model's became `after`."""
     before = language_config(self.config)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
-    gone = before.keys() - after.keys()
-    here = self.config.get('text_config')
-    new = {key: value for key, value in ((here or self.config) | changed).items() if key not in gone}
-    outer = {key: changed[key] for key in _SHARED if key in changed}  # what transformers reads there first
-    return self.config | outer | {'text_config': new} if here else new
+    deleted = before.keys() - after.keys()
+    text = self.config.get('text_config')
+    new = {key: value for key, value in ((text or self.config) | changed).items() if key not in deleted}
+    outer = {key: changed[key] for key in _SHARED if key in changed}  # transformers reads the outer key first
+    return self.config | outer | {'text_config': new} if text else new
 
 
 class _Kind(NamedTuple):
-  models: str  # their names
-  language: str  # model_type of the language model by itself
+  models: str  # their names, for docs/models.md
+  language: str  # model_type of the stand-alone language model
   architecture: str
   text_types: tuple[str | None, ...]  # model_type in text_config; None: there may be no text_config
-  defaults: Mapping[str, object]  # that the language model by itself has not
+  defaults: Mapping[str, object]  # where they differ from those of the stand-alone language model
 
 
 KINDS = {
@@ -74,26 +79,26 @@ KINDS = {
     {'tie_word_embeddings': False, 'rms_norm_eps': 1e-5, 'rope_theta': 1e6},
   ),
 }
-# Begin of a name in the folder -> by itself, in the order in which they are tried.
-_BEGINS = {
+# Prefix in the folder -> prefix in a stand-alone language model. The first that matches counts.
+_PREFIXES = {
   'language_model.model.': 'model.',
   'language_model.lm_head.': 'lm_head.',
   'model.language_model.': 'model.',
   **{f'model.{part}.': f'model.{part}.' for part in ('embed_tokens', 'layers', 'norm')},
   'lm_head.': 'lm_head.',
 }
-# Keys that the folder has for its language model, too.
+# Keys at the top level of config.json that also apply to the language model.
 _SHARED = ('tie_word_embeddings', 'torch_dtype', 'dtype', 'bos_token_id', 'eos_token_id', 'quantization_config')
-# Keys of Qwen2.5-VL's language model that are about pictures, where there is no text_config.
+# Keys about pictures, which Qwen2.5-VL without a text_config mixes with those of its language model.
 _OF_PICTURES = ('vision_config', 'image_token_id', 'video_token_id', 'vision_token_id')
 _OF_PICTURES += ('vision_start_token_id', 'vision_end_token_id')
 
-# What a folder has for pictures beside its weights.
+# Files for pictures, in addition to the weights.
 FILES_OF_PICTURES = ('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json')
 
 
 def is_multimodal(config: dict) -> bool:
-  """Whether a config.json is of a folder of several parts, of a kind that is known."""
+  """Whether a config.json belongs to a multimodal folder of a supported kind."""
   kind, text = config.get('model_type'), config.get('text_config')
   if not isinstance(kind, str) or kind not in KINDS:
     return False
@@ -101,7 +106,7 @@ def is_multimodal(config: dict) -> bool:
 
 
 def language_config(config: dict) -> dict:
-  """config.json of the language model by itself; the same one, where it is of nothing else."""
+  """config.json of the stand-alone language model. Unchanged if the folder is not multimodal."""
   if not is_multimodal(config):
     return config
   kind, text = KINDS[config['model_type']], config.get('text_config')
@@ -114,21 +119,21 @@ def language_config(config: dict) -> dict:
 
 
 def _tied(kind: _Kind, config: dict, text: dict) -> object:
-  """transformers 5 goes by the folder's own key; Qwen2.5-VL's may be in text_config, which version 4 wrote there."""
+  """transformers 5 reads the top-level key. For Qwen2.5-VL it may be in text_config, where version 4 wrote it."""
   own = config.get('tie_word_embeddings', kind.defaults['tie_word_embeddings'])
   return text.get('tie_word_embeddings', own) if own is False and kind.language == 'qwen2' else own
 
 
 def language_names(names: Iterable[str]) -> dict[str, str]:
-  """{name by itself: name in the folder} of the language model's tensors."""
+  """{name in a stand-alone language model: name in the folder} of the language model's tensors."""
   found = {}
   for name in names:
-    begin = next((begin for begin in _BEGINS if name.startswith(begin)), None)
-    if begin is not None:
-      found[_BEGINS[begin] + name[len(begin) :]] = name
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+    if prefix is not None:
+      found[_PREFIXES[prefix] + name[len(prefix) :]] = name
   return found
 
 
 def _tail(name: str) -> str:
-  """What a name by itself and in the folder share."""
+  """The part of a name that is the same in the folder and in a stand-alone language model."""
   return name.partition('.')[2]

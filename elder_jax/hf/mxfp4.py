@@ -1,6 +1,6 @@
-"""gpt-oss as it is published: the experts' matrices in MXFP4, read as the bfloat16 that they stand for.
+"""gpt-oss as published: the experts' matrices are in MXFP4 and are dequantised to bfloat16.
 
-OCP Microscaling Formats 1.0: a block of 32 numbers of four bits (E2M1) and a power of two, stored with 127 added to it.
+A block (OCP Microscaling Formats 1.0) is 32 four-bit numbers (E2M1) and a power of two, whose exponent is stored plus 127.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _VALUES = np.concatenate([_E2M1, -_E2M1])
 
 
 class Tensors(NamedTuple):
-  """What safetensors_files.open_folder gives."""
+  """What safetensors_files.open_folder returns."""
 
   shapes: dict[str, tuple[int, ...]]
   dtypes: dict[str, str]
@@ -29,16 +29,16 @@ class Tensors(NamedTuple):
 
 
 def is_packed(config: dict) -> bool:
-  """By config.json."""
+  """Whether the weights are in MXFP4, according to config.json."""
   how = config.get('quantization_config')
   return config.get('model_type') == 'gpt_oss' and isinstance(how, dict) and how.get('quant_method') == 'mxfp4'
 
 
 def unpacked(folder: pathlib.Path, tensors: Tensors) -> Tensors:
-  """The tensors of the folder by the names that they have where they are not packed.
+  """The tensors of the folder under the names that they have in an unquantised checkpoint.
 
   Raises:
-    InputError: blocks and scales do not fit together.
+    InputError: the shapes of blocks and scales do not match.
   """
   headers = safetensors_files.headers(folder)
   where = {name: (path, begin, header[name]) for path, (begin, header) in headers.items() for name in header}
@@ -48,14 +48,14 @@ def unpacked(folder: pathlib.Path, tensors: Tensors) -> Tensors:
   for name in packed:
     shapes[name] = _shape(folder, name, tensors.shapes)
 
-  def octets(name: str) -> np.ndarray:
+  def raw(name: str) -> np.ndarray:
     path, begin, about = where[name]
     return np.memmap(path, np.uint8, 'r', begin + about['data_offsets'][0], tuple(about['shape']))
 
   def read(name: str) -> np.ndarray:
     if name not in packed:
       return tensors.read(name)
-    return dequantised(octets(name + _BLOCKS), octets(name + _SCALES)).swapaxes(1, 2)
+    return dequantised(raw(name + _BLOCKS), raw(name + _SCALES)).swapaxes(1, 2)
 
   def pieces(name: str):
     if name not in packed:
@@ -69,13 +69,23 @@ def unpacked(folder: pathlib.Path, tensors: Tensors) -> Tensors:
 def _shape(folder: pathlib.Path, name: str, shapes: dict) -> tuple[int, int, int]:
   blocks, scales = shapes[name + _BLOCKS], shapes.get(name + _SCALES)
   if len(blocks) != 4 or blocks[3] != 16 or scales != blocks[:3]:
-    raise InputError(f'{folder}: {name}{_BLOCKS} and {name}{_SCALES} do not fit together; fetch the files again.')
+    raise InputError(
+      f'{folder}: the shapes of {name}{_BLOCKS} and {name}{_SCALES} do not match; fetch the files again.'
+    )
   experts, rows, per_row, _ = blocks
   return experts, 32 * per_row, rows
 
 
 def dequantised(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-  """uint8 [..., n, 16] and [..., n] as bfloat16 [..., 32·n]; exact, but for what is below the smallest normal number."""
-  both = np.stack([blocks & 15, blocks >> 4], -1)  # the lower four bits come first
+  """Dequantises MXFP4; exact, except below the smallest normal bfloat16.
+
+  Args:
+    blocks: uint8 [..., n, 16], two four-bit numbers each.
+    scales: uint8 [..., n], exponents plus 127.
+
+  Returns:
+    bfloat16 [..., 32·n].
+  """
+  both = np.stack([blocks & 15, blocks >> 4], -1)  # the lower four bits are the first number
   values = np.ldexp(_VALUES[both].reshape(*blocks.shape[:-1], 32), scales.astype(np.int32)[..., None] - 127)
   return values.astype(jnp.bfloat16).reshape(*scales.shape[:-1], math.prod(scales.shape[-1:]) * 32)

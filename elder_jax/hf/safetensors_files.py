@@ -1,6 +1,6 @@
-"""Safetensors files: read through the package, which checks headers; written tensor by tensor.
+"""Safetensors files: opened with the safetensors package, which checks headers; read as views, written tensor by tensor.
 
-The package writes a file from all of its tensors at once, and gives copies where `load` needs views of the file.
+The package itself returns copies where `load` needs views of the file, and it needs all tensors at once to write a file.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,12 @@ from elder_jax.errors import InputError
 from elder_jax.errors import reason
 
 DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
-PIECE = 2**22  # bytes of a tensor that are read at a time, at least a row
+PIECE = 2**22  # bytes of a tensor that are read at a time, but at least one row
 _INDEX = 'model.safetensors.index.json'
 
 
 def read_json(path: pathlib.Path) -> dict:
+  """The JSON object in a file. Raises InputError if there is none."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError, RecursionError) as e:
@@ -36,9 +37,14 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def open_folder(folder: pathlib.Path):
-  """Headers of all shards: ({name: shape}, {name: dtype}, read, pieces).
+  """Reads the headers of all shards.
 
-  A dtype is one of DTYPES' values or, of what `read` does not read, safetensors' own name, such as U8.
+  Returns:
+    ({name: shape}, {name: dtype}, read, pieces). A dtype is a value of DTYPES, or safetensors' own name, such as U8, for
+    types that `read` does not support. `read(name)` returns a view of the file, `pieces(name)` a few rows at a time.
+
+  Raises:
+    InputError: a file is missing or damaged, or the index does not match the files.
   """
   paths, weight_map = _shards(folder)
   tensors = _Tensors()
@@ -51,7 +57,11 @@ def open_folder(folder: pathlib.Path):
 
 
 def headers(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, dict[str, dict]]]:
-  """{file: (where its tensors begin, {name: what its header says})} of all shards; every file was seen to be whole."""
+  """{file: (offset of its first tensor, {name: header})} of all shards.
+
+  Raises:
+    InputError: a file is missing or truncated, or the index does not match the files.
+  """
   paths, weight_map = _shards(folder)
   found = {}
   for path in paths:
@@ -64,23 +74,23 @@ def headers(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, dict[str, dic
 
 
 def metadata(path: pathlib.Path) -> dict[str, str]:
-  """What a file says of itself, besides its tensors."""
+  """The __metadata__ of a file."""
   with _opened(path) as file:
     return file.metadata() or {}
 
 
 def sync(file):
-  """Waits until what was written to a file is on the disk."""
+  """Waits until everything written to a file is on the disk."""
   file.flush()
   os.fsync(file.fileno())
 
 
 def _not_there(folder: pathlib.Path, name: str, file: str) -> str:
-  return f'{folder / _INDEX}: says that {name} is in {file}, but it is not; use the index of these files.'
+  return f'{folder / _INDEX}: lists {name} in {file}, which does not hold it; use the index of these files.'
 
 
 def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
-  """(files with tensors, what the index says: {tensor: file}, empty without an index)."""
+  """(files with tensors, the weight_map of the index: {tensor: file}, empty without an index)."""
   single, index = folder / 'model.safetensors', folder / _INDEX
   if single.is_file():
     return [single], {}
@@ -90,7 +100,7 @@ def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
   if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
     raise InputError(f'{index}: has no weight_map of names to files; fetch the file again.')
   for file in sorted(set(where.values())):
-    # A plain name: an index from a stranger must not make us read outside the folder.
+    # Only plain names: a malicious index must not make us read outside the folder.
     if pathlib.PurePath(file).name != file or '\\' in file or file in ('.', '..'):
       raise InputError(f'{index}: names {file!r}, which is outside the folder; use a checkpoint from a trusted source.')
     if not (folder / file).is_file():
@@ -99,7 +109,7 @@ def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
 
 
 def _without_weights(folder: pathlib.Path) -> str:
-  """What is wrong with a folder that has neither the one file nor an index."""
+  """The error for a folder with neither model.safetensors nor an index."""
   pickles = sorted(p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl'))
   if pickles:
     return (
@@ -107,7 +117,7 @@ def _without_weights(folder: pathlib.Path) -> str:
     )
   others = sorted(p.name for p in folder.iterdir() if p.suffix in ('.safetensors', '.gguf'))
   if any(re.fullmatch(r'model-\d+-of-\d+\.safetensors', name) for name in others):
-    return f'{folder}: has {others[0]} but no {_INDEX}; fetch that file, too.'
+    return f'{folder}: has {others[0]} but no {_INDEX}; fetch that file too.'
   have = f' (but {", ".join(others[:3])})' if others else ''
   none = f'{folder}: has no model.safetensors and no {_INDEX}{have}'
   return f'{none}; fetch the weights, or give a .gguf file by its own path.'
@@ -123,7 +133,7 @@ class _Tensors:
     self._offsets: dict[pathlib.Path, tuple[int, dict]] = {}
 
   def add(self, path: pathlib.Path):
-    """The headers of a file. A tensor that two files have is no harm where both have the same."""
+    """Reads the headers of a file. A tensor may be in two files if both hold the same bytes."""
     with _opened(path) as file:
       for name in file.keys():  # noqa: SIM118 (not a dict)
         if name in self.home:
@@ -135,20 +145,20 @@ class _Tensors:
     self._offsets[path] = _data_begins(path)
 
   def read(self, name: str) -> np.ndarray:
-    """A view of the file, which the package does not give: what is not looked at is not read, however it is turned."""
+    """A view of the file: only the parts that are used are read, also of a transposed tensor."""
     dtype, shape, path = jnp.dtype(self.dtypes[name]), self.shapes[name], self.home[name]
     if not (count := math.prod(shape)):
       return np.empty(shape, dtype)
     begin, header = self._offsets[path]
     start = begin + header[name]['data_offsets'][0]
     try:
-      octets = np.memmap(path, np.uint8, 'r', start, count * dtype.itemsize)
+      raw = np.memmap(path, np.uint8, 'r', start, count * dtype.itemsize)
     except ValueError as e:
-      raise InputError(f'{path}: has become shorter while it was read; fetch it again.') from e
-    return np.asarray(octets).view(dtype).reshape(shape)
+      raise InputError(f'{path}: became shorter while it was read; fetch it again.') from e
+    return np.asarray(raw).view(dtype).reshape(shape)
 
   def pieces(self, name: str) -> Iterator[np.ndarray]:
-    """The tensor from its start to its end, some rows at a time."""
+    """The tensor from start to end, a few rows at a time."""
     shape, itemsize, path = self.shapes[name], jnp.dtype(self.dtypes[name]).itemsize, self.home[name]
     rows = max(1, PIECE // (math.prod(shape[1:]) * itemsize or 1))
     with _opened(path) as file:
@@ -164,17 +174,17 @@ class _Tensors:
 
 
 def _check_equal(name: str, first: pathlib.Path, second: pathlib.Path):
-  kinds, octets = [], []
+  kinds, contents = [], []
   for path in (first, second):
     with _opened(path) as file:
       kinds.append((file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()))
-      octets.append(_octets(path, name))
-  if kinds[0] != kinds[1] or octets[0] != octets[1]:
+      contents.append(_raw(path, name))
+  if kinds[0] != kinds[1] or contents[0] != contents[1]:
     raise InputError(f'{second}: the tensor {name} is also in {first.name}, with other values; remove one of the two.')
 
 
-def _octets(path: pathlib.Path, name: str) -> bytes:
-  """As they stand in the file: numpy does not have all types."""
+def _raw(path: pathlib.Path, name: str) -> bytes:
+  """A tensor's bytes in the file: numpy does not have all types."""
   begin, header = _data_begins(path)
   first, end = header[name]['data_offsets']
   with path.open('rb') as file:
@@ -188,7 +198,10 @@ def _names(path: pathlib.Path) -> set[str]:
 
 
 def finite(tensor: np.ndarray) -> bool:
-  """By the exponent's bits, of which one that is not finite has all; in pieces that stay in the cache."""
+  """Whether all values of a float32, float16 or bfloat16 tensor are finite.
+
+  NaN and infinity are the values with all exponent bits set. The tensor is checked in pieces that fit the CPU's cache.
+  """
   kind, exponent = {
     'float32': (np.uint32, 0x7F800000),
     'float16': (np.uint16, 0x7C00),
@@ -203,15 +216,15 @@ def _opened(path: pathlib.Path):
   try:
     return safetensors.safe_open(path, framework='np')
   except (safetensors.SafetensorError, OSError) as e:
-    what = f'is truncated or not a safetensors file ({reason(e)})'
+    problem = f'is truncated or not a safetensors file ({reason(e)})'
     with contextlib.suppress(OSError), path.open('rb') as file:
       if file.read(20).startswith(b'version https://git'):
-        raise InputError(f'{path}: {what}: it is a Git LFS pointer; run git lfs pull.') from e
-    raise InputError(f'{path}: {what}; fetch it again.') from e
+        raise InputError(f'{path}: {problem}: it is a Git LFS pointer; run git lfs pull.') from e
+    raise InputError(f'{path}: {problem}; fetch it again.') from e
 
 
 def _data_begins(path: pathlib.Path) -> tuple[int, dict[str, dict]]:
-  """(where the tensors begin in a safetensors file, {name: what the header says}); the package has checked the header."""
+  """(offset of the first tensor, {name: header}) of a file whose header the package has already checked."""
   with path.open('rb') as file:
     size = int.from_bytes(file.read(8), 'little')
     header = json.loads(file.read(size))
@@ -219,11 +232,11 @@ def _data_begins(path: pathlib.Path) -> tuple[int, dict[str, dict]]:
 
 
 def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], pieces_of) -> str:
-  """Writes a safetensors file, tensor after tensor; returns its sha256. (The package wants all of them at once.)
+  """Writes a safetensors file, tensor by tensor, and returns its sha256.
 
   Args:
     tensors: (name, shape, dtype) in the order of the file.
-    pieces_of: from an index into `tensors` to its arrays, which come one after the other, whatever their type.
+    pieces_of: from an index into `tensors` to the consecutive pieces of that tensor, of any type.
 
   Raises:
     InputError: a value does not fit the type that it is written in.
@@ -235,17 +248,17 @@ def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], p
     header[name] = {'dtype': kind, 'shape': list(shape), 'data_offsets': [begin, end]}
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  digest, octets = hashlib.sha256(), len(text).to_bytes(8, 'little') + text
-  # One piece is hashed while it is written and the next is read.
+  digest, data = hashlib.sha256(), len(text).to_bytes(8, 'little') + text
+  # A piece is hashed in another thread while it is written and the next one is read.
   with path.open('wb', buffering=0) as file, concurrent.futures.ThreadPoolExecutor(1) as thread:
-    hashed = thread.submit(digest.update, octets)
-    _write_all(file, octets)
+    hashed = thread.submit(digest.update, data)
+    _write_all(file, data)
     for i, (name, _, dtype) in enumerate(tensors):
       for piece in pieces_of(i):
-        octets = _converted(name, piece, dtype).reshape(-1).view(np.uint8)
+        data = _converted(name, piece, dtype).reshape(-1).view(np.uint8)
         hashed.result()
-        hashed = thread.submit(digest.update, octets)
-        _write_all(file, octets)
+        hashed = thread.submit(digest.update, data)
+        _write_all(file, data)
       assert file.tell() == 8 + len(text) + header[name]['data_offsets'][1], name
     hashed.result()
     sync(file)
@@ -253,18 +266,18 @@ def write(path: pathlib.Path, tensors: list[tuple[str, tuple[int, ...], str]], p
 
 
 def _converted(name: str, piece: np.ndarray, dtype: str) -> np.ndarray:
-  with np.errstate(over='ignore'):  # it is looked at
+  with np.errstate(over='ignore'):  # checked below
     converted = np.ascontiguousarray(piece, jnp.dtype(dtype))
   if converted.dtype != piece.dtype and not finite(converted):
     raise InputError(
-      f'the tensor {name} has values of up to {np.max(np.abs(piece)):.3g}, which do not fit {dtype}; use '
+      f'the tensor {name} has values up to {np.max(np.abs(piece)):.3g}, which do not fit {dtype}; use '
       '--export_dtype=bfloat16 or float32.'
     )
   return converted
 
 
-def _write_all(file, octets):
-  """Unbuffered files may take less than all at once."""
-  rest = memoryview(octets)
+def _write_all(file, data):
+  """An unbuffered file may write less than all of it at once."""
+  rest = memoryview(data)
   while len(rest):
     rest = rest[file.write(rest) :]

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, tensor by tensor, from a model or from the checkpoint that it came from."""
+"""Writes a Hugging Face folder, tensor by tensor, from a model in memory or from its source checkpoint."""
 
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -26,30 +26,38 @@ from elder_jax.hf.table import param_at
 from elder_jax.hf.table import rows_of
 from elder_jax.model.decoder import Decoder
 
-# Row of a family's table -> the tensor as Hugging Face has it, in pieces.
+# From a row of a family's table to the pieces of that tensor, in Hugging Face's layout.
 PiecesOf = Callable[[Row], Iterable[np.ndarray]]
 
 
 def pieces_of_model(model: Decoder) -> PiecesOf:
+  """Takes tensors from a model on the devices; every process must iterate over all of them.
+
+  The function that it returns raises InputError for a tensor with NaN or infinite values.
+  """
+
   def pieces(row: Row):
     preemption.check()
     ours = []
     for part in row.parts:
       array = param_at(model, part.path)[...]
       array = array[row.index] if row.index else array
-      # Turned on the device, so that what to_hf turns back lies in the file's order already.
+      # Transposed into the file's order on the device, so that to_hf only makes views on the host.
       theirs = hosts.to_host(turn(array, order_of(part.order), None))
       ours.append(theirs.transpose(part.order))
     tensor = row.to_hf(ours)
     if not safetensors_files.finite(tensor):
-      raise InputError(f'the tensor {row.name} of the pruned model holds NaN or infinite values; nothing is exported.')
+      raise InputError(
+        f'the tensor {row.name} of the pruned model holds NaN or infinite values, so nothing is exported; use a '
+        'lower --lr or --dtype=float32.'
+      )
     yield tensor
 
   return pieces
 
 
 def pieces_of_source(source: Source, kept: list[int]) -> PiecesOf:
-  """The source's own tensors, so that a model of which layers just go is never in memory."""
+  """Takes tensors from the source's files: a model that only loses layers is never loaded into memory."""
   own = _source_rows(source, kept)
 
   def pieces(row: Row):
@@ -62,14 +70,14 @@ def pieces_of_source(source: Source, kept: list[int]) -> PiecesOf:
 
 
 def take_part(pieces_of: PiecesOf, source: Source, kept: list[int]):
-  """What a process does while another is in `save`: devices give their parts of each tensor."""
+  """Called by the other processes while one runs `save_model`: their devices contribute their parts of each tensor."""
   for row in rows_of(source.family, source.spec.with_layers(kept), len(kept)):
     for _ in pieces_of(row):
       pass
 
 
 def _source_rows(source: Source, kept: list[int]) -> Callable[[Row], Row]:
-  """From a row of the model that has the layers `kept` to the same tensor's in the source."""
+  """Returns a function from a row of the pruned model to the same tensor's row in the source."""
   rows = {(row.template, *row.index): row for row in rows_of(source.family, source.spec, source.num_layers)}
 
   def own(row: Row) -> Row:
@@ -79,7 +87,10 @@ def _source_rows(source: Source, kept: list[int]) -> Callable[[Row], Row]:
 
 
 def config_of(source: Source, kept: list[int], dtype: str, text_only: bool = False) -> dict:
-  """config.json of the export: the source's, with only what the removal of layers and the type of the weights change."""
+  """config.json of the export: the source's, changed only where the removal or the type of the weights requires it.
+
+  auto_map is deleted: transformers has the code of every family.
+  """
   config = pruned_config(source.family, source.config, kept, dtype)
   if source.whole and not text_only:
     config = source.whole.cut_config(config)
@@ -95,20 +106,21 @@ def save_model(
   shard_bytes: int,
   tokenizer: pathlib.Path | None = None,
   text_only: bool = False,
-) -> dict:
-  """Writes source's layers `kept` as a Hugging Face folder; `folder` must exist and is the caller's to rename.
-
-  config.json is the source's with the depth changed and without auto_map, since transformers has the code of every family;
-  the small files are copied byte for byte. The host holds one tensor at a time.
+) -> dict[str, str]:
+  """Writes the layers `kept` into a Hugging Face folder, which must exist. The host holds one tensor at a time.
 
   Args:
-    pieces_of: from_model or from_source.
-    dtype: of the tensors written; empty: each has its source's own.
-    tokenizer: the folder of another tokenizer than the source's, if any (model_folder.small_files).
-    text_only: of a folder of several parts, the language model by itself.
+    pieces_of: pieces_of_model or pieces_of_source.
+    dtype: of the tensors; empty: each keeps the source's.
+    shard_bytes: largest size of a file, unless one tensor is larger.
+    tokenizer: the folder of another tokenizer (model_folder.small_files).
+    text_only: write only the language model of a multimodal folder.
 
   Returns:
     {file name: sha256} of the files with tensors.
+
+  Raises:
+    InputError: a tensor is not finite, or does not fit `dtype`.
   """
   parts = None if text_only else source.whole
   _write_json(folder / 'config.json', config_of(source, kept, dtype, text_only))
@@ -130,18 +142,17 @@ def save_model(
     return row.name if parts is None else parts.name_of(row.name, own(row).name)
 
   count = len(shards) + bool(parts and parts.others)
-  names = [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
-  if count == 1:
-    names = ['model.safetensors']
+  numbered = [f'model-{i + 1:05d}-of-{count:05d}.safetensors' for i in range(count)]
+  names = numbered if count > 1 else ['model.safetensors']
   hashes, weight_map, total = {}, {}, sum(map(size, rows))
   for name, shard in zip(names, shards):
     tensors = [(called(row), row.shape, dtypes[row.name]) for row in shard]
     hashes[name] = safetensors_files.write(folder / name, tensors, lambda i, shard=shard: pieces_of(shard[i]))
     weight_map |= dict.fromkeys(map(called, shard), name)
   if parts and parts.others:
-    hashes[names[-1]], octets = copies.write(source.files, parts.others, folder / names[-1])
+    hashes[names[-1]], num_bytes = copies.write(source.files, parts.others, folder / names[-1])
     weight_map |= dict.fromkeys(parts.others, names[-1])
-    total += octets
+    total += num_bytes
   if count > 1:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     _write_json(folder / 'model.safetensors.index.json', index)

@@ -1,4 +1,4 @@
-"""Opens a checkpoint: a Hugging Face folder, a hub id or a GGUF file; checks every name, shape and type by the headers.
+"""Opens a checkpoint: a Hugging Face folder, a hub id or a GGUF file. Checks every name, shape and type in the headers.
 
 Nothing here unpickles or runs code from a checkpoint.
 """
@@ -29,18 +29,19 @@ from elder_jax.model.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A checkpoint that was opened but not read."""
+  """A checkpoint that is open; its weights have not been read."""
 
-  name: str  # as the user called it
-  files: pathlib.Path  # folder with config.json, tokenizer and the like
+  name: str  # as the user wrote it
+  files: pathlib.Path  # the folder with config.json, the tokenizer and so on
   config: dict
   spec: Spec
   num_layers: int
   shapes: dict[str, tuple[int, ...]]  # by Hugging Face name
-  dtypes: dict[str, str]  # the same, of safetensors_files.DTYPES
+  dtypes: dict[str, str]  # by Hugging Face name: a value of safetensors_files.DTYPES
   read: Callable[[str], np.ndarray]
-  pieces: Callable[[str], Iterator[np.ndarray]]  # flat; one holds until the next but one
-  whole: multimodal.Multimodal | None = None  # the folder, where the model is a part of it
+  # Consecutive pieces of a tensor. A piece is valid until the next but one is read.
+  pieces: Callable[[str], Iterator[np.ndarray]]
+  whole: multimodal.Multimodal | None = None  # the multimodal folder that the language model is part of
 
   @property
   def is_gguf(self) -> bool:
@@ -48,13 +49,13 @@ class Source:
 
   @property
   def dtype(self) -> str:
-    """That of all tensors; float32 where they differ."""
+    """The type of all tensors, or float32 if they differ."""
     kinds = set(self.dtypes.values())
     return kinds.pop() if len(kinds) == 1 else 'float32'
 
   @property
   def context_length(self) -> int | None:
-    """Positions that the model has for a prompt and what follows it; None where config.json does not limit them."""
+    """Most tokens of a prompt and its continuation; None if config.json gives no limit."""
     limits = (self.config.get(name) for name in ('max_position_embeddings', 'n_positions', 'n_ctx'))
     return self.spec.most_positions or next((n for n in limits if isinstance(n, int) and n > 0), None)
 
@@ -64,12 +65,20 @@ class Source:
 
 
 def open_source(model: str, scratch: pathlib.Path) -> Source:
-  """Opens `--model`. What a GGUF file holds besides weights is written as Hugging Face files into `scratch`."""
+  """Opens the checkpoint that --model names.
+
+  Args:
+    model: a Hugging Face folder, a hub id or a .gguf file.
+    scratch: config.json, tokenizer and generation_config.json of a GGUF file are written into this folder.
+
+  Raises:
+    InputError: it cannot be found or read, or its config and tensors are not those of a supported family.
+  """
   if not model:
     raise InputError('model', '', 'is missing; give a Hugging Face folder, a hub id or a .gguf file.')
   if model_folder.is_gguf(model):
     path = user_path(model)
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long or not accessible
       raise InputError('model', model, 'there is no such file; check the path.')
     extras.require('gguf', 'a .gguf file', 'model', model)
     from elder_jax.hf.gguf import source as gguf_source  # here: it needs that package
@@ -84,7 +93,7 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
     config = safetensors_files.read_json(files / 'config.json')
     shapes, dtypes, read, pieces = safetensors_files.open_folder(files)
     if mxfp4.is_packed(config):
-      log(f'--model={model}: its MXFP4 weights are read, and exported, in bfloat16')
+      log(f'--model={model}: its MXFP4 weights are read and exported as bfloat16')
       config = {key: value for key, value in config.items() if key != 'quantization_config'}
       shapes, dtypes, read, pieces = mxfp4.unpacked(files, mxfp4.Tensors(shapes, dtypes, read, pieces))
   if multimodal.is_multimodal(config):
@@ -97,26 +106,26 @@ def open_source(model: str, scratch: pathlib.Path) -> Source:
 
 
 def _language_model(source: Source) -> Source:
-  """The language model of a folder that holds more."""
+  """The language model of a multimodal folder."""
   names = multimodal.language_names(source.shapes)
   others = tuple(name for name in source.shapes if name not in names.values())
-  octets = copies.total(source.files, others)
+  num_bytes = copies.total(source.files, others)
   config = multimodal.language_config(source.config)
   spec, num_layers = architecture(source.name, config)
 
-  def by_itself(table):
-    return {name: table[there] for name, there in names.items()}
+  def renamed(table):
+    return {name: table[in_folder] for name, in_folder in names.items()}
 
   return dataclasses.replace(
     source,
     config=config,
     spec=spec,
     num_layers=num_layers,
-    shapes=by_itself(source.shapes),
-    dtypes=by_itself(source.dtypes),
+    shapes=renamed(source.shapes),
+    dtypes=renamed(source.dtypes),
     read=lambda name: source.read(names[name]),
     pieces=lambda name: source.pieces(names[name]),
-    whole=multimodal.Multimodal(source.config, names, others, octets),
+    whole=multimodal.Multimodal(source.config, names, others, num_bytes),
   )
 
 
@@ -127,44 +136,55 @@ def _check_is_lm(model: str, config: dict):
       raise InputError(
         'model',
         model,
-        f'is a {head} by its config.json, which has no head for the next token; give the language model '
+        f'its config.json names {head}, which does not predict the next token; give the language model '
         '(…ForCausalLM) that it was made from.',
       )
 
 
 def read_config(model: str) -> dict:
-  """config.json of a folder or of a hub id, from which nothing else is fetched; of several parts the language model's."""
+  """config.json of a folder or hub id; nothing else is fetched. Of a multimodal folder, the language model's.
+
+  Raises:
+    InputError: there is none, or it is not a JSON object.
+  """
   return multimodal.language_config(
     safetensors_files.read_json(model_folder.find('model', model, 'config') / 'config.json')
   )
 
 
 def architecture(model: str, config: dict) -> tuple[Spec, int]:
-  """(Spec, number of layers) of a config.json; model: what to call it in an error."""
+  """(Spec, number of layers) of a config.json.
+
+  Args:
+    model: the model's name for errors.
+
+  Raises:
+    InputError: the family or one of its keys or values is not supported.
+  """
   model_type = config.get('model_type')
   if not isinstance(model_type, str) or model_type not in families.FAMILIES:
     raise InputError(
-      'model', model, f'model_type {shown(model_type)} is not supported, these are: {", ".join(families.FAMILIES)}.'
+      'model', model, f'model_type {shown(model_type)} is not supported; give one of {", ".join(families.FAMILIES)}.'
     )
   return families.FAMILIES[model_type].spec_from_config(config)
 
 
 def _with_our_names(source: Source) -> Source:
-  """Names with the prefix of the whole model left out, or twice, are read as transformers does: h.0 is transformer.h.0."""
+  """Accepts names without the model's prefix, or with it twice, as transformers does: h.0 is transformer.h.0."""
   templates = source.family.WEIGHTS
   known = table.pattern_of(templates)
   prefix = next(iter(templates)).partition('.')[0] + '.'
 
   def ours(name: str) -> str:
-    ways = name, prefix + name, name.removeprefix(prefix)
-    return next((way for way in ways if known.fullmatch(way)), name)
+    spellings = name, prefix + name, name.removeprefix(prefix)
+    return next((spelling for spelling in spellings if known.fullmatch(spelling)), name)
 
   theirs = {ours(name): name for name in source.shapes}
   head, embed = _head_and_embedding(source)
   if source.spec.tied and head in theirs and embed not in theirs:  # one of the two is enough
     theirs[embed] = theirs.pop(head)
   if len(theirs) < len(source.shapes) or all(a == b for a, b in theirs.items()):
-    return source  # what is there twice is told as a tensor too many
+    return source  # a duplicate is reported later, as an unexpected tensor
 
   def by_our_names(table):
     return {ours: table[name] for ours, name in theirs.items()}
@@ -179,18 +199,19 @@ def _with_our_names(source: Source) -> Source:
 
 
 def _head_and_embedding(source: Source) -> tuple[str, str]:
-  """Their names in the family's files."""
+  """The names of the output head and of the embedding in the family's files."""
   entries = [(name, entry[0]) for name, entry in source.family.WEIGHTS.items() if entry]
   return tuple(next(name for name, path in entries if path == ours) for ours in ('head', 'embed'))
 
 
 def _with_own_head(source: Source) -> Source:
-  """A head in the files that is not the embedding is kept, whatever tie_word_embeddings says: so reads transformers 5."""
+  """Keeps a head that differs from the embedding, even if tie_word_embeddings is true, as transformers 5 does."""
   head, embed = _head_and_embedding(source)
   if not source.spec.tied or not {head, embed} <= source.shapes.keys() or _equal(source, head, embed):
     return source
   log(
-    f'--model={source.name}: tie_word_embeddings is true, but {head} is not {embed}; it is kept, and the export says false'
+    f'--model={source.name}: tie_word_embeddings is true, but {head} differs from {embed}; the head is kept and the '
+    'export sets it to false'
   )
   return dataclasses.replace(
     source,
@@ -200,7 +221,7 @@ def _with_own_head(source: Source) -> Source:
 
 
 def _equal(source: Source, a: str, b: str) -> bool:
-  """Whether two matrices have the same values, in whatever types."""
+  """Whether two matrices have the same values, possibly in different types."""
   if source.shapes[a] != source.shapes[b]:
     return False
   for name in (a, b):
@@ -215,7 +236,7 @@ def _equal(source: Source, a: str, b: str) -> bool:
 
 
 def _only_weights(source: Source) -> Source:
-  """Checked, and without the buffers, whose type is of no interest."""
+  """Checks names, shapes and types, and drops the buffers."""
   _check_names_and_shapes(source)
   rows = table.rows_of(source.family, source.spec, source.num_layers)
   for row in rows:
@@ -231,10 +252,10 @@ def _check_dtype(source: Source, name: str):
   if (dtype := source.dtypes[name]) in safetensors_files.DTYPES.values():
     return
   if dtype == 'F64':
-    mend = 'is in float64; convert the checkpoint to float32 or bfloat16'
+    problem = 'is in float64; convert the checkpoint to float32 or bfloat16'
   else:
-    mend = f'is of type {dtype}; quantised weights are not read, use the unquantised checkpoint'
-  raise InputError('model', source.name, f'the tensor {name} {mend}.')
+    problem = f'has the type {dtype}, which is not supported; use the unquantised checkpoint'
+  raise InputError('model', source.name, f'the tensor {name} {problem}.')
 
 
 def _ignored(family, spec: Spec) -> re.Pattern:
@@ -244,7 +265,7 @@ def _ignored(family, spec: Spec) -> re.Pattern:
 
 def _check_names_and_shapes(source: Source):
   where = 'model', source.name
-  if source.num_layers > len(source.shapes):  # before a table of so many layers is made
+  if source.num_layers > len(source.shapes):  # before a table of that many layers is built
     raise InputError(
       *where,
       f'config.json has num_hidden_layers={source.num_layers}, but there are only {len(source.shapes)} '
@@ -253,18 +274,16 @@ def _check_names_and_shapes(source: Source):
   rows = {row.name: row for row in table.rows_of(source.family, source.spec, source.num_layers)}
   if (missing := next((n for n in rows if n not in source.shapes), None)) is not None:
     raise InputError(
-      *where, f'the tensor {missing} is missing; config.json is of another model, or a file with weights is not there.'
+      *where, f'the tensor {missing} is missing; fetch all files again, or use the config.json of these weights.'
     )
   ignored = _ignored(source.family, source.spec)
   if (extra := next((n for n in source.shapes if n not in rows and not ignored.fullmatch(n)), None)) is not None:
-    for part, what in (('lora_', 'LoRA factors that were not merged'), ('qweight', 'weights quantised by GPTQ or AWQ')):
+    for part, what in (('lora_', 'a LoRA factor that was not merged'), ('qweight', 'quantised by GPTQ or AWQ')):
       if part in extra:
-        raise InputError(
-          *where, f'the tensor {extra} has no place in the model: these are {what}; give the plain model.'
-        )
+        raise InputError(*where, f'the tensor {extra} has no place in the model: it is {what}; give the plain model.')
     raise InputError(
       *where,
-      f'the tensor {extra} has no place in a {source.config["model_type"]} model of this config.json; use the '
+      f'the tensor {extra} has no place in a {source.config["model_type"]} model with this config.json; use the '
       'config.json of these weights, or a checkpoint without the tensor.',
     )
   for name, row in rows.items():
@@ -272,6 +291,6 @@ def _check_names_and_shapes(source: Source):
       keys = ' by its vocab_size and width' if row.parts[0].path in ('embed', 'head') else ''
       raise InputError(
         *where,
-        f'the tensor {name} has shape {list(source.shapes[name])}, config.json asks for {list(row.shape)}{keys}; '
+        f'the tensor {name} has shape {list(source.shapes[name])}, config.json requires {list(row.shape)}{keys}; '
         'use the config.json of these weights.',
       )

@@ -1,4 +1,4 @@
-"""A family's table of weights, both ways: which slices of our parameters a Hugging Face tensor is."""
+"""Converts between Hugging Face tensors and slices of our parameters, in both directions, by a family's table."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -18,24 +18,24 @@ from elder_jax.model.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A slice of one of our parameters, and the axes that it has in a Hugging Face tensor."""
+  """A slice of one of our parameters, as a part of a Hugging Face tensor."""
 
   path: str  # in Decoder
-  shape: tuple[int, ...]  # as Hugging Face has it
-  folded: tuple[int, ...]  # the shape with every letter an axis of its own; '*' is one of size 1
-  order: tuple[int, ...]  # of the letters in ours
+  shape: tuple[int, ...]  # in Hugging Face's layout
+  folded: tuple[int, ...]  # the shape with an axis for each letter of the rule; '*' is an axis of size 1
+  order: tuple[int, ...]  # for each axis of ours, its position among the letters
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One Hugging Face tensor and the slices of ours that it is: one, or several that are fused."""
+  """One Hugging Face tensor and its parts: one slice of ours, or several that are fused."""
 
   template: str  # the name, with {l} for the layer and {e} for the expert
   layer: int | None  # index on our leading axis
   parts: tuple[Part, ...]
-  dim: int | None  # of the tensor, in which the parts are fused: '+', one after the other, or '*', in turns
-  star: int | None  # '*': the axis of the folded shape along which they take turns
-  expert: int | None = None  # index on the axis after that of layers
+  dim: int | None  # dimension of the tensor in which parts are fused: '+' concatenated, '*' interleaved
+  star: int | None  # for '*', the axis of the folded shape along which the parts alternate
+  expert: int | None = None  # index on our second axis
 
   @property
   def name(self) -> str:
@@ -43,7 +43,7 @@ class Row:
 
   @property
   def index(self) -> tuple[int, ...]:
-    """Of the slice, in a parameter."""
+    """Index of the slice in our parameters."""
     return tuple(i for i in (self.layer, self.expert) if i is not None)
 
   @property
@@ -53,7 +53,7 @@ class Row:
     )
 
   def to_ours(self, tensor) -> list:
-    """Our slices, in the order of `parts`."""
+    """From the Hugging Face tensor to our slices, in the order of `parts`."""
     if self.dim is None:
       pieces = [tensor]
     elif self.star is None:
@@ -69,6 +69,7 @@ class Row:
     ]
 
   def to_hf(self, ours: list):
+    """The inverse of to_ours."""
     pieces = [a.transpose(np.argsort(part.order)) for part, a in zip(self.parts, ours)]
     shapes = [part.shape if self.star is None else part.folded for part in self.parts]
     pieces = [piece.reshape(shape) for piece, shape in zip(pieces, shapes)]
@@ -78,11 +79,17 @@ class Row:
 
 
 def make_row(template: str, layer: int | None, entry, sizes: dict[str, int], expert: int | None = None) -> Row:
-  """A row of a family's table. A rule is 'HF->ours', as families/llama.py says; fused parts have '+' or '*' in it."""
+  """A row of a family's table.
+
+  Args:
+    entry: (path, rule), or several of these if the tensor is fused. families/llama.py explains the rules 'HF->ours'; in
+      those of fused parts, '+' or '*' marks the dimension.
+    sizes: of the letters (Spec.sizes).
+  """
   parts, size = [], sizes | {'*': 1}
   for path, rule in (entry,) if isinstance(entry[0], str) else entry:
     theirs, ours = rule.replace('+', '').split('->')
-    axes = theirs.replace(',', '') or ours  # a tensor without dimensions has one of size 1 here
+    axes = theirs.replace(',', '') or ours  # a scalar has one axis of size 1 in our layout
     dims, letters = theirs.split(',') if theirs else [], axes.replace('*', '')
     shape, folded = (math.prod(size[a] for a in dim) for dim in dims), (size[a] for a in axes)
     parts.append(Part(path, tuple(shape), tuple(folded), tuple(letters.index(a) for a in ours)))
@@ -93,12 +100,16 @@ def make_row(template: str, layer: int | None, entry, sizes: dict[str, int], exp
 
 @functools.lru_cache(maxsize=8)
 def abstract_decoder(spec: Spec, num_layers: int) -> Decoder:
-  """The Decoder of this spec without its arrays; not to be written to."""
+  """The Decoder of this spec with shapes in place of arrays. It is cached: do not change it."""
   return jax.eval_shape(lambda: Decoder(spec, num_layers, jax.random.key(0)))
 
 
 def abstract_model(spec: Spec, num_layers: int, dtype: str, mesh: Mesh, flag: tuple[int, ...]) -> Decoder:
-  """The Decoder as load_model gives it, without its arrays."""
+  """What load_model returns, with shapes and shardings in place of arrays.
+
+  Args:
+    flag: the value of --mesh, for errors.
+  """
   model = abstract_decoder(spec, num_layers)
 
   def shape(p, place):
@@ -110,7 +121,7 @@ def abstract_model(spec: Spec, num_layers: int, dtype: str, mesh: Mesh, flag: tu
 
 
 def rows_of(family, spec: Spec, num_layers: int) -> list[Row]:
-  """All tensors of the checkpoint, in file order; layers expanded, what the Decoder of this spec lacks left out."""
+  """A row for each tensor of the checkpoint, in file order, without those that this spec does not have."""
   sizes, model, rows = spec.sizes(num_layers), abstract_decoder(spec, num_layers), []
   for name, entry in family.WEIGHTS.items():
     if entry is None or param_at(model, entry[0] if isinstance(entry[0], str) else entry[0][0]) is None:
@@ -133,12 +144,12 @@ def _layers_with(name: str, family, spec: Spec, num_layers: int) -> list[int]:
 
 
 def pattern_of(templates: Iterable[str]) -> re.Pattern:
-  """Of all names that these give for some layer and expert."""
+  """A pattern that matches the names of these templates for any layer and expert."""
   return re.compile('|'.join(re.sub(r'\\{[le]\\}', r'\\d+', re.escape(name)) for name in templates))
 
 
 def param_at(model: Decoder, path: str):
-  """The nnx.Param at a dotted path; None where the Decoder has none."""
+  """The nnx.Param at a dotted path, or None if the Decoder has none."""
   for name in path.split('.'):
     model = getattr(model, name, None)
   return model

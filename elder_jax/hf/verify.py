@@ -1,4 +1,4 @@
-"""Does an exported folder hold the pruned model? Read back in JAX and, where it is installed, in PyTorch."""
+"""Checks an exported folder: it is read back in JAX and, if installed, in PyTorch, and compared with the pruned model."""
 
 from collections.abc import Callable
 import importlib.util
@@ -25,26 +25,31 @@ from elder_jax.model.decoder import forward
 from elder_jax.model.decoder import logits_of
 from elder_jax.model.spec import Spec
 
-# Largest difference of a logit, both sides in float32, per unit of the logits' standard deviation: PyTorch is as far from
-# its own float64 (1e-5 at 30 layers); a wrong weight is seen at 1e-2 and more.
+# Largest accepted difference of a logit in float32, per unit of the logits' standard deviation. PyTorch's float32 and
+# float64 differ by 1e-5 at 30 layers; a wrong weight makes a difference of at least 1e-2.
 TOLERANCE = 1e-4
 
 
 class ExportMismatch(RuntimeError):
-  """The exported folder does not compute what the pruned model computes."""
+  """The exported folder does not hold the pruned model."""
 
 
 def has_torch() -> bool:
+  """Whether PyTorch is installed."""
   return importlib.util.find_spec('torch') is not None
 
 
 def torch_bytes(num_params: int) -> int:
-  """Host memory that the check in PyTorch takes: the model in float32."""
+  """Bytes of host memory that the check in PyTorch takes: the model in float32."""
   return 4 * num_params
 
 
 def use_torch(wish: str, num_params: int, say: Callable[[str], None] = log) -> bool:
-  """Whether a model is loaded in PyTorch, by --verify; auto leaves out a model that would fill the memory.
+  """Whether to load a model in PyTorch.
+
+  Args:
+    wish: the value of --verify. auto: only if torch is installed and the model takes at most half of the host's memory.
+    say: receives a line if auto leaves the check out.
 
   Raises:
     InputError: --verify=torch without torch.
@@ -53,21 +58,32 @@ def use_torch(wish: str, num_params: int, say: Callable[[str], None] = log) -> b
     raise InputError('verify', 'torch', 'torch is not installed; install it or use --verify=auto.')
   if wish != 'auto' or not has_torch():
     return wish == 'torch'
-  size, there = torch_bytes(num_params), memory.total()
-  if size <= there / 2:
+  size, total = torch_bytes(num_params), memory.total()
+  if size <= total / 2:
     return True
   say(
-    f'the check in PyTorch is left out: in float32 the model takes {size / 1e9:.0f} GB of {there / 1e9:.0f}; '
-    '--verify=torch does it all the same'
+    f'the check in PyTorch is left out: the model takes {size / 1e9:.0f} GB in float32, this machine has '
+    f'{total / 1e9:.0f} GB; force the check with --verify=torch'
   )
   return False
 
 
 def check_copy(folder: pathlib.Path, expected: Spec, num_layers: int, tokens_BT: np.ndarray, torch: bool) -> dict:
-  """As `check`, for layers that were copied from file to file: every name and shape, and config.json as it is read."""
+  """Checks an export whose layers were copied from file to file: config.json, and every name and shape.
+
+  Args:
+    expected: the spec of the pruned model.
+    torch: also load it in PyTorch, and generate with and without a cache.
+
+  Returns:
+    {'tensors': their number}, and the figures of `check` in PyTorch.
+
+  Raises:
+    ExportMismatch.
+  """
   source = open_source(str(folder), folder)
   if source.spec != expected or source.num_layers != num_layers:
-    raise ExportMismatch(f'{folder}: config.json says {source.spec}, the pruned model is {expected}')
+    raise ExportMismatch(f'{folder}: config.json describes {source.spec}, the pruned model is {expected}')
   return {'tensors': len(source.shapes)} | (_check_torch(folder, None, tokens_BT, 0.0) if torch else {})
 
 
@@ -80,21 +96,21 @@ def check(
   shardings=None,
   free: Callable | None = None,
 ) -> dict:
-  """Compares the folder's logits, computed in float32, with the model's (its weights rounded to `dtype`).
+  """Compares the folder's logits, computed in float32, with those of the model, its weights rounded to `dtype`.
 
   Args:
-    tokens_BT: real text; T at most 512 keeps it quick.
+    tokens_BT: real text; T ≤ 512 keeps it quick.
+    torch: also load it in PyTorch, and generate with and without a cache.
     shardings: as in load_model.
-    torch: also load it by transformers, and generate with and without a cache.
-    free: called with the model's arrays, each as soon as it is not needed any more: memory.free there means that only
-      one of the models that are compared is in memory at a time. Unset, `model` is left as it is.
+    free: called with each array of the model once it is no longer needed. With memory.free, only one model is in memory
+      at a time. None: the model stays.
 
   Returns:
-    {'jax': largest difference of a logit, 'torch': the same, 'generated': token ids}; 'torch_error' where PyTorch
-    could not make its check.
+    {'jax': largest difference of a logit, 'torch': the same, 'generated': token ids}; 'torch_error' replaces the last
+    two if PyTorch fails.
 
   Raises:
-    ExportMismatch.
+    ExportMismatch: a difference exceeds TOLERANCE, or PyTorch generates other tokens with a cache.
   """
 
   def rounded(path, a):
@@ -117,14 +133,14 @@ def check(
   result = {'jax': float(np.max(np.abs(got - expected)))}
   tolerance = TOLERANCE * max(1.0, float(expected.std()))
   if not result['jax'] <= tolerance:
-    raise ExportMismatch(f'{folder}: the logits read back differ by {result["jax"]:.2g} from the pruned model')
+    raise ExportMismatch(f"{folder}: its logits differ from the pruned model's by up to {result['jax']:.2g}")
   if torch:
     result |= _check_torch(folder, expected, tokens_BT, tolerance)
   return result
 
 
 def program(model: Decoder, dtype: str, num_tokens: int):
-  """(jitted function, its arguments) of `check`'s heaviest step, the model being abstract."""
+  """(jitted function, arguments) of the heaviest step of `check`, for an abstract model; for the plan."""
 
   def kind(path, a):
     return a.dtype if path[0].name == 'gate_L' else dtype
@@ -142,17 +158,17 @@ def _logits(model, tokens_BT):
 
 
 def check_source(source: Source, model: Decoder, dtype: str, tokens_BT, torch: bool) -> dict:
-  """Compares the logits of the loaded model with those of the same files in PyTorch; all processes must call it.
+  """Compares the logits of the loaded model with those of the same files in PyTorch. All processes must call it.
 
   Args:
-    dtype: that the model was loaded in; PyTorch's weights are rounded to it. Both sides compute in float32.
-    torch: this process does PyTorch's part.
+    dtype: the type that the model was loaded in; PyTorch's weights are rounded to it. Both sides compute in float32.
+    torch: this process runs PyTorch.
 
   Returns:
-    {'torch': largest difference of a logit}, or {'torch_error': why PyTorch could not be asked}.
+    {'torch': largest difference of a logit}, or {'torch_error': why PyTorch failed}.
 
   Raises:
-    InputError: they differ, so that the checkpoint is not what it was read as.
+    InputError: the logits differ, so one side misreads the checkpoint.
   """
   with jax.default_matmul_precision('highest'):
     ours_BTV = hosts.to_host(_logits(model, tokens_BT))
@@ -160,7 +176,7 @@ def check_source(source: Source, model: Decoder, dtype: str, tokens_BT, torch: b
     return {}
   try:
     theirs_BTV = _torch_logits(_torch_model(source.files, dtype), tokens_BT)
-  except Exception as e:  # transformers' own, of any kind: nothing is known of the checkpoint then  # noqa: BLE001
+  except Exception as e:  # transformers may raise anything; it proves nothing about the checkpoint  # noqa: BLE001
     return {'torch_error': reason(e)}
   difference = float(np.max(np.abs(ours_BTV - theirs_BTV)))
   if not difference <= TOLERANCE * max(1.0, float(theirs_BTV.std())):
@@ -168,13 +184,13 @@ def check_source(source: Source, model: Decoder, dtype: str, tokens_BT, torch: b
       'model',
       source.name,
       f'JAX and PyTorch read this checkpoint differently (logits differ by {difference:.2g}, their '
-      f'standard deviation is {theirs_BTV.std():.2g}); please report it, or leave this check out by --verify=jax.',
+      f'standard deviation is {theirs_BTV.std():.2g}); please report it, or skip this check with --verify=jax.',
     )
   return {'torch': difference}
 
 
 def why_torch_cannot(config: dict) -> str:
-  """Why transformers cannot make a model of this config.json; empty where it can. No memory is taken for it."""
+  """Why transformers cannot build a model from this config.json; empty if it can. Takes no memory for weights."""
   try:
     import torch
     import transformers
@@ -190,7 +206,7 @@ def why_torch_cannot(config: dict) -> str:
 
 
 def torch_class(config: dict) -> Any:
-  """The class of transformers that makes a model of a config.json."""
+  """The auto class of transformers for this config.json."""
   import transformers  # not a requirement of the package
 
   of_pictures = multimodal.is_multimodal(config)
@@ -218,16 +234,22 @@ def _torch_logits(model, tokens_BT) -> np.ndarray:
 def _check_torch(
   folder: pathlib.Path, expected_BTV: np.ndarray | None, tokens_BT: np.ndarray, tolerance: float
 ) -> dict:
-  """expected_BTV: unset, only what is generated with and without a cache is compared.
+  """Runs the checks in PyTorch.
+
+  Args:
+    expected_BTV: the pruned model's logits. None: only generation with and without a cache is compared.
 
   Returns:
-    Figures; {'torch_error': why} where PyTorch or transformers fails for another reason than a mismatch.
+    The figures, or {'torch_error': why} if PyTorch or transformers fails.
+
+  Raises:
+    ExportMismatch.
   """
   try:
     return _figures_in_torch(folder, expected_BTV, tokens_BT, tolerance)
   except ExportMismatch:
     raise
-  except Exception as e:  # of any kind: the export is whole, only this check could not be made  # noqa: BLE001
+  except Exception as e:  # of any kind: the export is complete, only this check failed  # noqa: BLE001
     return {'torch_error': reason(e)}
 
 
@@ -239,8 +261,10 @@ def _figures_in_torch(folder: pathlib.Path, expected_BTV, tokens_BT, tolerance: 
   if expected_BTV is not None:
     figures['torch'] = float(np.max(np.abs(_torch_logits(model, tokens_BT) - expected_BTV)))
     if not figures['torch'] <= tolerance:
-      raise ExportMismatch(f'{folder}: logits in PyTorch differ by {figures["torch"]:.2g} from the pruned model')
-  # Weights are checked here, not sampling: nothing of the folder's generation_config.json but its special tokens.
+      raise ExportMismatch(
+        f"{folder}: its logits in PyTorch differ from the pruned model's by up to {figures['torch']:.2g}"
+      )
+  # This checks weights, not sampling: of generation_config.json, only the special tokens are used.
   own = model.generation_config
   special = {name: getattr(own, name) for name in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
   model.generation_config = transformers.GenerationConfig(**special)
@@ -254,5 +278,5 @@ def _figures_in_torch(folder: pathlib.Path, expected_BTV, tokens_BT, tolerance: 
   with torch.no_grad():
     cached, uncached = generate(True), generate(False)
   if cached != uncached:
-    raise ExportMismatch(f'{folder}: PyTorch generates {cached} with a cache and {uncached} without')
+    raise ExportMismatch(f'{folder}: PyTorch generates {cached} with a cache and {uncached} without one')
   return figures | {'generated': cached}

@@ -1,4 +1,4 @@
-"""Layers cut from file to file from quantised models, their tensors octet for octet."""
+"""Quantised models are cut from file to file, their tensors byte for byte."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 def mxfp4(folder: pathlib.Path) -> pathlib.Path:
-  """gpt-oss as it is published: the experts' matrices in blocks of 32 four-bit numbers."""
+  """gpt-oss as published: the experts' matrices in blocks of 32 four-bit numbers (MXFP4)."""
   random, D, F, E = np.random.default_rng(0), 32, 64, 4
   save(lambda: gpt_oss(intermediate_size=F), folder)
   sizes = {'gate_up_proj': (2 * F, D // 32), 'down_proj': (D, F // 32)}
@@ -39,14 +39,14 @@ def packed(name, tensor, sizes, random, E):
 
 
 def fp8(folder: pathlib.Path) -> pathlib.Path:
-  """A Qwen2 with block scales, as DeepSeek's and Qwen's fp8 files."""
+  """A Qwen2 in fp8 with block scales, like the files of DeepSeek and Qwen."""
 
   def make():
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**FP8))
 
   save(make, folder)
 
-  def halved(name, tensor):
+  def quantised(name, tensor):
     if not name.endswith('proj.weight') or '.layers.4.mlp' in name:
       return {name: tensor}
     scale = tensor.abs().max() / 448
@@ -55,7 +55,7 @@ def fp8(folder: pathlib.Path) -> pathlib.Path:
       f'{name}_scale_inv': scale.float().expand(-(-tensor.shape[0] // 128), -(-tensor.shape[1] // 128)).contiguous(),
     }
 
-  return rewrite(folder, halved, method='fp8')
+  return rewrite(folder, quantised, method='fp8')
 
 
 FP8 = {k: v for k, v in SIZES.items() if k != 'head_dim'} | dict(num_hidden_layers=5)
@@ -76,16 +76,17 @@ def rewrite(folder: pathlib.Path, change, method: str) -> pathlib.Path:
   weight_map = {name: file for file, half in zip(files, halves) for name in half}
   (folder / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': weight_map}))
   path = folder / 'config.json'
-  left = ['model.layers.4.mlp', 'model.layers.1.self_attn', 'lm_head', 'model.embed_tokens']
-  left = left if method == 'fp8' else ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'lm_head']
-  about = {'quant_method': method, 'modules_to_not_convert': left}
+  unquantised = ['model.layers.4.mlp', 'model.layers.1.self_attn', 'lm_head', 'model.embed_tokens']
+  if method == 'mxfp4':
+    unquantised = ['model.layers.*.self_attn', 'model.layers.*.mlp.router', 'lm_head']
+  about = {'quant_method': method, 'modules_to_not_convert': unquantised}
   about |= {'weight_block_size': [128, 128], 'activation_scheme': 'dynamic'} if method == 'fp8' else {}
   path.write_text(json.dumps(json.loads(path.read_text()) | {'quantization_config': about}))
   return folder
 
 
 @pytest.mark.parametrize('quantised', [mxfp4, fp8], ids=lambda f: f.__name__)
-def test_quantised_weights_are_copied_octet_for_octet(quantised, tmp_path):
+def test_quantised_weights_are_copied_byte_for_byte(quantised, tmp_path):
   source = quantised(tmp_path / 'source')
   export = cut(source, tmp_path / 'work', [1, 2])
   before, after = octets(source), octets(export)
@@ -99,8 +100,8 @@ def test_quantised_weights_are_copied_octet_for_octet(quantised, tmp_path):
   index = json.loads((export / 'model.safetensors.index.json').read_text())['weight_map']
   assert index.keys() == after.keys()
   if quantised is fp8:
-    told = json.loads((export / 'config.json').read_text())['quantization_config']['modules_to_not_convert']
-    assert told == ['model.layers.2.mlp', 'lm_head', 'model.embed_tokens']
+    config = json.loads((export / 'config.json').read_text())['quantization_config']
+    assert config['modules_to_not_convert'] == ['model.layers.2.mlp', 'lm_head', 'model.embed_tokens']
   classes = {fp8: transformers.Qwen2ForCausalLM, mxfp4: transformers.GptOssForCausalLM}
   models = [classes[quantised].from_pretrained(folder, dtype=torch.float32).eval() for folder in (export, source)]
   got, whole = logits(models[0]), logits(models[1])

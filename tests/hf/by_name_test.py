@@ -1,4 +1,4 @@
-"""Layers cut from file to file, by the names of tensors: the cut folder is the original without these modules."""
+"""Layers are cut from file to file by tensor names: the cut folder is the original without these modules."""
 
 import json
 
@@ -35,7 +35,7 @@ from elder_jax.run import series
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-# Model -> (its list of layers, layers to remove, what config.json says of those that are left)
+# Model -> (its list of layers, layers to remove, keys of config.json after the removal)
 CASES = {
   mixtral: ('model.layers', [1, 3], {}),
   deepseek_v3: ('model.layers', [1, 4], {'first_k_dense_replace': 2}),
@@ -52,12 +52,12 @@ CASES = {
 
 @pytest.fixture
 def no_decoder(monkeypatch):
-  """Models for pictures whose language model the decoder knows are cut as if it did not."""
-  monkeypatch.setattr(run_by_name, '_why_not_decoder', lambda model: 'a test says so')
+  """Cuts multimodal models by tensor names too, although the decoder supports their language models."""
+  monkeypatch.setattr(run_by_name, '_why_not_decoder', lambda model: 'forced by a test')
 
 
 @pytest.mark.parametrize('make', CASES, ids=lambda make: make.__name__)
-def test_the_cut_folder_is_the_original_with_modules_deleted_to_the_bit(make, tmp_path, no_decoder):
+def test_the_cut_folder_computes_bit_for_bit_what_the_original_does_without_these_modules(make, tmp_path, no_decoder):
   at, removed, expected = CASES[make]
   source = save(make, tmp_path / 'source')
   export = cut(source, tmp_path / 'work', removed)
@@ -65,15 +65,15 @@ def test_the_cut_folder_is_the_original_with_modules_deleted_to_the_bit(make, tm
   assert torch.equal(got, logits(without(load(make, source), at, removed))) and torch.isfinite(got).all()
   assert not torch.equal(got, logits(load(make, source)))
   config = json.loads((export / 'config.json').read_text())
-  told = config.get('text_config', config)
-  assert {key: told[key] for key in expected} == expected
+  text_config = config.get('text_config', config)
+  assert {key: text_config[key] for key in expected} == expected
   assert manifest.check(export) > 3
 
 
 @pytest.mark.parametrize(
   'key', ['first_k_dense_replace', 'mlp_only_layers', 'no_rope_layers', 'max_window_layers', 'layer_types']
 )
-def test_a_key_that_was_forgotten_is_seen_by_the_layers_that_transformers_makes(key, tmp_path, monkeypatch, no_decoder):
+def test_a_key_without_its_rule_is_found_by_comparing_layers_in_transformers(key, tmp_path, monkeypatch, no_decoder):
   make, removed = {
     'first_k_dense_replace': (deepseek_v3, [1]),
     'mlp_only_layers': (qwen3_next, [0]),
@@ -94,16 +94,16 @@ def test_a_key_that_was_forgotten_is_seen_by_the_layers_that_transformers_makes(
     monkeypatch.setattr(keys, '_write_lists', lambda *_: None)
   if key == 'no_rope_layers':
     monkeypatch.setattr(keys, '_write_lists', lambda *_: None)
-  with pytest.raises(InputError, match='would become another kind of layer'):
+  with pytest.raises(InputError, match='would make layer .* another kind of layer'):
     cut(source, tmp_path / 'work', removed)
 
 
-def test_a_list_is_named_where_there_are_several(tmp_path, no_decoder):
+def test_layers_at_chooses_among_several_lists(tmp_path, no_decoder):
   source = save(gemma3, tmp_path / 'source')
   export = cut(source, tmp_path / 'work', [1], layers_at='vision_tower.encoder.layers')
   config = json.loads((export / 'config.json').read_text())
   assert config['vision_config']['num_hidden_layers'] == 2 and config['text_config']['num_hidden_layers'] == 7
-  with pytest.raises(InputError, match=r'layers_at=nothing.*there are .*language_model.model.layers \(7\)'):
+  with pytest.raises(InputError, match=r'layers_at=nothing.*give one of .*language_model.model.layers \(7\)'):
     cut(source, tmp_path / 'other', [1], layers_at='nothing')
   settings = dict(model=str(source), workdir=str(tmp_path / 'third'), layers_at='x', remove_layers=[1], compare=())
   with pytest.raises(InputError, match='layers_at=x.*only cut'):
@@ -116,7 +116,7 @@ def test_a_list_is_named_where_there_are_several(tmp_path, no_decoder):
     cut(source, tmp_path / 'fifth', [9])
 
 
-def test_a_cut_that_was_killed_is_done_again_and_a_finished_one_is_told(tmp_path, monkeypatch, no_decoder):
+def test_a_killed_cut_is_repeated_and_a_finished_one_only_reported(tmp_path, monkeypatch, no_decoder):
   source = save(mixtral, tmp_path / 'source')
   size = copies.PIECE
   monkeypatch.setattr(copies, 'PIECE', 512)
@@ -133,23 +133,23 @@ def test_a_cut_that_was_killed_is_done_again_and_a_finished_one_is_told(tmp_path
   assert json.loads((tmp_path / 'work/report.json').read_text())['verify'] == {'tensors': len(written)}
 
 
-def test_a_copy_that_is_not_the_original_is_seen(tmp_path, monkeypatch, no_decoder):
+def test_a_copy_that_differs_from_the_original_is_refused(tmp_path, monkeypatch, no_decoder):
   source = save(mixtral, tmp_path / 'source')
   write = by_name.write
 
-  def spoilt(checkpoint, kept, config, folder, *more):
+  def damaged(checkpoint, kept, config, folder, *more):
     hashes = write(checkpoint, kept, config, folder, *more)
     path = next(folder.glob('*.safetensors'))
     path.write_bytes(path.read_bytes()[:-1] + b'\1')
     return hashes
 
-  monkeypatch.setattr(by_name, 'write', spoilt)
-  with pytest.raises(ExportMismatch, match='is not what was copied'):
+  monkeypatch.setattr(by_name, 'write', damaged)
+  with pytest.raises(ExportMismatch, match='differs from the original'):
     cut(source, tmp_path / 'work', [2])
   assert not (tmp_path / 'work' / 'export').exists()
 
 
-def test_layers_that_predict_further_tokens_stay_behind_the_others():
+def test_layers_that_predict_further_tokens_stay_last():
   layers = layer_list.find(
     [f'model.layers.{l}.w' for l in range(5)], dict(num_hidden_layers=4, num_nextn_predict_layers=1), 'x'
   )

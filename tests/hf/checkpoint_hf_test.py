@@ -1,4 +1,4 @@
-"""Checkpoints in and out: byte for byte, through transformers, from llama.cpp's format; the check of an export."""
+"""Checkpoints are read and written: byte for byte, compared with transformers; the check of an export."""
 
 import json
 import pathlib
@@ -51,14 +51,14 @@ def same_bytes(a: dict, b: dict):
 
 
 def resave(folder: pathlib.Path, change):
-  """Passes the tensors of a one-file folder through change, in place."""
+  """Applies change(tensors) to the tensors of a folder with one file, in place."""
   tensors = tensors_of(folder)
   change(tensors)
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
 
 
 def save(folder: pathlib.Path, out: pathlib.Path, removed=(), dtype='float32', shard_bytes=BIG):
-  """Load, remove, save; returns the model that was saved."""
+  """Loads a model, removes layers and saves it; returns the saved model."""
   source = open_folder(folder)
   model = pruning.prune(load_model(source, dtype), list(removed))
   out.mkdir()
@@ -74,7 +74,7 @@ def save(folder: pathlib.Path, out: pathlib.Path, removed=(), dtype='float32', s
 
 
 def load_torch(folder: pathlib.Path):
-  """AutoModelForCausalLM, that nothing was missing for and nothing left over."""
+  """AutoModelForCausalLM, with no tensor missing and none left over."""
   import torch
   import transformers
 
@@ -100,7 +100,7 @@ def some_tokens(vocab: int = 263):
 
 @pytest.fixture(scope='module')
 def mild(tmp_path_factory) -> pathlib.Path:
-  """A tiny untied Llama with logits small enough for a tolerance of 1e-5; read only."""
+  """A tiny untied Llama whose logits are small enough for a tolerance of 1e-5; read only."""
   return write_tiny_llama(tmp_path_factory.mktemp('mild'), initializer_range=0.1, tie_word_embeddings=False)
 
 
@@ -110,7 +110,7 @@ def mild(tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('source_shard', ['5GB', '20KB'])
-def test_all_layers_kept_is_the_same_checkpoint(source_shard, tied, dtype, tmp_path):
+def test_keeping_all_layers_writes_the_same_checkpoint(source_shard, tied, dtype, tmp_path):
   folder = write_tiny_llama(tmp_path / 'in', dtype, source_shard, tie_word_embeddings=tied)
   assert (folder / 'model.safetensors.index.json').exists() == (source_shard == '20KB')
   save(folder, tmp_path / 'out', dtype=dtype)
@@ -144,14 +144,14 @@ def test_sharded_output(shard_bytes, mild, tmp_path):
   same_bytes(tensors_of(out), tensors_of(mild))
   logits_BTV, expected_BTV = (torch_logits(load_torch(folder), some_tokens()) for folder in (out, mild))
   np.testing.assert_array_equal(logits_BTV, expected_BTV)
-  # And read back by us.
+  # We read the same values back.
   chex.assert_trees_all_equal(
     jax.tree.leaves(load_model(open_folder(out), 'float32')),
     jax.tree.leaves(load_model(open_folder(mild), 'float32')),
   )
 
 
-def test_save_in_another_type(mild, tmp_path):
+def test_saving_in_another_type(mild, tmp_path):
   source = open_folder(mild)
   model = load_model(source, 'float32')
   (tmp_path / 'out').mkdir()
@@ -165,7 +165,7 @@ def test_save_in_another_type(mild, tmp_path):
 # ---- two layers removed ----
 
 
-def test_pruned_folder_is_the_pruned_model(mild, tmp_path):
+def test_the_pruned_folder_holds_the_pruned_model(mild, tmp_path):
   out = tmp_path / 'out'
   pruned = save(mild, out, removed=[1, 4])
   reference = load_torch(out)
@@ -173,14 +173,14 @@ def test_pruned_folder_is_the_pruned_model(mild, tmp_path):
   expected_BTV = jax_logits(pruned, some_tokens())
   assert np.std(expected_BTV) > 0.1
   np.testing.assert_allclose(torch_logits(reference, some_tokens()), expected_BTV, rtol=0, atol=1e-5)
-  # The kept layers are the source's, renumbered.
+  # The kept layers are those of the source, renumbered.
   before, after = tensors_of(mild), tensors_of(out)
   for new, old in enumerate([0, 2, 3, 5]):
 
-    def named(tensors, l):
+    def of_layer(tensors, l):
       return {n.split(f'.{l}.')[1]: t for n, t in tensors.items() if f'layers.{l}.' in n}
 
-    same_bytes(named(after, new), named(before, old))
+    same_bytes(of_layer(after, new), of_layer(before, old))
   assert not any('layers.4.' in n or 'layers.5.' in n for n in after)
 
   config, config_before = (json.loads((f / 'config.json').read_text()) for f in (out, mild))
@@ -192,7 +192,7 @@ def test_pruned_folder_is_the_pruned_model(mild, tmp_path):
   assert {p.name for p in out.iterdir()} == expected
 
 
-def test_pruned_config_slices_what_is_given_per_layer():
+def test_pruned_config_cuts_lists_with_an_entry_per_layer():
   config = {
     'num_hidden_layers': 4,
     'layer_types': ['a', 'b', 'c', 'd'],
@@ -216,7 +216,7 @@ def test_pruned_config_slices_what_is_given_per_layer():
   assert got['dtype'] == 'float32' and 'torch_dtype' not in got
 
 
-# ---- what checkpoints of other times look like ----
+# ---- older checkpoints ----
 
 
 def test_old_rotary_buffers_are_accepted(mild, tmp_path):
@@ -258,7 +258,7 @@ def test_config_of_transformers_4_and_5(rope, tiny, tmp_path):
     (folder / 'config.json').write_text(json.dumps(config))
     source = open_folder(folder)
     specs.append((source.spec, source.num_layers))
-    # What is written is in the style of what was read.
+    # config.json is written in the style in which it was read.
     after = pruned_config(llama, config, [0, 1, 2, 3, 4, 5], 'float32')
     assert without_additions(after, config) == config
   assert specs[0] == specs[1] and specs[0] != (open_folder(tiny).spec, 6)
@@ -269,11 +269,11 @@ def test_config_of_transformers_4_and_5(rope, tiny, tmp_path):
 
 @pytest.fixture
 def exported(mild, tmp_path):
-  """(folder, the pruned model in it)."""
+  """(folder, the pruned model that it holds)."""
   return tmp_path / 'out', save(mild, tmp_path / 'out', removed=[2, 3])
 
 
-def test_verify_passes_a_good_export(exported):
+def test_verify_accepts_a_good_export(exported):
   folder, pruned = exported
   figures = verify.check(folder, pruned, 'float32', some_tokens(), torch=True)
   assert figures['jax'] == 0 and figures['torch'] <= 1e-5
@@ -281,7 +281,7 @@ def test_verify_passes_a_good_export(exported):
   assert verify.check(folder, pruned, 'float32', some_tokens(), torch=False) == {'jax': 0.0}
 
 
-def test_verify_passes_a_rounded_export(mild, tmp_path):
+def test_verify_accepts_a_rounded_export(mild, tmp_path):
   source = open_folder(mild)
   model = load_model(source, 'float32')
   (tmp_path / 'out').mkdir()
@@ -302,8 +302,8 @@ def test_verify_finds_a_changed_tensor(name, exported):
     verify.check(folder, pruned, 'float32', some_tokens(), torch=False)
 
 
-def test_verify_finds_what_only_torch_sees(exported):
-  """Another epsilon that our own reader is kept from seeing stands in for any such difference."""
+def test_verify_finds_a_difference_that_only_torch_shows(exported):
+  """Our reader is patched to miss another epsilon in config.json; this stands for any difference of this kind."""
   folder, pruned = exported
   good = open_folder(folder)
   config = json.loads((folder / 'config.json').read_text())
@@ -327,6 +327,6 @@ def test_a_mismatch_leaves_no_export(settings, monkeypatch):
     with pytest.raises(verify.ExportMismatch):
       pipeline.run(config_of(**settings))
   assert not (work / 'export').exists() and not (work / 'report.json').exists()
-  pipeline.run(config_of(**settings))  # and the work folder goes on from there
+  pipeline.run(config_of(**settings))  # the same work folder resumes
   assert len(json.loads((work / 'report.json').read_text())['kept']) == 4
   assert (work / 'export' / 'model.safetensors').is_file() and not (work / 'export.partial').exists()

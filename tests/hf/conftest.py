@@ -1,4 +1,4 @@
-"""Tiny models that several files of these tests read GGUF files of; read only."""
+"""Tiny models from which several tests make GGUF files; read only."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ def two_layers(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
-  """A tiny model of each family that GGUF is read for."""
+  """A tiny model of each family with GGUF support."""
   found = {}
   for kind in FAMILIES:
     found[kind] = tmp_path_factory.mktemp(kind)

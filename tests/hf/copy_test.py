@@ -1,4 +1,4 @@
-"""Layers taken out without the model's ever being in memory; the list of hashes and the command that reads it."""
+"""Layers are removed without loading the model; SHA256SUMS and the command that checks it."""
 
 import hashlib
 import json
@@ -39,15 +39,15 @@ def tensors_of(folder) -> dict[str, np.ndarray]:
 
 
 def renumbered(tensors: dict, kept: list[int]) -> dict:
-  there = {}
+  result = {}
   for name, tensor in tensors.items():
     parts = name.split('.')
     if parts[1] == 'layers':
       if int(parts[2]) not in kept:
         continue
       parts[2] = str(kept.index(int(parts[2])))
-    there['.'.join(parts)] = tensor
-  return there
+    result['.'.join(parts)] = tensor
+  return result
 
 
 def same(a: dict, b: dict):
@@ -56,11 +56,11 @@ def same(a: dict, b: dict):
     assert a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes(), name
 
 
-def test_a_copy_is_the_kept_layers_byte_for_byte(copying, monkeypatch):
-  # Else for this alone the model is loaded.
+def test_a_copy_has_the_kept_layers_byte_for_byte(copying, monkeypatch):
+  # Otherwise PyTorch loads the dense model for the check of the source.
   monkeypatch.setattr(verify, 'use_torch', lambda wish, params, say=None: params < 50_000)
   monkeypatch.setattr(job_module, 'load_model', lambda *args: pytest.fail('the model was loaded'))
-  monkeypatch.setattr(safetensors_files, 'PIECE', 1000)  # so that tensors come in many pieces
+  monkeypatch.setattr(safetensors_files, 'PIECE', 1000)  # so that tensors are read in many pieces
   report = pipeline.run(config_of(**copying, shard_gb=3e-5))
   export = pathlib.Path(copying['workdir']) / 'export'
   assert report['kept'] == [0, 2, 3, 5] and len(list(export.glob('*.safetensors'))) > 1
@@ -73,14 +73,14 @@ def test_a_copy_is_the_kept_layers_byte_for_byte(copying, monkeypatch):
   assert report['params']['pruned'] == sum(t.size for t in expected.values())
 
 
-def test_a_copy_is_what_the_model_in_memory_gives(copying, text, tmp_path):
+def test_a_copy_equals_the_export_of_a_loaded_model(copying, text, tmp_path):
   pipeline.run(config_of(**copying))
   measured = dict(eval_data=(f'text={text}',), eval_seq_len=32, eval_tokens=64, workdir=str(tmp_path / 'measured'))
   pipeline.run(config_of(**copying | measured))
   same(*(tensors_of(f'{work}/export') for work in (copying['workdir'], measured['workdir'])))
 
 
-def test_no_layer_removed_is_a_round_trip(copying):
+def test_removing_no_layer_is_a_round_trip(copying):
   pipeline.run(config_of(**copying | dict(remove_layers='')))
   same(tensors_of(f'{copying["workdir"]}/export'), tensors_of(copying['model']))
 
@@ -93,7 +93,7 @@ def test_a_copy_in_another_type(dtype, copying):
   assert json.loads(pathlib.Path(copying['workdir'], 'export', 'config.json').read_text())['dtype'] == dtype
 
 
-def test_tensors_of_several_types_keep_theirs(copying, tmp_path):
+def test_tensors_of_several_types_keep_their_types(copying, tmp_path):
   folder = write_tiny_llama(tmp_path / 'mixed', 'bfloat16')
   tensors = {n: t.astype('float32') if 'norm' in n else t for n, t in tensors_of(folder).items()}
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
@@ -114,7 +114,7 @@ def test_a_tensor_that_is_not_finite_is_named(value, dtype, copying, tmp_path):
   assert not pathlib.Path(copying['workdir'], 'export').exists()
 
 
-def test_a_file_that_shrinks_under_our_eyes(copying):
+def test_a_file_that_shrinks_while_it_is_read(copying):
   source = open_source(copying['model'], pathlib.Path(copying['workdir']))
   path = next(pathlib.Path(copying['model']).glob('*.safetensors'))
   name = next(iter(safetensors.numpy.load_file(path)))
@@ -140,15 +140,15 @@ def test_every_file_is_listed_with_its_hash(export):
   assert subprocess.run(['sha256sum', '-c', '--quiet', 'SHA256SUMS'], cwd=export, check=False).returncode == 0
 
 
-def test_the_command_passes_what_was_written(export, capsys):
+def test_the_command_accepts_an_unchanged_export(export, capsys):
   run_verb('verify', [str(export)])
   assert 'files as written, llama, 4 layers' in capsys.readouterr().out
 
 
 def _flip(path: pathlib.Path):
-  octets = bytearray(path.read_bytes())
-  octets[-1] ^= 1
-  path.write_bytes(octets)
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,15 @@ def _flip(path: pathlib.Path):
     (lambda f: (f / 'SHA256SUMS').write_text(''), ['SHA256SUMS', 'is empty']),
   ],
 )
-def test_the_command_names_what_is_wrong(damage, parts, export, capsys):
+def test_the_command_names_the_damaged_file(damage, parts, export, capsys):
   damage(export)
   with pytest.raises(SystemExit) as end:
     run_verb('verify', [str(export)])
-  said = capsys.readouterr().err.strip()
-  assert end.value.code == 1 and '\n' not in said and all(part in said for part in parts)
+  message = capsys.readouterr().err.strip()
+  assert end.value.code == 1 and '\n' not in message and all(part in message for part in parts)
 
 
-def test_pytorch_is_left_out_where_the_model_would_fill_the_memory(monkeypatch, capsys):
+def test_pytorch_is_left_out_if_the_model_would_fill_the_memory(monkeypatch, capsys):
   monkeypatch.setattr(memory, 'total', lambda: 4096 * 10**6)
   assert verify.use_torch('auto', 10**8) and not verify.use_torch('auto', 10**9) and verify.use_torch('torch', 10**9)
   assert 'left out' in capsys.readouterr().err and not verify.use_torch('jax', 1)

@@ -1,4 +1,4 @@
-"""The small files of an export: those of the source that are true of the pruned model, and the tokenizer that was used."""
+"""The small files of an export: those of the source that also hold for the pruned model, and the tokenizer."""
 
 import json
 import pathlib
@@ -17,14 +17,14 @@ from elder_jax.hf import folder as model_folder
 from elder_jax.hf import manifest
 from elder_jax.run import pipeline
 
-TAKEN_OVER = (
+COPIED = (
   'tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model '
   'qwen.tiktoken tekken.json sentencepiece.bpe.model spiece.model vocab.txt words-of-no-known-name.dict '
   'chat_template.jinja additional_chat_templates/tool_use.jinja generation_config.json preprocessor_config.json '
   'processor_config.json configuration.json LICENSE LICENSE.md license.txt NOTICE Notice.txt USE_POLICY.md '
   'a_name|with?odd*characters.txt'
 ).split()
-LEFT = (
+SKIPPED = (
   'README.md readme.MD SHA256SUMS config.json.bak.pt model.safetensors.index.json pytorch_model.bin.index.json '
   'pytorch_model.bin consolidated.00.pth params.json quantize_config.json hf_quant_config.json recipe.yaml '
   'adapter_config.json adapter_model.safetensors trainer_state.json training_args.bin optimizer.pt scheduler.pt '
@@ -40,14 +40,14 @@ def write(folder: pathlib.Path, names, content='{"a": 1}'):
     (folder / name).write_text(f'{content} {name}' if not name.endswith('.json') else content)
 
 
-def test_all_small_files_but_those_of_weights_and_training(tmp_path):
-  write(tmp_path, [*TAKEN_OVER, *LEFT])
+def test_all_small_files_except_those_of_weights_and_training(tmp_path):
+  write(tmp_path, [*COPIED, *SKIPPED])
   write(tmp_path / 'folder', ['tokenizer.json', 'LICENSE'])
   (tmp_path / 'vocab.folder').mkdir()
-  assert model_folder.small_files(tmp_path) == {name: tmp_path / name for name in TAKEN_OVER}
+  assert model_folder.small_files(tmp_path) == {name: tmp_path / name for name in COPIED}
 
 
-def test_large_files_are_a_tokenizers_only(tmp_path, monkeypatch):
+def test_only_a_tokenizer_may_have_large_files(tmp_path, monkeypatch):
   monkeypatch.setattr(model_folder, '_LARGEST', 1000)
   write(tmp_path, ['tokenizer.json', 'vocab.txt', 'notes.txt', 'small.txt'])
   for name in ('tokenizer.json', 'vocab.txt', 'notes.txt'):
@@ -55,8 +55,8 @@ def test_large_files_are_a_tokenizers_only(tmp_path, monkeypatch):
   assert model_folder.small_files(tmp_path).keys() == {'tokenizer.json', 'vocab.txt', 'small.txt'}
 
 
-def test_links_are_copied_as_what_they_lead_to(tmp_path):
-  """As a snapshot of the hub is made: links to blobs."""
+def test_links_are_copied_as_the_files_they_point_to(tmp_path):
+  """A snapshot of the hub consists of links to blobs."""
   (tmp_path / 'blobs').mkdir()
   (tmp_path / 'blobs' / 'abc').write_text('the text')
   (tmp_path / 'blobs' / 'abc').chmod(0o444)
@@ -68,14 +68,14 @@ def test_links_are_copied_as_what_they_lead_to(tmp_path):
 
 
 @pytest.mark.parametrize('link', ['nowhere', 'LICENSE'], ids=['broken', 'loop'])
-def test_a_file_that_cannot_be_read_is_told_before_long_work(settings, model, no_text, link):
+def test_a_file_that_cannot_be_read_is_reported_before_long_work(settings, model, no_text, link):
   (model / 'LICENSE').unlink()
   (model / 'LICENSE').symlink_to(link)
-  (model / 'weights.bin').symlink_to('nowhere')  # of no account
+  (model / 'weights.bin').symlink_to('nowhere')  # not copied, so it does not matter
   refused(settings, model / 'LICENSE', 'cannot be read', 'remove it')
 
 
-def test_a_file_without_permission_is_told(tmp_path, monkeypatch):
+def test_a_file_without_permission_is_reported(tmp_path, monkeypatch):
   write(tmp_path, ['LICENSE', 'vocab.txt'])
   opened = pathlib.Path.open
 
@@ -85,7 +85,9 @@ def test_a_file_without_permission_is_told(tmp_path, monkeypatch):
     return opened(path, *args, **kwargs)
 
   monkeypatch.setattr(pathlib.Path, 'open', deny)
-  with pytest.raises(InputError, match=r'vocab.txt: belongs into the export but cannot be read \(Permission denied\)'):
+  with pytest.raises(
+    InputError, match=r'vocab.txt: the export copies this file, but it cannot be read \(Permission denied\)'
+  ):
     model_folder.small_files(tmp_path)
 
 
@@ -102,7 +104,7 @@ def other_tokenizer(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def test_another_tokenizer_takes_the_place_of_the_sources(settings, model, tmp_path):
+def test_another_tokenizer_replaces_that_of_the_source(settings, model, tmp_path):
   write(model, ['vocab.json', 'special_tokens_map.json', 'additional_chat_templates/old.jinja'])
   settings |= dict(tokenizer=str(other_tokenizer(tmp_path / 'tokenizer')), recipe='none', compare=(), train_steps=0)
   pipeline.run(config_of(**settings))
@@ -153,7 +155,7 @@ def exported(settings, model) -> pathlib.Path:
 
 @pytest.mark.parametrize('code', [True, False], ids=['with its code', 'without'])
 def test_no_code_is_needed_to_load_an_export(settings, tmp_path, code):
-  """The families are all in transformers: what a checkpoint of their first days brought along is not asked for."""
+  """transformers supports all families, so code that came with an early checkpoint is not needed."""
   folder = write_tiny_llama(tmp_path / 'in')
   auto_map = {'AutoConfig': 'configuration_own.OwnConfig', 'AutoModelForCausalLM': 'modeling_own.OwnForCausalLM'}
   edit_json(folder / 'config.json', auto_map=auto_map)
@@ -173,7 +175,7 @@ def test_no_code_is_needed_to_load_an_export(settings, tmp_path, code):
     assert transformers.AutoTokenizer.from_pretrained(export, trust_remote_code=trust)('a').input_ids
 
 
-def test_code_of_another_repository_is_left_to_it(tmp_path):
+def test_auto_map_to_another_repository_is_kept(tmp_path):
   write(tmp_path / 'in', ['LICENSE'])
   text = json.dumps({'auto_map': {'AutoTokenizer': ['own/code--tokenization_own.OwnTokenizer', None]}})
   (tmp_path / 'in' / 'tokenizer_config.json').write_text(text)
@@ -189,9 +191,9 @@ def test_the_manifest_covers_folders(tmp_path):
   (tmp_path / 'additional_chat_templates' / 'a.jinja').write_text('changed')
   with pytest.raises(InputError, match=r'a.jinja: is not what was written'):
     manifest.check(tmp_path)
-  outside = shutil.copy(tmp_path / 'SHA256SUMS', tmp_path / 'before')
+  good = shutil.copy(tmp_path / 'SHA256SUMS', tmp_path / 'before')
   for name in ('../x', '/etc/passwd', 'a//b', 'a/./b'):
-    text = outside.read_text().replace('additional_chat_templates/a.jinja', name)
+    text = good.read_text().replace('additional_chat_templates/a.jinja', name)
     (tmp_path / 'SHA256SUMS').write_text(text)
     with pytest.raises(InputError, match='is no hash and file name'):
       manifest.check(tmp_path)

@@ -1,4 +1,4 @@
-"""Every family against transformers: logits, the round trip byte for byte, removal, generation, what is refused."""
+"""Every family compared with transformers: logits, round trip byte for byte, removal, generation, refusals."""
 
 import json
 import pathlib
@@ -30,18 +30,18 @@ from elder_jax.text.generation import generate
 T = 40
 
 
-# Of each kind of block one, for make test.
+# One of each kind of block, for make test.
 QUICK = ('llama, biases', 'gemma3_text, scaled', 'phi, grouped', 'opt, post-norm', 'gpt2', 'phi3, partial')
 
 
 def write_model(path: pathlib.Path, case: str) -> pathlib.Path:
-  """A random model of a family as transformers saves it."""
+  """A random model of a family, saved by transformers."""
   kind = case.split(',')[0]
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **CASES[case]))
   with torch.no_grad():
     for name, p in model.named_parameters():
-      if 'norm' in name or 'ln_' in name or p.ndim == 1:  # else all are alike and could be swapped unseen
+      if 'norm' in name or 'ln_' in name or p.ndim == 1:  # equal tensors could be swapped unnoticed
         low = -0.5 if kind.startswith(('gemma', 'qwen3_5')) or name.endswith('bias') else 0.5
         p.uniform_(low, low + 1)
   model.save_pretrained(path)
@@ -99,7 +99,7 @@ def test_the_round_trip_changes_no_byte(folder, tmp_path):
   assert without_additions(json.loads((tmp_path / 'config.json').read_text()), config) == config
 
 
-def test_two_layers_less(folder, tmp_path):
+def test_removing_two_layers(folder, tmp_path):
   source, model = opened(folder)
   kept = [l for l in range(source.num_layers) if l not in (1, 2)]
   pruned = pruning.prune(model, [1, 2])
@@ -109,7 +109,7 @@ def test_two_layers_less(folder, tmp_path):
   again, read = opened(tmp_path)
   assert read.spec == pruned.spec and again.num_layers == len(kept)
   np.testing.assert_array_equal(logits(read, tokens()), expected)
-  # Skipping them is the same as their being gone.
+  # Skipping the layers computes the same as removing them.
   alive_L = np.isin(np.arange(source.num_layers), kept)
   skipped_BTD, _ = jax.jit(forward)(model, tokens(), alive_L)
   close(jax.jit(logits_of)(model, skipped_BTD), expected)
@@ -133,7 +133,7 @@ def test_generation_with_a_cache_equals_that_without(folder):
 
 
 @pytest.mark.parametrize('damage', ['key', 'extra', 'missing'])
-def test_what_is_not_understood_is_named(folder, tmp_path, damage):
+def test_an_unknown_key_or_tensor_is_named(folder, tmp_path, damage):
   config, weights = json.loads((folder / 'config.json').read_text()), tensors_of(folder)
   if damage == 'key':
     config['twisted_attention'], name = True, 'twisted_attention'
@@ -151,12 +151,12 @@ def test_what_is_not_understood_is_named(folder, tmp_path, damage):
 
 
 @pytest.mark.parametrize(('case', 'prefix'), [('gpt2', 'transformer.'), ('opt', 'model.')])
-def test_old_names_without_the_prefix(case, prefix, tmp_path):
+def test_old_tensor_names_without_the_prefix(case, prefix, tmp_path):
   folder = write_model(tmp_path / 'in', case)
   before = tensors_of(folder)
   old = {name.removeprefix(prefix): tensor for name, tensor in before.items()}
   assert old.keys().isdisjoint(before)
-  if case == 'gpt2':  # the causal mask, which old files hold
+  if case == 'gpt2':  # old files hold the causal mask
     old['h.0.attn.bias'] = np.ones((1, 1, 8, 8), np.float32)
   safetensors.numpy.save_file(old, folder / 'model.safetensors', metadata={'format': 'pt'})
   source, model = opened(folder)

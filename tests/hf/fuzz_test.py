@@ -1,6 +1,6 @@
-"""Checkpoints from strangers: whatever is in their headers, opening one succeeds or ends in the one sentence.
+"""Fuzz tests: whatever is in a checkpoint's headers, opening it succeeds or raises InputError with one sentence.
 
-1,000 cases a run, drawn anew each time: hypothesis prints what to do to see a failure again.
+1,000 cases, the same in every run. hypothesis prints how to reproduce a failure.
 """
 
 import json
@@ -23,13 +23,13 @@ import transformers
 from elder_jax.errors import InputError
 from elder_jax.hf.source import open_source
 
-SECONDS = 20  # for one case, at a machine under load
-MEMORY = 4 * 2**30  # beyond what the process has
+SECONDS = 20  # for one case, on a busy machine
+MEMORY = 4 * 2**30  # bytes beyond what the process uses at the start
 
 
 @pytest.fixture(scope='module', autouse=True)
 def little_memory():
-  """What takes the memory fails here, and not the machine."""
+  """Limits memory, so that a case that takes too much fails without harming the machine."""
   size = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
   before = resource.getrlimit(resource.RLIMIT_AS)
   resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
@@ -52,8 +52,8 @@ class Hangs(BaseException):
   pass
 
 
-def opens_or_says_why(path: pathlib.Path):
-  """Opens, and reads the tensors where that succeeds; anything but an InputError of one line is a failure."""
+def opens_or_raises_input_error(path: pathlib.Path):
+  """Opens a checkpoint and reads its tensors. Any exception but an InputError of one line is a failure."""
   around = path if path.is_dir() else path.parent
   before = {p for p in around.parent.rglob('*') if 'scratch' not in p.parts}
 
@@ -75,7 +75,7 @@ def opens_or_says_why(path: pathlib.Path):
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
-  """A tiny model of some families, to be damaged; the config is put back each time."""
+  """A tiny model of some families; each test damages files and restores them."""
   found = {'llama': write_tiny_llama(tmp_path_factory.mktemp('llama'), shard='20KB')}
   for kind in ('qwen2', 'gemma3_text', 'gpt2', 'gpt_neox', 'opt', 'smollm3'):
     sizes = dict(
@@ -156,7 +156,7 @@ def test_config_fields(folders, data):
       config[key] = data.draw(ROPES if key in ('rope_scaling', 'rope_parameters') else VALUES)
   try:
     (folder / 'config.json').write_text(json.dumps(config))
-    opens_or_says_why(folder)
+    opens_or_raises_input_error(folder)
   finally:
     (folder / 'config.json').write_text(text)
 
@@ -177,10 +177,10 @@ def test_index_files(folders, data):
   ]
   how = data.draw(st.sampled_from(['bytes', 'value', 'map']))
   if how == 'bytes':
-    octets = bytearray(before)
+    content = bytearray(before)
     for _ in range(data.draw(st.integers(1, 4))):
-      octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
-    after = bytes(octets)
+      content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    after = bytes(content)
   elif how == 'value':
     after = json.dumps(data.draw(VALUES | st.fixed_dictionaries({'weight_map': VALUES}))).encode()
   else:
@@ -191,33 +191,33 @@ def test_index_files(folders, data):
     after = json.dumps(content).encode()
   try:
     index.write_bytes(after)
-    opens_or_says_why(index.parent)
+    opens_or_raises_input_error(index.parent)
   finally:
     index.write_bytes(before)
 
 
-def damaged(octets: bytes, head: int, data) -> bytes:
-  """Bytes changed, numbers put in, pieces cut out or put in, within the first `head` bytes; or the end cut off."""
-  octets = bytearray(octets)
+def damaged(content: bytes, head: int, data) -> bytes:
+  """Changes bytes, writes numbers, and deletes or inserts pieces within the first `head` bytes; or cuts off the end."""
+  content = bytearray(content)
   for _ in range(data.draw(st.integers(1, 3))):
     at = data.draw(st.integers(0, head - 1))
     how = data.draw(st.sampled_from(['byte', 'number', 'cut', 'insert', 'end']))
     if how == 'byte':
-      octets[at : at + 1] = bytes([data.draw(st.integers(0, 255))])
+      content[at : at + 1] = bytes([data.draw(st.integers(0, 255))])
     elif how == 'number':
       size = data.draw(st.sampled_from([4, 8]))
       number = data.draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1))
-      octets[at : at + size] = (number % 2 ** (8 * size)).to_bytes(size, 'little')
+      content[at : at + size] = (number % 2 ** (8 * size)).to_bytes(size, 'little')
     elif how == 'cut':
-      del octets[at : at + data.draw(st.integers(1, 40))]
+      del content[at : at + data.draw(st.integers(1, 40))]
     elif how == 'insert':
-      octets[at:at] = data.draw(st.binary(min_size=1, max_size=40))
+      content[at:at] = data.draw(st.binary(min_size=1, max_size=40))
     else:
-      del octets[data.draw(st.integers(0, len(octets))) :]
-      head = max(1, min(head, len(octets)))
-      if not octets:
+      del content[data.draw(st.integers(0, len(content))) :]
+      head = max(1, min(head, len(content)))
+      if not content:
         return b''
-  return bytes(octets)
+  return bytes(content)
 
 
 @fuzz(200)
@@ -241,14 +241,14 @@ def test_safetensors_headers(folders, data):
     after = damaged(before, 8 + size, data)
   try:
     path.write_bytes(after)
-    opens_or_says_why(path.parent)
+    opens_or_raises_input_error(path.parent)
   finally:
     path.write_bytes(before)
 
 
 @pytest.fixture(scope='module')
 def gguf_file(tmp_path_factory) -> tuple[pathlib.Path, int]:
-  """A GGUF file and the length of its head."""
+  """A GGUF file and the length of its header."""
   folder = tmp_path_factory.mktemp('gguf')
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model('gemma3_text', **SIZES | CASES['gemma3_text'] | dict(num_hidden_layers=1))
@@ -264,6 +264,6 @@ def test_gguf_headers(gguf_file, data):
   before = path.read_bytes()
   try:
     path.write_bytes(damaged(before, head, data))
-    opens_or_says_why(path)
+    opens_or_raises_input_error(path)
   finally:
     path.write_bytes(before)

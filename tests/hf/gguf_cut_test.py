@@ -1,4 +1,4 @@
-"""Layers cut from GGUF files: tensors octet for octet, metadata as llama.cpp reads it."""
+"""Layers are cut from GGUF files: tensors byte for byte, metadata as llama.cpp reads it."""
 
 import json
 import pathlib
@@ -55,7 +55,7 @@ def logits(path: pathlib.Path, removed=()) -> np.ndarray:
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_the_cut_file_is_the_pruned_model_to_the_bit(kind, tmp_path):
+def test_the_cut_file_computes_bit_for_bit_what_the_pruned_model_does(kind, tmp_path):
   path = make(kind, tmp_path / 'model', quantize=gguf.GGMLQuantizationType.Q4_1)
   made = run(path, tmp_path / 'work', [1, 4])
   assert made.name == 'model-6-layers.gguf'
@@ -65,22 +65,22 @@ def test_the_cut_file_is_the_pruned_model_to_the_bit(kind, tmp_path):
   changed = {k for k in after[1] if after[1][k] != before[1].get(k)}
   pattern = {'gemma3.attention.sliding_window_pattern'} if kind == 'gemma3_text' else set()
   assert changed == {f'{architecture}.block_count'} | pattern and before[1].keys() - after[1].keys() == set()
-  octets = {t.name: (t.shape, t.tensor_type, t.data.tobytes()) for t in before[2]}
+  expected = {t.name: (t.shape, t.tensor_type, t.data.tobytes()) for t in before[2]}
   for tensor in after[2]:
     name = tensor.name
     if name.startswith('blk.'):
       _, l, rest = name.split('.', 2)
       name = f'blk.{[0, 2, 3, 5, 6, 7][int(l)]}.{rest}'
-    assert (tensor.shape, tensor.tensor_type, tensor.data.tobytes()) == octets[name]
+    assert (tensor.shape, tensor.tensor_type, tensor.data.tobytes()) == expected[name]
   assert len(after[2]) == sum(not t.name.startswith(('blk.1.', 'blk.4.')) for t in before[2])
-  read = gguf.GGUFReader(made)  # the package's own reader finds the same
+  read = gguf.GGUFReader(made)  # the gguf package reads the same
   assert [t.name for t in read.tensors] == [t.name for t in after[2]]
   assert {t.name: t.data.tobytes() for t in read.tensors} == {t.name: t.data.tobytes() for t in after[2]}
   assert 'llama.cpp and Ollama read it as it is' in (made.parent / 'README.md').read_text()
   assert json.loads((made.parent / 'elder_jax.json').read_text())['lineage'][-1]['removed'] == [1, 4]
 
 
-def test_a_pattern_that_is_llama_cpps_own_is_not_written(tmp_path):
+def test_the_default_pattern_of_llama_cpp_is_not_written(tmp_path):
   path = make('gemma3_text', tmp_path / 'model')
   made = run(path, tmp_path / 'work', [6, 7])
   assert 'gemma3.attention.sliding_window_pattern' not in header.read(made)[0]
@@ -88,7 +88,7 @@ def test_a_pattern_that_is_llama_cpps_own_is_not_written(tmp_path):
 
 
 def opened(architecture: str, depth: int, **fields) -> cut.Opened:
-  """A file that has only metadata."""
+  """A file with metadata only."""
   values = {'general.architecture': architecture, f'{architecture}.block_count': depth}
   values |= {f'{architecture}.{name.replace("__", ".")}': value for name, value in fields.items()}
 
@@ -98,7 +98,7 @@ def opened(architecture: str, depth: int, **fields) -> cut.Opened:
   return cut.Opened(pathlib.Path('x.gguf'), values, {k: raw(v) for k, v in values.items()}, [])
 
 
-def test_counts_lists_and_extra_layers():
+def test_counts_arrays_and_extra_layers():
   file = opened(
     'qwen3moe',
     6,
@@ -123,7 +123,7 @@ def test_counts_lists_and_extra_layers():
   ]
 
 
-def test_the_window_of_each_layer_is_written_where_llama_cpp_goes_by_its_number():
+def test_the_window_of_each_layer_is_written_if_llama_cpp_derives_it_from_the_number():
   raw = cut.cut_fields(opened('gemma2', 8), [0, 1, 2, 4, 5, 7])
   assert raw['gemma2.attention.sliding_window_pattern'] == writer.flags([True, False, True, True, False, False])
   assert 'gemma2.attention.sliding_window_pattern' not in cut.cut_fields(opened('gemma2', 8), [0, 1, 2, 3])
@@ -140,12 +140,12 @@ def test_the_window_of_each_layer_is_written_where_llama_cpp_goes_by_its_number(
   ('architecture', 'fields', 'sentence'),
   [
     ('gemma3', dict(depth=62), 'computes gemma3 with 62 layers in another way than with 60'),
-    ('llama', dict(interleave_moe_layer_step=2), 'llama.interleave_moe_layer_step=2 may tell of layers'),
-    ('llama', dict(attention__head_count_kv=[True] * 3), 'head_count_kv=.* may tell of layers'),
-    ('granite', dict(deepstack_mapping=[True] * 8), 'deepstack_mapping=.* may tell of layers'),
+    ('llama', dict(interleave_moe_layer_step=2), 'unknown field llama.interleave_moe_layer_step=2 may describe layers'),
+    ('llama', dict(attention__head_count_kv=[True] * 3), 'head_count_kv=.* may describe layers'),
+    ('granite', dict(deepstack_mapping=[True] * 8), 'deepstack_mapping=.* may describe layers'),
   ],
 )
-def test_metadata_that_cannot_be_made_right_is_refused(architecture, fields, sentence):
+def test_metadata_that_cannot_describe_the_remaining_layers_is_refused(architecture, fields, sentence):
   file = opened(architecture, fields.pop('depth', 8), **fields)
   with pytest.raises(InputError, match=sentence):
     cut.cut_fields(file, list(range(file.depth - 2)))
@@ -162,7 +162,9 @@ def test_refusals_of_the_command(tmp_path, monkeypatch):
   with pytest.raises(InputError, match='tokenizer=x: a .gguf file holds its own'):
     run(path, tmp_path / 'work', [1], tokenizer='x')
   assert not (tmp_path / 'work').exists()
-  monkeypatch.setattr(workdir, 'record', None)  # nothing is claimed where the architecture is not known
+  monkeypatch.setattr(
+    workdir, 'record', None
+  )  # an unsupported architecture is reported before the work folder is claimed
   monkeypatch.delitem(cut.PERIODS, 'llama')
-  with pytest.raises(InputError, match='layers of the architecture llama apart is not known here'):
+  with pytest.raises(InputError, match='layers of the architecture llama cannot be cut'):
     run(path, tmp_path / 'work', [1])

@@ -1,4 +1,4 @@
-"""`elder_jax export-gguf`: a folder as a GGUF file, by the file that its model was made from."""
+"""`elder_jax export-gguf` writes a folder as a GGUF file, with the file that its model was made from."""
 
 import pathlib
 import shutil
@@ -49,14 +49,14 @@ def change(folder: pathlib.Path, name: str, value: float):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_the_file_is_the_folder(kind, tmp_path, capsys):
+def test_the_file_holds_the_model_of_the_folder(kind, tmp_path, capsys):
   path = make(kind, tmp_path / 'model', quantize=Type.Q4_1)
   folder = cut_to_folder(path, tmp_path / 'work', [1, 4], export_dtype='float32')
   expected = logits(path, [1, 4])
   made = export_to(folder, tmp_path / 'f32.gguf', path, type='f32')
   np.testing.assert_array_equal(logits(made), expected)
 
-  # In bfloat16, as a quantised file is exported, it is still seen what was not changed.
+  # The folder of a quantised file is in bfloat16. Unchanged tensors are recognised all the same.
   shorter = cut_to_folder(path, tmp_path / 'shorter', [1, 4])
   assert {str(t.dtype) for t in safetensors.numpy.load_file(shorter / 'model.safetensors').values()} == {'bfloat16'}
   made = export_to(shorter, tmp_path / 'same.gguf', path)
@@ -81,7 +81,7 @@ def test_the_file_is_the_folder(kind, tmp_path, capsys):
       if len(tensor.shape) == 1:
         assert tensor.tensor_type == Type.F32 and tensor.data.tobytes() == whole[name].data.tobytes()
         continue
-      assert tensor.tensor_type in (export.TYPES[choice][0], Type.F16)  # F16: rows that fill no block
+      assert tensor.tensor_type in (export.TYPES[choice][0], Type.F16)  # F16: rows shorter than a block
       weight = whole[name].data
       error = np.abs(gguf.dequantize(tensor.data, tensor.tensor_type) - weight)
       blocks = np.abs(weight).reshape(-1, 32 if tensor.tensor_type == Type.Q8_0 else 1)
@@ -89,13 +89,13 @@ def test_the_file_is_the_folder(kind, tmp_path, capsys):
       assert (error.reshape(blocks.shape) <= scale * blocks.max(1, keepdims=True) + 1e-7).all(), name
 
 
-def test_what_was_changed_is_written_in_the_type_that_it_had(tmp_path, capsys, monkeypatch):
+def test_a_changed_tensor_keeps_its_type(tmp_path, capsys, monkeypatch):
   path = make('qwen2', tmp_path / 'model', quantize=Type.Q4_1)
   folder = cut_to_folder(path, tmp_path / 'work', [1, 4], export_dtype='float32')
   change(folder, 'model.layers.1.mlp.up_proj.weight', 1.01)
   made = tensors(export_to(folder, tmp_path / 'a.gguf', path))
-  told = capsys.readouterr().out
-  assert f'{len(made) - 1} tensors as in --like' in told and 'in place of' not in told
+  printed = capsys.readouterr().out
+  assert f'{len(made) - 1} tensors as in --like' in printed and 'in place of' not in printed
   assert made['blk.1.ffn_up.weight'].tensor_type == Type.Q4_1
   new = gguf.dequantize(made['blk.1.ffn_up.weight'].data, Type.Q4_1)
   np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_what_was_changed_is_written_in_the_type_that_it_had(tmp_path, capsys, m
   assert 'Q8_0 in place of Q4_1, which cannot be written here' in capsys.readouterr().out
 
 
-def test_a_folder_of_which_the_layers_are_not_known_keeps_the_types(tmp_path, capsys):
+def test_a_folder_without_known_layers_keeps_the_types(tmp_path, capsys):
   path = make('llama', tmp_path / 'model', quantize=Type.Q8_0)
   folder = cut_to_folder(path, tmp_path / 'work', [1, 4], export_dtype='float32')
   (folder / 'elder_jax.json').unlink()
@@ -140,7 +140,7 @@ def test_refusals(tmp_path):
   refused('like=.*there is no such file', like=tmp_path / 'none.gguf')
   refused('out=.*is --like itself', out=path)
   refused('is a .gguf file already', folder=path)
-  refused('like=.*is of the architecture qwen2, the model of llama', like=make('qwen2', tmp_path / 'other'))
-  gpt2 = tmp_path / 'phi'
-  shutil.copytree(write_tiny_llama(tmp_path / 'wide', hidden_size=96), gpt2)
-  refused('would read another model than the folder', folder=gpt2)
+  refused('like=.*has the architecture qwen2, the model has llama', like=make('qwen2', tmp_path / 'other'))
+  wide = tmp_path / 'other_width'
+  shutil.copytree(write_tiny_llama(tmp_path / 'wide', hidden_size=96), wide)
+  refused('would read another model than the folder', folder=wide)

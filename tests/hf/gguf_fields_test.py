@@ -1,4 +1,4 @@
-"""What a GGUF file says beside its tensors: read as llama.cpp reads it, known to be harmless, or refused by name."""
+"""The metadata of GGUF files: every field is read as in llama.cpp, known to be harmless, or refused by name."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ from refusal import one_sentence
 from elder_jax.errors import InputError
 from elder_jax.text import data
 
-# The fields of files that convert_hf_to_gguf.py and those who publish its files make of Llama 3, Qwen2.5, Qwen3, Gemma 3.
+# Fields in files of Llama 3, Qwen2.5, Qwen3 and Gemma 3, as convert_hf_to_gguf.py and publishers write them.
 ANYWHERE = {
   'general.type': 'model',
   'general.name': 'Tiny',
@@ -107,8 +107,8 @@ def test_fields_of_published_files_are_known(kind, folders, tmp_path):
   ids=str,
 )
 @pytest.mark.parametrize('kind', FAMILIES)
-def test_a_rope_factor_is_linear(kind, fields, folders, tmp_path):
-  """llama.cpp's default type, and the old name of the factor."""
+def test_a_rope_factor_without_a_type_is_linear(kind, fields, folders, tmp_path):
+  """Linear is llama.cpp's default type; scale_linear is the old name of the factor."""
   linear = shutil.copytree(folders[kind], tmp_path / 'in')
   rope = json.loads((linear / 'config.json').read_text())['rope_parameters']
   rope.get('full_attention', rope).update(rope_type='linear', factor=4.0)
@@ -123,7 +123,7 @@ def test_a_rope_factor_of_type_none_scales_nothing(folders, tmp_path):
   assert source.spec == open_folder(folders['llama']).spec
 
 
-def test_gemma_3_says_its_window_pattern_local_base_and_cap(folders, tmp_path):
+def test_gemma_3_reads_window_pattern_local_base_and_cap(folders, tmp_path):
   config = {'sliding_window_pattern': 2, 'final_logit_softcapping': 30.0, 'layer_types': None}
   folder = shutil.copytree(folders['gemma3_text'], tmp_path / 'in')
   rope = json.loads((folder / 'config.json').read_text())['rope_parameters']
@@ -138,10 +138,10 @@ def test_gemma_3_says_its_window_pattern_local_base_and_cap(folders, tmp_path):
   assert spec == open_folder(folder).spec != open_folder(folders['gemma3_text']).spec
 
 
-def test_the_width_of_a_head_is_llama_cpps_default(folders, tmp_path):
-  """embedding_length / head_count, in every architecture, not transformers' default."""
+def test_the_default_head_width_is_llama_cpps(folders, tmp_path):
+  """embedding_length / head_count in every architecture, unlike in transformers."""
   for kind in ('qwen3', 'gemma3_text'):
-    with pytest.raises(InputError, match=r'q_proj.weight has shape \[96, 64\], config.json asks for \[64, 64\]'):
+    with pytest.raises(InputError, match=r'q_proj.weight has shape \[96, 64\], config.json requires \[64, 64\]'):
       open_gguf_file(write_gguf(tmp_path / f'{kind}.gguf', folders[kind], head_dim=False))
 
 
@@ -184,7 +184,7 @@ def test_a_field_that_may_change_the_computation_is_refused(key, folders, tmp_pa
   one_sentence(caught.value.for_command(), path, name, 'Hugging Face folder')
 
 
-def test_unknown_fields_are_named_at_once(folders, tmp_path):
+def test_all_unknown_fields_are_named_together(folders, tmp_path):
   fields = {'ARCH.one': 1, 'tokenizer.two': 'x' * 99, 'ARCH.three': [3]}
   path = write_gguf(tmp_path / 'm.gguf', folders['qwen3'], fields=fields)
   with pytest.raises(InputError) as caught:
@@ -193,19 +193,19 @@ def test_unknown_fields_are_named_at_once(folders, tmp_path):
   assert 'x' * 41 not in str(caught.value)
 
 
-def test_a_value_for_each_layer_is_refused(folders, tmp_path):
-  folder = tmp_path / 'm.gguf'
-  write_gguf(folder, folders['llama'], fields={'ARCH.rope.scaling.factor': [1.0, 2.0]})
-  with pytest.raises(InputError, match=r'llama.rope.scaling.factor has a value for each layer, only one for all'):
-    open_gguf_file(folder)
+def test_a_value_per_layer_is_refused(folders, tmp_path):
+  path = tmp_path / 'm.gguf'
+  write_gguf(path, folders['llama'], fields={'ARCH.rope.scaling.factor': [1.0, 2.0]})
+  with pytest.raises(InputError, match=r'llama.rope.scaling.factor has a value per layer, only a single value'):
+    open_gguf_file(path)
 
 
-def test_a_number_that_no_array_can_have_is_refused(folders, tmp_path):
+def test_an_impossible_size_is_refused(folders, tmp_path):
   path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
   name = b'llama.embedding_length'
-  at = path.read_bytes().index(name) + len(name) + 4  # the type; then the value
-  octets = path.read_bytes()
-  path.write_bytes(octets[:at] + b'\xff\xff\xff\xff' + octets[at + 4 :])
+  at = path.read_bytes().index(name) + len(name) + 4  # the value follows the type
+  content = path.read_bytes()
+  path.write_bytes(content[:at] + b'\xff\xff\xff\xff' + content[at + 4 :])
   with pytest.raises(InputError, match=f'llama.embedding_length is {2**32 - 1}, which is larger than in any model'):
     open_gguf_file(path)
 
@@ -218,7 +218,7 @@ def generation_config(path: pathlib.Path) -> dict:
   return json.loads((path.parent / 'files' / 'generation_config.json').read_text())
 
 
-def test_turns_end_generation(folders, tmp_path):
+def test_end_of_turn_tokens_end_generation(folders, tmp_path):
   def write(**how):
     return generation_config(write_gguf(tmp_path / 'm.gguf', folders['llama'], **how))
 
@@ -230,11 +230,13 @@ def test_turns_end_generation(folders, tmp_path):
   assert write(fields=fields)['eos_token_id'] == [1, tool]
   for text in ('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|endoftext|>', '<|eom_id|>'):
     assert write(rename={CONTROL: text})['eos_token_id'] == [1, im_start], text
-  with pytest.raises(InputError, match=r'vocabulary is not usable \(it ends texts at \[1, 999\]\)'):
+  with pytest.raises(
+    InputError, match=r'vocabulary is invalid \(the end tokens \[1, 999\] are not all in the vocabulary\)'
+  ):
     write(fields={'tokenizer.ggml.eot_token_id': 999})
 
 
-def test_an_end_token_and_further_templates(folders, tmp_path):
+def test_eos_is_added_and_further_templates_are_kept(folders, tmp_path):
   fields = {
     'tokenizer.ggml.add_eos_token': True,
     'tokenizer.ggml.add_bos_token': True,

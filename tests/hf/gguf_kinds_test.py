@@ -1,4 +1,4 @@
-"""GGUF files in parts are one model; files that are no model, or that cannot be read, say what they are."""
+"""Split GGUF files are read as one model; errors for other kinds of files name the kind."""
 
 import pathlib
 import shutil
@@ -38,35 +38,36 @@ def test_parts_of_a_split_file_are_one_model(tmp_path):
   shutil.copy(parts[0], tmp_path / 'renamed.gguf')
   refused_file(tmp_path / 'renamed.gguf', 'renamed.gguf', 'one of 3 parts', 'llama-gguf-split --merge')
   shutil.copy(parts[1], parts[2])
-  with pytest.raises(InputError, match='3 parts of this split GGUF file do not belong together'):
+  with pytest.raises(InputError, match='3 parts of this split GGUF file belong to different files'):
     open_gguf_file(parts[0])
   parts[2].unlink()
   refused_file(parts[0], parts[2], 'is missing', 'one of 3 parts')
 
 
-def test_a_big_endian_file_says_so(folders, tmp_path):
+def test_a_big_endian_file_is_named(folders, tmp_path):
   path = write_gguf(tmp_path / 'm.gguf', folders['llama'], endianess=gguf.GGUFEndian.BIG)
   refused_file(path, path, 'big-endian', 'gguf-convert-endian m.gguf little')
 
 
-def test_other_versions_and_formats_say_so(folders, tmp_path):
+def test_other_versions_and_formats_are_named(folders, tmp_path):
   path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
-  octets = path.read_bytes()
-  path.write_bytes(octets[:4] + b'\1\0\0\0' + octets[8:])
+  content = path.read_bytes()
+  path.write_bytes(content[:4] + b'\1\0\0\0' + content[8:])
   refused_file(path, 'GGUF version 1')
   path.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n')
   refused_file(path, 'Git LFS pointer', 'git lfs pull')
-  path.write_bytes(b'tjgg' + octets[4:])
+  path.write_bytes(b'tjgg' + content[4:])
   refused_file(path, 'older than GGUF')
 
 
-def test_a_forks_quantisation_says_so(folders, tmp_path):
+def test_an_unknown_quantisation_is_named(folders, tmp_path):
   path = write_gguf(tmp_path / 'm.gguf', folders['llama'])
   name = b'blk.0.ffn_down.weight'
-  octets, after = path.read_bytes(), len(name) + 4 + 2 * 8  # the number of dimensions, both of them; then the type
-  at = octets.index(name) + after
-  assert octets[at : at + 4] == bytes(4)  # F32
-  path.write_bytes(octets[:at] + (144).to_bytes(4, 'little') + octets[at + 4 :])  # one of ik_llama.cpp's
+  # The type follows the name, the number of dimensions and both dimensions.
+  content, offset = path.read_bytes(), len(name) + 4 + 2 * 8
+  at = content.index(name) + offset
+  assert content[at : at + 4] == bytes(4)  # F32
+  path.write_bytes(content[:at] + (144).to_bytes(4, 'little') + content[at + 4 :])  # a type of ik_llama.cpp
   refused_file(path, path, 'blk.0.ffn_down.weight', 'quantisation type 144', "a fork's", 'Q8_0')
 
 
@@ -80,7 +81,7 @@ def test_a_forks_quantisation_says_so(folders, tmp_path):
     ({}, 'controlvector', 'control vector'),
   ],
 )
-def test_what_is_no_model_says_so(fields, architecture, what, tmp_path):
+def test_a_file_that_is_no_model_is_named(fields, architecture, what, tmp_path):
   writer = gguf.GGUFWriter(tmp_path / 'm.gguf', architecture)
   for key, value in fields.items():
     writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
@@ -90,7 +91,7 @@ def test_what_is_no_model_says_so(fields, architecture, what, tmp_path):
   refused_file(tmp_path / 'm.gguf', 'm.gguf', what, 'give the')
 
 
-def test_the_suffix_may_be_in_capitals_and_a_folder_is_none(folders, tmp_path):
+def test_the_suffix_may_be_in_capitals_and_a_folder_is_no_gguf_file(folders, tmp_path):
   write_gguf(tmp_path / 'M.GGUF', folders['llama'])
   assert open_gguf_file(tmp_path / 'M.GGUF').num_layers == 1
   folder = shutil.copytree(folders['llama'], tmp_path / 'folder.gguf')

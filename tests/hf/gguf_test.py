@@ -1,4 +1,4 @@
-"""Weights in GGUF files are those of the checkpoint that they were made from, in every type."""
+"""Weights read from GGUF files equal those of the checkpoint that the file was made from, for every type."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ from elder_jax.text import data
 
 
 def load_torch(folder: pathlib.Path):
-  """AutoModelForCausalLM, that nothing was missing for and nothing left over."""
+  """AutoModelForCausalLM, with no tensor missing and none left over."""
   model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
   assert not any(info.values()), info
   return model.eval()
@@ -52,7 +52,7 @@ def folder(request, tmp_path_factory) -> pathlib.Path:
   return path
 
 
-def test_gguf_is_the_checkpoint_it_was_made_from(folder, tmp_path):
+def test_gguf_equals_the_checkpoint_it_was_made_from(folder, tmp_path):
   source, original = open_gguf_file(write_gguf(tmp_path / 'm.gguf', folder)), open_folder(folder)
   assert source.spec == original.spec and source.num_layers == original.num_layers
   assert source.shapes == original.shapes
@@ -90,7 +90,7 @@ def test_quantised_types(kind, two_layers, tmp_path):
 
 @pytest.mark.parametrize('kind', ['Q4_K', 'Q5_K', 'Q6_K'])
 def test_k_quants(kind, tmp_path):
-  """Blocks of random bytes with scales of about 1, as the gguf package, which cannot make such, reads them."""
+  """Blocks of random bytes with small scales, because the gguf package reads these types but cannot write them."""
   kind, width = Type[kind], 256
   folder = write_tiny_llama(tmp_path / 'in', vocab_size=VOCAB, intermediate_size=width, num_hidden_layers=1)
   path = write_gguf(tmp_path / 'plain.gguf', folder)
@@ -119,7 +119,7 @@ def test_k_quants(kind, tmp_path):
 
 
 @pytest.mark.parametrize('alignment', [32, 128])
-def test_the_head_is_read_as_the_gguf_package_reads_it(tmp_path, alignment):
+def test_the_header_is_read_as_by_the_gguf_package(tmp_path, alignment):
   path, kind = tmp_path / 'm.gguf', gguf.GGUFValueType
   writer = gguf.GGUFWriter(path, 'llama')
   writer.add_custom_alignment(alignment)
@@ -144,18 +144,18 @@ def test_the_head_is_read_as_the_gguf_package_reads_it(tmp_path, alignment):
   assert [t[:3] for t in tensors] == [(t.name, tuple(t.shape.tolist()), t.tensor_type) for t in reader.tensors]
   for ours, theirs in zip(tensors, reader.tensors):
 
-    def octets(a):
+    def raw(a):
       return np.ascontiguousarray(a).view(np.uint8)
 
-    np.testing.assert_array_equal(octets(ours.data), octets(theirs.data))
-    if ours.name != 'c':  # of which no weights are
+    np.testing.assert_array_equal(raw(ours.data), raw(theirs.data))
+    if ours.name != 'c':  # float64, which no weights have
       np.testing.assert_array_equal(
         gguf.dequantize(ours.data, ours.tensor_type), gguf.dequantize(theirs.data, theirs.tensor_type)
       )
 
 
 @pytest.mark.parametrize('alignment', [0, 24, -32, 'wide'])
-def test_an_alignment_that_is_none_is_refused(tmp_path, alignment):
+def test_an_invalid_alignment_is_refused(tmp_path, alignment):
   writer = gguf.GGUFWriter(tmp_path / 'm.gguf', 'llama')
   writer.add_key_value(
     'general.alignment',
@@ -164,7 +164,7 @@ def test_an_alignment_that_is_none_is_refused(tmp_path, alignment):
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.close()
-  with pytest.raises(InputError, match=r'm\.gguf: .*general.alignment is no power of two'):
+  with pytest.raises(InputError, match=r'm\.gguf: .*general.alignment is not a power of two'):
     open_gguf_file(tmp_path / 'm.gguf')
 
 
@@ -177,7 +177,7 @@ def test_other_rope_frequencies_than_llama3s_are_refused(tmp_path):
     open_gguf_file(write_gguf(tmp_path / 'm.gguf', folder))
 
 
-def test_a_tensors_name_of_more_than_one_line_is_told_in_one(two_layers, tmp_path):
+def test_control_characters_in_a_tensors_name_are_escaped(two_layers, tmp_path):
   path = write_gguf(tmp_path / 'm.gguf', two_layers)
   path.write_bytes(path.read_bytes().replace(b'blk.1.attn_norm', b'blk\n1.attn_\x1borm'))
   with pytest.raises(InputError, match=r'GGUF tensor blk\\n1.attn_\\x1borm.weight is not known for llama; use'):

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files split texts as the ones that they were made from."""
+"""Tokenizers read from GGUF files split texts like the ones that they were made from."""
 
 import gguf
 from gguf_files import BOS
@@ -44,7 +44,7 @@ def test_gguf_tokenizer_round_trip(pre, tokenizer_of):
     'qwen2': list('12345'),
   }
   assert split('12345') == digits[pre]
-  # Only Llama 3's rule takes a word that is in the vocabulary although no merges lead to it.
+  # Only Llama 3's rule keeps a word of the vocabulary to which no merges lead.
   assert split('whole') == (['whole'] if pre == 'llama-bpe' else list('whole'))
   # No space is put before the text.
   assert split('a b') == ['a', 'Ġ', 'b'] and tokenizer.decode(tokenizer(' a').input_ids) == ' a'
@@ -83,7 +83,7 @@ PIECES = ['▁', 'a', 'b', 'c', 'ab', 'bc', '▁a', '▁ab', 'abc', '▁▁', '�
 
 @pytest.mark.parametrize('prefix', [True, False])
 def test_sentencepiece(prefix, tmp_path):
-  """As sentencepiece joins: the best score first, not the longest; what is no piece goes by its bytes."""
+  """Merges follow the best score, not the longest piece; unknown characters fall back to bytes."""
   Kind = gguf.TokenType
   tokens = ['<s>', '</s>', '<unk>', '<|user|>', '\n\n', *(f'<0x{b:02X}>' for b in range(256)), *PIECES]
   kinds = [Kind.CONTROL] * 2 + [Kind.UNKNOWN, Kind.CONTROL, Kind.USER_DEFINED]
@@ -105,5 +105,5 @@ def test_sentencepiece(prefix, tmp_path):
   assert split('c東')[-4:] == ['c', '<0xE6>', '<0x9D>', '<0xB1>']
   after = split('a\n\nb<|user|>c')
   assert '\n\n' in after and '<|user|>' in after and after.index('\n\n') < after.index('<|user|>')
-  for text in ('abc ab. é', '東  京', *([] if prefix else ['a\n\nc'])):  # after an added token comes a prefix, too
+  for text in ('abc ab. é', '東  京', *([] if prefix else ['a\n\nc'])):  # after an added token, a prefix is added again
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text

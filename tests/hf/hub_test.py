@@ -1,4 +1,4 @@
-"""A hub on loopback: what is fetched of a repository, of which commit, and what is said where it is not to be had."""
+"""A hub on localhost: which files of a repository are fetched, from which commit, and the errors if they cannot be."""
 
 import hashlib
 import http.server
@@ -17,14 +17,14 @@ from tiny import write_tiny_llama
 
 FIRST, SECOND = 'a' * 40, 'b' * 40  # commits
 
-pytestmark = pytest.mark.slow  # each has a process of its own
+pytestmark = pytest.mark.slow  # each test starts a process
 
 
 class Hub:
-  """Serves the folder as repository own/tiny. Each look at its head is answered with the next of `heads`."""
+  """Serves the folder as repository own/tiny. Each request for its head commit returns the next of `heads`."""
 
   def __init__(self, folder: pathlib.Path):
-    self.folder, self.heads, self.asked, hub = folder, [FIRST], [], self
+    self.folder, self.heads, self.requests, hub = folder, [FIRST], [], self
 
     class Handler(http.server.BaseHTTPRequestHandler):
       def log_message(self, *_):
@@ -32,7 +32,7 @@ class Hub:
 
       def do_GET(self):
         path = urllib.parse.unquote(self.path.split('?')[0])
-        hub.asked.append(path)
+        hub.requests.append(path)
         status, headers, content = hub.answer(path)
         self.send_response(status)
         for name, value in (headers | {'Content-Length': str(len(content))}).items():
@@ -73,7 +73,7 @@ class Hub:
 
 
 def python(code: str, hub: str, home: pathlib.Path, **env) -> subprocess.CompletedProcess:
-  """The hub's client reads its settings once, when it is imported: so a process of its own."""
+  """Runs code in its own process, because the hub's client reads its settings only when it is imported."""
   env = {'HF_ENDPOINT': hub, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '1', 'HF_HUB_OFFLINE': '0'} | env
   return subprocess.run([sys.executable, '-c', code], env=os.environ | env, capture_output=True, text=True)
 
@@ -91,7 +91,7 @@ def names(folder: pathlib.Path) -> set[str]:
 
 @pytest.fixture(scope='module', params=['5GB', '20KB'], ids=['one file', 'shards'])
 def repository(request, tmp_path_factory) -> tuple[pathlib.Path, set[str]]:
-  """A repository with the weights three times over, and what of it is to be fetched."""
+  """A repository with several copies of the weights, and the names of the files to fetch."""
   folder = write_tiny_llama(tmp_path_factory.mktemp('repository'), shard=request.param)
   (folder / 'additional_chat_templates').mkdir()
   (folder / 'additional_chat_templates' / 'tool_use.jinja').write_text('{{ messages }}')
@@ -99,29 +99,29 @@ def repository(request, tmp_path_factory) -> tuple[pathlib.Path, set[str]]:
   one = next(folder.glob('*.safetensors'))
   more = ['consolidated.safetensors', 'model.fp32.safetensors', 'original/model.safetensors', 'pytorch_model.bin']
   more += ['model-Q8_0.gguf', 'onnx/model.onnx', 'original/params.json', 'picture.png', 'consolidated.00.pth']
-  more += ['model.safetensors'] if request.param == '20KB' else []  # the index counts
+  more += ['model.safetensors'] if request.param == '20KB' else []  # ignored in favour of the index
   for name in more:
     (folder / name).parent.mkdir(exist_ok=True)
     shutil.copy(one, folder / name)
   return folder, wanted
 
 
-def test_the_weights_that_are_read_are_all_that_is_fetched(repository, tmp_path):
+def test_only_the_weights_that_are_read_are_fetched(repository, tmp_path):
   folder, wanted = repository
   hub = Hub(folder)
-  hub.heads = [FIRST, SECOND]  # a push in the middle
+  hub.heads = [FIRST, SECOND]  # a push while files are fetched
   fetched = find(hub.url, tmp_path)
   assert names(fetched) == wanted
   for name in wanted:
     assert (fetched / name).read_bytes() == (folder / name).read_bytes()
-  commits = {path.partition('/resolve/')[2].partition('/')[0] for path in hub.asked if '/resolve/' in path}
+  commits = {path.partition('/resolve/')[2].partition('/')[0] for path in hub.requests if '/resolve/' in path}
   assert commits == {FIRST} == {fetched.name}
-  # Without a hub, the same folder from the cache.
+  # Offline, the same folder comes from the cache.
   hub.server.shutdown()
   assert find(hub.url, tmp_path, HF_HUB_OFFLINE='1') == fetched
 
 
-def test_of_a_tokenizer_no_weights_and_of_a_plan_only_the_config(repository, tmp_path):
+def test_a_tokenizer_is_fetched_without_weights_and_for_a_plan_only_the_config(repository, tmp_path):
   folder, wanted = repository
   hub = Hub(folder)
   fetched = names(find(hub.url, tmp_path / 'a', what='tokenizer'))
@@ -142,7 +142,7 @@ for attempt in (lambda: data.load_tokenizer('own/none'), lambda: read_config('ow
 """
 
 
-def test_what_the_hub_does_not_give_is_said_once(tiny, tmp_path):
+def test_a_repository_that_cannot_be_fetched_is_reported_once(tiny, tmp_path):
   result = python(LOADS, Hub(tiny).url, tmp_path)
   lines = result.stdout.splitlines()
   assert len(lines) == 3, result.stderr
@@ -152,15 +152,17 @@ def test_what_the_hub_does_not_give_is_said_once(tiny, tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_is_not_retried(tmp_path):
-  """transformers tried ten times, over 26 s and more, and logged each."""
+  """transformers alone retries ten times, which takes 26 s or more, and logs every attempt."""
   begin = time.monotonic()
   result = python(LOADS, 'http://127.0.0.1:9', tmp_path)
   assert time.monotonic() - begin < 20
   assert len(result.stdout.splitlines()) == 3 and 'etrying' not in result.stdout + result.stderr
-  assert all('the hub did not give it (Got: ConnectError' in line for line in result.stdout.splitlines()), result.stdout
+  assert all('fetching it from the hub failed (Got: ConnectError' in line for line in result.stdout.splitlines()), (
+    result.stdout
+  )
 
 
-def test_a_repository_without_a_config_says_so(tiny, tmp_path):
+def test_a_repository_without_a_config_is_reported(tiny, tmp_path):
   folder = tmp_path / 'repository'
   folder.mkdir()
   shutil.copy(tiny / 'model.safetensors', folder / 'model-Q8_0.gguf')

@@ -1,4 +1,4 @@
-"""The language model of a folder with a tower for pictures: read, cut, trained, and written back in its place."""
+"""The language model of a folder with a vision encoder: read, cut, trained, and written back to the folder."""
 
 import json
 import pathlib
@@ -99,7 +99,7 @@ def save(make, path: pathlib.Path, tokenizer: pathlib.Path) -> pathlib.Path:
   with torch.no_grad():
     for name, p in model.named_parameters():
       if 'norm' in name:
-        continue  # Gemma's begin at 0, the others at 1
+        continue  # keeps the initial values: 0 in Gemma, 1 in the others
       p.normal_(0.0, 0.5 if 'conv1d' in name else 0.1 if p.ndim > 1 else 0.03)
   model.save_pretrained(path)
   for file in tokenizer.glob('*token*'):
@@ -130,7 +130,7 @@ def logits(path: pathlib.Path) -> np.ndarray:
     return np.asarray(logits_of(model, forward(model, tokens())[0]))
 
 
-def octets(path: pathlib.Path) -> dict[str, bytes]:
+def bytes_of(path: pathlib.Path) -> dict[str, bytes]:
   return {
     name: a.tobytes() for file in path.glob('*.safetensors') for name, a in safetensors.numpy.load_file(file).items()
   }
@@ -146,7 +146,7 @@ def prune(path: pathlib.Path, work: pathlib.Path, text: pathlib.Path, **more) ->
   return pipeline.run(config_of(**usual | more)), work / 'export'
 
 
-def test_its_logits_on_text_are_those_of_transformers(folder):
+def test_logits_on_text_equal_those_of_transformers(folder):
   np.testing.assert_allclose(logits(folder), torch_logits(of_torch(folder)), atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_its_logits_on_text_are_those_of_transformers(folder):
   ],
 )
 def test_names_of_every_version_of_transformers(make, begins, tiny, text, tmp_path):
-  """Of the hub's files, and of those that versions 4.52 and later write."""
+  """Names in the hub's files, and those that versions from 4.52 on write."""
   path = save(make, tmp_path / 'source', tiny)
   expected = logits(path)
   tensors = safetensors.numpy.load_file(path / 'model.safetensors')
@@ -176,23 +176,23 @@ def test_names_of_every_version_of_transformers(make, begins, tiny, text, tmp_pa
   np.testing.assert_array_equal(logits(path), expected)
   assert np.abs(torch_logits(of_torch(path)) - expected).max() < 1e-5
   _, export = prune(path, tmp_path / 'work', text, recipe='absorb', method='shortgpt')
-  assert octets(export).keys() < set(map(renamed, tensors))
+  assert bytes_of(export).keys() < set(map(renamed, tensors))
 
 
-def test_it_is_trained_and_written_in_its_place_with_the_tower_octet_for_octet(folder, text, tmp_path):
+def test_training_keeps_the_vision_encoder_byte_for_byte(folder, text, tmp_path):
   report, export = prune(folder, tmp_path / 'work', text, recipe='prune_then_train', train_steps=2, method='shortgpt')
   assert report['verify']['torch'] < 1e-3 and 'torch_error' not in report['verify']
-  before, after = octets(folder), octets(export)
+  before, after = bytes_of(folder), bytes_of(export)
   assert of_pictures(after) == of_pictures(before) != {}
   assert (export / 'preprocessor_config.json').exists()
-  was, now = (json.loads((path / 'config.json').read_text()) for path in (folder, export))
-  assert now['text_config'].pop('num_hidden_layers') == was['text_config'].pop('num_hidden_layers') - 2
-  assert {k: v for k, v in now.items() if k != 'text_config'} == {k: v for k, v in was.items() if k != 'text_config'}
+  old, new = (json.loads((path / 'config.json').read_text()) for path in (folder, export))
+  assert new['text_config'].pop('num_hidden_layers') == old['text_config'].pop('num_hidden_layers') - 2
+  assert {k: v for k, v in new.items() if k != 'text_config'} == {k: v for k, v in old.items() if k != 'text_config'}
   np.testing.assert_allclose(logits(export), torch_logits(of_torch(export)), atol=1e-4)
 
 
 @pytest.mark.parametrize('shard_gb', [5.0, 2e-5])
-def test_layers_that_are_cut_keep_every_octet(folder, shard_gb, tmp_path, text):
+def test_cutting_layers_keeps_the_others_byte_for_byte(folder, shard_gb, tmp_path, text):
   _, export = prune(
     folder,
     tmp_path / 'work',
@@ -203,7 +203,7 @@ def test_layers_that_are_cut_keep_every_octet(folder, shard_gb, tmp_path, text):
     train_data='',
     shard_gb=shard_gb,
   )
-  before, after = octets(folder), octets(export)
+  before, after = bytes_of(folder), bytes_of(export)
   kept = [l for l in range(7) if l not in (1, 3)]
   prefix = next(name for name in before if '.layers.0.mlp' in name and 'vis' not in name).partition('layers.')[0]
   old = {}
@@ -212,16 +212,16 @@ def test_layers_that_are_cut_keep_every_octet(folder, shard_gb, tmp_path, text):
     number, dot, tail = rest.partition('.')
     old[name] = f'{prefix}layers.{kept[int(number)]}{dot}{tail}' if rest != name else name
   assert {name: before[old[name]] for name in after} == after
-  gone = {f'{prefix}layers.{l}.' for l in (1, 3)}
-  assert {name for name in before if not any(map(name.startswith, gone))} == set(old.values())
+  removed = {f'{prefix}layers.{l}.' for l in (1, 3)}
+  assert {name for name in before if not any(map(name.startswith, removed))} == set(old.values())
 
 
-def test_text_only_is_the_language_model_by_itself(folder, tmp_path, text):
+def test_text_only_exports_the_language_model_alone(folder, tmp_path, text):
   _, whole = prune(folder, tmp_path / 'a', text, recipe='absorb', method='shortgpt')
   report, export = prune(folder, tmp_path / 'b', text, recipe='absorb', method='shortgpt', text_only=True)
   assert 'torch_error' not in report['verify']
   config = json.loads((export / 'config.json').read_text())
-  assert config['model_type'] in FAMILIES and not of_pictures(octets(export))
+  assert config['model_type'] in FAMILIES and not of_pictures(bytes_of(export))
   assert not (export / 'preprocessor_config.json').exists()
   np.testing.assert_allclose(
     torch_logits(of_torch(export, transformers.AutoModelForCausalLM)), torch_logits(of_torch(whole)), atol=1e-5
@@ -238,7 +238,7 @@ PUBLISHED = json.loads((DATA / 'published_multimodal_configs.json').read_text())
 
 
 @pytest.mark.parametrize('name', [name for name in PUBLISHED if name != '_about'])
-def test_published_is_read(name):
+def test_a_published_config_is_read(name):
   entry = PUBLISHED[name]
   assert multimodal.is_multimodal(entry['config'])
   config = multimodal.language_config(entry['config'])
@@ -266,6 +266,6 @@ def test_published_is_read(name):
     ({'type': 'yarn', 'factor': 4.0, 'mrope_section': [1, 1, 2]}, {'type': 'yarn', 'factor': 4.0}),
   ],
 )
-def test_of_the_three_positions_of_pictures_text_has_one(table, expected):
+def test_text_ignores_mrope_sections(table, expected):
   config = {'model_type': 'qwen2_5_vl', 'rope_scaling': table}
   assert multimodal.language_config(config)['rope_scaling'] == expected

@@ -1,4 +1,4 @@
-"""gpt-oss as it is published, its experts' matrices in MXFP4."""
+"""gpt-oss as published, with its experts' matrices in MXFP4."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def random_blocks(random, shape: tuple) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
-  """(packed, the same in bfloat16 by transformers' own conversion); read only."""
+  """(a packed folder, the same in bfloat16 as converted by transformers); read only."""
   packed, plain = (tmp_path_factory.mktemp(name) for name in ('packed', 'plain'))
   torch.manual_seed(0)
   sizes = dict(vocab_size=263, hidden_size=D, intermediate_size=F, num_hidden_layers=6, num_attention_heads=4)
@@ -54,7 +54,7 @@ def folders(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
   return packed, plain
 
 
-def test_every_tensor_is_what_transformers_makes_of_it(folders):
+def test_every_tensor_equals_the_conversion_of_transformers(folders):
   packed, plain = (open_source(str(folder), folder) for folder in folders)
   assert packed.shapes == plain.shapes and packed.dtypes == plain.dtypes and packed.config == plain.config
   for name in plain.shapes:
@@ -64,14 +64,14 @@ def test_every_tensor_is_what_transformers_makes_of_it(folders):
     np.testing.assert_array_equal(np.concatenate(pieces), expected.reshape(-1))
 
 
-def test_all_numbers_of_four_bits_with_all_scales():
+def test_all_four_bit_numbers_with_many_scales():
   blocks = np.arange(256, dtype=np.uint8).reshape(16, 1, 16)
   blocks, scales = np.tile(blocks, (1, 200, 1)), np.tile(np.arange(20, 220, dtype=np.uint8), (16, 1))
   expected = convert_moe_packed_tensors(torch.from_numpy(blocks)[None], torch.from_numpy(scales)[None])
   np.testing.assert_array_equal(mxfp4.dequantised(blocks, scales).astype(np.float32), expected[0].T.float().numpy())
 
 
-def test_it_is_absorbed_trained_and_exported_in_bfloat16(folders, text, tmp_path):
+def test_a_run_absorbs_trains_and_exports_in_bfloat16(folders, text, tmp_path):
   settings = dict(model=str(folders[0]), workdir=str(tmp_path / 'work'), train_data=str(text), num_remove=2)
   settings |= dict(seq_len=32, num_sequences=8, batch_size=4, recipe='absorb_then_train', train_steps=2, compare=())
   report = pipeline.run(config_of(**settings, verify='torch', prompts='none', method='shortgpt'))
@@ -89,5 +89,5 @@ def test_blocks_without_their_scales_are_refused(folders, tmp_path):
   tensors = safetensors.torch.load_file(tmp_path / 'model.safetensors')
   del tensors['model.layers.1.mlp.experts.down_proj_scales']
   safetensors.torch.save_file(tensors, tmp_path / 'model.safetensors', {'format': 'pt'})
-  with pytest.raises(InputError, match=r'layers\.1\.mlp\.experts\.down_proj_blocks and .* do not fit together'):
+  with pytest.raises(InputError, match=r'layers\.1\.mlp\.experts\.down_proj_blocks and .* do not match'):
     open_source(str(tmp_path), tmp_path)

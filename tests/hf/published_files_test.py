@@ -1,4 +1,4 @@
-"""Files as they are out there, not only as transformers 5 writes them: buffers, prefixes, heads, values that do not fit."""
+"""Published files that differ from what transformers 5 writes: buffers, prefixes, heads, values out of range."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ QUICK = ('llama', 'gpt_neox', 'opt', 'gemma3_text')
 
 @pytest.fixture(scope='module', params=[f if f in QUICK else slow(f) for f in families.FAMILIES])
 def written(request, tmp_path_factory) -> pathlib.Path:
-  """A model of each family as transformers 5 writes it; read only."""
+  """A model of each family, saved by transformers 5; read only."""
   return write_model(tmp_path_factory.mktemp('model'), request.param)
 
 
@@ -60,7 +60,7 @@ def logits(folder: pathlib.Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize('dtype', ['uint8', 'bool', 'float32', 'float64', 'int64'])
-def test_buffers_of_any_type_are_passed_over_and_change_no_type(own, dtype):
+def test_buffers_of_any_type_are_ignored(own, dtype):
   edit(own, lambda tensors: {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()})
   before = opened(own)
   buffers = [name for name, entry in before.family.WEIGHTS.items() if entry is None]
@@ -71,7 +71,7 @@ def test_buffers_of_any_type_are_passed_over_and_change_no_type(own, dtype):
   assert after.dtype == 'bfloat16' and after.shapes == before.shapes
 
 
-def test_names_without_the_prefix_are_read_as_transformers_reads_them(own):
+def test_names_without_the_prefix_are_read_as_in_transformers(own):
   before, theirs = logits(own), torch_logits(own, TOKENS_BT)
   prefix = next(iter(opened(own).family.WEIGHTS)).partition('.')[0] + '.'
   edit(own, lambda tensors: {n if n in HEADS else n.removeprefix(prefix): t for n, t in tensors.items()})
@@ -81,7 +81,7 @@ def test_names_without_the_prefix_are_read_as_transformers_reads_them(own):
   def half(tensors):
     return {(prefix + n if i % 2 and n not in HEADS else n): t for i, (n, t) in enumerate(tensors.items())}
 
-  edit(own, half)  # some with it, some without
+  edit(own, half)  # some names with the prefix, some without
   np.testing.assert_array_equal(logits(own), before)
 
   def twice(name):
@@ -91,7 +91,7 @@ def test_names_without_the_prefix_are_read_as_transformers_reads_them(own):
   np.testing.assert_array_equal(logits(own), before)
 
 
-def test_a_tied_model_may_have_its_matrix_under_the_heads_name(own):
+def test_a_tied_model_may_store_only_its_head(own):
   source = opened(own)
   head, embed = _head_and_embedding(source)
   edit(own, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != head})
@@ -101,8 +101,8 @@ def test_a_tied_model_may_have_its_matrix_under_the_heads_name(own):
   np.testing.assert_array_equal(logits(own), before)
 
 
-def test_a_tied_model_keeps_a_head_of_its_own(own, settings, capsys):
-  """As transformers 5 reads it; a head that equals the embedding is dropped as it always was."""
+def test_a_tied_model_keeps_a_head_that_differs(own, settings, capsys):
+  """As in transformers 5. A head that equals the embedding is dropped."""
   source = opened(own)
   head, embed = (next(n for n, e in source.family.WEIGHTS.items() if e and e[0] == ours) for ours in ('head', 'embed'))
   edit(own, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != head})
@@ -123,7 +123,7 @@ def test_a_tied_model_keeps_a_head_of_its_own(own, settings, capsys):
   edit(own, lambda tensors: tensors | {head: tensors[embed] + 0.1 * noise})
   assert np.abs(logits(own) - tied).max() > 0.1
   np.testing.assert_allclose(logits(own), torch_logits(own, TOKENS_BT), atol=2e-5)
-  assert f'{head} is not {embed}; it is kept' in capsys.readouterr().err
+  assert f'{head} differs from {embed}; the head is kept' in capsys.readouterr().err
   what = dict(num_remove=0, recipe='none', compare=(), train_data='', eval_data=(), verify='torch')
   pipeline.run(config_of(**settings | what | dict(model=str(own))))
   export = pathlib.Path(settings['workdir']) / 'export'
@@ -149,7 +149,7 @@ def test_a_value_that_does_not_fit_the_exported_type_is_not_exported(settings, m
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_what_is_not_finite_is_not_exported(settings, monkeypatch, value):
+def test_a_tensor_that_is_not_finite_is_not_exported(settings, monkeypatch, value):
   make = work_module.apply_recipe
 
   def poisoned(*args, **how):

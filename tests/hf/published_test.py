@@ -1,4 +1,4 @@
-"""config.json of published checkpoints is read or refused as documented; so is all that transformers writes."""
+"""config.json of published checkpoints is read or refused as documented; so is every config that transformers writes."""
 
 import inspect
 import json
@@ -36,7 +36,7 @@ def read(config: dict):
 
 
 def of_family(kind: str) -> dict:
-  """The config.json of a published checkpoint of a family."""
+  """config.json of a published checkpoint of a family."""
   return next(PUBLISHED[name]['config'] for name in READ if PUBLISHED[name]['config']['model_type'] == kind)
 
 
@@ -46,13 +46,13 @@ def test_every_family_has_a_published_checkpoint():
 
 
 @pytest.mark.parametrize('name', READ)
-def test_published_is_read(name):
+def test_a_published_config_is_read(name):
   entry = PUBLISHED[name]
   spec, num_layers = read(entry['config'])
   assert num_layers == entry['layers']
   assert {key: getattr(spec, key) for key in entry['sizes']} == entry['sizes'] and len(entry['sizes']) == 6
   theirs = dict(entry['config'])
-  if (theirs.get('rope_scaling') or {}).get('type') == 'su':  # transformers 5 has forgotten the old name
+  if (theirs.get('rope_scaling') or {}).get('type') == 'su':  # transformers 5 no longer knows the old name
     theirs['rope_scaling'] = theirs['rope_scaling'] | {'type': 'longrope'}
   config = transformers.AutoConfig.for_model(**theirs)
   expected = (config.num_hidden_layers, config.vocab_size, config.hidden_size)
@@ -66,7 +66,7 @@ def test_published_is_read(name):
 
 
 @pytest.mark.parametrize('name', [name for name in PUBLISHED if name not in READ])
-def test_published_is_refused_for_a_documented_reason(name):
+def test_a_published_config_is_refused_for_a_documented_reason(name):
   entry = PUBLISHED[name]
   with pytest.raises(InputError) as caught:
     read(entry['config'])
@@ -85,7 +85,7 @@ def test_buffers_of_old_files_have_a_row(name):
 
 
 @pytest.mark.parametrize('name', READ)
-def test_the_config_of_a_pruned_one_is_read(name):
+def test_the_config_of_a_pruned_model_is_read(name):
   config = PUBLISHED[name]['config']
   family, (spec, num_layers) = families.FAMILIES[config['model_type']], read(config)
   kept = [l for l in range(num_layers) if l not in (1, 3)]
@@ -103,7 +103,9 @@ def config_class(kind: str):
 @pytest.mark.parametrize('kind', families.FAMILIES)
 def test_every_field_of_transformers_is_read(kind):
   config = config_class(kind)().to_dict()
-  known = set(config) | NEUTRAL | {'kwargs'} | set(config_class(kind).attribute_map)  # these are other names of keys
+  known = (
+    set(config) | NEUTRAL | {'kwargs'} | set(config_class(kind).attribute_map)
+  )  # attribute_map holds other names of keys
   assert set(inspect.signature(config_class(kind)).parameters) <= known
   spec, num_layers = read(config)
   assert (
@@ -113,7 +115,7 @@ def test_every_field_of_transformers_is_read(kind):
 
 @pytest.mark.parametrize('kind', families.FAMILIES)
 def test_defaults_are_those_of_transformers(kind):
-  """A key that is absent means what it means there. What it leaves out of the sizes must be there in any case."""
+  """An absent key has the default of transformers. Only sizes without a default are required."""
   whole = config_class(kind)().to_dict()
   expected = read(whole)
   for key in set(whole) - {'model_type', 'vocab_size', 'rope_parameters'}:
@@ -125,7 +127,7 @@ def test_defaults_are_those_of_transformers(kind):
 
 
 @pytest.mark.parametrize('kind', ['mistral', 'qwen2', 'qwen3', 'gemma2', 'gemma3_text'])
-def test_a_window_that_is_absent_has_the_default_and_null_is_none(kind):
+def test_an_absent_window_has_the_default_and_null_means_none(kind):
   config = {k: v for k, v in of_family(kind).items() if k != 'sliding_window'} | {'use_sliding_window': True}
   config |= {'max_window_layers': 2}
   if not kind.startswith('qwen'):
@@ -135,7 +137,7 @@ def test_a_window_that_is_absent_has_the_default_and_null_is_none(kind):
 
 
 @pytest.mark.parametrize('kind', ['qwen2', 'qwen3'])
-def test_layers_before_the_windows_are_counted_where_config_json_does_not(kind):
+def test_max_window_layers_is_written_even_if_it_was_absent(kind):
   config = of_family(kind) | {'num_hidden_layers': 32, 'sliding_window': 64, 'use_sliding_window': True}
   kept = list(range(1, 31))
   for absent in (config | {'max_window_layers': None}, {k: v for k, v in config.items() if k != 'max_window_layers'}):
@@ -143,25 +145,25 @@ def test_layers_before_the_windows_are_counted_where_config_json_does_not(kind):
     assert cut['max_window_layers'] == 27 and read(cut)[0] == read(absent)[0].with_layers(kept)
 
 
-# ---- keys and values that change nothing, and those that do ----
+# ---- keys and values that do not change the computation, and those that do ----
 
 
 @pytest.mark.parametrize('kind', families.FAMILIES)
-def test_what_changes_nothing(kind):
-  config, asked = of_family(kind), read(of_family(kind))
+def test_neutral_keys_are_ignored(kind):
+  config, expected = of_family(kind), read(of_family(kind))
   for key in NEUTRAL - {'model_type'}:
-    assert read(config | {key: config.get(key, 'anything')}) == asked
+    assert read(config | {key: config.get(key, 'anything')}) == expected
   for key, off in OFF.items():
-    if (kind, key) != ('gpt_neox', 'attention_bias'):  # on, where the key is absent
-      assert read(config | {key: config.get(key, off)}) == asked
+    if (kind, key) != ('gpt_neox', 'attention_bias'):  # on by default
+      assert read(config | {key: config.get(key, off)}) == expected
   nulls = {
     key: None for key in (*OFF, 'quantization_config', 'rope_scaling', 'head_dim', 'layer_types', 'not_known_here')
   }
-  assert read(nulls | config) == asked
+  assert read(nulls | config) == expected
 
 
 @pytest.mark.parametrize('kind', families.FAMILIES)
-def test_numbers_may_be_written_with_or_without_a_point(kind):
+def test_whole_numbers_may_be_written_without_a_decimal_point(kind):
   config = of_family(kind)
   whole = {k: int(v) for k, v in config.items() if isinstance(v, float) and v == int(v)}
   assert read(config | whole) == read(config)
@@ -175,7 +177,7 @@ def test_a_feature_that_is_on_is_refused(key):
   one_sentence(caught.value.for_command(), f'{key}={on!r} is not supported')
 
 
-def test_old_and_new_spellings_of_rope_scaling():
+def test_old_and_new_forms_of_rope_scaling():
   config = of_family('llama')
   linear = read(config | {'rope_scaling': {'type': 'linear', 'factor': 8}})
   assert linear != read(config)
@@ -193,9 +195,9 @@ def test_old_and_new_spellings_of_rope_scaling():
 # ---- activations ----
 
 
-# Apertus has parameters for its own.
+# Apertus supports only its own activation.
 @pytest.mark.parametrize('kind', [kind for kind in families.FAMILIES if kind != 'apertus'])
-def test_every_family_knows_every_activation(kind):
+def test_every_family_supports_every_activation(kind):
   config = of_family(kind)
   unread = {'starcoder2': {'activation_function'}}.get(kind, {'hidden_act'} if kind.startswith('gemma') else set())
   (key,) = {k for k in ACTIVATION_KEYS if k in config} - unread
@@ -213,7 +215,7 @@ def test_activations_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'opt'])
-def test_padding_beyond_the_learned_positions_is_no_nan(kind):
+def test_padding_beyond_the_learned_positions_makes_no_nan(kind):
   small = dict(n_embd=8, n_head=2, n_positions=6, hidden_size=8, ffn_dim=8, num_attention_heads=2, vocab_size=11)
   small |= dict(word_embed_proj_dim=8, max_position_embeddings=6)
   config = of_family(kind)

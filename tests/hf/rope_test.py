@@ -1,4 +1,4 @@
-"""Scaled rotary embeddings against transformers, on texts shorter and longer than the original context."""
+"""Scaled rotary embeddings compared with transformers, on texts shorter and longer than the original context."""
 
 import json
 import pathlib
@@ -93,8 +93,8 @@ def test_logits_equal_those_of_transformers(folder, length):
 
 
 @pytest.mark.parametrize('length', [ORIGINAL - 3, ORIGINAL + 5])
-def test_a_cache_gives_what_it_gives_in_transformers(folder, length):
-  """New tokens beyond the original context too: in both, keys keep the rotation that they were made with."""
+def test_decoding_with_a_cache_equals_that_of_transformers(folder, length):
+  """Also for tokens beyond the original context: in both, cached keys keep their first rotation."""
   tokens_BT, theirs, model = tokens(length + 6), torch_model(folder), model_of(folder)
   whole = torch.tensor(tokens_BT, dtype=torch.int64)
   with torch.no_grad(), jax.default_matmul_precision('highest'):
@@ -111,8 +111,8 @@ def test_a_cache_gives_what_it_gives_in_transformers(folder, length):
   np.testing.assert_allclose(np.stack(got), expected, atol=1e-5 * max(1.0, float(expected.std())))
 
 
-def test_the_scaling_is_seen(folder):
-  """Without it the logits are others, so that the tests above can fail."""
+def test_the_scaling_changes_the_frequencies(folder):
+  """So the tests above can fail."""
   model = model_of(folder)
   if CASES['llama, dynamic'].items() <= json.loads((folder / 'config.json').read_text())['rope_parameters'].items():
     assert model.spec.rope_until == 64
@@ -123,7 +123,7 @@ def test_the_scaling_is_seen(folder):
   assert spec.rope_freq_RH != model.spec.rope_freq_RH and model.spec.rope_scale_R[0] > 1
 
 
-def test_a_table_that_depends_on_the_length_ends(folder):
+def test_dynamic_scaling_limits_the_length(folder):
   source = open_source(str(folder), folder)
   texts = _Texts(None, source, None)
   if not source.spec.rope_until:
@@ -143,11 +143,11 @@ def test_a_table_that_depends_on_the_length_ends(folder):
     (YARN | dict(beta=1), "rope scaling key 'beta' is not known for rope type 'yarn'"),
     (
       dict(rope_type='proportional'),
-      "rope type 'proportional' is not supported .default, linear, .* and longrope are.",
+      "rope type 'proportional' is not supported; use a checkpoint with default, linear, .* or longrope.",
     ),
   ],
 )
-def test_what_is_not_understood_is_named(rope, sentence):
+def test_an_invalid_scaling_is_named(rope, sentence):
   from elder_jax.hf.families import llama
 
   config = SIZES | dict(model_type='llama', rms_norm_eps=1e-5, rope_parameters=rope)

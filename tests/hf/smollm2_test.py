@@ -1,4 +1,4 @@
-"""The real model of the demo, against PyTorch and through an export. `make assets` fetches it."""
+"""The real model of the demo, compared with PyTorch and exported. `make assets` fetches it."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('whole_compiler')]
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """The model exported with all its layers, and its run's work folder."""
+  """(report, export) of a run that keeps all layers."""
   return export(tmp_path_factory.mktemp('whole'), GGUF, '')
 
 
@@ -64,8 +64,8 @@ def test_logits_equal_torch_on_512_tokens(whole):
   with torch.no_grad():
     expected_BTV = torch_model(folder)(torch.tensor(tokens_BT.astype(np.int64))).logits.numpy()
   assert tokens_BT.shape == (1, 512) and expected_BTV.std() > 1
-  # Logits reach 40, where float32 itself steps by 4e-6 and PyTorch is up to 1e-4 away from its own float64. How far the
-  # two are apart depends on the processor: 0.8e-4 to 1.4e-4 have been seen, a wrong weight is seen at 1e-2.
+  # Logits reach 40, where float32 steps are 4e-6 and PyTorch's float32 differs from its float64 by up to 1e-4. JAX and
+  # PyTorch differ by 0.8e-4 to 1.4e-4, depending on the processor; a wrong weight makes a difference of 1e-2.
   np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=1e-5, atol=2e-4)
 
 
@@ -80,8 +80,8 @@ def test_it_writes_english(whole):
   assert 'Paris' in tokenizer.decode(tokens[0])
 
 
-def test_an_exported_folder_prunes_as_its_gguf_does(whole, tmp_path):
-  """GGUF → folder → 23 layers, and GGUF → 23 layers: one result; what is not a weight stays byte for byte."""
+def test_pruning_the_exported_folder_equals_pruning_the_gguf_file(whole, tmp_path):
+  """GGUF → folder → 23 layers equals GGUF → 23 layers; all other files stay byte for byte the same."""
   _, folder = whole
   removed = '12,13,14,15,16,17,18'
   direct, a = export(tmp_path / 'a', GGUF, removed)

@@ -1,4 +1,4 @@
-"""The checks of source and export in PyTorch: of weights, not of sampling; a failure of the check itself costs nothing."""
+"""The checks of source and export in PyTorch: they test weights, not sampling, and may fail without losing the export."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from elder_jax.run import work as work_module
 
 @pytest.fixture
 def quick(settings) -> dict:
-  """A run of seconds that is checked in PyTorch."""
+  """A short run that is checked in PyTorch."""
   settings |= dict(recipe='prune_then_train', method='last', compare=(), verify='torch')
   return settings
 
@@ -51,7 +51,7 @@ def test_sampling_settings_of_the_source_do_not_matter(quick, model, sampling):
   assert (pathlib.Path(quick['workdir']) / 'export' / 'generation_config.json').read_bytes() == path.read_bytes()
 
 
-def test_what_pytorch_raises_for_another_reason_costs_no_export(quick, monkeypatch, capsys):
+def test_an_error_in_pytorch_keeps_the_export(quick, monkeypatch, capsys):
   monkeypatch.setattr(verify, '_figures_in_torch', lambda *args: (_ for _ in ()).throw(OSError('no such kernel')))
   report = pipeline.run(config_of(**quick))
   assert report['verify']['torch_error'] == 'no such kernel' and report['verify']['jax'] <= 1e-4
@@ -62,27 +62,29 @@ def test_what_pytorch_raises_for_another_reason_costs_no_export(quick, monkeypat
   assert manifest.check(work / 'export')
 
 
-def test_a_mismatch_leaves_nothing_under_the_final_name(quick, monkeypatch):
+def test_a_mismatch_leaves_no_export(quick, monkeypatch):
   monkeypatch.setattr(verify, '_torch_logits', lambda model, tokens_BT: 0.0)
-  # Not the dense model.
+  # The dense model is not checked.
   monkeypatch.setattr(verify, 'use_torch', lambda wish, params, say=None: params < 50_000)
   with pytest.raises(verify.ExportMismatch):
     pipeline.run(config_of(**quick))
   assert not (pathlib.Path(quick['workdir']) / 'export').exists()
 
 
-def test_a_config_that_transformers_cannot_make_is_known_at_once(quick, no_text, no_long_work, monkeypatch, capsys):
+def test_a_config_that_transformers_does_not_support_is_reported_early(
+  quick, no_text, no_long_work, monkeypatch, capsys
+):
   why = verify.why_torch_cannot
   monkeypatch.setattr(verify, 'why_torch_cannot', lambda config: why(config | {'model_type': 'not_yet'}))
   refused(quick, '--verify=torch', 'not_yet', '--verify=jax')
-  with pytest.raises(pytest.fail.Exception):  # the text is read
+  with pytest.raises(pytest.fail.Exception):  # the run continues and reads the text
     pipeline.run(config_of(**quick | dict(verify='auto')))
   assert 'the check in PyTorch is left out' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('recipe', ['prune_then_train', 'none'])
-def test_a_checkpoint_that_is_misread_is_found_before_anything_else(quick, monkeypatch, recipe):
-  if recipe == 'none':  # a copy, of which the model is not loaded for anything else
+def test_a_misread_checkpoint_is_found_before_anything_else(quick, monkeypatch, recipe):
+  if recipe == 'none':  # layers are copied, and the model is loaded for this check alone
     quick |= dict(train_data='', eval_data=(), num_remove=None, remove_layers='4', recipe='none')
   spec_from_config = families.FAMILIES['llama'].spec_from_config
 
@@ -100,14 +102,14 @@ def test_a_checkpoint_that_is_misread_is_found_before_anything_else(quick, monke
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_checkpoint_that_is_read_well_is_told_so(quick, dtype):
+def test_a_good_checkpoint_passes(quick, dtype):
   pipeline.run(config_of(**quick | dict(dtype=dtype)))
   found = json.loads((pathlib.Path(quick['workdir']) / 'stages' / 'source.json').read_text())['result']
   assert found['torch'] < 1e-4
 
 
-def test_the_source_is_compared_as_it_is_computed(quick, model, tmp_path):
-  """That the comparison can fail: another weight in the file than in the model."""
+def test_a_weight_that_differs_in_the_file_is_found(quick, model, tmp_path):
+  """Shows that the comparison can fail."""
   source = open_source(str(model), tmp_path)
   loaded = load_model(source, 'float32')
   path = model / 'model.safetensors'

@@ -1,7 +1,7 @@
-"""Removal of layers from a checkpoint that the decoder need not know: by the names of its tensors, from file to file.
+"""Removes layers from a checkpoint by the names of its tensors, from file to file; the decoder need not support the model.
 
-layer_list.py   which tensors are of which layer
-keys.py         what becomes of config.json
-structure.py    whether transformers makes of it what is left of the original
-folder.py       the files
+layer_list.py   which layer each tensor belongs to
+keys.py         edits config.json
+structure.py    checks with transformers that each remaining layer is unchanged
+folder.py       reads and writes the files
 """

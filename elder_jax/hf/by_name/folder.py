@@ -1,4 +1,4 @@
-"""The files of a checkpoint without some of its layers: tensors as they stand, octet for octet, in the same shards."""
+"""Writes a checkpoint without some of its layers: tensors are copied byte for byte, into the same shards."""
 
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -20,20 +20,23 @@ _QUANTISATION = ('quantize_config.json', 'quant_config.json', 'hf_quant_config.j
 
 
 class Checkpoint(NamedTuple):
-  """A Hugging Face folder, opened by its headers alone."""
+  """A Hugging Face folder of which only config.json and the safetensors headers were read."""
 
-  name: str  # as the user called it
-  files: pathlib.Path  # folder
+  name: str  # as the user wrote it
+  files: pathlib.Path  # the folder
   config: dict
-  headers: dict[pathlib.Path, tuple[int, dict]]  # of each file with tensors: where they begin, {name: header}
+  headers: dict[pathlib.Path, tuple[int, dict]]  # safetensors file -> (offset of its first tensor, {name: header})
   layers: LayerList
 
 
 def open_checkpoint(model: str, at: str = '') -> Checkpoint:
-  """Reads config.json and the headers.
+  """Reads config.json and the safetensors headers of a folder or hub id, but no tensor.
 
   Args:
-    at: --layers_at.
+    at: the value of --layers_at.
+
+  Raises:
+    InputError: a file is missing or damaged, or layer_list.find finds no single list of layers.
   """
   folder = model_folder.find('model', model)
   config = safetensors_files.read_json(folder / 'config.json')
@@ -47,15 +50,18 @@ def write(
   kept: list[int],
   config: dict,
   folder: pathlib.Path,
-  told: Callable[[int, int], None],
+  progress: Callable[[int, int], None],
   tokenizer: pathlib.Path | None = None,
 ) -> dict[str, str]:
-  """Writes the layers `kept` into `folder`, which exists; {file: sha256} of the files with tensors.
+  """Writes the layers `kept` into `folder`, which must exist.
 
   Args:
     config: config.json of the result.
-    told: called with (octets written, octets in all).
-    tokenizer: of folder.small_files.
+    progress: called with (bytes written, bytes in total).
+    tokenizer: the folder of another tokenizer (hf.folder.small_files).
+
+  Returns:
+    {file: sha256} of the safetensors files.
   """
   files = model_folder.small_files(checkpoint.files, tokenizer)
   model_folder.copy(files, folder)
@@ -69,15 +75,15 @@ def write(
   for path, tensors in plan.items():
     if not tensors:
       continue
-    octets = copies.octets(path, checkpoint.headers[path][0], tensors)
+    pieces = copies.octets(path, checkpoint.headers[path][0], tensors)
     digest, size = hashlib.sha256(), 0
     with (folder / path.name).open('wb') as file:
-      for piece in octets:
+      for piece in pieces:
         preemption.check_alone()
         file.write(piece)
         digest.update(piece)
         size += len(piece)
-        told(min(done + size, total), total)
+        progress(min(done + size, total), total)
       safetensors_files.sync(file)
     done += _sum([tensors])
     hashes[path.name] = digest.hexdigest()
@@ -89,30 +95,34 @@ def write(
 
 
 def check(checkpoint: Checkpoint, kept: list[int], folder: pathlib.Path) -> int:
-  """The number of tensors, each the original's octet for octet. Raises ValueError for one that is not."""
+  """Compares the tensors in `folder` with the original's, byte for byte, and returns their number.
+
+  Raises:
+    ValueError: a tensor differs, or is not in the original.
+  """
   written, count = safetensors_files.headers(folder), 0
   home = {name: (path, begin, about) for path, (begin, of) in written.items() for name, about in of.items()}
   for path, (begin, header) in checkpoint.headers.items():
     for _, new, about in _plan(header, checkpoint.layers, kept):
-      there, its_begin, its_about = home.pop(new)
-      pieces = copies.pieces(path, begin, about), copies.pieces(there, its_begin, its_about)
-      same = its_about['dtype'] == about['dtype'] and its_about['shape'] == about['shape']
+      copy, copy_begin, copy_about = home.pop(new)
+      pieces = copies.pieces(path, begin, about), copies.pieces(copy, copy_begin, copy_about)
+      same = copy_about['dtype'] == about['dtype'] and copy_about['shape'] == about['shape']
       if not same or any(a != b for a, b in zip(*pieces, strict=True)):
-        raise ValueError(f'{there}: the tensor {new} is not what was copied')
+        raise ValueError(f'{copy}: the tensor {new} differs from the original')
       count += 1
   if home:
-    raise ValueError(f'{folder}: there is a tensor too many, {next(iter(home))}')
+    raise ValueError(f'{folder}: the tensor {next(iter(home))} is not in the original')
   return count
 
 
 def _plan(header: dict, layers: LayerList, kept: list[int]) -> list[tuple[str, str, dict]]:
-  """(old name, new name, header) of the tensors of a file that stay, in the order of the file."""
+  """(old name, new name, header) of the tensors of a file that remain, in the order of the file."""
   of_file = sorted(header.items(), key=lambda item: item[1]['data_offsets'])
   return [(name, new, about) for name, about in of_file if (new := layers.renamed(name, kept)) is not None]
 
 
 def size_left(checkpoint: Checkpoint, kept: list[int]) -> tuple[int, int]:
-  """(octets, elements) of the tensors that stay."""
+  """(bytes, elements) of the tensors that remain."""
   plans = [_plan(header, checkpoint.layers, kept) for _, header in checkpoint.headers.values()]
   return _sum(plans), sum(math.prod(about['shape']) for tensors in plans for _, _, about in tensors)
 

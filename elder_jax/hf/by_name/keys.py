@@ -1,4 +1,4 @@
-"""config.json with fewer layers: what each key that tells something of layers becomes. What is not known is refused."""
+"""Edits config.json for fewer layers. Keys that describe layers have a rule; unknown ones raise InputError."""
 
 from collections.abc import Callable
 import contextlib
@@ -20,30 +20,31 @@ from elder_jax.hf.by_name.layer_list import part
 
 
 class Cut(NamedTuple):
-  """What a rule works with."""
+  """The removal, as the rules see it."""
 
   kept: list[int]
-  depth: int
-  config: dict  # the part of config.json, whole
-  expanded: dict  # the same with the lists that transformers makes of other keys
+  depth: int  # before the removal
+  config: dict  # the section of config.json that describes these layers
+  expanded: dict  # the same, with the lists that transformers derives from other keys
 
   def entries(self, value: list) -> list:
+    """The entries of the kept layers, of a list with one entry per layer."""
     return [value[l] for l in self.kept]
 
   def numbers(self, value: list) -> list:
-    """Numbers of layers as they are after the removal."""
+    """Layer numbers after the removal; those of removed layers are dropped."""
     return [self.kept.index(l) for l in value if l in self.kept]
 
   def below(self, value: int) -> int:
-    """How many of the first `value` layers are left; of a bound beyond the last layer that bound."""
+    """How many of the first `value` layers remain; a value of at least `depth` is returned as it is."""
     return value if value >= self.depth else sum(l < value for l in self.kept)
 
 
 class Refused(Exception):
-  """Why a key cannot be made right."""
+  """A key cannot describe the remaining layers. The text is a predicate with the fix, without a full stop."""
 
 
-# ---- rules: (value, Cut) -> {key: new value} besides the key's own ----
+# ---- rules: (key, value, Cut) -> {key: new value}, of this key and of others that change with it ----
 
 
 def _below(key: str, value: int, cut: Cut) -> dict:
@@ -51,13 +52,13 @@ def _below(key: str, value: int, cut: Cut) -> dict:
 
 
 def _up_to(key: str, value: int, cut: Cut) -> dict:
-  """The last layer of a range, −1 for the model's last."""
+  """The value is the last layer of a range; −1 means the last layer of the model."""
   return {key: value if value < 0 else cut.below(value + 1) - 1}
 
 
 def _entries(key: str, value, cut: Cut) -> dict:
   if len(value) != cut.depth:
-    raise Refused(f'has {len(value)} entries for {cut.depth} layers')
+    raise Refused(f'has {len(value)} entries for {cut.depth} layers; correct the list')
   left = cut.entries(list(value))
   return {key: ''.join(left) if isinstance(value, str) else left}
 
@@ -67,7 +68,7 @@ def _numbers(key: str, value: list, cut: Cut) -> dict:
 
 
 def _flags_or_numbers(key: str, value: list, cut: Cut) -> dict:
-  """A flag for each layer in some families, numbers of layers in others."""
+  """Some families list a flag for each layer, others list layer numbers."""
   flags = len(value) == cut.depth and set(value) <= {0, 1}
   return _entries(key, value, cut) if flags else _numbers(key, value, cut)
 
@@ -78,34 +79,34 @@ def _nothing(key: str, value, cut: Cut) -> dict:
 
 def _only_one(key: str, value: int, cut: Cut) -> dict:
   if value != 1:
-    raise Refused('is a pattern over the numbers of the layers, for which config.json has no list')
+    raise Refused('selects layers by their number, and no other key can list them; this model cannot be cut')
   return {key: value}
 
 
 def _by_list(name: str) -> Callable:
-  """A rule by which a list is made where none is given; the list is cut and, where needed, written."""
+  """For a key from which transformers derives the list `name`: the list is cut and written, the key stays."""
 
   def rule(key: str, value, cut: Cut) -> dict:
     if value not in (0, 1) and len(cut.expanded.get(name) or ()) == 0:
-      raise Refused(f'is the rule of {name}, which is not given, and transformers does not make it')
+      raise Refused(f'defines {name}, which transformers does not derive from it; add {name}')
     return {key: value}
 
   return rule
 
 
 def _dense_layers(key: str, value: list, cut: Cut) -> dict:
-  """Layers without experts; where decoder_sparse_step names further ones its rule writes the whole list."""
+  """Layers without experts. If decoder_sparse_step adds further ones, its own rule writes the whole list."""
   return {key: cut.numbers(value)} if cut.config.get('decoder_sparse_step') in (None, 1) else {}
 
 
 def _sparse_step(key: str, value: int, cut: Cut) -> dict:
-  """Every n-th layer has experts, unless mlp_only_layers names it: where n is not 1, that list names all others."""
+  """Every n-th layer has experts unless mlp_only_layers names it. If n is not 1, that list takes all other layers."""
   dense = set(cut.config.get('mlp_only_layers') or ()) | {l for l in range(cut.depth) if (l + 1) % max(1, value)}
   return {key: value} if value == 1 else {key: 1, 'mlp_only_layers': cut.numbers(sorted(dense))}
 
 
 def _period(offset_key: str) -> Callable:
-  """Layers l with l % period == offset: another period and offset, where these say the same of what is left."""
+  """Layers l with l % period == offset are special: finds a period and an offset that hold after the removal."""
 
   def rule(key: str, value: int, cut: Cut) -> dict:
     offset = cut.config.get(offset_key) or 0
@@ -114,27 +115,29 @@ def _period(offset_key: str) -> Callable:
       for at in range(period):
         if marked == [i % period == at for i in range(len(marked))]:
           return {key: period, offset_key: at}
-    raise Refused('cannot say which of the layers that are left are of this kind')
+    raise Refused('cannot describe the remaining layers, which have no regular period; remove other layers')
 
   return rule
 
 
 def _shared_cache(key: str, value: int, cut: Cut) -> dict:
-  """The last layers read keys and values of the last layer of their kind before them, which therefore has to stay."""
+  """The last `value` layers read the keys and values of an earlier layer of their kind, which must not be removed."""
   first = cut.depth - value
   kinds = cut.expanded.get('layer_types')
   if value and kinds is None:
-    raise Refused('shares keys and values of layers whose kinds are not given')
+    raise Refused('shares keys and values between layers of a kind, and layer_types is missing; add it')
   for kind in set(kinds[first:]) if value else ():
-    giver = max((l for l in range(first) if kinds[l] == kind), default=None)
-    if giver is None or giver not in cut.kept:
-      raise Refused(f'the last layers read the keys and values of layer {giver}; keep it')
+    origin = max((l for l in range(first) if kinds[l] == kind), default=None)
+    if origin is None:
+      raise Refused(f'leaves no layer of the kind {kind} to share keys and values from; correct config.json')
+    if origin not in cut.kept:
+      raise Refused(f'makes the last layers read the keys and values of layer {origin}; keep that layer')
   return {key: sum(l >= first for l in cut.kept)}
 
 
 def _only_zero(key: str, value, cut: Cut) -> dict:
   if value:
-    raise Refused('gives layers a part of a tensor that all of them share, which is not cut')
+    raise Refused('gives each layer a slice of a shared tensor, which is copied whole; this model cannot be cut')
   return {key: value}
 
 
@@ -168,10 +171,10 @@ RULES: dict[str, Callable[[str, Any, Cut], dict]] = {
   **dict.fromkeys(('moe_layer_freq', 'moe_layer_interval', 'moe_every_n_layers', 'expert_interval'), _only_one),
   'attn_layer_period': _period('attn_layer_offset'),
   'expert_layer_period': _period('expert_layer_offset'),
-  **dict.fromkeys(('attn_layer_offset', 'expert_layer_offset'), _nothing),  # by the rule of the period
+  **dict.fromkeys(('attn_layer_offset', 'expert_layer_offset'), _nothing),  # set by the rule of the period
   'num_kv_shared_layers': _shared_cache,
   **dict.fromkeys(('hidden_size_per_layer_input', 'num_layers_per_block'), _only_zero),
-  # Of no layer's number, whatever they are called.
+  # These do not depend on layer numbers, although their names look like it.
   **dict.fromkeys(
     (*EXTRAS, 'mtp_layers_block_type', 'vocab_size_per_layer_input', 'mtp_hybrid_override_pattern'), _nothing
   ),
@@ -179,21 +182,21 @@ RULES: dict[str, Callable[[str, Any, Cut], dict]] = {
     'attention_block_size block_size mamba_chunk_size time_step_limit router_layer_freq'.split(), _nothing
   ),
 }
-# What may say something of layers by its name; other numbers do not.
+# Names of keys that may describe layers. A number under any other name is copied.
 _SUSPECT = re.compile(
   r'layer|num_block|n_block|block_(type|kind)|pattern|interval|period|every|_idxs?$|ind(ex|ices)|freq$|_step$|depth|stage'
 )
-# Lists that are of no layers, however long.
+# Names of lists that never describe layers, whatever their length.
 _OTHER_LISTS = re.compile(
   r'token|architectures|multipliers|_limit$|section|suppress|bad_words|languages|labels?$|head_dims'
 )
 
 
 def cut_config(config: dict, layers: LayerList, kept: list[int], model: str) -> dict:
-  """config.json for the layers `kept`, all other keys as they are.
+  """config.json for the layers `kept`; keys that do not describe layers are copied.
 
   Raises:
-    InputError: a key that may tell of layers is not known, or cannot be made right.
+    InputError: a key that may describe layers is unknown, or cannot describe the remaining ones.
   """
   new = copy.deepcopy(config)
   section = part(new, layers.section)
@@ -204,14 +207,14 @@ def cut_config(config: dict, layers: LayerList, kept: list[int], model: str) -> 
       section |= _changes(key, value, cut)
     except Refused as e:
       name = '.'.join([*layers.section, key])
-      raise InputError('model', model, f'config.json: {name}={shown(value)} {e}; these layers cannot be cut.') from e
+      raise InputError('model', model, f'config.json: {name}={shown(value)} {e}.') from e
   for key in DEPTHS if layers.depth_key else ():
     if old.get(key) == layers.depth:
       section[key] = len(kept)
   _write_lists(new, layers, cut)
   if 'quantization_config' in new:
     new['quantization_config'] = renamed_strings(new['quantization_config'], layers, kept, model)
-  if transformers_has(config):  # no code of a stranger is needed
+  if transformers_has(config):  # the checkpoint's own code is not needed
     new.pop('auto_map', None)
   return new
 
@@ -226,7 +229,7 @@ def _changes(key: str, value, cut: Cut) -> dict:
   if (
     isinstance(value, int) and not isinstance(value, bool) and _SUSPECT.search(key) and 'token' not in key and value > 1
   ):
-    raise Refused('may tell of layers, and is not known here')
+    raise Refused('is an unknown key that may describe layers; delete it if it does not')
   return {}
 
 
@@ -236,34 +239,35 @@ def _list_changes(key: str, value: list, cut: Cut) -> dict:
   if len(value) == cut.depth:
     if _SUSPECT.search(key) or key in ('intermediate_size', 'num_key_value_heads', 'num_attention_heads', 'head_dim'):
       return {key: cut.entries(value)}
-    raise Refused('has as many entries as there are layers, and is not known here')
+    raise Refused('is an unknown list with one entry per layer; delete it if it does not describe layers')
   if value and _SUSPECT.search(key):
-    raise Refused('may be a list of layers, and is not known here')
+    raise Refused('is an unknown list that may describe layers; delete it if it does not')
   return {}
 
 
-# ---- lists that transformers makes of other keys ----
+# ---- lists that transformers derives from other keys ----
 
 
 def transformers_has(config: dict) -> bool:
+  """Whether the installed transformers supports the model_type."""
   from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # takes seconds
 
   return config.get('model_type') in CONFIG_MAPPING
 
 
 def _lists_of(config: dict, layers: LayerList) -> dict:
-  """The part of config.json as transformers completes it; the part itself where transformers does not know the model."""
+  """The section of config.json as transformers completes it; unchanged if transformers does not support the model."""
   given = part(config, layers.section)
   if not transformers_has(config):
     return dict(given)
-  made = transformers_config(config)
+  completed = transformers_config(config)
   for key in layers.section:
-    made = getattr(made, key)
-  return made.to_dict() | {key: value for key, value in given.items() if value not in (None, [])}
+    completed = getattr(completed, key)
+  return completed.to_dict() | {key: value for key, value in given.items() if value not in (None, [])}
 
 
 def transformers_config(config: dict):
-  """transformers' own object of a config.json. Raises what transformers raises."""
+  """The transformers config object of a config.json. Raises whatever transformers raises."""
   from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
   with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
@@ -273,7 +277,7 @@ def transformers_config(config: dict):
 
 @contextlib.contextmanager
 def quiet_transformers():
-  """Without what it has to say of keys."""
+  """Silences the warnings of transformers about keys of config.json."""
   level, logger = logging.root.manager.disable, logging.getLogger('transformers')
   logging.disable(logging.CRITICAL)
   try:
@@ -284,7 +288,7 @@ def quiet_transformers():
 
 
 def _write_lists(new: dict, layers: LayerList, cut: Cut):
-  """Puts lists in place that transformers would make otherwise for fewer layers."""
+  """Writes a list if transformers would derive another one for fewer layers."""
   for key, value in cut.expanded.items():
     if cut.config.get(key) or not isinstance(value, list) or key not in RULES or not value:
       continue
@@ -294,11 +298,15 @@ def _write_lists(new: dict, layers: LayerList, cut: Cut):
       section[key] = wanted
 
 
-# ---- names of layers within strings ----
+# ---- layer names within strings ----
 
 
 def renamed_strings(value, layers: LayerList, kept: list[int], model: str):
-  """A JSON value in which names of layers are those after the removal; entries of layers that go are left out."""
+  """A JSON value with layer names renumbered after the removal; entries of removed layers are dropped.
+
+  Raises:
+    InputError: a string names layers by a regular expression.
+  """
   if isinstance(value, str):
     return _renamed_string(value, layers, kept, model)
   if isinstance(value, list):
@@ -324,6 +332,8 @@ def _renamed_string(value: str, layers: LayerList, kept: list[int], model: str) 
     return f'{found[1]}{int(found[2]) - layers.depth + len(kept)}{found[3]}'
   if re.search(rf'{re.escape(last)}\\?\.[\[(]?\d', value):
     raise InputError(
-      'model', model, f'its quantisation names layers by the pattern {shown(value)}, which cannot be renumbered.'
+      'model',
+      model,
+      f'its quantisation config names layers by the pattern {shown(value)}, which cannot be renumbered; list the layers.',
     )
   return value

@@ -1,4 +1,4 @@
-"""Where the layers are: a list in the tensors' names, and the part of config.json that says how long it is."""
+"""Finds the list of layers: its prefix in the tensors' names, and the section of config.json that gives its length."""
 
 from collections.abc import Iterable
 import re
@@ -7,29 +7,29 @@ from typing import Any, NamedTuple
 from elder_jax.errors import InputError
 
 DEPTHS = ('num_hidden_layers', 'n_layer', 'n_layers', 'num_layers', 'num_decoder_layers', 'decoder_layers', 'depth')
-# Of layers that predict further tokens: some models number them after the others.
+# Numbers of layers that predict further tokens (MTP). Some models number them after the other layers.
 EXTRAS = ('num_nextn_predict_layers', 'num_mtp_layers')
-# Without a number of layers, the length of one of these is it.
+# Without a key in DEPTHS, the length of one of these lists is the number of layers.
 KINDS = ('layers_block_type', 'layer_types', 'hybrid_override_pattern')
-# Parts of a model that are not its language model, by the names of tensors and of keys.
+# Matches names of tensors and keys that belong to another part than the language model.
 OTHER = re.compile('vision|visual|image|audio|speech|video|sam_|encoder_config', re.IGNORECASE)
 
 
 class LayerList(NamedTuple):
-  """The layers that are cut."""
+  """The list of layers to cut."""
 
-  prefix: str  # of the names: model.layers.
-  section: tuple[str, ...]  # keys of config.json that lead to the part for these layers
-  depth_key: str  # in that part; empty: the length of a list says it
+  prefix: str  # of the tensors' names, such as 'model.layers.'
+  section: tuple[str, ...]  # the keys that lead to the section of config.json for these layers
+  depth_key: str  # the key of that section with the depth; empty: the length of a list gives it
   depth: int
 
   def layer_of(self, name: str) -> int | None:
-    """The number of the layer that a tensor is of; from `depth` on it is an extra one."""
+    """The layer that a tensor belongs to, None if to none; numbers from `depth` on are MTP layers."""
     found = re.match(rf'{re.escape(self.prefix)}(\d+)(\.|$)', name)
     return int(found[1]) if found else None
 
   def renamed(self, name: str, kept: list[int]) -> str | None:
-    """The tensor's name when only the layers `kept` are left; None for one of a layer that goes."""
+    """The tensor's name after the removal; None if its layer is removed."""
     layer = self.layer_of(name)
     if layer is None:
       return name
@@ -40,54 +40,56 @@ class LayerList(NamedTuple):
 
 
 def find(names: Iterable[str], config: dict, model: str, at: str = '') -> LayerList:
-  """The one list of layers that config.json tells the length of.
+  """The only list of layers whose length config.json gives.
 
   Args:
-    model: what to call it in an error.
-    at: --layers_at, the list's name as in model.language_model.layers; empty: there is only one.
+    names: of all tensors.
+    model: the model's name for errors.
+    at: the value of --layers_at, such as model.language_model.layers; empty: the model has only one list.
+
+  Raises:
+    InputError: there is no such list, or there are several, or the model has an encoder and a decoder.
   """
   if config.get('is_encoder_decoder'):
-    raise InputError('model', model, 'has an encoder and a decoder; only models with one stack of layers can be cut.')
+    raise InputError('model', model, 'has an encoder and a decoder; give a model with one stack of layers.')
   lengths = _lists(names)
   if at and f'{at}.' not in lengths:
-    raise InputError(
-      'layers_at', at, f'is no list of layers in the names of the tensors; there are {_listed(lengths)}.'
-    )
+    raise InputError('layers_at', at, f'no list of layers has this name; give one of {_listed(lengths)}.')
   found = [
     LayerList(prefix, *section)
     for prefix, length in lengths.items()
     for section in _sections(config)
     if _fits(prefix, length, section, config) and at in ('', prefix.removesuffix('.'))
   ]
-  if not at and len({layers.prefix for layers in found}) > 1:  # a tower for pictures or sound is not meant
+  if not at and len({layers.prefix for layers in found}) > 1:  # the language model is meant, not an encoder
     found = [layers for layers in found if not OTHER.search(layers.prefix)] or found
   if len({layers.prefix for layers in found}) > 1:
-    told = ', '.join(f'{l.prefix.removesuffix(".")} ({l.depth})' for l in found)
-    raise InputError('model', model, f'has several lists of layers: {told}; name the one to cut by --layers_at.')
+    lists = ', '.join(f'{l.prefix.removesuffix(".")} ({l.depth})' for l in found)
+    raise InputError('model', model, f'has several lists of layers: {lists}; choose one with --layers_at.')
   if not found:
     raise InputError(
       'layers_at' if at else 'model',
       at or model,
-      f'none of the lists in the names of the tensors ({_listed(lengths)}) has the length that config.json gives; use the '
+      f'no list of layers in the tensor names ({_listed(lengths)}) has the length that config.json gives; use the '
       'config.json of these weights.',
     )
   if len(found) > 1:
     where = ' and '.join('.'.join([*layers.section, layers.depth_key]) for layers in found)
     raise InputError(
-      'model', model, f'config.json gives the number of these layers twice ({where}); remove one of them.'
+      'model', model, f'config.json gives the number of these layers twice ({where}); delete one of them.'
     )
   return found[0]
 
 
 def part(config: dict, section: tuple[str, ...]) -> dict:
-  """The part of config.json that a section leads to."""
+  """The section of config.json at these keys."""
   for key in section:
     config = config[key]
   return config
 
 
 def _lists(names: Iterable[str]) -> dict[str, int]:
-  """{prefix: length} of what is numbered from 0 without a gap, by the first number in a name."""
+  """{prefix: length} of all lists that are numbered from 0 without a gap; the first number in a name counts."""
   numbers: dict[str, set[int]] = {}
   for name in names:
     if found := re.match(r'((?:[^.]*\D[^.]*\.)*?)(\d+)(\.|$)', name):
@@ -96,12 +98,12 @@ def _lists(names: Iterable[str]) -> dict[str, int]:
 
 
 def _listed(lengths: dict[str, int]) -> str:
-  told = [f'{prefix.removesuffix(".")} ({length})' for prefix, length in lengths.items() if length > 1]
-  return ', '.join(told[:8]) or 'none'
+  lists = [f'{prefix.removesuffix(".")} ({length})' for prefix, length in lengths.items() if length > 1]
+  return ', '.join(lists[:8]) or 'none'
 
 
 def _sections(config: dict, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str, int]]:
-  """(section, key of its depth, depth), of the parts of config.json that have one."""
+  """(section, key of the depth, depth) of each section of config.json that has a depth."""
   found = [
     (path, key, value)
     for key in DEPTHS

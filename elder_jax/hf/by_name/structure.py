@@ -1,7 +1,7 @@
-"""Is the cut model what is left of the original? Both are made by transformers on its device without memory and compared.
+"""Checks that layer j of the cut model is layer kept[j] of the original.
 
-What a config.json says of layers is spread over keys of every kind. Whatever they are, layer j of the cut model has to be
-what layer kept[j] of the original is: the same modules with the same parameters and settings.
+transformers builds both models on the meta device, which takes no memory. Their layers must have the same modules,
+parameter shapes and settings. This finds mistakes in any key of config.json, whatever its name.
 """
 
 import re
@@ -15,15 +15,15 @@ from elder_jax.hf.by_name.keys import transformers_has
 from elder_jax.hf.by_name.layer_list import OTHER
 from elder_jax.hf.by_name.layer_list import LayerList
 
-# Settings of a module that are its own number.
+# Attributes of a module that hold its own number.
 _NUMBER = re.compile(r'^_?(layer|block)?_?(idx|id|index|number|num)$')
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def why_unchecked(config: dict) -> str:
-  """Why transformers cannot be asked; empty where it can."""
+  """Why transformers cannot check this model; empty if it can."""
   if not transformers_has(config):
-    return f'transformers does not know model_type {config.get("model_type")!r}'
+    return f'transformers does not support model_type {config.get("model_type")!r}'
   try:
     import torch  # noqa: F401  (not a requirement of the package)
   except ImportError as e:
@@ -32,11 +32,14 @@ def why_unchecked(config: dict) -> str:
 
 
 def check(config: dict, cut: dict, layers: LayerList, kept: list[int], model: str):
-  """Raises InputError where the cut config.json makes another model than the original without its layers.
+  """Compares the models that transformers builds from both config.json.
 
   Args:
-    config, cut: config.json before and after.
-    model: what to call it in an error.
+    config, cut: config.json before and after the removal.
+    model: the model's name for errors.
+
+  Raises:
+    InputError: a remaining layer would change, or something outside the layers would, or transformers cannot build one.
   """
   before, others_before = _described(config, layers, layers.depth, model)
   after, others_after = _described(cut, layers, len(kept), model)
@@ -45,28 +48,31 @@ def check(config: dict, cut: dict, layers: LayerList, kept: list[int], model: st
       raise InputError(
         'model',
         model,
-        f'by its config.json layer {old} would become another kind of layer ({_difference(before[old], after[new])}); '
-        'these layers cannot be cut.',
+        f'its config.json would make layer {old} another kind of layer ({_difference(before[old], after[new])}); remove '
+        'other layers.',
       )
   if others_before != others_after:
     raise InputError(
       'model',
       model,
-      f'what is outside of the layers depends on their number ({_difference(others_before, others_after)}); it cannot be '
-      'cut.',
+      f'a tensor outside the layers depends on their number ({_difference(others_before, others_after)}); this model '
+      'cannot be cut.',
     )
 
 
 def _described(config: dict, layers: LayerList, depth: int, model: str) -> tuple[list[dict], dict]:
-  """(what each layer is, what everything else is)."""
+  """(a description of each layer, {name: shape} of all tensors outside the layers)."""
   import torch
 
   try:
     with torch.device('meta'), quiet_transformers():
       whole = _class_of(config)._from_config(transformers_config(config))
-  except Exception as e:  # of any kind: transformers says what it cannot make of a config.json  # noqa: BLE001
+  except Exception as e:  # transformers raises errors of every kind for a config.json  # noqa: BLE001
     raise InputError(
-      'model', model, f'transformers cannot make a model of {depth} layers by its config.json ({reason(e)}).'
+      'model',
+      model,
+      f'transformers cannot build a model of {depth} layers from its config.json ({reason(e)}); skip this check with '
+      '--verify=jax.',
     ) from e
   name, found = _list_in(whole, layers, depth, model)
   inside = f'{name}.'
@@ -84,7 +90,7 @@ def _class_of(config: dict) -> Any:
 
 
 def _list_in(whole, layers: LayerList, depth: int, model: str):
-  """(name, modules) of the list whose name ends as in the tensors' names."""
+  """(name, modules) of the ModuleList that holds the layers."""
   import torch
 
   last = layers.prefix.removesuffix('.').rpartition('.')[2]
@@ -96,12 +102,16 @@ def _list_in(whole, layers: LayerList, depth: int, model: str):
   ]
   named = [(name, module) for name, module in lists if name.split('.')[-1] == last] or lists
   if len(named) != 1:
-    raise InputError('model', model, f'transformers has no list of {depth} layers named {last} for it.')
+    raise InputError(
+      'model',
+      model,
+      f'its transformers class has no single list of {depth} layers named {last}; skip this check with --verify=jax.',
+    )
   return named[0]
 
 
 def _about(layer) -> dict:
-  """Everything plain that a layer is made of, by name."""
+  """{name: value} of a layer's classes, plain attributes and tensor shapes."""
   found: dict[str, Any] = {}
   for name, module in layer.named_modules():
     found[name] = type(module).__name__
@@ -117,7 +127,7 @@ def _about(layer) -> dict:
 
 
 def _difference(a: dict, b: dict) -> str:
-  """The first thing that two descriptions do not share."""
+  """The first entry in which two descriptions differ."""
   name = next(n for n in [*a, *b] if a.get(n, _difference) != b.get(n, _difference))
-  told = [str(of_one[name])[:60] if name in of_one else 'nothing' for of_one in (a, b)]
-  return f'{name.strip(".")}: {told[0]}, then {told[1]}'
+  values = [str(of_one[name])[:60] if name in of_one else 'absent' for of_one in (a, b)]
+  return f'{name.strip(".")}: {values[0]} before, {values[1]} after'

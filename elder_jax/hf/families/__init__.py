@@ -1,13 +1,21 @@
 """The model families that can be read and written: `model_type` in config.json -> module.
 
-A family module has `MODELS`, their names for docs/models.md (and `RUN`, those of which real weights were pruned
-here), `spec_from_config` and `WEIGHTS` (llama.py says how to read it). Where it differs: `pruned`, if a removal of
-layers changes keys of config.json beside the depth and lists with an entry per layer; `DEPTH`, if the key of the
-depth is not num_hidden_layers; `ROPE_KEYS`, if what rope_parameters holds has had other names outside; `ROPE_LOCAL`,
-the name there of the base of layers with a window; `ONLY`, which tensors only one kind of layer has. The first row of
-WEIGHTS is the embedding; files may leave the first part of its name out of all names. For GGUF: `GGUF_ARCHITECTURE`,
-`GGUF_NAMES`, `config_from_gguf`, `from_gguf`, `to_gguf`, and `GGUF_DERIVED` for a tensor that only config_from_gguf
-looks at. Only family modules know Hugging Face's and llama.cpp's names. docs/families.md says how to add one.
+Every family module has
+  MODELS            names of its models, for docs/models.md
+  spec_from_config  config.json -> (Spec, number of layers)
+  WEIGHTS           its tensors; llama.py explains the format. The first row is the embedding; files may omit the first
+                    part of its name from all names.
+and, where needed,
+  RUN               its models that were pruned here with real weights, for docs/models.md
+  pruned            keys of config.json that a removal changes, besides the depth and lists with an entry per layer
+  DEPTH             the key of the depth, if not num_hidden_layers
+  ROPE_KEYS         older names of the keys in rope_parameters
+  ROPE_LOCAL        older name of the rope base of layers with a window
+  ONLY              which tensors only one kind of layer has
+  GGUF_ARCHITECTURE, GGUF_NAMES, config_from_gguf, from_gguf, to_gguf
+  GGUF_DERIVED      a GGUF tensor that only config_from_gguf reads
+
+Only family modules know the names of Hugging Face and llama.cpp. docs/families.md explains how to add one.
 """
 
 from elder_jax.hf.families import apertus

@@ -1,4 +1,4 @@
-"""Apertus: an MLP without a gate, whose activation has two parameters of its own in each layer."""
+"""Apertus: an MLP without a gate; its activation, xIELU, has parameters in each layer."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -19,7 +19,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in n
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'rms_norm_eps': 1e-5} | config, 'hidden_dropout')
   fields.only('post_norm', False)
   fields.only('qk_norm', True)

@@ -1,4 +1,4 @@
-"""Command R7B and Command A: attention and MLP side by side after one norm, positions only where there is a window."""
+"""Command R7B and Command A: attention and MLP in parallel after one norm; only layers with a window have positions."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -15,12 +15,12 @@ def layer_kinds(fields: Fields) -> list[str]:
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(
     {'tie_word_embeddings': True, 'sliding_window': 4096} | config,
     'order_of_interleaved_layers rotary_pct use_embedding_sharing',
   )
-  fields.any('rms_norm_eps')  # of no norm here
+  fields.any('rms_norm_eps')  # unused: the norms are LayerNorms
   size, bias = llama.sizes(fields), fields.flag('attention_bias')
   window, kinds = fields.window('sliding_window'), layer_kinds(fields)
   for key, value in (('position_embedding_type', 'rope_gptj'), ('use_qk_norm', False), ('use_parallel_block', True)):
@@ -45,6 +45,6 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   kinds = layer_kinds(Fields(config))
   return {'layer_types': [kinds[l] for l in kept], 'sliding_window_pattern': None, '_sliding_window_pattern': None}

@@ -1,4 +1,4 @@
-"""ERNIE 4.5, dense: Llama that rotates neighbouring pairs."""
+"""ERNIE 4.5, dense: Llama with rotary embeddings on neighbouring pairs."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -10,7 +10,7 @@ WEIGHTS = llama.WEIGHTS
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   defaults = {'head_dim': 128, 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5, 'tie_word_embeddings': True}
   fields = Fields(defaults | config, 'compression_ratio')
   fields.one_kind(0)

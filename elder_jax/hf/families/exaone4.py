@@ -1,4 +1,4 @@
-"""EXAONE 4: norms on what attention and the MLP add and none before; with windows, the layers without know no positions."""
+"""EXAONE 4: norms after attention and the MLP, none before. With windows, the other layers have no positions."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import olmo2
@@ -14,14 +14,14 @@ DEFAULTS = dict(rms_norm_eps=1e-5, num_key_value_heads=32, sliding_window=4096)
 
 
 def layer_kinds(fields: Fields) -> list[str]:
-  """By a period, or by a string such as LLLG."""
+  """From layer_types, or sliding_window_pattern: a period, or a string such as LLLG."""
   window, every = fields.window('sliding_window'), fields.any('sliding_window_pattern')
   every = len(every) if isinstance(every, str) else every or 4
   return fields.layer_kinds(lambda l: 'sliding_attention' if window and (l + 1) % every else 'full_attention')
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(DEFAULTS | config)
   size, window, kinds = llama.sizes(fields), fields.window('sliding_window'), layer_kinds(fields)
   table = fields.rope(size['head_dim'])
@@ -37,6 +37,6 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   kinds = layer_kinds(Fields(DEFAULTS | config))
   return {'layer_types': [kinds[l] for l in kept]}

@@ -1,11 +1,11 @@
-"""config.json, read strictly: what would change the computation and is not understood is refused by name, never ignored."""
+"""Reads config.json strictly: a key that may change the computation and is not supported raises InputError."""
 
 from elder_jax.errors import InputError
 from elder_jax.errors import shown
 from elder_jax.hf.families import rope
 
-# Keys that change nothing in the computation of logits, whatever the family: what a file is, special tokens, dropout and
-# initialisation, defaults of generation, classification heads, and how a library computes.
+# Keys that do not change the logits of any family: metadata, special tokens, dropout and initialisation, generation
+# defaults, classification heads, and settings of other libraries.
 NEUTRAL = frozenset(
   """
   _name_or_path name_or_path architectures auto_map model_type torch_dtype dtype transformers_version is_llama_config
@@ -32,7 +32,7 @@ NEUTRAL = frozenset(
   _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn use_flash_attention_2
   """.split()
 )
-# The value under which a feature is off. Where it is on, only the families that have it read the key.
+# Key -> the value that turns its feature off. Families that support the feature read the key themselves.
 OFF = {
   'add_cross_attention': False,
   'attention_bias': False,
@@ -50,9 +50,9 @@ OFF = {
   'use_mrope': False,
   'use_sliding_window': False,
 }
-# Names of config.json's activations -> those of model.ACTIVATIONS.
+# Activation in config.json -> name in model.layers.ACTIVATIONS.
 ACTIVATIONS = {name: name for name in ('silu', 'relu', 'relu2', 'gelu')} | {'swish': 'silu', 'gelu_python': 'gelu'}
-# They write the same formula differently; the largest difference is 2.4e-7.
+# transformers implements the same formula in several ways; they differ by at most 2.4e-7.
 ACTIVATIONS |= dict.fromkeys(
   ('gelu_new', 'gelu_fast', 'gelu_accurate', 'gelu_pytorch_tanh', 'gelu_python_tanh'), 'gelu_tanh'
 )
@@ -61,147 +61,156 @@ _LAYER_KINDS = ('full_attention', 'sliding_attention')
 
 
 class Fields:
-  """The fields of one config.json. A family asks for each that it knows; `done` refuses what nobody asked for."""
+  """The fields of one config.json.
+
+  A family reads every key that it supports; `done` then raises InputError for keys that were not read. The methods raise
+  InputError for a value of the wrong type or range.
+  """
 
   def __init__(self, config: dict, neutral: str = ''):
-    """neutral: further keys that change nothing, with spaces between them."""
-    self.config, self._asked = config, NEUTRAL | set(neutral.split())
+    """neutral: further keys that do not change the logits, separated by spaces."""
+    self.config, self._read = config, NEUTRAL | set(neutral.split())
     for key in _QUANTISED:
       if (how := self._get(key, None)) is not None:
         method = how.get('quant_method') if isinstance(how, dict) else None
         by = f' with quant_method {shown(method, 40)}' if method else ''
-        raise InputError(f'config.json: by its {key}, the checkpoint is quantised{by}; use the unquantised one.')
+        raise InputError(f'config.json: {key} marks the checkpoint as quantised{by}; use the unquantised one.')
 
   def _get(self, key: str, default):
-    self._asked |= {key}
+    self._read |= {key}
     value = self.config.get(key)
     return default if value is None else value
 
   def size(self, key: str, default=None) -> int:
+    """A whole number above 0."""
     value = self._get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise InputError(f'config.json: {key}={shown(value)} must be a whole number above 0; mend the file.')
+      raise InputError(f'config.json: {key}={shown(value)} must be a whole number above 0; correct the file.')
     return value
 
   def whole(self, key: str, default=None) -> int:
-    """As `size`, but 0 is allowed."""
+    """A whole number of at least 0."""
     value = self._get(key, default)
     return 0 if type(value) is int and value == 0 else self.size(key, default)
 
   def any(self, key: str):
-    """A value that the family looks at by itself, or that changes nothing."""
+    """A value of any type, which the family checks or ignores."""
     return self._get(key, None)
 
   def number(self, key: str, default=None, optional: bool = False) -> float | None:
+    """A number above 0; with `optional`, None if it is absent or null."""
     value = self._get(key, default)
     return None if optional and value is None else rope.above_0(key, value)
 
   def flag(self, key: str, default: bool = False) -> bool:
+    """True or false."""
     value = self._get(key, default)
     if not isinstance(value, bool):
-      raise InputError(f'config.json: {key}={shown(value)} must be true or false; mend the file.')
+      raise InputError(f'config.json: {key}={shown(value)} must be true or false; correct the file.')
     return value
 
   def choice(self, key: str, known: dict, default: str):
-    """What `known` has for the value of a key."""
+    """The entry of `known` for the value of a key."""
     value = self._get(key, default)
     if not isinstance(value, str) or value not in known:
       raise InputError(
-        f'config.json: {key}={shown(value)} is not supported (only {", ".join(map(repr, known))}); use a checkpoint '
-        'without it.'
+        f'config.json: {key}={shown(value)} is not supported (only {", ".join(map(repr, known))}); use another checkpoint.'
       )
     return known[value]
 
   def activation(self, key: str, default: str) -> str:
-    """One of model.ACTIVATIONS."""
+    """A name in model.layers.ACTIVATIONS."""
     return self.choice(key, ACTIVATIONS, default)
 
   def only(self, key: str, supported):
-    """A key that may only have the value under which it changes nothing, or be null or absent."""
+    """Requires a key to be absent, null, or the only value that is supported."""
     value = self._get(key, supported)
-    # By type too: 1 is not True.
+    # The type counts too: 1 is not True.
     if not (value == supported and type(value) is type(supported)):
       raise InputError(
-        f'config.json: {key}={shown(value)} is not supported (only {supported!r} is); use a checkpoint without it.'
+        f'config.json: {key}={shown(value)} is not supported (only {supported!r} is); use another checkpoint.'
       )
 
   def window(self, key: str, used: bool = True) -> int:
-    """Tokens in a sliding window; 0: there is none."""
+    """Tokens in the sliding window; 0 if there is none, or `used` is false."""
     return self.size(key) if self._get(key, None) is not None and used else 0
 
   @staticmethod
   def per_layer(num_layers: int, value: int) -> tuple[int, ...]:
+    """The value for each layer; empty for 0, which is the default of Spec."""
     return (value,) * min(num_layers, MOST_LAYERS) if value else ()
 
   def layer_kinds(self, default, known=_LAYER_KINDS) -> list[str]:
-    """layer_types, one of `known` for each layer; default(l) where it is not given."""
+    """layer_types, with one of `known` for each layer; default(l) for layer l if it is absent."""
     L = self.size('num_hidden_layers')
     kinds = self._get('layer_types', None)
     if kinds is None:
       return [default(l) for l in range(min(L, MOST_LAYERS))]
     if not isinstance(kinds, list) or len(kinds) != L or any(k not in known for k in kinds):
       raise InputError(
-        f'config.json: layer_types must name one of {" and ".join(known)} for each of the {L} layers; mend the file.'
+        f'config.json: layer_types must have {" or ".join(known)} for each of the {L} layers; correct the file.'
       )
     return kinds
 
   def one_kind(self, window: int):
-    """For families whose layers are all alike: layer_types, which nothing reads there, must say so where it is given."""
+    """For families whose layers are all alike: if layer_types is given, it must agree."""
     alike = 'sliding_attention' if window else 'full_attention'
     if set(self.layer_kinds(lambda l: alike)) != {alike}:
-      raise InputError(f'config.json: layer_types may only have {alike!r} here; use a checkpoint without the others.')
+      raise InputError(f'config.json: layer_types may only have {alike!r} in this family; use another checkpoint.')
 
   def experts(self, default: int, per_token: int) -> dict:
-    """The numbers of experts, as Spec calls them; what training adds to the loss for them is not read.
+    """The numbers of experts, as arguments of Spec. Settings of the router's auxiliary loss are ignored.
 
     Args:
-      default, per_token: the family's defaults of both.
+      default: the family's default number of experts.
+      per_token: the family's default number of experts per token.
     """
-    self._asked |= {'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise'}
+    self._read |= {'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise'}
     E, k = (
       self.size('num_local_experts', self._get('num_experts', default)),
       self.size('num_experts_per_tok', per_token),
     )
     if not k <= E <= MOST_LAYERS or self._get('num_experts', E) != E:
       raise InputError(
-        f'config.json: num_experts_per_tok={k} and the numbers of experts ({E}) do not fit; mend the file.'
+        f'config.json: num_experts_per_tok={k} and the numbers of experts ({E}) contradict each other; correct the file.'
       )
     return dict(experts=E, experts_per_token=k)
 
   def heads(self, heads='num_attention_heads', kv_heads='num_key_value_heads', width='hidden_size') -> dict:
-    """The sizes of attention, as Spec calls them."""
+    """The sizes of attention, as arguments of Spec; `heads`, `kv_heads` and `width` are the names of the keys."""
     d_model, N = self.size(width), self.size(heads)
     H = self.size('head_dim', max(1, d_model // N))
     K = self.size(kv_heads, N) if kv_heads else N
-    if H > 2**16:  # before a table of that size is made
-      raise InputError(f'config.json: head_dim={H} is larger than any model has; mend the file.')
+    if H > 2**16:  # before a table of that size is built
+      raise InputError(f'config.json: head_dim={H} is larger than in any model; correct the file.')
     if N % K:
-      raise InputError(f'config.json: {heads}={N} is not a multiple of {kv_heads}={K}; mend the file.')
+      raise InputError(f'config.json: {heads}={N} is not a multiple of {kv_heads}={K}; correct the file.')
     if self.config.get('head_dim') is None and d_model != N * H:
-      raise InputError(f'config.json: {width}={d_model} is not a multiple of {heads}={N}; mend the file.')
+      raise InputError(f'config.json: {width}={d_model} is not a multiple of {heads}={N}; correct the file.')
     return dict(d_model=d_model, num_heads=N, num_kv_heads=K, head_dim=H)
 
   def rope(self, head_dim: int, theta: float = 10000.0, part: float = 1.0, keys=('rope_theta', None), kinds=None):
-    """Radians per position of each rotated pair: rope_theta and rope_scaling, or transformers 5's rope_parameters.
+    """The rope.Rope of rope_theta and rope_scaling, or of rope_parameters, which transformers 5 writes.
 
     Args:
-      theta, part: the family's defaults of the base and of the part of a head that is rotated.
-      keys: names of both in config.json outside of rope_parameters; None: it has no such key.
-      kinds: the kind of layer whose entry of rope_parameters counts, where the family has one for each.
+      theta: the family's default base.
+      part: the family's default for the part of a head that is rotated.
+      keys: the names of both outside rope_parameters; None: there is no such key.
+      kinds: the kind of layer, if rope_parameters has an entry for each kind.
     """
     tables = {}
     for key in ('rope_scaling', 'rope_parameters'):
       table = self._get(key, {})
       if not isinstance(table, dict):
-        raise InputError(f'config.json: {key}={shown(table)} must be an object or null; mend the file.')
+        raise InputError(f'config.json: {key}={shown(table)} must be an object or null; correct the file.')
       if kinds and table.keys() & set(_LAYER_KINDS):
         if unknown := sorted(set(table) - set(_LAYER_KINDS)):
-          raise InputError(f'config.json: {key} has the unknown kind of layer {shown(unknown[0])}; mend the file.')
+          raise InputError(f'config.json: {key} has the unknown kind of layer {shown(unknown[0])}; correct the file.')
         table = table.get(kinds) or {}
         if not isinstance(table, dict):
-          raise InputError(f'config.json: {key}={shown(table)} must be an object or null; mend the file.')
+          raise InputError(f'config.json: {key}={shown(table)} must be an object or null; correct the file.')
       elif kinds == 'sliding_attention':
-        table = {}  # one table for the whole model means the layers without a window
+        table = {}  # a single table applies to the layers without a window
       tables |= table
     outside = [self._get(key, None) if key else None for key in keys]
     theta = rope.above_0(keys[0], tables.pop('rope_theta', None) or outside[0] or theta)
@@ -211,28 +220,36 @@ class Fields:
     rotated = int(head_dim * part)
     if part > 1 or rotated % 2:
       raise InputError(
-        f'config.json: head_dim={head_dim} is odd, rotary position embedding needs an even one; mend the file.'
+        f'config.json: head_dim={head_dim} is odd, but rotary position embedding needs an even one; correct the file.'
         if rotated == head_dim
-        else f'config.json: {rotated} of head_dim={head_dim} cannot be rotated (an even part is needed); mend the file.'
+        else f'config.json: {rotated} of head_dim={head_dim} cannot be rotated, which needs an even part; correct the file.'
       )
     return rope.table(rotated, theta, tables, self.config)
 
   def done(self, family: str, depth: str = 'num_hidden_layers') -> int:
-    """The number of layers. Raises InputError for a key that nobody asked for."""
+    """The number of layers.
+
+    Args:
+      family: the model_type, for errors.
+      depth: the key of the number of layers.
+
+    Raises:
+      InputError: a key was not read, or a feature in OFF is on.
+    """
     num_layers = self.size(depth)
     unknown = []
     for key, value in self.config.items():
-      if key in OFF and key not in self._asked:
+      if key in OFF and key not in self._read:
         self.only(key, OFF[key])
-      elif key not in self._asked and value is not None:
+      elif key not in self._read and value is not None:
         unknown.append(shown(key, 40))
     if unknown:
       names = ', '.join(unknown[:10]) + (f' and {len(unknown) - 10} more' if len(unknown) > 10 else '')
       raise InputError(
         f'config.json: {"the keys" if unknown[1:] else "the key"} {names} {"are" if unknown[1:] else "is"} not known for '
-        f'model_type {family}; remove what does not change the computation.'
+        f'model_type {family}; delete what does not change the computation.'
       )
     return num_layers
 
 
-MOST_LAYERS = 10_000  # of which tables are made before config.json is held against the tensors
+MOST_LAYERS = 10_000  # limits tables that are built before config.json is compared with the tensors

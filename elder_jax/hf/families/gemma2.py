@@ -1,4 +1,4 @@
-"""Gemma 2: norms that scale by 1 + w before and after each part, capped scores and logits, windows on every other layer."""
+"""Gemma 2: norms scaled by 1 + w before and after attention and MLP, capped scores and logits, alternating windows."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -11,17 +11,17 @@ _NORMS['post_feedforward_layernorm'] = 'post_mlp_norm'
 WEIGHTS = llama.WEIGHTS | {
   f'model.layers.{{l}}.{theirs}.weight': (f'layers.{ours}.scale', 'D->D') for theirs, ours in _NORMS.items()
 }
-# What config.json leaves out has Gemma's defaults, not Llama's.
+# Gemma's defaults for absent keys, where they differ from Llama's.
 DEFAULTS = dict(
   num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, sliding_window=4096, query_pre_attn_scalar=256
 )
-BOS_FIRST = True  # no text that it was trained on lacked the token: without, it predicts next to nothing
+BOS_FIRST = True  # every training text began with BOS; without it, predictions are poor
 
 
 def common(fields: Fields) -> dict:
-  """What Gemma 2 and 3 read alike."""
+  """Arguments of Spec that Gemma 2 and 3 share."""
   size, bias = llama.sizes(fields, 'hidden_activation', 'gelu_pytorch_tanh'), fields.flag('attention_bias')
-  for key in ('hidden_act', 'sliding_window_size'):  # in old files; nothing ever read them
+  for key in ('hidden_act', 'sliding_window_size'):  # in old files; no code reads them
     fields.any(key)
   return size | dict(
     norm='rms1',
@@ -40,7 +40,7 @@ def layer_kinds(fields: Fields) -> list[str]:
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(DEFAULTS | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0) | config)
   features, window, kinds = common(fields), fields.window('sliding_window'), layer_kinds(fields)
   window_L = tuple(window if kind == 'sliding_attention' else 0 for kind in kinds)
@@ -49,6 +49,6 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   kinds = layer_kinds(Fields(config))
   return {'layer_types': [kinds[l] for l in kept]}

@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2 with norms on queries and keys, and another rope base where there is a window."""
+"""Gemma 3, text: Gemma 2 with norms on queries and keys, and another rope base for layers with a window."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from elder_jax.model.spec import Spec
 MODELS = 'Gemma 3 270M and 1B'
 RUN = 'Gemma 3 270M'
 WEIGHTS, BOS_FIRST = gemma2.WEIGHTS, gemma2.BOS_FIRST
-ROPE_LOCAL = 'rope_local_base_freq'  # outside of rope_parameters: the base where there is a window
+ROPE_LOCAL = 'rope_local_base_freq'  # outside rope_parameters: the base of layers with a window
 
 
 def layer_kinds(fields: Fields) -> list[str]:
@@ -20,11 +20,11 @@ def layer_kinds(fields: Fields) -> list[str]:
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(gemma2.DEFAULTS | config)
   features, window, kinds = gemma2.common(fields), fields.window('sliding_window'), layer_kinds(fields)
   H = features['head_dim']
-  # The scaling of old files, rope_scaling, is for the layers without a window.
+  # rope_scaling of old files applies to the layers without a window.
   far = fields.rope(H, theta=1e6, kinds='full_attention')
   near = fields.rope(H, theta=1e4, keys=(ROPE_LOCAL, None), kinds='sliding_attention')
   local_L = tuple(int(kind == 'sliding_attention') for kind in kinds)
@@ -34,7 +34,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   kinds = layer_kinds(Fields(config))
   return {'layer_types': [kinds[l] for l in kept], 'sliding_window_pattern': None, '_sliding_window_pattern': None}
 
@@ -51,7 +51,7 @@ GGUF_NAMES = llama.GGUF_NAMES | {
 
 
 def config_from_gguf(field, tensors: dict) -> dict:
-  """As llama.config_from_gguf. Defaults are llama.cpp's; scaling is for the layers without a window."""
+  """As llama.config_from_gguf. The defaults are llama.cpp's; scaling applies to the layers without a window."""
   config = llama.gguf_config(field, tensors)
   del config['hidden_act']
   pattern = field('attention.sliding_window_pattern', 6, per_layer=True)
@@ -66,7 +66,7 @@ def config_from_gguf(field, tensors: dict) -> dict:
       'architectures': ['Gemma3ForCausalLM'],
       'model_type': 'gemma3_text',
       'hidden_activation': 'gelu_pytorch_tanh',
-      # Only the 27B, of 62 layers, scales its scores by another width than that of the heads.
+      # Only the 27B, with 62 layers, does not scale its scores by the head width.
       'query_pre_attn_scalar': llama.gguf_head_dim(field) if config['num_hidden_layers'] == 62 else config['head_dim'],
       'sliding_window': field('attention.sliding_window'),
       'rope_local_base_freq': float(field('rope.freq_base_swa', 10000.0)),
@@ -78,7 +78,7 @@ def config_from_gguf(field, tensors: dict) -> dict:
 
 
 def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
-  """As Hugging Face has it: llama.cpp stores what a norm multiplies by, 1 + w."""
+  """From llama.cpp's 1 + w to Hugging Face's w, for norms."""
   del config
   return weight - 1 if name.endswith('norm.weight') else weight
 

@@ -1,4 +1,4 @@
-"""GLM-4 of April 2025: norms before and after each part, half of each head rotated in neighbouring pairs."""
+"""GLM-4 of April 2025: norms before and after attention and MLP; half of each head is rotated, in neighbouring pairs."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -15,7 +15,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in n
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'head_dim': 128, 'num_key_value_heads': 2, 'rms_norm_eps': 1.5625e-7} | config)
   fields.one_kind(0)
   size = llama.sizes(fields)

@@ -1,11 +1,11 @@
-"""GPT-2: learned positions, LayerNorm, matrices stored the other way round, queries, keys and values in one."""
+"""GPT-2: learned positions, LayerNorm, transposed matrices, and queries, keys and values fused in one."""
 
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
 MODELS = 'GPT-2, DistilGPT-2, DialoGPT, Cerebras-GPT'
 _LAYER = 'transformer.h.{l}.'
-# '+': the parts lie one after the other in this dimension.
+# '+': the parts are concatenated in this dimension.
 WEIGHTS = {
   'transformer.wte.weight': ('embed', 'V,D->VD'),
   'transformer.wpe.weight': ('positions', 'P,D->PD'),
@@ -27,11 +27,11 @@ WEIGHTS = {
   'transformer.ln_f.bias': ('final_norm.bias', 'D->D'),
   'lm_head.weight': ('head', 'V,D->VD'),
 }
-DEPTH = 'n_layer'  # the key of config.json that says how many layers there are
+DEPTH = 'n_layer'  # the key of the number of layers
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(config)
   fields.only('scale_attn_weights', True)
   fields.only('scale_attn_by_inverse_layer_idx', False)

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side, a part of each head rotated, q, k and v interleaved."""
+"""GPT-NeoX and Pythia: attention and MLP in parallel, a part of each head rotated; q, k and v interleaved by head."""
 
 from elder_jax.hf.families import rope
 from elder_jax.hf.families.fields import Fields
@@ -6,7 +6,7 @@ from elder_jax.model.spec import Spec
 
 MODELS = 'GPT-NeoX, Pythia'
 _LAYER = 'gpt_neox.layers.{l}.'
-# '*': the parts alternate here, the first of all heads' neighbours being the others of the same head.
+# '*': the parts alternate in this dimension: q, k and v of the first head, then those of the second, and so on.
 WEIGHTS = {
   'gpt_neox.embed_in.weight': ('embed', 'V,D->VD'),
   _LAYER + 'input_layernorm.weight': ('layers.attn_norm.scale', 'D->D'),
@@ -31,11 +31,11 @@ WEIGHTS = {
   'gpt_neox.final_layer_norm.bias': ('final_norm.bias', 'D->D'),
   'embed_out.weight': ('head', 'V,D->VD'),
 }
-ROPE_KEYS = ('rotary_emb_base', 'rotary_pct')  # outside of rope_parameters
+ROPE_KEYS = ('rotary_emb_base', 'rotary_pct')  # outside rope_parameters
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(config)
   heads, bias = fields.heads(kv_heads=None), fields.flag('attention_bias', True)
   spec = Spec(

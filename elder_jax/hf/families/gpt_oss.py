@@ -1,4 +1,4 @@
-"""gpt-oss: experts with biases and a clipped activation, attention with sinks, a window on every second layer."""
+"""gpt-oss: experts with biases and a clipped activation, attention with sinks, a window in every second layer."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -28,7 +28,7 @@ _YARN = {
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   yarn = {} if config.get('rope_scaling') or config.get('rope_parameters') else {'rope_scaling': _YARN}
   fields = Fields(_DEFAULTS | config | yarn, 'experts_per_token initial_context_length')
   size, window = llama.sizes(fields), fields.window('sliding_window')

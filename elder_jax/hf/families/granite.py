@@ -1,4 +1,4 @@
-"""Granite 3, dense: Llama with multipliers of the embedding, the scores, what layers add, and the logits."""
+"""Granite 3, dense: Llama with multipliers on the embedding, the scores, the residual updates and the logits."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -10,7 +10,7 @@ WEIGHTS = llama.WEIGHTS
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(config)
   fields.one_kind(0)
   size, bias = llama.sizes(fields), fields.flag('attention_bias')

@@ -1,4 +1,4 @@
-"""Hunyuan, dense: Llama with norms on each head's query and key after the rotation."""
+"""Hunyuan, dense: Llama with norms on each head's query and key, after the rotary embedding."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -12,7 +12,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if '_norm' not in na
 }
 
 
-# Of the first files: token ids, heads for other tasks, and what is off.
+# In the first files: token ids, heads for other tasks, and features that are off.
 _NEUTRAL = (
   'eod_token_id im_start_id im_end_id im_newline_id text_start_id text_end_id image_token_id video_start_id video_end_id '
   'mask_init_id num_media_embeds org_vocab_size pool_type class_num add_classification_head cla_share_factor dense_list '
@@ -21,7 +21,7 @@ _NEUTRAL = (
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'rms_norm_eps': 1e-5} | _with_base(config), _NEUTRAL)
   for key, value in (('use_qk_norm', True), ('use_rotary_pos_emb', True), ('use_cla', False)):
     fields.only(key, value)
@@ -41,7 +41,10 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def _with_base(config: dict) -> dict:
-  """A scaling called dynamic with a fixed alpha is another base; of its other keys none is read."""
+  """Replaces a `dynamic` scaling with a fixed alpha by the larger base that it stands for.
+
+  theta · alpha^(d / (d − 2)), as in transformers' HunYuanDenseV1RotaryEmbedding. Its other keys are ignored.
+  """
   for key in ('rope_scaling', 'rope_parameters'):
     table = config.get(key)
     if isinstance(table, dict) and table.get('rope_type', table.get('type')) == 'dynamic' and table.get('alpha'):

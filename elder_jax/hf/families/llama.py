@@ -1,4 +1,4 @@
-"""Llama 1, 2, 3 and models of the same architecture (SmolLM2, TinyLlama, Vicuna …); and what its relatives share."""
+"""Llama 1, 2, 3 and models of the same architecture (SmolLM2, TinyLlama, Vicuna …); and what related families share."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from elder_jax.model.spec import Spec
 
 MODELS = 'Llama 1 to 3.2 (text), SmolLM2, TinyLlama, Vicuna, Falcon 3'
 RUN = 'SmolLM2 135M; 7B with random weights loaded and saved'
-# Hugging Face name -> (path in model.Decoder, axes there 'HF->ours'), both ways; the stacked layers' L is left out.
-# A comma separates HF's dimensions, letters next to each other are folded into one. What the spec's features leave out
-# of the Decoder is not asked for. None: a buffer that is derived from the config, skipped when read and not written.
+# Hugging Face name -> (path in model.Decoder, rule 'HF->ours'), for reading and writing. A comma separates dimensions on
+# the HF side; letters without one are folded into one dimension. The leading L of stacked layers is omitted. Rows whose
+# parameter the Decoder does not have are ignored. None: a buffer, which is skipped on reading and not written.
 WEIGHTS = {
   'model.embed_tokens.weight': ('embed', 'V,D->VD'),
   'model.layers.{l}.input_layernorm.weight': ('layers.attn_norm.scale', 'D->D'),
@@ -42,7 +42,7 @@ WEIGHTS = {
 
 
 def sizes(fields: Fields, activation: str = 'hidden_act', default: str = 'silu') -> dict:
-  """What all relatives of Llama read alike from config.json, as Spec calls it."""
+  """Arguments of Spec that all relatives of Llama share."""
   return dict(
     vocab_size=fields.size('vocab_size'),
     d_ff=fields.size('intermediate_size'),
@@ -54,7 +54,7 @@ def sizes(fields: Fields, activation: str = 'hidden_act', default: str = 'silu')
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(config)
   fields.only('sliding_window', None)
   fields.one_kind(0)
@@ -81,13 +81,18 @@ GGUF_NAMES = {
   'model.norm.weight': 'output_norm.weight',
   'lm_head.weight': 'output.weight',
 }
-GGUF_DERIVED = 'rope_freqs.weight'  # what config_from_gguf turns into rope scaling
+GGUF_DERIVED = 'rope_freqs.weight'  # config_from_gguf converts it to rope scaling
 
 
 def config_from_gguf(field, tensors: dict) -> dict:
-  """The config.json that the checkpoint would have had.
+  """config.json of the checkpoint that a GGUF file was made from.
 
-  field(key[, default]): metadata of this architecture; tensors: GGUF name -> gguf.ReaderTensor.
+  Args:
+    field: field(key[, default]) returns a metadata field of this architecture.
+    tensors: GGUF name -> header.Tensor.
+
+  Raises:
+    InputError: a field is missing or not supported.
   """
   config = gguf_config(field, tensors) | {
     'architectures': ['LlamaForCausalLM'],
@@ -98,20 +103,20 @@ def config_from_gguf(field, tensors: dict) -> dict:
   if GGUF_DERIVED in tensors:
     if config['rope_scaling']:
       raise InputError(
-        f'{GGUF_DERIVED} beside rope scaling is not supported; use the Hugging Face folder of this model.'
+        f'{GGUF_DERIVED} together with rope scaling is not supported; use the Hugging Face folder of this model.'
       )
     config['rope_scaling'] = _llama3_scaling(config, tensors[GGUF_DERIVED].data)
   return config
 
 
 def gguf_config(field, tensors: dict) -> dict:
-  """What llama.cpp keeps alike for all relatives of Llama."""
+  """Keys of config.json that all relatives of Llama share. For a field that is absent, llama.cpp's default."""
   heads = field('attention.head_count')
   head_dim = field('attention.key_length', gguf_head_dim(field))
   for name in ('attention.value_length', 'rope.dimension_count'):
     if (value := field(name, head_dim)) != head_dim:
       raise InputError(
-        f'the GGUF field {name} is {value}, only {head_dim}, the width of a head, is supported; use the Hugging Face '
+        f'the GGUF field {name} is {value}, but only the head width, {head_dim}, is supported; use the Hugging Face '
         'folder of this model.'
       )
   return {
@@ -131,14 +136,14 @@ def gguf_config(field, tensors: dict) -> dict:
   }
 
 
-@np.errstate(over='ignore')  # infinite ones are refused with config.json
+@np.errstate(over='ignore')  # Fields refuses infinite values
 def gguf_float(value) -> float:
-  """float32 in the file; to the shortest decimal that is the same float32."""
+  """A float32 of the file as the shortest decimal that rounds to it."""
   return float(str(np.float32(value)))
 
 
 def _gguf_rope_scaling(field) -> dict | None:
-  """As llama.cpp reads it: a factor without a type is linear; rope.scale_linear is the factor's old name."""
+  """As in llama.cpp: a factor without a type is linear; rope.scale_linear is the old name of the factor."""
   kind = field('rope.scaling.type', 'linear')
   factor = field('rope.scaling.factor', field('rope.scale_linear', 0))
   if kind not in ('none', 'linear'):
@@ -147,12 +152,16 @@ def _gguf_rope_scaling(field) -> dict | None:
 
 
 def gguf_head_dim(field) -> int | None:
+  """llama.cpp's default width of a head."""
   heads = field('attention.head_count')
   return field('embedding_length') // heads if heads else None
 
 
 def _llama3_scaling(config: dict, divisor_R: np.ndarray) -> dict:
-  """Llama 3.1's rope scaling, of which the file has only what each frequency is divided by; its settings are published."""
+  """Llama 3.1's rope scaling, recovered from `divisor_R`, the divisor of each frequency.
+
+  The file holds only the divisors. The other settings are those of the published config.json.
+  """
   scaling = {
     'rope_type': 'llama3',
     'factor': float(divisor_R.max()),
@@ -162,12 +171,12 @@ def _llama3_scaling(config: dict, divisor_R: np.ndarray) -> dict:
   }
   plain_R, scaled_R = (np.array(rope.table(config['head_dim'], config['rope_theta'], s).freq_H) for s in ({}, scaling))
   if divisor_R.shape != plain_R.shape or not np.allclose(plain_R / scaled_R, divisor_R, rtol=1e-5):
-    raise InputError(f"{GGUF_DERIVED} is not Llama 3.1's; use the Hugging Face folder of this model.")
+    raise InputError(f"{GGUF_DERIVED} does not have Llama 3.1's values; use the Hugging Face folder of this model.")
   return scaling
 
 
 def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
-  """A dequantised tensor as Hugging Face has it: llama.cpp interleaves the rotary halves of q's and k's rows."""
+  """A dequantised tensor in Hugging Face's layout: llama.cpp interleaves the rotary halves of the rows of q and k."""
   for part, heads in (('.q_proj.', 'num_attention_heads'), ('.k_proj.', 'num_key_value_heads')):
     if part in name:
       n = config[heads]

@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window on every layer."""
+"""Mistral: Llama with a sliding window in every layer."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -10,7 +10,7 @@ WEIGHTS = llama.WEIGHTS
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'num_key_value_heads': 8, 'sliding_window': 4096} | config)
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
   window = fields.window('sliding_window')

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with experts."""
+"""Mixtral: Mistral with a mixture of experts."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -16,7 +16,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if '.mlp.' not in na
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'num_key_value_heads': 8, 'rms_norm_eps': 1e-5} | config)
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
   window = fields.window('sliding_window')

@@ -1,4 +1,4 @@
-"""Nemotron and Minitron, dense: LayerNorms that scale by 1 + w, squared ReLU, a part of each head rotated."""
+"""Nemotron and Minitron, dense: LayerNorms scaled by 1 + w, squared ReLU, a part of each head rotated."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -15,7 +15,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in n
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(config, 'kv_channels')
   fields.one_kind(0)
   heads, bias = fields.heads(), fields.flag('attention_bias')

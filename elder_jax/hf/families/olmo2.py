@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms on what attention and the MLP add and none before, and one over all queries and all keys."""
+"""OLMo 2 (and 3): norms after attention and the MLP, none before; a norm over all queries and one over all keys."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -6,7 +6,7 @@ from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
 MODELS = 'OLMo 2'
-# Norms on what each part adds, none before it.
+# Norms after attention and the MLP.
 BRANCH_NORMS = {
   'model.layers.{l}.post_attention_layernorm.weight': ('layers.post_attn_norm.scale', 'D->D'),
   'model.layers.{l}.post_feedforward_layernorm.weight': ('layers.post_mlp_norm.scale', 'D->D'),
@@ -19,7 +19,7 @@ WEIGHTS |= BRANCH_NORMS | {
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'rms_norm_eps': 1e-5} | config)
   size = common(fields)
   fields.one_kind(0)
@@ -27,7 +27,7 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def common(fields: Fields) -> dict:
-  """What both read alike."""
+  """Arguments of Spec that OLMo 2 and 3 share."""
   size, bias = llama.sizes(fields), fields.flag('attention_bias')
   fields.only('clip_qkv', None)
   return size | dict(block='branch', qk_norm=True, qk_norm_over='all', qkv_bias=bias, out_bias=bias)

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with windows on three layers of four, and scaled positions on the others alone."""
+"""OLMo 3: OLMo 2 with a window in three of four layers; only the others scale their positions."""
 
 from elder_jax.hf.families import olmo2
 from elder_jax.hf.families import rope
@@ -14,7 +14,7 @@ def layer_kinds(fields: Fields) -> list[str]:
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'rms_norm_eps': 1e-5, 'sliding_window': 4096} | config)
   size, window, kinds = olmo2.common(fields), fields.window('sliding_window'), layer_kinds(fields)
   far = fields.rope(size['head_dim'], theta=5e5, kinds='full_attention')
@@ -25,6 +25,6 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   kinds = layer_kinds(Fields(config))
   return {'layer_types': [kinds[l] for l in kept]}

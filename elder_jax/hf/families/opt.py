@@ -1,4 +1,4 @@
-"""OPT: learned positions, LayerNorm before (all sizes but 350M) or after each part, ReLU, biases."""
+"""OPT: learned positions, ReLU, biases; LayerNorm before attention and MLP (after them in the 350M)."""
 
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
@@ -32,10 +32,10 @@ WEIGHTS = {
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(config)
   heads = fields.heads(kv_heads=None)
-  fields.only('word_embed_proj_dim', heads['d_model'])  # else there are project_in and project_out
+  fields.only('word_embed_proj_dim', heads['d_model'])  # otherwise the files have project_in and project_out
   fields.only('layer_norm_elementwise_affine', True)
   before, bias = fields.flag('do_layer_norm_before', True), fields.flag('enable_bias', True)
   bare = fields.flag('_remove_final_layer_norm')

@@ -1,4 +1,4 @@
-"""Phi-1, 1.5 and 2: attention and MLP read one LayerNorm side by side; biases everywhere, a part of each head rotated."""
+"""Phi-1, 1.5 and 2: attention and MLP in parallel after one LayerNorm; biases everywhere, a part of each head rotated."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -23,7 +23,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if any(part in name 
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(config)
   heads = fields.heads()
   spec = Spec(

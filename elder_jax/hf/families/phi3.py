@@ -1,4 +1,4 @@
-"""Phi-3, Phi-4 and Phi-4-mini: Llama with q, k and v in one tensor, and gate and up in another."""
+"""Phi-3, Phi-4 and Phi-4-mini: Llama with q, k and v fused in one tensor, and gate and up in another."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -8,7 +8,7 @@ from elder_jax.model.spec import Spec
 MODELS = 'Phi-3, Phi-4 (14B), Phi-4-mini'
 _FUSED = 'q_proj k_proj v_proj gate_proj up_proj q_norm k_norm'.split()
 WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in name for part in _FUSED)} | {
-  # '+': the parts lie one after the other in this dimension.
+  # '+': the parts are concatenated in this dimension.
   'model.layers.{l}.self_attn.qkv_proj.weight': (
     ('layers.wq', '+NH,D->DNH'),
     ('layers.wk', '+KH,D->DKH'),
@@ -19,7 +19,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if not any(part in n
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'rms_norm_eps': 1e-5} | config, 'original_max_position_embeddings')
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
   table = fields.rope(size['head_dim'], keys=('rope_theta', 'partial_rotary_factor'))

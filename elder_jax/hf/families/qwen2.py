@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5, dense: Llama with biases on queries, keys and values; Qwen3 with norms on queries and keys instead."""
+"""Qwen2 and 2.5, dense: Llama with biases on queries, keys and values."""
 
 import numpy as np
 
@@ -12,11 +12,12 @@ WEIGHTS = llama.WEIGHTS
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   return read(config, 'qwen2', lambda fields: dict(qkv_bias=True))
 
 
 def read(config: dict, family: str, features) -> tuple[Spec, int]:
+  """What Qwen2 and Qwen3 share; features(fields) returns the arguments of Spec that differ."""
   fields = Fields({'num_key_value_heads': 32, 'sliding_window': 4096} | config)
   size = llama.sizes(fields)
   window = fields.window('sliding_window', fields.flag('use_sliding_window'))
@@ -28,7 +29,7 @@ def read(config: dict, family: str, features) -> tuple[Spec, int]:
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   first = Fields(config).whole('max_window_layers', 28)
   return {'max_window_layers': sum(l < first for l in kept)}
 
@@ -46,7 +47,7 @@ def config_from_gguf(field, tensors: dict) -> dict:
 
 
 def from_gguf(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
-  """As Hugging Face has it."""
+  """llama.cpp stores these tensors as Hugging Face does."""
   del name, config
   return weight
 

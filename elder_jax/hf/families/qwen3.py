@@ -11,7 +11,7 @@ pruned = qwen2.pruned
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
 
   def features(fields: Fields) -> dict:
     bias = fields.flag('attention_bias')

@@ -1,4 +1,4 @@
-"""Qwen3.5, dense: three gated delta-nets to one attention layer with a gate, norms scaled by 1 + w."""
+"""Qwen3.5, dense: three gated delta-nets for each gated attention layer, norms scaled by 1 + w."""
 
 from elder_jax.errors import InputError
 from elder_jax.hf.families import llama
@@ -22,7 +22,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if 'q_proj' not in n
   _DELTA + 'norm.weight': ('layers.delta_norm.scale', 'U->U'),
   _DELTA + 'out_proj.weight': ('layers.wo', 'D,NH->NHD'),
 }
-ONLY = {'.self_attn.': 0, '.linear_attn.': 1}  # which layers have a tensor: Spec.mixer_L
+ONLY = {'.self_attn.': 0, '.linear_attn.': 1}  # part of a tensor's name -> the mixer_L of the layers that have it
 _KINDS = ('full_attention', 'linear_attention')
 
 
@@ -32,7 +32,7 @@ def _layer_kinds(fields: Fields) -> list[str]:
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   config = {'num_key_value_heads': 4, 'head_dim': 256} | rope.of_text(config)
   fields = Fields(config, 'mamba_ssm_dtype mtp_num_hidden_layers mtp_use_dedicated_embeddings')
   fields.only('attn_output_gate', True)
@@ -48,8 +48,8 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
   )
   if delta.value_heads * delta.value_dim != size['num_heads'] * size['head_dim'] or delta.value_heads % delta.key_heads:
     raise InputError(
-      'config.json: heads and their widths must multiply to the same in both kinds of layers, and linear_num_value_heads '
-      'must be a multiple of linear_num_key_heads; use another checkpoint.'
+      'config.json: linear_num_value_heads × linear_value_head_dim must equal num_attention_heads × head_dim, and '
+      'linear_num_value_heads must be a multiple of linear_num_key_heads; use another checkpoint.'
     )
   table = fields.rope(size['head_dim'], part=0.25, keys=('rope_theta', 'partial_rotary_factor'))
   spec = Spec(
@@ -65,6 +65,6 @@ def spec_from_config(config: dict) -> tuple[Spec, int]:
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   kinds = _layer_kinds(Fields(config))
   return {'layer_types': [kinds[l] for l in kept], 'full_attention_interval': None}

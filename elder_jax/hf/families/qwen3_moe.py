@@ -1,4 +1,4 @@
-"""Qwen3 with experts, in every layer."""
+"""Qwen3 with a mixture of experts in every layer."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -16,7 +16,7 @@ WEIGHTS = {name: row for name, row in llama.WEIGHTS.items() if '.mlp.' not in na
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   defaults = {'num_key_value_heads': 4, 'sliding_window': 4096}
   fields = Fields(defaults | config, 'max_window_layers intermediate_size')
   fields.only('decoder_sparse_step', 1)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the frequencies that a config.json asks for."""
+"""Rotary position embedding: the frequencies that a config.json defines."""
 
 import math
 import sys
@@ -11,12 +11,12 @@ from elder_jax.errors import shown
 
 
 class Rope(NamedTuple):
-  """The table of a kind of layer.
+  """The frequencies of one kind of layer.
 
   freq_H: radians per position of each rotated pair.
-  scale: of cosine and sine.
-  far_H: frequencies for a text of more than `near` tokens; empty: the same.
-  until: positions up to which the table holds; 0: all.
+  scale: factor on cosine and sine.
+  far_H: frequencies for texts of more than `near` tokens; empty: the same.
+  until: number of positions for which the table is valid; 0: any.
   """
 
   freq_H: tuple[float, ...]
@@ -26,19 +26,19 @@ class Rope(NamedTuple):
   until: int = 0
 
   def without_positions(self) -> 'Rope':
-    """Of layers that know no positions."""
+    """A table with all frequencies 0, for layers without positions."""
     return Rope((0.0,) * len(self.freq_H))
 
 
 def features(*ropes: Rope) -> dict:
-  """Keyword arguments of Spec, a table for each kind of layer."""
+  """The arguments of Spec for one table per kind of layer."""
   found: dict = {'rope_freq_RH': tuple(rope.freq_H for rope in ropes)}
   if any(rope.scale != 1 for rope in ropes):
     found['rope_scale_R'] = tuple(rope.scale for rope in ropes)
   if far := [rope for rope in ropes if rope.far_H]:
     if len({rope.near for rope in far}) > 1:
       raise InputError(
-        'config.json: its kinds of layers have different original_max_position_embeddings; mend the file.'
+        'config.json: original_max_position_embeddings differs between kinds of layers; correct the file.'
       )
     found |= {'rope_far_RH': tuple(rope.far_H or rope.freq_H for rope in ropes), 'rope_near': far[0].near}
   if ends := [rope.until for rope in ropes if rope.until]:
@@ -46,7 +46,7 @@ def features(*ropes: Rope) -> dict:
   return found
 
 
-# Type -> (keys that it has to have, keys that it may have).
+# Type -> (required keys, optional keys).
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   'default': ((), ()),
   'linear': (('factor',), ()),
@@ -69,38 +69,48 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ('original_max_position_embeddings', 'factor', 'attention_factor'),
   ),
 }
-_NAMES = {'su': 'longrope'}  # as Phi-3's first files had it
+_NAMES = {'su': 'longrope'}  # the name in Phi-3's first files
 
 
 def table(rotated: int, theta: float, scaling: dict, config: dict | None = None) -> Rope:
-  """The table of `rotated` / 2 frequencies; what transformers' modeling_rope_utils.py computes.
+  """The frequencies, as in transformers' modeling_rope_utils.py.
 
   Args:
-    scaling: rope_type and what goes with it.
-    config: of the model, for its numbers of positions.
+    rotated: dimensions of a head that are rotated; there are half as many frequencies.
+    theta: the base.
+    scaling: rope_type and the keys that belong to it.
+    config: config.json, for its numbers of positions.
+
+  Raises:
+    InputError: the type or a key is unknown, or the frequencies are not finite.
   """
   rope = dict(scaling)
   kind = rope.pop('rope_type', rope.pop('type', 'default'))
   rope.pop('type', None)
   rope = {key: value for key, value in rope.items() if value is not None}
   kind = _NAMES.get(kind, kind) if isinstance(kind, str) else kind
-  if kind not in list(_KEYS):  # a list: it may be what cannot be hashed
+  if kind not in list(_KEYS):  # a list, because kind may not be hashable
     *others, last = _KEYS
-    raise InputError(f'config.json: rope type {shown(kind)} is not supported ({", ".join(others)} and {last} are).')
+    raise InputError(
+      f'config.json: rope type {shown(kind)} is not supported; use a checkpoint with {", ".join(others)} or {last}.'
+    )
   needed, optional = _KEYS[kind]
   if unknown := sorted(set(rope) - {*needed, *optional}):
     raise InputError(
-      f'config.json: rope scaling key {shown(unknown[0])} is not known for rope type {kind!r}; remove it.'
+      f'config.json: rope scaling key {shown(unknown[0])} is not known for rope type {kind!r}; delete it.'
     )
-  with np.errstate(divide='ignore', over='ignore', invalid='ignore'):  # the result is looked at
+  with np.errstate(divide='ignore', over='ignore', invalid='ignore'):  # the result is checked below
     found = _RULES[kind](rotated, theta, rope, config or {})
   if not np.isfinite([*found.freq_H, *found.far_H, found.scale]).all():
-    raise InputError('config.json: rope_theta and rope scaling give frequencies that are not finite; mend the file.')
+    raise InputError('config.json: rope_theta and rope scaling give frequencies that are not finite; correct the file.')
   return found
 
 
 def of_text(config: dict) -> dict:
-  """config.json without the sections of positions that tokens of pictures have: for text all three are the same."""
+  """config.json without mrope_section, which splits the positions of image tokens in three.
+
+  For text, the three positions are equal.
+  """
   return config | {key: _plain_of(config[key]) for key in ('rope_scaling', 'rope_parameters') if key in config}
 
 
@@ -115,14 +125,14 @@ def _plain_of(table):
 
 
 def above_0(key, value) -> float:
-  """The value as a number above 0. Raises InputError."""
+  """The value as a number above 0. Raises InputError if it is none."""
   if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-    raise InputError(f'config.json: {key}={shown(value)} must be a number above 0; mend the file.')
+    raise InputError(f'config.json: {key}={shown(value)} must be a number above 0; correct the file.')
   return float(value)
 
 
 def _plain(rotated: int, theta: float) -> np.ndarray:
-  # Rounded to float32 where transformers rounds (torch's power goes through double), so that far positions agree.
+  # Rounded to float32 where transformers does (torch computes the power in float64), so that far positions agree.
   exponent_H = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
   return (theta ** exponent_H.astype(np.float64)).astype(np.float32)
 
@@ -140,38 +150,40 @@ def _linear(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
 
 
 def _dynamic(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
-  """NTK by length: up to max_position_embeddings nothing is scaled, and further positions are not had."""
+  """Dynamic NTK: nothing is scaled up to max_position_embeddings, and longer texts are not supported."""
   above_0('factor', rope.get('factor'))
   until = int(above_0('max_position_embeddings', config.get('max_position_embeddings')))
   return _default(rotated, theta, {}, config)._replace(until=until)
 
 
 def _llama3(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
-  """Llama 3.1: wavelengths past the training context are stretched, short ones kept, those between interpolated."""
+  """Llama 3.1: short wavelengths are kept, those beyond the training context stretched, those between interpolated."""
   p = {key: above_0(key, rope.get(key)) for key in _KEYS['llama3'][0]}
   freq_H = np.float32(1) / _plain(rotated, theta)
   wavelength_H = 2 * math.pi / freq_H
   low, high, context = p['low_freq_factor'], p['high_freq_factor'], p['original_max_position_embeddings']
   if high <= low:
-    raise InputError(f'config.json: rope high_freq_factor={high} must be above low_freq_factor={low}; mend the file.')
+    raise InputError(
+      f'config.json: rope high_freq_factor={high} must be above low_freq_factor={low}; correct the file.'
+    )
   smooth_H = np.clip((context / wavelength_H - low) / (high - low), 0.0, 1.0)
   return Rope(_tuple((1 - smooth_H) * freq_H / p['factor'] + smooth_H * freq_H))
 
 
 def _original(rope: dict, config: dict) -> float:
-  """Positions that the model was trained on before."""
+  """Positions of the original training, before the context was extended."""
   keys = ('original_max_position_embeddings', 'max_position_embeddings')
   given = (rope.get(keys[0]), config.get(keys[0]), config.get(keys[1]))
   return above_0(keys[0], next((value for value in given if value is not None), None))
 
 
 def _yarn(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
-  """YaRN (arXiv 2309.00071): fast frequencies kept, slow ones divided by the factor, a ramp between."""
+  """YaRN (arXiv 2309.00071): fast frequencies are kept, slow ones divided by the factor, with a ramp between."""
   factor, original = above_0('factor', rope.get('factor')), _original(rope, config)
   fast, slow = above_0('beta_fast', rope.get('beta_fast', 32)), above_0('beta_slow', rope.get('beta_slow', 1))
 
   def dimension(rotations: float) -> float:
-    """That turns so often over the original context."""
+    """The dimension that makes this many rotations over the original context."""
     return rotated * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
   low, high = dimension(fast), dimension(slow)
@@ -194,7 +206,7 @@ def _mscale(factor: float, m: float) -> float:
 
 
 def _longrope(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
-  """LongRoPE (arXiv 2402.13753): each frequency divided by a factor of its own, another one for long texts."""
+  """LongRoPE (arXiv 2402.13753): each frequency has its own divisor, and another one for long texts."""
   original = _original(rope, config)
   factor = rope.get('factor')
   if factor is None:
@@ -209,7 +221,7 @@ def _longrope(rotated: int, theta: float, rope: dict, config: dict) -> Rope:
 def _divided(rotated: int, theta: float, rope: dict, key: str) -> tuple[float, ...]:
   factors = rope.get(key)
   if not isinstance(factors, list) or len(factors) != rotated // 2:
-    raise InputError(f'config.json: rope scaling {key} must be a list of {rotated // 2} numbers; mend the file.')
+    raise InputError(f'config.json: rope scaling {key} must be a list of {rotated // 2} numbers; correct the file.')
   factor_H = np.array([above_0(key, f) for f in factors], np.float32)
   return _tuple(np.float32(1) / (factor_H * _plain(rotated, theta)))
 

@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama with biases on queries, keys and values, and a switch of its own for the out projection's."""
+"""Seed-OSS: Llama with biases on queries, keys and values, and a separate switch for that of the output projection."""
 
 from elder_jax.hf.families import llama
 from elder_jax.hf.families import rope
@@ -10,7 +10,7 @@ WEIGHTS = llama.WEIGHTS
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'head_dim': 128, 'num_key_value_heads': 8} | config, 'residual_dropout')
   fields.one_kind(0)
   size = llama.sizes(fields)

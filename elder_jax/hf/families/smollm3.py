@@ -1,4 +1,4 @@
-"""SmolLM3: Llama in which some layers know no positions."""
+"""SmolLM3: Llama in which some layers have no position embedding."""
 
 from elder_jax.errors import InputError
 from elder_jax.hf.families import llama
@@ -12,7 +12,7 @@ WEIGHTS = llama.WEIGHTS
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields({'tie_word_embeddings': True, 'num_key_value_heads': 4} | config, 'max_window_layers')
   size, L = llama.sizes(fields), fields.size('num_hidden_layers')
   has_rope_L = _has_rope(fields, L)
@@ -37,11 +37,11 @@ def _has_rope(fields: Fields, L: int) -> list[int]:
   if has is None:
     return [int((l + 1) % every != 0) for l in range(min(L, MOST_LAYERS))]
   if not isinstance(has, list) or len(has) != L or any(type(h) is not int or h not in (0, 1) for h in has):
-    raise InputError(f'config.json: no_rope_layers must have a 0 or 1 for each of the {L} layers; mend the file.')
+    raise InputError(f'config.json: no_rope_layers must have a 0 or 1 for each of the {L} layers; correct the file.')
   return has
 
 
 def pruned(config: dict, kept: list[int]) -> dict:
-  """The keys of config.json that the removal of layers changes beside lists with an entry per layer."""
+  """The keys of config.json that a removal changes, besides the depth and lists with an entry per layer."""
   has = _has_rope(Fields(config), config['num_hidden_layers'])
   return {'no_rope_layers': [has[l] for l in kept]}

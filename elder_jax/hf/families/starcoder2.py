@@ -26,12 +26,12 @@ _NEUTRAL = (
 
 
 def spec_from_config(config: dict) -> tuple[Spec, int]:
-  """config.json -> (Spec, number of layers). A key or value that is not understood is refused by name."""
+  """(Spec, number of layers) of a config.json. Raises InputError for a key or value that is not supported."""
   fields = Fields(
     {'tie_word_embeddings': True, 'use_bias': True, 'num_key_value_heads': 2} | config,
     _NEUTRAL,
   )
-  for key, value in (('norm_type', 'layer_norm'), ('mlp_type', 'default')):  # in the first files
+  for key, value in (('norm_type', 'layer_norm'), ('mlp_type', 'default')):  # keys of the first files
     fields.only(key, value)
   heads, bias, L = fields.heads(), fields.flag('use_bias'), fields.size('num_hidden_layers')
   window = fields.window('sliding_window')

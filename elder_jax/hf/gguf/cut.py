@@ -1,8 +1,8 @@
-"""Removal of layers from a GGUF file, whatever its quantisation: tensors octet for octet, metadata made right.
+"""Removes layers from a GGUF file of any quantisation: tensors are copied byte for byte, metadata is adjusted.
 
-llama.cpp tells layers apart by arrays with an entry for each, by counts, and for some architectures by rules in its code:
-a period of layers with a sliding window, or a depth that stands for a certain model. The rules are in the tables below, as
-of llama.cpp of October 2026; an architecture that is not in them is refused.
+llama.cpp distinguishes layers by arrays with an entry per layer, by counts, and for some architectures by rules in its
+code: a period of layers with a sliding window, or a depth that identifies a certain model. The tables below hold the rules
+of llama.cpp of October 2026. Any other architecture raises InputError.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from elder_jax.hf.gguf import source
 from elder_jax.hf.gguf import write as writer
 from elder_jax.hf.gguf.header import Tensor
 
-# Architecture -> every how many layers one has no window, where the file does not say; 0: layers are alike, or arrays and
-# tensors say what they are.
+# Architecture -> the default period: the last layer of each period has no window. 0: all layers are alike, or arrays and
+# tensors describe them.
 PERIODS = {
   **dict.fromkeys(
     'llama qwen2 qwen3 qwen2moe qwen3moe gemma phi2 phi3 gpt2 gptneox olmo granite granitemoe command-r starcoder2 '
@@ -26,7 +26,7 @@ PERIODS = {
   ),
   **{'gemma2': 2, 'gpt-oss': 2, 'cohere2': 4, 'olmo2': 4, 'gemma3': 6},
 }
-# Depths by which llama.cpp knows a model and computes another way.
+# Depths that llama.cpp takes as a sign of a certain model, which it then computes in another way.
 _DEPTHS: dict[str, Callable[[int], bool]] = {
   'gemma2': lambda depth: depth == 46,
   'gemma3': lambda depth: depth == 62,
@@ -43,11 +43,11 @@ _SUSPECT = re.compile(r'layers?$|layer_|block|interval|pattern|_step$|every')
 
 
 class Opened(NamedTuple):
-  """A GGUF file, or the parts of a split one."""
+  """A GGUF file, or all parts of a split one."""
 
   path: pathlib.Path
-  fields: dict
-  raw: dict[str, bytes]
+  fields: dict  # metadata by name
+  raw: dict[str, bytes]  # the same as encoded in the file: type and value
   tensors: list[Tensor]
 
   @property
@@ -56,45 +56,45 @@ class Opened(NamedTuple):
 
   @property
   def extras(self) -> int:
-    """Layers behind the others that predict further tokens."""
+    """Number of layers after the others that predict further tokens (MTP)."""
     return self.fields.get(f'{self.architecture}.nextn_predict_layers', 0)
 
   @property
   def depth(self) -> int:
-    """The number of layers, those extra ones apart."""
+    """The number of layers without the extra ones."""
     return self.fields[f'{self.architecture}.block_count'] - self.extras
 
   @property
   def alignment(self) -> int:
+    """Tensors begin at multiples of this many bytes."""
     return self.fields.get('general.alignment', 32)
 
 
 def open_file(path: pathlib.Path) -> Opened:
-  """Raises InputError where layers of this file cannot be cut."""
+  """Opens a GGUF file. Raises InputError if it cannot be read, or its architecture is not supported for cutting."""
   fields, raw, tensors = source.read_raw(path)
   opened = Opened(path, fields, raw, tensors)
   name = opened.architecture
   if not isinstance(fields.get(f'{name}.block_count'), int):
-    raise InputError(f'{path}: has no {name}.block_count; is it the file of a language model?')
+    raise InputError(f'{path}: has no {name}.block_count; give the file of a language model.')
   if name not in PERIODS:
     raise InputError(
-      f'{path}: how llama.cpp tells the layers of the architecture {name} apart is not known here, these are known: '
-      f'{", ".join(PERIODS)}.'
+      f'{path}: layers of the architecture {name} cannot be cut; give a file of one of these: {", ".join(PERIODS)}.'
     )
   return opened
 
 
 def cut_fields(opened: Opened, kept: list[int]) -> dict[str, bytes]:
-  """The metadata for the layers `kept`, as it stands in a file.
+  """The metadata for the layers `kept`, as encoded in a file.
 
   Raises:
-    InputError: something that tells of layers is not known, or cannot be made right.
+    InputError: a field that may describe layers is unknown, or llama.cpp would compute the shorter model in another way.
   """
   name, depth = opened.architecture, opened.depth
   if name in _DEPTHS and _DEPTHS[name](depth) != _DEPTHS[name](len(kept)):
     raise InputError(
       f'{opened.path}: llama.cpp computes {name} with {depth} layers in another way than with {len(kept)}; cut the Hugging '
-      'Face folder instead.'
+      'Face folder of this model instead.'
     )
   raw, entries = dict(opened.raw), [*kept, *range(depth, depth + opened.extras)]
   for key, value in opened.fields.items():
@@ -109,14 +109,14 @@ def cut_fields(opened: Opened, kept: list[int]) -> dict[str, bytes]:
 
 
 def _changed(opened: Opened, key: str, value, kept: list[int], entries: list[int]) -> bytes | None:
-  """A field of the architecture as it becomes; None: as it is."""
+  """The new encoded value of a field of the architecture; None if it does not change."""
   name = key.removeprefix(f'{opened.architecture}.')
   if name == 'block_count':
     return writer.uint32(len(entries))
   if name == 'leading_dense_block_count':
     return writer.uint32(sum(l < value for l in kept))
   if name in ('nextn_predict_layers', PATTERN) and not isinstance(value, list):
-    return None  # the period becomes an array
+    return None  # cut_fields writes an array where it is needed
   if isinstance(value, list):
     if name in _OTHER_ARRAYS:
       return None
@@ -124,22 +124,24 @@ def _changed(opened: Opened, key: str, value, kept: list[int], entries: list[int
       return writer.with_entries(opened.raw[key], entries)
   elif not _SUSPECT.search(name) or isinstance(value, float) or value in (0, 1):
     return None
-  raise InputError(f'{opened.path}: the field {key}={shown(value, 60)} may tell of layers, and is not known here.')
+  raise InputError(
+    f'{opened.path}: the unknown field {key}={shown(value, 60)} may describe layers; cut the Hugging Face folder instead.'
+  )
 
 
 def window_pattern(opened: Opened) -> list[bool]:
-  """Whether each layer has a sliding window; empty where no rule of llama.cpp depends on its number."""
+  """Whether each layer has a sliding window; empty if no rule of llama.cpp depends on the layer's number."""
   name = opened.architecture
   given = opened.fields.get(f'{name}.{PATTERN}')
   if isinstance(given, list):
-    return []  # cut as any array
+    return []  # _changed cuts it like any array
   if not PERIODS[name] or (name != 'gemma2' and not opened.fields.get(f'{name}.{_WINDOW}')):
     return []
   return default_pattern(given or PERIODS[name], opened.depth)
 
 
 def default_pattern(period: int, depth: int) -> list[bool]:
-  """llama.cpp's: every period-th layer has no window."""
+  """llama.cpp's rule: the last layer of each period has no window."""
   return [l % period < period - 1 for l in range(depth)]
 
 
@@ -147,17 +149,17 @@ def _default(architecture: str, depth: int) -> list[bool]:
   return default_pattern(PERIODS[architecture], depth)
 
 
-def write(opened: Opened, kept: list[int], path: pathlib.Path, told: Callable[[int, int], None]) -> str:
-  """Writes the layers `kept`; the sha256 of the file."""
+def write(opened: Opened, kept: list[int], path: pathlib.Path, progress: Callable[[int, int], None]) -> str:
+  """Writes the layers `kept` and returns the sha256 of the file; `progress` as in write.write."""
   entries = [*kept, *range(opened.depth, opened.depth + opened.extras)]
   tensors = [(new, t) for t in opened.tensors if (new := renamed(t.name, entries)) is not None]
   heads = [(new, *writer.take_over(t)[1:]) for new, t in tensors]
   fields = cut_fields(opened, kept)
-  return writer.write(path, fields, heads, lambda i: tensors[i][1].data, opened.alignment, told)
+  return writer.write(path, fields, heads, lambda i: tensors[i][1].data, opened.alignment, progress)
 
 
 def renamed(name: str, entries: list[int]) -> str | None:
-  """A tensor's name when only these layers are left; None for one of a layer that goes."""
+  """A tensor's name when only the layers `entries` remain; None if its layer is removed."""
   found = re.match(r'blk\.(\d+)(\..*)', name)
   if not found:
     return name
@@ -166,16 +168,20 @@ def renamed(name: str, entries: list[int]) -> str | None:
 
 
 def check(opened: Opened, kept: list[int], path: pathlib.Path) -> int:
-  """The number of tensors, each the original's octet for octet. Raises ValueError for one that is not."""
+  """Compares the tensors of the new file with the original's, byte for byte, and returns their number.
+
+  Raises:
+    ValueError: a tensor differs, or is not in the original.
+  """
   entries = [*kept, *range(opened.depth, opened.depth + opened.extras)]
   written = {t.name: t for t in source.read_raw(path)[2]}
   for tensor in opened.tensors:
     if (new := renamed(tensor.name, entries)) is None:
       continue
-    there = written.pop(new)
-    same = there.shape == tensor.shape and there.tensor_type == tensor.tensor_type
-    if not same or there.data.tobytes() != tensor.data.tobytes():
-      raise ValueError(f'{path}: the tensor {new} is not what was copied')
+    copy = written.pop(new)
+    same = copy.shape == tensor.shape and copy.tensor_type == tensor.tensor_type
+    if not same or copy.data.tobytes() != tensor.data.tobytes():
+      raise ValueError(f'{path}: the tensor {new} differs from the original')
   if written:
-    raise ValueError(f'{path}: there is a tensor too many, {next(iter(written))}')
+    raise ValueError(f'{path}: the tensor {next(iter(written))} is not in the original')
   return sum(renamed(t.name, entries) is not None for t in opened.tensors)

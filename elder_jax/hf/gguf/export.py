@@ -1,6 +1,6 @@
-"""A model as a GGUF file: metadata and tokenizer of the file that it was made from, tensors in a type of choice.
+"""Writes a model as a GGUF file, with the metadata and tokenizer of the file that it was made from.
 
-A tensor that was not changed keeps the octets of that file, where the file's own types are asked for.
+The user chooses the type of the tensors. With LIKE, unchanged tensors are copied from that file byte for byte.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from elder_jax.hf.gguf.header import Tensor
 from elder_jax.hf.source import Source
 
 Type = gguf.GGMLQuantizationType
-# Choice -> (type of matrices, llama.cpp's number of it for a whole file).
+# Choice -> (type of the matrices, llama.cpp's general.file_type).
 TYPES = {'f32': (Type.F32, 0), 'f16': (Type.F16, 1), 'bf16': (Type.BF16, 32), 'q8_0': (Type.Q8_0, 7)}
 
 
@@ -29,8 +29,8 @@ class Exported(NamedTuple):
 
   sha256: of the file.
   kinds: {type: number of tensors}.
-  untouched: tensors that kept their octets.
-  replaced: names of types that cannot be written, in place of which Q8_0 is.
+  untouched: number of tensors that were copied byte for byte.
+  replaced: names of types that cannot be written; Q8_0 was written instead.
   """
 
   sha256: str
@@ -45,49 +45,57 @@ def export(
   kept: list[int] | None,
   kind: str,
   path: pathlib.Path,
-  told: Callable[[int, int], None] = lambda done, of: None,
+  progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Exported:
-  """Writes the file and reads its head back.
+  """Writes the file, and reads its header back to check it.
 
   Args:
-    source: the model, of a family that llama.cpp knows.
+    source: the model.
     like: a GGUF file of the model that it was made from.
-    kept: the layers of that file that it still has; None: not known, so that no tensor is seen to be untouched.
+    kept: the layers of that file that it still has. None: unknown, so no tensor is copied.
     kind: one of TYPES, or LIKE.
-    told: of write.write.
+    path: of the new file.
+    progress: called with (bytes written, bytes in total).
 
   Raises:
-    InputError: the two are not of one kind, or the result would be read as another model.
+    InputError: the family or `like` does not fit, or llama.cpp would read another model.
   """
   family = source.family
   if not hasattr(family, 'GGUF_ARCHITECTURE'):
-    raise InputError('model', source.name, f'GGUF is not written for model_type {source.config["model_type"]}.')
+    raise InputError(
+      'model',
+      source.name,
+      f'GGUF is not supported for model_type {source.config["model_type"]}; convert the folder with llama.cpp.',
+    )
   opened = cut.open_file(like)
   if opened.architecture != family.GGUF_ARCHITECTURE:
     raise InputError(
       'like',
       like,
-      f'is of the architecture {opened.architecture}, the model of {family.GGUF_ARCHITECTURE}; give its own.',
+      f'has the architecture {opened.architecture}, the model has {family.GGUF_ARCHITECTURE}; give the file that the '
+      'model was made from.',
     )
   if kept is not None and kept and kept[-1] >= opened.depth:
-    raise InputError('like', like, f'has {opened.depth} layers, fewer than the model was made from; give its own.')
+    raise InputError(
+      'like', like, f'has only {opened.depth} layers; give the file that the model was made from, with all its layers.'
+    )
   names = {_name(family, name): name for name in source.shapes}
   theirs = {t.name: t for t in opened.tensors}
   derived = getattr(family, 'GGUF_DERIVED', None)
-  made = _Tensors(source, theirs, kept, kind)
-  heads = [made.head(ours, names[ours]) for ours in names]
+  tensors = _Tensors(source, theirs, kept, kind)
+  heads = [tensors.head(ours, names[ours]) for ours in names]
   if derived in theirs:
     heads.append(writer.take_over(theirs[derived]))
 
   def data_of(i: int) -> np.ndarray:
     name = heads[i][0]
-    return theirs[name].data if name == derived else made.data(name, names[name])
+    return theirs[name].data if name == derived else tensors.data(name, names[name])
 
   fields = _fields(opened, source, kind)
-  sha256 = writer.write(path, fields, heads, data_of, opened.alignment, told)
+  sha256 = writer.write(path, fields, heads, data_of, opened.alignment, progress)
   _check(source, path)
   counts = {k.name: sum(head[2] == k for head in heads) for k in {head[2] for head in heads}}
-  return Exported(sha256, dict(sorted(counts.items())), len(made.untouched), sorted(made.replaced))
+  return Exported(sha256, dict(sorted(counts.items())), len(tensors.untouched), sorted(tensors.replaced))
 
 
 class _Tensors:
@@ -114,7 +122,7 @@ class _Tensors:
     before = self._before(name)
     if len(shape) < 2:  # llama.cpp reads norms and biases as F32 only
       if before is not None and before.tensor_type == Type.F32 and self._is_untouched(before, hf_name):
-        self.untouched.add(name)  # 1 + (w − 1) need not be w
+        self.untouched.add(name)  # rewritten, Gemma's norms could change: 1 + (w − 1) is not always w
       return Type.F32
     if self._kind != LIKE:
       kind = TYPES[self._kind][0]
@@ -130,7 +138,7 @@ class _Tensors:
     return Type.Q8_0 if shape[0] % 32 == 0 else Type.F16
 
   def _before(self, name: str) -> Tensor | None:
-    """The tensor that this one was, or of which at least the type is known."""
+    """The tensor of `like` that this one was made from. With unknown `kept`, the one of the same name, for its type."""
     found = re.match(r'blk\.(\d+)(\..*)', name)
     if not found or self._kept is None:
       return self._theirs.get(name)
@@ -151,13 +159,13 @@ class _Tensors:
 def _can_write(kind: Type) -> bool:
   try:
     gguf.quantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][0]), np.float32), kind)
-  except NotImplementedError:  # nothing unfinished here: what the gguf package raises for a type it cannot write
+  except NotImplementedError:  # raised by the gguf package for a type that it cannot write
     return False
   return True
 
 
 def _name(family, hf_name: str) -> str:
-  """GGUF's name of a tensor."""
+  """The GGUF name of a Hugging Face tensor."""
   found = re.search(r'\.(\d+)\.', hf_name)
   layer = found[1] if found else ''
   template = hf_name if not found else f'{hf_name[: found.start()]}.{{l}}.{hf_name[found.end() :]}'
@@ -165,7 +173,7 @@ def _name(family, hf_name: str) -> str:
 
 
 def _fields(opened: cut.Opened, source: Source, kind: str) -> dict[str, bytes]:
-  """The metadata of the file, for as many layers as the model has."""
+  """The metadata of the new file, as encoded, for the model's number of layers."""
   name = opened.architecture
   fields = {key: raw for key, raw in opened.raw.items() if not key.startswith('split.')}
   fields[f'{name}.block_count'] = writer.uint32(source.num_layers)
@@ -181,10 +189,10 @@ def _fields(opened: cut.Opened, source: Source, kind: str) -> dict[str, bytes]:
 
 
 def _check(source: Source, path: pathlib.Path):
-  """Raises InputError where the file would be read as another model than the folder."""
+  """Raises InputError if the file describes another model than the folder."""
   spec, num_layers = gguf_source.spec_of(path)
   if (spec, num_layers) != (source.spec, source.num_layers):
     raise InputError(
-      f'{path}: llama.cpp would read another model than the folder ({num_layers} layers); is --like a file of the model '
-      'that the folder was made from?'
+      f'{path}: llama.cpp would read another model than the folder ({num_layers} layers); give as --like a file of the '
+      'model that the folder was made from.'
     )

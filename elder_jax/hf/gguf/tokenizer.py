@@ -1,6 +1,6 @@
-"""The tokenizer of a GGUF file as Hugging Face's tokenizer.json and tokenizer_config.json.
+"""Converts the tokenizer of a GGUF file to Hugging Face's tokenizer.json and tokenizer_config.json.
 
-llama.cpp keeps a vocabulary, and the merges or the scores, and names the rest: how text is cut before.
+A GGUF file holds the vocabulary, the merges or scores, and the name of the pre-tokenizer.
 """
 
 import pathlib
@@ -16,8 +16,8 @@ from tokenizers import processors
 from elder_jax.errors import InputError
 from elder_jax.errors import reason
 
-# Byte-level BPE dialects, tokenizer.ggml.pre: llama.cpp's own regular expressions say the same. `smollm`: digits one by
-# one, then GPT-2's pattern; `llama-bpe`, `qwen2`: Llama 3's pattern, digits in threes or one by one.
+# Pre-tokenizers of byte-level BPE (tokenizer.ggml.pre), equivalent to the regular expressions in llama.cpp. `smollm`:
+# single digits, then GPT-2's pattern; `llama-bpe` and `qwen2`: Llama 3's pattern with three digits or one at a time.
 _PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -27,7 +27,7 @@ def _byte_level(**how):
   return pre_tokenizers.ByteLevel(add_prefix_space=False, **how)
 
 
-def _cut_by(digits):
+def _split_by(digits):
   return [
     pre_tokenizers.Split(tokenizers.Regex(_PATTERN.replace('DIGITS', digits)), 'isolated'),
     _byte_level(use_regex=False),
@@ -37,11 +37,11 @@ def _cut_by(digits):
 _PRE_TOKENIZERS = {
   'gpt-2': lambda: [_byte_level()],
   'smollm': lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level()],
-  'llama-bpe': lambda: _cut_by(r'\p{N}{1,3}'),
-  'qwen2': lambda: _cut_by(r'\p{N}'),
+  'llama-bpe': lambda: _split_by(r'\p{N}{1,3}'),
+  'qwen2': lambda: _split_by(r'\p{N}'),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
-# At these llama.cpp ends a text, whatever the fields say.
+# Tokens at which llama.cpp always ends a text, even if no field names them.
 _ENDS = '<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <EOT> _<EOT>'.split()
 _KNOWN = re.compile(
   r'tokenizer\.(chat_template(s|\..*)?|huggingface\.json|ggml\.(model|pre|tokens|token_type|scores|merges|\w+_token_id|'
@@ -51,23 +51,33 @@ _OFF = ('tokenizer.ggml.add_sep_token', 'tokenizer.ggml.remove_extra_whitespaces
 
 
 def is_known(key: str, value) -> bool:
-  """Whether a field of the tokenizer is read here, or changes nothing."""
+  """Whether a field of the tokenizer is read here, or does not change the tokens."""
   return bool(_KNOWN.fullmatch(key)) or (key in _OFF and value is False)
 
 
 def build(fields: dict, path: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict, list[int]]:
-  """(tokenizer, what tokenizer_config.json says, tokens that end a text) from a GGUF's metadata; `path` is for errors."""
+  """Builds a tokenizer from the metadata of a GGUF file.
+
+  Args:
+    path: of the file, for errors.
+
+  Returns:
+    (tokenizer, content of tokenizer_config.json, ids of the tokens that end a text).
+
+  Raises:
+    InputError: the kind of tokenizer is not supported, or its vocabulary is damaged.
+  """
   kind, dialect = fields.get('tokenizer.ggml.model'), fields.get('tokenizer.ggml.pre', 'default')
-  # Lists: it may be what cannot be hashed.
+  # A list, because the value may not be hashable.
   if not (kind == 'llama' and dialect == 'default') and not (kind == 'gpt2' and dialect in list(_PRE_TOKENIZERS)):
     raise InputError(
-      f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (gpt2 with {", ".join(_PRE_TOKENIZERS)} is, and '
-      'llama with default); use the Hugging Face folder of this model.'
+      f'{path}: the GGUF tokenizer {kind}/{dialect} is not supported (only llama/default and gpt2 with '
+      f'{", ".join(_PRE_TOKENIZERS)}); use the Hugging Face folder of this model.'
     )
   try:
     return _build(fields, kind, dialect)
   except Exception as e:  # tokenizers raises a bare Exception  # noqa: BLE001
-    raise InputError(f'{path}: the GGUF vocabulary is not usable ({reason(e)}); use the Hugging Face folder.') from e
+    raise InputError(f'{path}: the GGUF vocabulary is invalid ({reason(e)}); use the Hugging Face folder.') from e
 
 
 def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer, dict, list[int]]:
@@ -84,7 +94,7 @@ def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer,
   for name, key in (('bos', 'bos'), ('eos', 'eos'), ('unk', 'unknown'), ('pad', 'padding')):
     if (token := fields.get(f'tokenizer.ggml.{key}_token_id')) is not None:
       settings[f'{name}_token'] = tokens[token]
-  # llama.cpp's own defaults: a begin token with sentencepiece's vocabularies and in Llama 3's dialect.
+  # llama.cpp's defaults: BOS for SentencePiece vocabularies and llama-bpe.
   adds_bos = fields.get('tokenizer.ggml.add_bos_token', kind == 'llama' or dialect == 'llama-bpe')
   adds_eos = fields.get('tokenizer.ggml.add_eos_token', False)
   begin, end = ([settings[name]] if adds else [] for name, adds in (('bos_token', adds_bos), ('eos_token', adds_eos)))
@@ -107,21 +117,21 @@ def _build(fields: dict, kind: str, dialect: str) -> tuple[tokenizers.Tokenizer,
 
 
 def _ends(fields: dict) -> list[int]:
-  """At these llama.cpp ends a text; eos is the first."""
+  """Ids of the tokens at which llama.cpp ends a text, EOS first."""
   tokens = fields['tokenizer.ggml.tokens']
   ids = [fields.get(f'tokenizer.ggml.{name}_token_id') for name in ('eos', 'eot', 'eom')]
   ids += fields.get('tokenizer.ggml.eos_token_ids', [])
   ids += [i for i, token in enumerate(tokens) if token in _ENDS]
   ids = list(dict.fromkeys(i for i in ids if i is not None))
   if not all(isinstance(i, int) and 0 <= i < len(tokens) for i in ids):
-    raise ValueError(f'it ends texts at {ids}')
+    raise ValueError(f'the end tokens {ids} are not all in the vocabulary')
   return ids
 
 
 def _byte_level_bpe(fields: dict, dialect: str) -> tokenizers.Tokenizer:
   vocabulary = {t: i for i, t in enumerate(fields['tokenizer.ggml.tokens'])}
   merges = [tuple(merge.split(' ')) for merge in fields['tokenizer.ggml.merges']]
-  # Llama 3's dialect takes a word that is in the vocabulary as it is, whether or not merges lead there.
+  # llama-bpe keeps a word that is in the vocabulary whole, even if no merges lead to it.
   tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=dialect == 'llama-bpe'))
   if dialect == 'qwen2':
     tokenizer.normalizer = normalizers.NFC()
@@ -131,16 +141,16 @@ def _byte_level_bpe(fields: dict, dialect: str) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(fields: dict) -> tokenizers.Tokenizer:
-  """Sentencepiece's BPE: of all neighbours the two are joined whose join has the best score; bytes for what is left."""
+  """SentencePiece's BPE: merges the neighbours whose merged token has the best score; the rest falls back to bytes."""
   tokens, scores, types = (fields[f'tokenizer.ggml.{k}'] for k in ('tokens', 'scores', 'token_type'))
   vocabulary = {t: i for i, t in enumerate(tokens)}
-  whole = {t for t, kind in zip(tokens, types) if kind in (_CONTROL, _USER_DEFINED)}  # nothing is joined to these
+  whole = {t for t, kind in zip(tokens, types) if kind in (_CONTROL, _USER_DEFINED)}  # never merged
   merges = []
   for i, token in enumerate(tokens):
     if token not in whole:
       halves = [(token[:at], token[at:]) for at in range(1, len(token))]
       merges += [(-scores[i], i, *pair) for pair in halves if all(h in vocabulary and h not in whole for h in pair)]
-  # The order of those of one token: the tokenizer takes the first that it can have, all make the same token.
+  # Merges to the same token may be in any order: the tokenizer applies the first that is possible.
   merges.sort(key=lambda merge: merge[:2])
   unknown = tokens[fields.get('tokenizer.ggml.unknown_token_id', 0)]
   tokenizer = tokenizers.Tokenizer(
