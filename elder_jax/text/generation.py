@@ -44,11 +44,6 @@ def generate(
 
   Args:
     prompts: token ids, at least one each.
-    max_new_tokens: limit per prompt.
-    eos_ids: ids that end a sequence.
-    sampling: how tokens are sampled; greedy by default.
-    seed: of the sampling.
-    mode: of the computation.
     batch_size: prompts per batch; prompts of similar length share a batch.
     capacity: largest number of tokens of a prompt and its continuation together, such as the model's context; None: no
       limit.
