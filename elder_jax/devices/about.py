@@ -1,4 +1,4 @@
-"""What a run ran on: versions of packages, devices, memory."""
+"""The environment of a run for its report: package versions, devices, peak memory."""
 
 import importlib.metadata
 import platform
@@ -23,6 +23,6 @@ def device_name() -> str:
 
 
 def peak_bytes() -> int | None:
-  """The most memory that one of this process's devices held so far; None where devices do not tell (CPU)."""
+  """Peak memory of this process's fullest device so far, in bytes; None if devices do not report it (CPU)."""
   peaks = [(d.memory_stats() or {}).get('peak_bytes_in_use') for d in jax.local_devices()]
   return None if None in peaks else max(peaks)

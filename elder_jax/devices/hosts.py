@@ -1,7 +1,7 @@
-"""The processes of a run: how they find one another, and what they need to agree on.
+"""The processes of a run: how they connect, and how they agree.
 
-All of them run the same program in step. Process 0 leads: it alone logs, reports and writes JSON and the export, and where
-the course of a run depends on anything outside the arrays (a file that is there, a clock), it says and the others follow.
+All processes run the same program in step. Only process 0, the leader, logs, reports and writes JSON and the export.
+Where a run depends on something outside its arrays (a file, a clock), the leader decides and broadcasts the result.
 """
 
 from collections.abc import Callable
@@ -27,22 +27,22 @@ from elder_jax.errors import short
 from elder_jax.settings import Settings
 from elder_jax.settings import setting
 
-LEAVES_LAST = 5.0  # seconds; with process 0 goes what connects the others, and jax aborts whoever is still there
-SHARED_FOLDER_PATIENCE = 20.0  # seconds; network file systems remember for a while that a file was not there
+LEAVES_LAST = 5.0  # seconds; process 0 runs the coordination service, and JAX aborts processes that outlive it
+SHARED_FOLDER_PATIENCE = 20.0  # seconds; network file systems cache for a while that a file does not exist
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch(Settings):
-  """What differs between the processes of a run, and so is not of its config.json."""
+  """Settings that differ between the processes of a run, so config.json does not contain them."""
 
   distributed: str = setting(
     'auto',
-    'Several processes as one run: auto, where flags or the environment (Cloud TPU, GKE, Slurm, Open MPI) name them; on, '
-    'the same, an error where they do not; off, this process alone.',
+    'Run as one of several processes. auto: if flags or the environment (Cloud TPU, GKE, Slurm, Open MPI) name them. on: '
+    'the same, but an error if they do not. off: this process only.',
     choices=('auto', 'on', 'off'),
   )
   coordinator: str = setting(
-    '', "Process 0's host:port, where the environment does not have it; the same in all processes."
+    '', "Process 0's host:port, if the environment does not name it; the same in all processes."
   )
   num_processes: int | None = setting(None, 'Number of processes; with --coordinator.', least=1)
   process_id: int | None = setting(None, 'Number of this process, from 0; with --coordinator.')
@@ -55,7 +55,7 @@ class Launch(Settings):
     if not any(given):
       return
     if self.distributed == 'off':
-      raise InputError('distributed', 'off', 'and --coordinator exclude each other; leave out one.')
+      raise InputError('distributed', 'off', 'and --coordinator exclude each other; leave one out.')
     host, _, port = self.coordinator.rpartition(':')
     if not (host and port.isdecimal()):
       raise InputError('coordinator', self.coordinator, 'must be host:port, as in 10.0.0.2:1234.')
@@ -66,13 +66,12 @@ class Launch(Settings):
 
 
 def start(launch: Launch):
-  """Joins this process to the others; must come before anything that touches a device.
+  """Connects this process to the others. Call it before anything that uses a device.
 
-  By flags (`launch`), or by what Cloud TPU VMs, GKE, Slurm and Open MPI have in the environment
-  (jax.distributed.initialize).
+  Uses the flags (`launch`), or the environment of Cloud TPU VMs, GKE, Slurm or Open MPI (jax.distributed.initialize).
 
   Raises:
-    InputError: the others are not found.
+    InputError: the other processes are not found.
   """
   if launch.distributed == 'off':
     return
@@ -80,7 +79,7 @@ def start(launch: Launch):
   try:
     jax.distributed.initialize(*by_flags)
   except ValueError as e:
-    # What jax raises where it is told nothing and finds no cluster: one process, then.
+    # JAX raises this without flags and without a cluster: a run of one process.
     if launch.distributed == 'on' or launch.coordinator:
       raise InputError(
         'distributed',
@@ -89,7 +88,7 @@ def start(launch: Launch):
       ) from e
   except RuntimeError as e:
     raise InputError(
-      f'the processes of this run do not find one another ({reason(e)}); see that all were started, or use '
+      f'the processes of this run do not find one another ({reason(e)}); check that all were started, or use '
       '--distributed=off for one process.'
     ) from e
 
@@ -99,41 +98,41 @@ def is_leader() -> bool:
 
 
 def broadcast_json(value: Any) -> Any:
-  """Process 0's value, which JSON must be able to hold, in all processes."""
+  """Returns process 0's value in all processes. The value must be JSON-serialisable."""
   if jax.process_count() == 1:
     return value
-  octets = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(octets.size)))
-  mine = octets if is_leader() else np.zeros(size, np.uint8)
+  content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
+  mine = content if is_leader() else np.zeros(size, np.uint8)
   return json.loads(multihost_utils.broadcast_one_to_all(mine).astype(np.uint8).tobytes())
 
 
 def broadcast(array: np.ndarray) -> np.ndarray:
-  """Process 0's array, bit for bit, in all processes; the others give one of its shape and type."""
+  """Returns process 0's array, bit for bit, in all processes; the others pass one of the same shape and dtype."""
   if jax.process_count() == 1:
     return array
-  octets = np.ascontiguousarray(array).view(np.uint8)
-  return multihost_utils.broadcast_one_to_all(octets).astype(np.uint8).view(array.dtype)
+  content = np.ascontiguousarray(array).view(np.uint8)
+  return multihost_utils.broadcast_one_to_all(content).astype(np.uint8).view(array.dtype)
 
 
 def where(true: bool) -> list[int]:
-  """The numbers of the processes in which it is true, known to all of them."""
+  """The indices of the processes that pass True; the same list in all processes."""
   if jax.process_count() == 1:
     return [0] if true else []
   return np.flatnonzero(multihost_utils.process_allgather(np.array(true)).reshape(-1)).tolist()
 
 
 def barrier(what: str):
-  """Until all processes are here."""
+  """Waits until all processes reach this barrier. what: its name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
 def leader_first(compute: Callable[[], Any]) -> Any:
-  """compute() in process 0 and, when that is done, in the others: for what writes files that all read.
+  """Runs compute() in process 0, then in the others. For work that writes files which all processes read.
 
   Raises:
-    InputError: in all processes, where process 0's compute() did.
+    InputError: in all processes, if compute() raised it in process 0.
   """
   if jax.process_count() == 1:
     return compute()
@@ -149,12 +148,12 @@ def leader_first(compute: Callable[[], Any]) -> Any:
 
 
 def check_shared(folder: pathlib.Path, flag: str):
-  """Raises InputError in all processes unless all see the same folder; process 0 must have made it."""
+  """Raises InputError in all processes unless all see the same folder, which process 0 must have created."""
   if jax.process_count() == 1:
     return
   token = folder / broadcast_json(f'.shared-{os.getpid()}-{time.time_ns()}')
   if is_leader():
-    for left in folder.glob('.shared-*'):  # by a run that was killed at this place
+    for left in folder.glob('.shared-*'):  # left by a run that was killed during this check
       left.unlink()
     token.touch()
   barrier('shared folder')
@@ -168,13 +167,13 @@ def check_shared(folder: pathlib.Path, flag: str):
     raise InputError(
       flag,
       folder,
-      f'is not shared, process {blind[0]} does not see what process 0 writes there; give a folder on '
+      f'is not shared: process {blind[0]} does not see what process 0 writes there; give a folder on '
       'storage that all hosts mount.',
     )
 
 
 def to_host(array) -> np.ndarray:
-  """A whole array on every host; all processes must call it. Devices hold a copy of it meanwhile: one tensor at a time."""
+  """A whole array on every host. All processes must call it. Pass one tensor at a time: each device holds a full copy."""
   if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
     array = _gather(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
   return np.asarray(array)
@@ -186,7 +185,7 @@ def _gather(everywhere: NamedSharding):
 
 
 def leave(status: int, sentence: str):
-  """Says why and ends this process; one of several does not wait for the others, which may wait for it in vain."""
+  """Prints `sentence` to stderr and exits. In a run of several processes, it exits without waiting for the others."""
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     print(f'elder_jax: {short(sentence)}', file=sys.stderr)
     sys.exit(status)

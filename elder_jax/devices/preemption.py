@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and JAX's preemption notice: a run saves what it has and ends; started again, it resumes."""
+"""SIGTERM, Ctrl-C and JAX's preemption notice: a run saves its state and exits. Rerun it to resume."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from elder_jax.errors import PREEMPTED
 
 
 class Preempted(BaseException):
-  """The run was told to stop. Not an Exception: no library shall take it for a failure of its own."""
+  """The run received a signal to stop. Not an Exception, so that no library handles it as an error of its own."""
 
 
 _listens = False
@@ -21,10 +21,10 @@ _points = 0
 
 
 def listen():
-  """From now on SIGTERM ends the run where `reached` is asked. To be called in the main thread.
+  """From now on, SIGTERM stops the run at the next call of `reached`. Call it in the main thread.
 
-  The handler raises nothing: it may run inside a destructor, where that is lost, or between the renaming of two files.
-  Under jax.distributed there is none: JAX listens, and tells all processes of a signal that one of them was sent.
+  The handler raises nothing: it may run inside a destructor, which swallows exceptions, or between two renames. Under
+  jax.distributed there is no handler: JAX listens, and notifies all processes of a signal that one of them received.
   """
   global _listens
   _listens = True
@@ -33,10 +33,10 @@ def listen():
 
 
 def listen_to_ctrl_c():
-  """From now on, when there is work to save, the first Ctrl-C is taken as a SIGTERM; a second one aborts at once.
+  """From now on, the first Ctrl-C acts like SIGTERM and a second one aborts at once. Call it once there is work to save.
 
-  Only in a command that has called `listen`: a program that uses this package has its own way with signals. A shell that
-  starts a command in the background makes it ignore Ctrl-C, and so it stays.
+  Has no effect unless the command called `listen`: a program that uses this package handles signals itself. It also
+  keeps Ctrl-C ignored if the shell set that, as for commands in the background.
   """
   if _listens and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _on_sigint)
@@ -52,9 +52,8 @@ def _on_sigint(number, frame):
   global _by_ctrl_c
   _by_ctrl_c = True
   signal.signal(signal.SIGINT, signal.default_int_handler)
-  os.write(
-    2, b'\nelder_jax: stopping at the next step; press Ctrl-C again to abort at once\n'
-  )  # print is not reentrant
+  # Not print, which is not reentrant.
+  os.write(2, b'\nelder_jax: stopping at the next step; press Ctrl-C again to abort at once\n')
   if jax.distributed.is_initialized():
     os.kill(os.getpid(), signal.SIGTERM)
   else:
@@ -62,8 +61,8 @@ def _on_sigint(number, frame):
 
 
 def exit_status() -> int:
-  """That of a run that was `Preempted`."""
-  return CTRL_C if _by_ctrl_c else PREEMPTED  # scripts that restart a run after 75 leave it at the other
+  """The exit status after `Preempted`."""
+  return CTRL_C if _by_ctrl_c else PREEMPTED  # scripts restart a run after 75 only
 
 
 def by() -> str:
@@ -72,9 +71,9 @@ def by() -> str:
 
 
 def reached() -> bool:
-  """Whether to stop here. All processes must ask at the same points of their work; they get the same answer.
+  """Whether to stop here. All processes must call this at the same points of their work; all get the same answer.
 
-  JAX's protocol agrees on a step to stop at that no process has passed; the number of the point is that step.
+  JAX's protocol agrees on a step that no process has passed yet. Here, the step is the number of calls.
   """
   global _points
   if not jax.distributed.is_initialized():
@@ -84,13 +83,13 @@ def reached() -> bool:
 
 
 def check():
-  """For points outside training, where there is nothing to save. Raises Preempted."""
+  """Raises Preempted if the run should stop. For points outside training, where there is nothing to save."""
   if reached():
     _stop()
 
 
 def check_alone():
-  """`check` for work that one process does while others wait for it; of several it hears nothing."""
+  """`check` for work of one process while the others wait. It does not see signals that other processes received."""
   if _signalled:
     _stop()
 

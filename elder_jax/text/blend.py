@@ -1,6 +1,6 @@
-"""The rows of tokens that a run trains on: several sources, mixed by weight, read as they are needed.
+"""The rows of tokens that a run trains on: several sources, mixed by weight and read on demand.
 
-Row n is a function of the settings and the texts alone, however far a run is and on however many hosts it runs.
+Row n depends on the settings and the texts only, not on the number of hosts or on where a run was resumed.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from elder_jax.text.token_store import TokenStore
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A source of a blend, as it was given: [name=]source[@weight], and by which setting."""
+  """A source of a blend: the entry [name=]source[@weight] as given, its parts, and the setting that holds it."""
 
   setting: str
   given: str
@@ -27,19 +27,23 @@ class Part:
 
 
 def parts_of(entries: Sequence[str], setting: str) -> list[Part]:
-  """The sources of --train_data, weights summing up to 1. Raises InputError."""
+  """The sources of --train_data, with weights that sum to 1.
+
+  Raises:
+    InputError: a name is given twice, or all weights are 0.
+  """
   parts = [_part(entry, setting) for entry in entries]
   for part in parts:
     if [p.name for p in parts].count(part.name) > 1:
       raise InputError(setting, part.given, f'the name {part.name!r} is given twice; name each source once.')
   total = sum(part.weight for part in parts)
   if total <= 0:
-    raise InputError(setting, ','.join(entries), 'the weights sum up to 0; give one above 0.')
+    raise InputError(setting, ','.join(entries), 'the weights sum to 0; give at least one source a weight above 0.')
   return [dataclasses.replace(part, weight=part.weight / total) for part in parts]
 
 
 def _part(entry: str, setting: str) -> Part:
-  """What is there under the whole entry as its name is that; else a weight and a name are taken off."""
+  """Parses one entry. If a file with the name of the whole entry exists, the entry has no weight and no name."""
   name, source, weight = entry, entry, 1.0
   if not _exists(source) and (match := re.fullmatch(r'(.+)@(\d+\.?\d*|\.\d+)', source, re.DOTALL)):
     name = source = match[1]
@@ -55,7 +59,7 @@ def _exists(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """How a stream of tokens is cut: rows of `length` tokens that follow each other, each beginning with `first`."""
+  """Cuts a stream of tokens into consecutive rows of `length` tokens, each starting with `first` unless it is None."""
 
   length: int
   first: int | None = None
@@ -66,29 +70,31 @@ class Window:
 
 
 class Source:
-  """The rows of one source: those held out, and those to train on."""
+  """The rows of one source: held-out rows and training rows."""
 
   def __init__(self, part: Part, store: TokenStore, window: Window, masked: bool):
-    """masked: it has conversations of which not all tokens count."""
+    """masked: the source holds conversations in which only some tokens count in the loss."""
     self.part, self.masked, self._store, self._window = part, masked, store, window
     self._held, self._drawn, self.needed, self._orders = np.arange(0), None, 0, {}
 
   def num_rows(self, most: int | None = None) -> int:
-    """Counted up to `most`; None: all, for which the source is read to its end."""
+    """Counts rows up to `most`. None counts all rows, which reads the source to its end."""
     width = self._window.text_len
     return self._store.count(None if most is None else most * width) // width
 
   @property
   def num_tokens(self) -> int | None:
-    """Of the whole source; None: its end was not reached."""
+    """Tokens of the whole source; None if its end has not been reached."""
     return self._store.count() if self._store.whole else None
 
   def draw(self, needed: int, held: int, seed: int | None, whole: bool):
-    """Settles which rows are held out, and which are the first `needed` ones to train on.
+    """Selects the held-out rows and the first `needed` training rows.
 
     Args:
-      seed: of the draw; None: the rows in their order.
-      whole: drawn from all that the source has; else in its order, the held-out ones first.
+      needed: number of training rows.
+      held: number of held-out rows.
+      seed: seed of the random draw; None keeps the rows in text order.
+      whole: draw from the whole source. Otherwise take rows in text order, the held-out ones first.
     """
     self.needed, self._seed = needed, seed
     if not (whole and seed is not None):
@@ -104,17 +110,21 @@ class Source:
 
   @property
   def available(self) -> int | None:
-    """Rows to train on before they repeat; None: the end was not reached."""
+    """Training rows before they repeat; None if the end of the source has not been reached."""
     if self._drawn is not None:
       return len(self._drawn)
     return self.num_rows() - len(self._held) if self._store.whole else None
 
   def held_out(self, j: int) -> int:
-    """The stream's row that is number j of those held out."""
+    """The index in the stream of held-out row j."""
     return int(self._held[j])
 
   def number(self, j: int) -> int:
-    """The stream's row that is number j of those trained on; they begin anew when all were read."""
+    """The index in the stream of training row j. After the last row, the source starts again.
+
+    Raises:
+      InputError: the source has no training rows.
+    """
     if self._drawn is None:
       held = len(self._held)
       if self.num_rows(held + j + 1) > held + j:
@@ -131,20 +141,24 @@ class Source:
     return self._orders[a_pass]
 
   def too_short(self, wanted: str, rows: int) -> str:
-    """What to say of a source that has not so many rows."""
+    """The reason of the InputError for a source with too few rows."""
     window = self._window
     return (
       f'has {self._store.count()} tokens, {wanted} of --seq_len={window.length} need {rows * window.text_len}; give a '
-      'longer text or ask for fewer.'
+      'longer text or request fewer sequences.'
     )
 
   def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """A row of the stream: its tokens, and which of them count in the loss."""
+    """A row of the stream: its tokens [T] int32, and which of them count in the loss [T] bool.
+
+    Raises:
+      InputError: the source starts with texts and has conversations later.
+    """
     window = self._window
     tokens_T, counted_T = self._store.read(number * window.text_len, window.text_len)
     if not self.masked and not counted_T.all():
       raise InputError(
-        self.part.setting, self.part.given, 'has conversations behind texts; make them a source of their own.'
+        self.part.setting, self.part.given, 'has conversations after texts; make them a separate source.'
       )
     if window.first is not None:
       tokens_T, counted_T = np.append(np.int32(window.first), tokens_T), np.append(False, counted_T)
@@ -152,15 +166,18 @@ class Source:
 
 
 class Rows:
-  """Rows [T] of all sources; `rows[numbers]` is [n, T]. Sources take turns so that each part of a run has the weights."""
+  """Rows [T] of all sources; `rows[numbers]` is [n, T].
+
+  Sources are interleaved, so that their weights hold in every part of a run.
+  """
 
   def __init__(self, sources: list[Source], counts: list[int], held_out: bool = False, vocab_size: int | None = None):
-    """The rows of all sources.
+    """Interleaves the rows of all sources.
 
     Args:
       counts: rows of each source.
-      held_out: they are those held out, else those to train on.
-      vocab_size: of the model, which no token may exceed.
+      held_out: read the held-out rows, not the training rows.
+      vocab_size: vocabulary size of the model; every token id must be below it. None: no check.
     """
     self.sources, self._held_out, self._vocab_size = sources, held_out, vocab_size
     self.masked = any(source.masked for source in sources)
@@ -174,7 +191,7 @@ class Rows:
     return len(self._source_N)
 
   def __getitem__(self, numbers: Sequence[int]) -> np.ndarray:
-    """Tokens [n, T], int32. Raises InputError."""
+    """Tokens [n, T], int32. Raises InputError for a row that cannot be read or a token outside the vocabulary."""
     return np.stack([tokens_T for tokens_T, _ in map(self._row, numbers)])
 
   def counted(self, numbers: Sequence[int]) -> np.ndarray:
@@ -188,12 +205,12 @@ class Rows:
       raise InputError(
         source.part.setting,
         source.part.given,
-        f'the tokenizer made token {largest}, the model has {self._vocab_size}; give its own by --tokenizer.',
+        f"the tokenizer made token {largest}, the model has {self._vocab_size}; give the model's own by --tokenizer.",
       )
     return tokens_T, counted_T
 
   def about(self, read: int) -> list[dict]:
-    """Of each source, after `read` rows: its weight, the rows read, how often each, its tokens where known."""
+    """Per source, after `read` rows in all: weight, rows read, times that each row was read, and tokens if known."""
     found = []
     for i, source in enumerate(self.sources):
       passes, rest = divmod(read, len(self))
@@ -213,7 +230,7 @@ class Rows:
 
 
 def shares(weights: Sequence[float], rows: int) -> list[int]:
-  """Rows of each source, by the largest remainders; they sum up to `rows`."""
+  """Rows of each source by the largest-remainder method; they sum to `rows`."""
   exact = np.array(weights) * rows
   counts = np.floor(exact + 1e-9).astype(int)
   for i in np.argsort(counts - exact, kind='stable')[: rows - counts.sum()]:

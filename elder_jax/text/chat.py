@@ -1,4 +1,4 @@
-"""Conversations as tokens, by the tokenizer's own chat template, and which of them the assistant wrote."""
+"""Renders conversations with the tokenizer's chat template and marks the tokens that the assistant wrote."""
 
 import numpy as np
 
@@ -8,33 +8,36 @@ from elder_jax.text.documents import Message
 
 
 class Refused(InputError):
-  """The template refuses one conversation; others may be fine."""
+  """The template refuses one conversation; others may be valid."""
 
 
 def check(flag: str, source: str, tokenizer):
   """Raises InputError for a tokenizer that cannot render conversations."""
   if not getattr(tokenizer, 'chat_template', None):
     raise InputError(
-      flag, source, 'holds conversations, but the tokenizer has no chat template; give one that has, by --tokenizer.'
+      flag,
+      source,
+      'holds conversations, but the tokenizer has no chat template; give one that has it with --tokenizer.',
     )
   if not getattr(tokenizer, 'is_fast', False):
     raise InputError(flag, source, 'holds conversations; they need a tokenizer with a tokenizer.json (a fast one).')
 
 
 def tokens_of(flag: str, source: str, tokenizer, messages: list[Message]) -> list[int]:
-  """The tokens of a conversation. Raises InputError."""
+  """The tokens of a conversation. Raises Refused if the template refuses it."""
   whole = _render(flag, source, tokenizer, messages)
   return tokenizer(whole, add_special_tokens=False, verbose=False)['input_ids']
 
 
 def encode(flag: str, source: str, tokenizer, messages: list[Message]) -> tuple[list[int], np.ndarray]:
-  """The tokens of a conversation, and for each whether the assistant wrote it.
+  """The tokens of a conversation, and a bool array [T]: whether the assistant wrote each token.
 
-  The assistant's is what the template adds to a conversation that ends where the assistant is asked to speak, the end of
-  its turn included, the white space after that not.
+  An assistant's turn is the text after the generation prompt. It includes the end-of-turn token, but not the white
+  space after it.
 
   Raises:
-    InputError: the template refuses the conversation, or shows earlier turns otherwise once there are later ones.
+    Refused: the template refuses the conversation.
+    InputError: the template renders an earlier turn differently once later turns follow.
   """
   whole = _render(flag, source, tokenizer, messages)
   encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -48,15 +51,15 @@ def encode(flag: str, source: str, tokenizer, messages: list[Message]) -> tuple[
         raise InputError(
           flag,
           source,
-          "the chat template shows earlier turns otherwise once later ones follow, so that the assistant's cannot be "
-          'told; use --train_on=all.',
+          "the chat template renders earlier turns differently once later ones follow, so the assistant's tokens cannot "
+          'be identified; use --train_on=all.',
         )
       own_N |= (begin_N < len(after)) & (end_N > len(before))
   return encoded['input_ids'], own_N
 
 
 def _render(flag: str, source: str, tokenizer, messages: list[Message], ask: bool = False) -> str:
-  """ask: the assistant is asked to speak."""
+  """The conversation as text; ask: with the generation prompt at the end."""
   try:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
   except Exception as e:  # a template is a program  # noqa: BLE001

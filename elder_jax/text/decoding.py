@@ -1,7 +1,7 @@
-"""Decoding with a cache of keys and values, on the devices.
+"""Decoding with a key-value cache on the devices.
 
-Prompts are padded on the right, so that a token's slot in the cache is its position. What the padding left in the cache
-is hidden from the queries before it, and overwritten by the new tokens one by one.
+Prompts are padded on the right, so a token's slot in the cache is its position. Causal masking hides the padding's
+entries; new tokens overwrite them one by one.
 
 Dimensions beyond those of model/decoder.py: S slot of the cache, E end-of-sequence id, R room for new tokens.
 """
@@ -31,33 +31,33 @@ from elder_jax.model.decoder import logits_of
 from elder_jax.model.spec import Mode
 from elder_jax.model.spec import Spec
 
-PAD = 64  # prompts and room for new tokens are padded to multiples of it, so that few programs serve all
+PAD = 64  # prompts and room for new tokens are padded to multiples of this, so that few programs are compiled
 
 
-END = -1  # in the place of new tokens from the end of the sequence on
+END = -1  # stands for every new token after the end of the sequence
 
 
-NOT_FINITE = -2  # in the place of a token whose logits are not finite; its sequence ends there
+NOT_FINITE = -2  # stands for a token whose logits are not finite; its sequence ends there
 
 
 class Cache(NamedTuple):
-  """Keys, rotated, and values of all layers in the type of computation, and the states of delta-nets."""
+  """Rotated keys and values of all layers in the computation dtype, and the states of delta-nets."""
 
   k_LBSKH: jax.Array
   v_LBSKH: jax.Array
-  state: delta.State | None = None  # of all layers; None: there are no delta-nets
+  state: delta.State | None = None  # of all layers; None: the model has no delta-nets
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn; static under jit. The three apply in this order."""
+  """How a token is sampled; static under jit. The three settings apply in this order."""
 
-  temperature: float = 0.0  # 0, or less than 1e-6: the most probable token
-  top_k: int = 0  # only the k most probable; 0: all
-  top_p: float = 1.0  # only the most probable that together reach p
+  temperature: float = 0.0  # below 1e-6: greedy, the most probable token
+  top_k: int = 0  # sample from the k most probable tokens; 0: from all
+  top_p: float = 1.0  # sample from the most probable tokens whose probabilities together reach p
 
   def check(self):
-    """Raises InputError."""
+    """Raises InputError for a setting out of range."""
     if not 0 <= self.temperature < math.inf:
       raise InputError('temperature', self.temperature, 'must be 0 or more and finite.')
     if self.top_k < 0:
@@ -67,15 +67,16 @@ class Sampling:
 
 
 def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mode()):
-  """Runs the prompts.
+  """Runs the prompts and fills the cache.
 
   Args:
-    tokens_BT: int32; row b is lengths_B[b] >= 1 tokens, then anything.
+    tokens_BT: int32; row b holds lengths_B[b] >= 1 tokens, then padding of any value.
+    lengths_B: int32, tokens of each prompt.
     capacity: slots of the cache, at least T.
-    mode: only its dtype matters; gates are taken as 1, here and in `decode_step`.
+    mode: only its dtype is used. Gates are 1, here and in `decode_step`.
 
   Returns:
-    (float32 logits_BV of the token after each prompt, Cache). The head sees no other token than the last.
+    (float32 logits_BV of the token after each prompt, Cache). The head is applied to the last token only.
 
   Raises:
     ValueError: the prompts do not fit into the cache.
@@ -110,11 +111,17 @@ def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mo
 
 
 def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = Mode()):
-  """Runs one token per row, each at its own position, which must be below the cache's number of slots.
+  """Runs one token per row, each at its own position.
+
+  Args:
+    cache: of `prefill` or of the step before.
+    token_B: int32.
+    position_B: int32, below the cache's number of slots.
+    mode: as in `prefill`.
 
   Returns:
-    (float32 logits_BV of the next token, the Cache with this one). Under jit the cache is updated in place where it is
-    carried by a loop or donated.
+    (float32 logits_BV of the next token, the Cache with this token). Under jit, the cache is updated in place if a loop
+    carries it or the caller donates it.
   """
   tables = rope_at(model.spec, position_B)
   rows_B, slots_S = jnp.arange(position_B.shape[0]), jnp.arange(cache.k_LBSKH.shape[2])
@@ -129,7 +136,7 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
     k_LBSKH, v_LBSKH = (a_LBSKH.at[l, rows_B, position_B].set(a_1BKH[0]) for a_LBSKH, a_1BKH in zip(cache[:2], new))
 
     def attended(state):
-      # Not model.attention: there is one query, and each row sees a number of keys of its own.
+      # Not model.attention: there is one query, and each row attends to a different number of keys.
       attended_B1NH = masked_attention(q_1BNH.swapaxes(0, 1), k_LBSKH[l], v_LBSKH[l], seen_B11S, *block.scores())
       return block.gated(attended_B1NH.swapaxes(0, 1), x_1BD), state
 
@@ -143,8 +150,8 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
     x_1BD = sharding.constrain_batch(_add(block, x_1BD, mixed_1BNH), 1)
     return (x_1BD, Cache(k_LBSKH, v_LBSKH, states)), None
 
-  # Attention apart, a block works token by token. So the batch lies on the axis of tokens, where the rotary tables have
-  # a row for each: one row of B tokens instead of B rows of one.
+  # Apart from attention, a block works token by token. So the batch lies on the token axis, as one row of B tokens
+  # instead of B rows of one token: the rotary tables have a row per token.
   x_1BD = embed(model, token_B[None], mode, position_B, batch_axis=1)
   layers = model.layers, jnp.arange(model.num_layers), kinds(model.spec)
   (x_1BD, cache), _ = jax.lax.scan(layer, (x_1BD, cache), layers)
@@ -152,7 +159,11 @@ def decode_step(model: Decoder, cache: Cache, token_B, position_B, mode: Mode = 
 
 
 def _mixed(spec: Spec, kind: dict, attended, by_delta, state):
-  """(what goes to the out projection, a delta-net's State) of a layer of either kind, by functions of the State before."""
+  """Runs attention or a delta-net, whichever the layer has; both are functions of the State before this token.
+
+  Returns:
+    (the input of the out projection, the delta-net's State).
+  """
   mixer = mixer_of(spec, kind)
   if isinstance(mixer, int):
     return (by_delta if mixer else attended)(state)
@@ -160,15 +171,15 @@ def _mixed(spec: Spec, kind: dict, attended, by_delta, state):
 
 
 def _add(block, x_BTD, attended_BTNH):
-  """The stream after a layer, from what its attention gave."""
+  """The residual stream after a layer, from the output of its attention."""
   attn_BTD, mlp_BTD = block.updates(x_BTD, attended_BTNH)
   return (x_BTD + attn_BTD) + mlp_BTD
 
 
 def truncate(logits_BV, top_k: int, top_p: float):
-  """−inf for tokens outside the top_k most probable, then outside the most probable that together reach top_p.
+  """Sets logits to -inf outside the top_k most probable tokens, then outside the most probable that together reach top_p.
 
-  What is as probable as the last token that is in is in, too; the most probable always is.
+  Tokens as probable as the last one kept are kept too. The most probable token is always kept.
   """
 
   def below(logits_BV, least_B1):
@@ -179,16 +190,16 @@ def truncate(logits_BV, top_k: int, top_p: float):
   if top_p < 1:
     sorted_BV = -jnp.sort(-logits_BV, axis=-1)
     p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    inside_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < top_p  # what is before a token does not reach top_p yet
+    inside_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < top_p  # the tokens before this one do not reach top_p
     logits_BV = below(logits_BV, jnp.min(jnp.where(inside_BV, sorted_BV, jnp.inf), -1, keepdims=True))
   return logits_BV
 
 
 def sample(logits_BV, key_B, sampling: Sampling):
-  """One token per row, int32; key_B is a random key per row, not read where the sampling is greedy."""
+  """One token per row, int32 [B]. key_B: a random key per row; ignored if the sampling is greedy."""
   if sampling.temperature < 1e-6:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-  # The largest goes to 0 first: a low temperature must not lead to inf - inf.
+  # Shift the largest logit to 0 first, else a low temperature overflows and gives inf - inf.
   logits_BV = (logits_BV - jnp.max(logits_BV, -1, keepdims=True)) / sampling.temperature
   logits_BV = truncate(logits_BV, sampling.top_k, sampling.top_p)
   return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
@@ -198,17 +209,19 @@ def sample(logits_BV, key_B, sampling: Sampling):
 def run_prompts(
   model, tokens_BT, lengths_B, row_B, eos_E, limit, seed, *, capacity, room, sampling=Sampling(), mode=Mode()
 ):
-  """Prompts in, new tokens_BR out (END from the end of a sequence on; NOT_FINITE ends one, too), in one program.
-
-  It stops with the last row.
+  """Continues the prompts, in one program. Stops when every row has ended.
 
   Args:
     tokens_BT, lengths_B, capacity, mode: as in `prefill`; capacity is at least the longest length + limit.
-    row_B: int32, the number of a row for its random numbers; negative: the row is filling and gives nothing.
+    row_B: int32, the index of a row in the random stream; negative: the row is padding and generates nothing.
     eos_E: ids that end a sequence; may be empty.
     limit: largest number of new tokens, 1 to room.
     seed: a random key.
     room: R.
+    sampling: how tokens are sampled.
+
+  Returns:
+    New tokens_BR, int32: END after the end of a sequence; NOT_FINITE also ends one.
   """
   key_B = jax.vmap(functools.partial(jax.random.fold_in, seed))(row_B)
 

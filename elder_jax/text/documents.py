@@ -1,4 +1,4 @@
-"""Documents of a file, a folder, several files by a pattern, or a hub data set: one after another, never all at once."""
+"""Streams the documents of a file, a folder, a file pattern, or a hub data set; never holds all of them in memory."""
 
 from collections.abc import Callable
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ Message = dict[str, str]  # role, content
 
 
 class Document(NamedTuple):
-  """A text, a conversation, or a piece of a text file too large to be held whole.
+  """A text, a conversation, or a piece of a text file that is too large to hold in memory.
 
   ends: False for a piece that is not its document's last.
   """
@@ -33,31 +33,31 @@ class Document(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where a reader goes on: file, document of it."""
+  """Where a reader resumes: index of the file, number of documents of it already read."""
 
   file: int
   document: int
 
 
 class Documents:
-  """The documents of a source. A path is opened as it is: brackets, stars and colons in its folders are no pattern.
+  """The documents of a source. Folder names are literal: brackets, stars and colons in them are not patterns.
 
   Attributes:
-    files: what is read, in order; empty for a hub data set.
-    size: bytes of text in the files, those of compressed ones and of Parquet guessed; None for a hub data set.
+    files: the files in reading order; empty for a hub data set.
+    size: bytes of text in the files, estimated for compressed files and Parquet; None for a hub data set.
   """
 
   def __init__(self, flag: str, source: str, column: str):
     """Opens the source.
 
     Args:
-      flag: what to name in an error, e.g. train_data.
-      source: a .txt, .md (a document each), .jsonl, .json or .parquet file, also as .gz or .zst; a folder of files of one
-        kind; a folder with a pattern for names, as in texts/*.jsonl.gz; or a hub id as hub.check_hub_id has it.
-      column: of a text or of messages. Without it a row may have `messages`, or `prompt` and `completion`.
+      flag: the setting named in errors, e.g. train_data.
+      source: a .txt or .md file (one document each), a .jsonl, .json or .parquet file, also as .gz or .zst; a folder of
+        files of one kind; a folder with a name pattern, as in texts/*.jsonl.gz; or a hub id (hub.check_hub_id).
+      column: holds a text or messages. Rows without it may have `messages`, or `prompt` and `completion`.
 
     Raises:
-      InputError: it cannot be read. A file is opened for that, not read through.
+      InputError: a file cannot be opened, or the hub id is invalid. The contents are not read yet.
     """
     self.flag, self.source, self.column = flag, source, column
     self._columns = (column, *CHAT_COLUMNS)
@@ -68,7 +68,7 @@ class Documents:
       reading.open_file(self.flag, self._name(file), file).close()
 
   def read(self, place: Place = Place(0, 0)) -> Iterator[tuple[Document, Place]]:
-    """From a place on: each document and the place after it. Raises InputError."""
+    """Yields each document from `place` on, with the place after it. Raises InputError for content it cannot read."""
     if self._hub:
       for i, row in enumerate(self._hub.rows(place.document), place.document + 1):
         if not set(self._columns) & row.keys():
@@ -83,20 +83,20 @@ class Documents:
           yield document, Place(number, i)
 
   def in_order_of_hashes(self, seed: int):
-    """Puts the files in an order that has nothing to do with their names: the beginning is then a sample of the whole."""
+    """Sorts the files by a hash of their names, so that the first ones are a random sample of all."""
     self.files.sort(key=lambda file: hashlib.sha256(f'{seed}{file.name}'.encode()).digest())
 
   @property
   def revision(self) -> str:
-    """Of a hub data set: what was read; it does not change while a run lasts."""
+    """The commit of a hub data set, fixed for the whole run; '' for files."""
     return self._hub.revision if self._hub else ''
 
   def _name(self, file: pathlib.Path) -> str:
-    """What to call a file in an error."""
+    """The name of a file in errors."""
     return self.source if user_path(self.source) == file else str(file)
 
   def _of_file(self, file: pathlib.Path) -> Iterator[Document | None]:
-    """None for a row without a text."""
+    """Yields the documents of a file; None for a row without a text."""
     name = self._name(file)
     if not file.stat().st_size:
       return
@@ -110,7 +110,7 @@ class Documents:
           yield from self._of_rows(rows, name)
     except InputError:
       raise
-    except Exception as e:  # of a damaged file any kind  # noqa: BLE001
+    except Exception as e:  # a damaged file can raise any type  # noqa: BLE001
       raise InputError(self.flag, name, f'cannot be read ({reason(e)}); {reading.GIVE}.') from e
 
   def _of_rows(self, rows: Iterable[dict], name: str) -> Iterator[Document | None]:
@@ -147,12 +147,12 @@ class Documents:
   def _check_text(self, text: str, name: str):
     try:
       text.encode()
-    except UnicodeEncodeError as e:  # JSON can hold it
-      raise InputError(self.flag, name, 'holds half of a surrogate pair, which is no character; remove it.') from e
+    except UnicodeEncodeError as e:  # JSON allows an unpaired surrogate
+      raise InputError(self.flag, name, 'holds an unpaired surrogate, which is not a character; remove it.') from e
 
 
 def _turn(role: str, said) -> list:
-  """A prompt or completion, which may be a list of messages itself."""
+  """A prompt or completion as messages; it may already be a list of messages."""
   return said if isinstance(said, list) else [] if said is None else [{'role': role, 'content': said}]
 
 
@@ -169,13 +169,22 @@ def _text_bytes(file: pathlib.Path) -> int:
 
 
 def list_files(flag: str, source: str, say: Callable[[str], None] = log) -> list[pathlib.Path]:
-  """The files of a source by name; none: it is a hub id. Several are said in the log. Raises InputError."""
+  """The files of a source, sorted by name; empty for a hub id.
+
+  Args:
+    flag: the setting named in errors.
+    source: as in Documents.
+    say: logs which files are read, if there are several.
+
+  Raises:
+    InputError: the file does not exist, or the folder does not hold files of one kind.
+  """
   path = user_path(source)
   if source and os.path.isdir(path):
     files = _of_folder(flag, source, path)
     _tell(flag, source, files, say)
     return files
-  if os.path.isfile(path):  # unlike Path.is_file, False for a name too long or not to be reached
+  if os.path.isfile(path):  # unlike Path.is_file, returns False for a name that is too long or not accessible
     return [path]
   if ('*' in path.name or '?' in path.name) and os.path.isdir(path.parent):
     names = sorted(name for name in os.listdir(path.parent) if fnmatch.fnmatchcase(name, _pattern(path.name)))
@@ -189,11 +198,11 @@ def list_files(flag: str, source: str, say: Callable[[str], None] = log) -> list
 
 
 def _pattern(name: str) -> str:
-  return name.replace('[', '[[]')  # fnmatch knows sets, too; here a bracket is a bracket
+  return name.replace('[', '[[]')  # fnmatch also has character sets; here brackets are literal
 
 
 def _of_folder(flag: str, source: str, folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a folder, sorted by name; hidden ones do not count."""
+  """The files of a folder, sorted by name; hidden files are ignored."""
   try:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
   except OSError as e:
@@ -203,8 +212,8 @@ def _of_folder(flag: str, source: str, folder: pathlib.Path) -> list[pathlib.Pat
     raise InputError(
       flag,
       source,
-      f'a folder must hold {", ".join(reading.KINDS)} files, all of one kind, this one holds '
-      f'{", ".join(found[:8]) or "no files"}; give a folder of one kind, or a file.',
+      f'a folder must hold {", ".join(reading.KINDS)} files, all of one kind, but this one holds '
+      f'{", ".join(found[:8]) or "no files"}; give a folder with files of one kind, or a single file.',
     )
   return files
 

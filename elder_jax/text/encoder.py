@@ -1,4 +1,4 @@
-"""Documents as tokens."""
+"""Tokenises documents."""
 
 from collections.abc import Iterator
 import math
@@ -14,26 +14,28 @@ from elder_jax.text.documents import Place
 from elder_jax.text.reading import kind_of
 from elder_jax.text.token_store import Encoded
 
-_TOGETHER = 2**20  # characters that are tokenised in one call
+_TOGETHER = 2**20  # characters tokenised in one call
 
 
 class Encoder:
   """The tokens of a source's documents, one after another.
 
-  Between two texts stands the tokenizer's end-of-text token (eos), or an empty line as if all were one text (wikitext).
-  Conversations follow each other as the chat template writes them.
+  Texts are separated by the tokenizer's end-of-text token (eos), or by an empty line as if all were one text (wikitext).
+  Conversations follow each other without a separator, as the chat template renders them.
   """
 
   def __init__(self, documents: Documents, tokenizer, between: str, special_tokens: bool, train_on: str):
-    """How a source becomes tokens.
+    """Prepares to tokenise a source.
 
     Args:
-      between: eos or wikitext.
-      special_tokens: the tokenizer adds what it adds by its own rule.
-      train_on: assistant: of a conversation only the assistant's tokens count in the loss; all.
+      documents: the source.
+      tokenizer: a tokenizer of transformers.
+      between: the separator of texts: eos or wikitext.
+      special_tokens: the tokenizer adds its special tokens.
+      train_on: which tokens of a conversation count in the loss: assistant (those the assistant wrote) or all.
 
     Raises:
-      InputError: the tokenizer has no end-of-text token.
+      InputError: `between` is eos, but the tokenizer has no end-of-text token.
     """
     self._documents, self._tokenizer, self._between = documents, tokenizer, between
     self._special, self._train_on = special_tokens, train_on
@@ -42,7 +44,7 @@ class Encoder:
       raise InputError('documents', 'eos', 'the tokenizer has no end-of-text token; use --documents=wikitext.')
 
   def __call__(self, place: Place) -> Iterator[Encoded]:
-    """From a place on. Raises InputError."""
+    """Yields the tokens from `place` on. Raises InputError for content that cannot be read or rendered."""
     waiting, size = [], 0
     inside = place.document > 0 and self._is_text(place.file)  # a text file is one document
     first = place == Place(0, 0)
@@ -63,7 +65,7 @@ class Encoder:
     return bool(files) and kind_of(files[file])[0] in ('.txt', '.md')
 
   def _texts(self, waiting: list[tuple[Document, bool, bool, Place]]) -> Iterator[Encoded]:
-    """waiting: (document, whether it begins here, whether it is the very first, the place after it)."""
+    """waiting: (document, whether it starts here, whether it is the first of the source, the place after it)."""
     wikitext = self._between == 'wikitext'
     texts = [
       '\n\n' + document.content if wikitext and begins and not first else document.content
@@ -95,7 +97,7 @@ class Encoder:
         tokens, own_N = chat.encode(flag, source, self._tokenizer, document.content)
     except chat.Refused as e:
       self._refused += 1
-      if math.log10(self._refused).is_integer():  # each of many would be no news
-        log(f'--{flag}={source}: {self._refused} rows left out so far: {e.why}')
+      if math.log10(self._refused).is_integer():  # logging each of many would be noise
+        log(f'--{flag}={source}: {self._refused} rows skipped so far: {e.why}')
       tokens, own_N = [], None if self._train_on == 'all' else np.zeros(0, bool)
     return np.array(tokens, np.int64), own_N, after

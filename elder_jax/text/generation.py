@@ -1,4 +1,4 @@
-"""Generation: greedy or sampled, prompts of different lengths side by side, or token by token."""
+"""Generation, greedy or sampled: batches of prompts of different lengths, or one prompt token by token."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -37,26 +37,26 @@ def generate(
   capacity: int | None = None,
   put: Callable = jnp.asarray,
 ) -> list[list[int]]:
-  """The new tokens after each prompt, at most max_new_tokens, up to and without the first of eos_ids.
+  """The new tokens after each prompt, at most max_new_tokens. The first of eos_ids ends a row and is not returned.
 
-  Sampled tokens depend on the seed, the prompt and its place in `prompts`; not on batch_size or on the other prompts.
-  Gates are taken as 1.
+  Sampled tokens depend on the seed, the prompt and its index in `prompts`, not on batch_size or the other prompts.
+  Gates are 1.
 
   Args:
     prompts: token ids, at least one each.
-    batch_size: prompts that are worked off side by side, those of similar length together.
-    capacity: tokens that a prompt and what follows it may have together, such as the context the model was trained on;
-      None: any number.
-    put: brings a host array onto the devices (sharding.put_batch).
+    batch_size: prompts per batch; prompts of similar length share a batch.
+    capacity: largest number of tokens of a prompt and its continuation together, such as the model's context; None: no
+      limit.
+    put: moves a host array to the devices (sharding.put_batch).
 
   Raises:
-    InputError: a setting out of range, an empty prompt, a token that the model does not have, too little capacity, logits
-      that are not finite.
+    InputError: a setting is out of range, a prompt is empty, a token is not in the model's vocabulary, the capacity is
+      too small, or the logits are not finite.
   """
   check_settings(sampling, seed, max_new_tokens=max_new_tokens, batch_size=batch_size)
   check_prompts(prompts, model.spec.vocab_size, max_new_tokens, capacity)
   room, eos_E, key = padded(max_new_tokens), np.array(eos_ids, np.int32), jax.random.key(seed)
-  # No more rows than prompts, but as many as the devices divide.
+  # At most one row per prompt, rounded up to a multiple that the devices divide.
   ways = sharding.batch_ways()
   batch_size, result = min(batch_size, -(-max(1, len(prompts)) // ways) * ways), [[]] * len(prompts)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -78,15 +78,15 @@ def generate(
       if NOT_FINITE in new_R:
         raise InputError(
           f"the model's logits are not finite at token {len(prompts[i]) + np.argmax(new_R == NOT_FINITE)} of prompt {i}; "
-          'check its weights, or compute with --dtype=float32.'
+          'check the weights, or use --dtype=float32.'
         )
       result[i] = new_R[new_R != END].tolist()
   return result
 
 
 def _batch(prompts: list[list[int]], numbers: list[int], batch_size: int):
-  """(tokens_BT, lengths_B, row_B) of run_prompts for the prompts `numbers`."""
-  filling = batch_size - len(numbers)  # so that one program serves all batches of a length
+  """(tokens_BT, lengths_B, row_B) of run_prompts for the prompts with the indices `numbers`."""
+  filling = batch_size - len(numbers)  # padding rows, so that one program serves all batches of a length
   rows = [prompts[i] for i in numbers + numbers[:1] * filling]
   lengths_B = np.array([len(row) for row in rows], np.int32)
   tokens_BT = np.zeros((batch_size, padded(lengths_B.max())), np.int32)
@@ -114,16 +114,22 @@ def check_prompts(prompts, vocab_size: int, max_new_tokens: int, capacity: int |
       raise InputError(f'prompt {i} has no tokens; give at least one.')
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
       wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-      raise InputError(f"prompt {i} has the token {wrong}, the model has {vocab_size}; use the model's own tokenizer.")
+      raise InputError(
+        f"prompt {i} has the token {wrong}, but the model has {vocab_size} tokens; use the model's own tokenizer."
+      )
     if capacity is not None and len(prompt) + max_new_tokens > capacity:
       raise InputError(
-        f'prompt {i} has {len(prompt)} tokens, with --max_new_tokens={max_new_tokens} more than the {capacity} positions '
-        'that the model has; shorten it or ask for fewer.'
+        f"prompt {i} has {len(prompt)} tokens, which with --max_new_tokens={max_new_tokens} exceeds the model's {capacity} "
+        'positions; shorten the prompt or lower --max_new_tokens.'
       )
 
 
 def eos_ids(source: Source) -> tuple[int, ...]:
-  """The ids that end a sequence: those of generation_config.json, as in transformers, else of config.json."""
+  """The ids that end a sequence: from generation_config.json, as in transformers, else from config.json.
+
+  Raises:
+    InputError: eos_token_id is not a number or a list of numbers.
+  """
   path, found = source.files / 'generation_config.json', None
   if path.is_file():
     found = safetensors_files.read_json(path).get('eos_token_id')
@@ -131,7 +137,7 @@ def eos_ids(source: Source) -> tuple[int, ...]:
     found = source.config.get('eos_token_id')
   ids = found if isinstance(found, list) else [] if found is None else [found]
   if not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
-    raise InputError(f'{source.files}: eos_token_id={found!r} must be a number or a list of them; mend the file.')
+    raise InputError(f'{source.files}: eos_token_id={found!r} must be a number or a list of numbers; correct the file.')
   return tuple(ids)
 
 
@@ -146,7 +152,7 @@ def stream(
   mode: Mode = Mode(),
   capacity: int | None = None,
 ) -> Iterator[int]:
-  """The tokens that `generate` gives for one prompt, one by one as they are made. Arguments as there."""
+  """Yields the tokens that `generate` returns for one prompt, as they are generated. Arguments and errors as there."""
   check_settings(sampling, seed, max_new_tokens=max_new_tokens)
   check_prompts([prompt], model.spec.vocab_size, max_new_tokens, capacity)
   tokens_BT = np.zeros((1, padded(len(prompt))), np.int32)
@@ -156,7 +162,7 @@ def stream(
   logits_BV, cache = _prefill(model, tokens_BT, np.array([len(prompt)], np.int32), capacity=slots, mode=mode)
   for n in range(max_new_tokens):
     if not np.isfinite(logits_BV).all():
-      raise InputError("the model's logits are not finite; check its weights, or compute with --dtype=float32.")
+      raise InputError("the model's logits are not finite; check the weights, or use --dtype=float32.")
     token_B = sample(logits_BV, jax.random.fold_in(key, n)[None], sampling)
     token = int(token_B[0])
     if token in eos_ids:

@@ -1,4 +1,4 @@
-"""Data sets of the hub, row by row."""
+"""Streams data sets of the Hugging Face hub row by row."""
 
 from collections.abc import Iterator
 import os
@@ -19,18 +19,18 @@ class Hub:
 
   @property
   def revision(self) -> str:
-    """The commit that is read; asked for once, so that it does not change while a run lasts. Raises InputError."""
+    """The commit that is read; resolved once, so that a run reads one version. Raises InputError if that fails."""
     import huggingface_hub
 
     if not self._pinned:
       try:
         self._pinned = huggingface_hub.HfApi().dataset_info(self._id).sha
-      except Exception as e:  # of many kinds  # noqa: BLE001
+      except Exception as e:  # the client raises many types  # noqa: BLE001
         self._refuse(e)
     return self._pinned
 
   def rows(self, skip: int) -> Iterator[dict]:
-    """Those after the first `skip`, streamed. Raises InputError."""
+    """Streams the rows after the first `skip`. Raises InputError if the data set cannot be read."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -38,7 +38,7 @@ class Hub:
     try:
       rows = datasets.load_dataset(self._id, name, split=self._split, streaming=True, revision=revision)
       yield from rows.skip(skip) if skip else rows
-    except Exception as e:  # datasets raises many kinds, all mean the same here  # noqa: BLE001
+    except Exception as e:  # datasets raises many types; the data set cannot be read in any case  # noqa: BLE001
       self._refuse(e)
 
   def _refuse(self, error: Exception):
@@ -47,24 +47,24 @@ class Hub:
     ) from error
 
 
-# How the splits of data sets are called; what else stands alone behind an id is a configuration.
+# Names of splits. Any other single name after an id is a configuration.
 _SPLITS = re.compile(r'(train|training|validation|valid|val|dev|test|all)\b.*')
 
 
 def check_hub_id(flag: str, source: str) -> tuple[str, str, str]:
-  """(id, configuration or '', split) of id, id:split, id:configuration or id:configuration:split.
+  """Parses id, id:split, id:configuration or id:configuration:split into (id, configuration or '', split).
 
   Raises:
-    InputError: it is no hub id, or the package that reads hub data sets is missing.
+    InputError: `source` is not a hub id, or the package that reads hub data sets is missing.
   """
-  hub_id, *rest = re.split(r':(?![^\[]*\])', source, maxsplit=2)  # no colon of a split such as train[:10%]
-  # `datasets` takes other names for URLs, patterns, local folders, or its own readers, which read the current folder.
+  hub_id, *rest = re.split(r':(?![^\[]*\])', source, maxsplit=2)  # not at the colon in a split such as train[:10%]
+  # `datasets` reads any other name as a URL, a pattern, a local folder, or one of its readers of the current folder.
   is_id = re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', hub_id) and not os.path.exists(hub_id)
   if not is_id or _is_reader(flag, source, hub_id):
     raise InputError(
       flag,
       source,
-      'is no file or folder here and no id of a hub data set; give a .txt, .jsonl or .parquet file, a '
+      'is neither a local file or folder nor the id of a hub data set; give a .txt, .jsonl or .parquet file, a '
       'folder of them, or a hub id as owner/name.',
     )
   if len(rest) == 2:

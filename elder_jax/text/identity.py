@@ -1,26 +1,27 @@
-"""Files and tokenizers, known by their content."""
+"""Identifies files and tokenizers by checksums of their content."""
 
 import hashlib
 import json
 import pathlib
 
-_SAMPLES, _SAMPLE = 64, 2**20  # of a large file: pieces, bytes of each
+_SAMPLES, _SAMPLE = 64, 2**20  # pieces of a large file that are hashed, bytes of each
 
 
 def of_corpus(paths: list[pathlib.Path]) -> str:
-  """`of_files`; where all together have more than 64 MiB, over smaller pieces of each, some 256 MiB in all."""
+  """`of_files`. If the files exceed 64 MiB together, hashes smaller pieces of each, about 256 MiB in all."""
   if sum(path.stat().st_size for path in paths) <= _SAMPLES * _SAMPLE:
     return of_files(paths)
   return of_files(paths, max(4, 4096 // len(paths)), 2**16)
 
 
 def of_files(paths: list[pathlib.Path], samples: int | None = None, sample: int | None = None) -> str:
-  """sha256 over names, sizes and content; of a file of more than 64 MiB over pieces of it, its header among them.
+  """sha256 over names, sizes and content. Of a file above 64 MiB, only pieces are hashed, its header included.
+
+  Times are ignored: a copy of a model, or one downloaded again, has the same checksum.
 
   Args:
-    samples, sample: number of pieces of a file, and bytes of each, where it has more bytes than those; unset: 64 of 1 MiB.
-
-  A copy of a model, or one that was fetched again, is the same model: times do not count.
+    paths: the files, in any order.
+    samples, sample: number of pieces hashed of a larger file, and bytes of each; by default 64 of 1 MiB.
   """
   samples, sample, digest = samples or _SAMPLES, sample or _SAMPLE, hashlib.sha256()
   for path in sorted(paths):
@@ -37,7 +38,7 @@ def of_files(paths: list[pathlib.Path], samples: int | None = None, sample: int 
 
 
 def of_tokenizer(tokenizer) -> str:
-  """sha256 of the vocabulary and of the rules by which text is cut."""
+  """sha256 of the vocabulary and the tokenisation rules."""
   backend = getattr(tokenizer, 'backend_tokenizer', None)
   rules = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
   ids = tokenizer.bos_token_id, tokenizer.eos_token_id

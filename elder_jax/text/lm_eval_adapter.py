@@ -1,8 +1,8 @@
-"""lm-evaluation-harness (0.4.x) runs our model: no torch is needed, and scores agree with the harness's `hf` backend.
+"""Adapts a Decoder to lm-evaluation-harness (0.4.x). Needs no torch; scores agree with the harness's `hf` backend.
 
-Importing this module needs the package lm_eval; zero_shot.py is the way in that says so in one sentence.
+This module imports the package lm_eval. Import it through zero_shot.py, which raises InputError if lm_eval is missing.
 
-Dimension names: see model.py. R is a request's row: context and continuation, cut to the model's context from the left.
+Dimension names: see model/decoder.py. c is a chunk of the sequence.
 """
 
 from collections.abc import Callable
@@ -27,17 +27,20 @@ from elder_jax.text.decoding import Sampling
 from elder_jax.text.generation import generate
 from elder_jax.training import losses
 
-MAX_GEN_TOKS = 256  # of a generation task that names none, as in the hf backend
-# What a generation task may ask for; all but these are refused rather than passed over.
+MAX_GEN_TOKS = 256  # default of generation tasks, as in the hf backend
+# Options that a generation task may set. Others are refused, not ignored.
 _LENGTHS = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
 _NEUTRAL = {'num_beams': 1, 'repetition_penalty': 1.0, 'min_p': 0.0, 'typical_p': 1.0}
 
 
 @functools.partial(jax.jit, static_argnames='mode')
 def token_scores(model: Decoder, tokens_BT, target_BT, mode: Mode):
-  """log p(target) after each token, float32 [B, T], and whether target is the most probable one, bool [B, T].
+  """log p(target) after each token, float32 [B, T], and whether target is the most probable token, bool [B, T].
 
-  Goes through the sequence in chunks: [B, T, V] is never in memory, and nothing of size V leaves the devices.
+  Works through the sequence in chunks: logits [B, T, V] are never in memory, and nothing of size V leaves the devices.
+
+  Args:
+    tokens_BT, target_BT: int32; target_BT[b, t] is scored as the token after tokens_BT[b, : t + 1].
   """
   x_BTD, _ = forward(model, tokens_BT, mode=mode)
   B, T = tokens_BT.shape
@@ -61,7 +64,7 @@ def token_scores(model: Decoder, tokens_BT, target_BT, mode: Mode):
 
 
 def bucket(length: int) -> int:
-  """The length that a batch is padded to: four steps per power of two, so that few programs serve all lengths."""
+  """The padded length of a batch: four lengths per power of two, so that few programs are compiled."""
   step = max(32, (1 << length.bit_length()) // 8)
   return -(-length // step) * step
 
@@ -71,24 +74,26 @@ def _check_finite(requests, scores: list[float]):
     if not math.isfinite(score):
       task = getattr(request, 'task_name', None) or 'a task'
       raise InputError(
-        f'{task}: the model gives {score} for the log-probability of a text, so its answers mean nothing; check its '
+        f'{task}: the model returns {score} as the log-probability of a text, so its answers are meaningless; check the '
         'weights, or use --dtype=float32.'
       )
 
 
 class JaxLM(TemplateLM):
-  """A Decoder as the harness sees it; every process of a run makes one, and all give the same answers.
+  """A Decoder behind the harness's model interface. Every process of a run makes one; all return the same answers.
 
   Args:
-    tokenizer: of transformers.
-    mode: of the computation; gates as they stand in the model (generation takes them as 1).
-    batch_size: rows per step, fixed: the last batch is filled up.
-    max_length: tokens that the model reads at most; longer requests lose tokens on the left.
-    put: brings a host array onto the devices (sharding.put_batch).
-    eos_ids: tokens that end a generated text besides the tokenizer's own (generate.eos_ids).
-    progress: called with (requests done, requests in all) of the scoring.
+    model: the model.
+    tokenizer: a tokenizer of transformers.
+    mode: of the computation. Scoring uses the model's gates; in generation gates are 1.
+    batch_size: rows per step; the last batch is padded to it.
+    max_length: tokens of the model's context; longer requests are truncated on the left.
+    put: moves a host array to the devices (sharding.put_batch).
+    eos_ids: tokens that end a generated text in addition to the tokenizer's own (generation.eos_ids).
+    progress: called with (requests done, requests in all) while scoring.
 
-  Raises InputError for requests that cannot be answered, and for a tokenizer with neither BOS nor EOS token.
+  Raises:
+    InputError: a request cannot be answered, or the tokenizer has neither a BOS nor an EOS token.
   """
 
   def __init__(
@@ -104,9 +109,8 @@ class JaxLM(TemplateLM):
   ):
     super().__init__()
     self.model, self.tokenizer, self.mode, self.batch_size = model, tokenizer, mode, batch_size
-    self.max_length = min(
-      max_length, model.spec.most_positions or max_length
-    )  # a config.json may leave it to its default
+    # config.json may omit the context length; the spec then has the family's default.
+    self.max_length = min(max_length, model.spec.most_positions or max_length)
     self.put, self.eos_ids, self.progress = put, eos_ids, progress
     if self.prefix_token_id is None:
       raise InputError('the tokenizer has neither a BOS nor an EOS token; give another with --tokenizer.')
@@ -117,35 +121,40 @@ class JaxLM(TemplateLM):
 
   @property
   def prefix_token_id(self):
-    """What a text without context is conditioned on."""
+    """The token that stands in for an empty context."""
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-    """Token ids; special tokens by the tokenizer's own rule, unless the text itself begins with one."""
+    """Token ids. The tokenizer adds its special tokens, unless the text already starts with the prefix token."""
     if add_special_tokens is None:
       add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
     return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
   def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-    answers = super().loglikelihood(requests, disable_tqdm=True)  # `progress` is what people see
+    answers = super().loglikelihood(requests, disable_tqdm=True)  # `progress` reports instead
     _check_finite(requests, [logp for logp, _ in answers])
     return answers
 
   def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # ty: ignore[incompatible-method-override]
-    """(sum over the continuation of log p, whether greedy decoding gives it) of ((texts), context, continuation)s."""
-    numbers: dict[tuple[int, ...], list[int]] = {}  # row -> its requests: equal ones are run once
+    """Scores requests ((texts), context tokens, continuation tokens).
+
+    Returns:
+      Per request: (sum of log p over the continuation, whether greedy decoding generates it).
+    """
+    numbers: dict[tuple[int, ...], list[int]] = {}  # row -> its requests; equal rows run once
     for i, (texts, context, continuation) in enumerate(requests):
       if not context or not 0 < len(continuation) <= self.max_length:
         raise InputError(
-          f'a task asks for {texts}: a continuation of {len(continuation)} tokens after {len(context)}; there must be '
-          f'a context, and 1 to {self.max_length} tokens after it.'
+          f'a task requests {texts}: {len(continuation)} tokens after a context of {len(context)}; correct the task, which '
+          f'needs a context and 1 to {self.max_length} tokens after it.'
         )
       numbers.setdefault(tuple((context + continuation)[-(self.max_length + 1) :]), []).append(i)
     rows = sorted(numbers, key=lambda row: (-len(row), row))
     if rows and (largest := max(map(max, rows))) >= self.model.spec.vocab_size:
       raise InputError(
-        f"the tokenizer gives the token {largest}, the model has {self.model.spec.vocab_size}; use the model's own."
+        f'the tokenizer made token {largest}, but the model has {self.model.spec.vocab_size} tokens; use the tokenizer '
+        'of the model.'
       )
 
     answers, done = [(0.0, True)] * len(requests), 0
@@ -157,14 +166,14 @@ class JaxLM(TemplateLM):
           texts, _, continuation = requests[i]
           scored = slice(len(row) - 1 - len(continuation), len(row) - 1)
           answers[i] = (float(logp_T[scored].sum(dtype=np.float64)), bool(greedy_T[scored].all()))
-          if texts is not None:  # None: a part of a text in loglikelihood_rolling
+          if texts is not None:  # None: a window of loglikelihood_rolling
             self.cache_hook.add_partial('loglikelihood', texts, answers[i])
         done += len(numbers[row])
       self.progress(done, len(requests))
     return answers
 
   def _score(self, rows) -> tuple[np.ndarray, np.ndarray]:
-    """token_scores of rows of tokens, the longest first, on the host. Padding is on the right, where nobody sees it."""
+    """token_scores of rows of tokens, the longest first, on the host. Causal masking hides the padding on the right."""
     tokens_BT = np.zeros((self.batch_size, min(self.max_length, bucket(len(rows[0]) - 1))), np.int32)
     target_BT = np.zeros_like(tokens_BT)
     for tokens_T, target_T, row in zip(tokens_BT, target_BT, rows):
@@ -173,7 +182,7 @@ class JaxLM(TemplateLM):
     return tuple(map(hosts.to_host, scores))
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """log p of whole texts; those longer than the context in windows that predict each token once."""
+    """log p of whole texts. Texts longer than the context are split into windows that predict each token once."""
     windows, owner_W = [], []
     for i, request in enumerate(requests):
       tokens = self.tok_encode(request.args[0])
@@ -189,8 +198,8 @@ class JaxLM(TemplateLM):
     return totals
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """What the model writes after each context, up to the first of the request's `until` strings."""
-    groups: dict[str, list[int]] = {}  # requests of equal settings go together
+    """The generated text after each context, up to the first of the request's `until` strings."""
+    groups: dict[str, list[int]] = {}  # settings -> requests with them
     for i, request in enumerate(requests):
       groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
     texts = [''] * len(requests)
@@ -200,9 +209,10 @@ class JaxLM(TemplateLM):
       room = self.max_length - length
       if room < 1:
         raise InputError(
-          f'a task asks for {length} new tokens, the model has a context of {self.max_length}; lower its max_gen_toks.'
+          f'a task requests {length} new tokens, but the context of the model is {self.max_length}; lower the max_gen_toks '
+          'of the task.'
         )
-      # A string that is one token ends a row like an end-of-sequence token; the others are looked for in the text.
+      # A stop string that is one token ends a row like an end-of-sequence token. The others are cut from the text.
       encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in until]
       ends = {ids[0] for ids, text in zip(encoded, until) if len(ids) == 1 and self.tokenizer.decode(ids) == text}
       outputs = generate(
@@ -224,7 +234,7 @@ class JaxLM(TemplateLM):
     return texts
 
   def _generation(self, gen_kwargs: dict) -> tuple[list[str], int, Sampling]:
-    """A task's generation_kwargs: strings to stop at, largest number of new tokens, how tokens are drawn."""
+    """Parses a task's generation_kwargs into (stop strings, largest number of new tokens, sampling)."""
     kwargs = dict(gen_kwargs)
     until = kwargs.pop('until', None) or []
     until = [text for text in ([until] if isinstance(until, str) else until) if text]
@@ -236,5 +246,5 @@ class JaxLM(TemplateLM):
     sampling = Sampling(temperature, int(kwargs.pop('top_k', None) or 0), float(kwargs.pop('top_p', None) or 1))
     for name, value in kwargs.items():
       if _NEUTRAL.get(name) != value:
-        raise InputError(f'a task asks for generation with {name}={value}, which is not supported; take it out.')
+        raise InputError(f'a task requests generation with {name}={value}, which is not supported; remove it.')
     return until, length, sampling

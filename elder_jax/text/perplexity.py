@@ -1,4 +1,4 @@
-"""Perplexity: exp of the mean negative log-likelihood per token over windows that do not overlap."""
+"""Perplexity: exp of the mean negative log-likelihood per token over non-overlapping windows."""
 
 from collections.abc import Callable
 import dataclasses
@@ -21,9 +21,9 @@ PROTOCOL = 'elder_jax/ppl/1: documents joined by an empty line, windows without 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """The windows of one corpus, ready to be run."""
+  """The windows of one corpus."""
 
-  tokens_NT: np.ndarray
+  tokens_NT: np.ndarray  # int32
   about: dict  # for the report: source, sha256, window, tokens, bos
 
 
@@ -31,8 +31,15 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
   """Cuts a corpus into windows.
 
   Args:
+    corpus: the tokenised text.
+    flag: the setting named in errors.
+    window: tokens per window.
+    max_tokens: use only the first tokens of the corpus; 0: all.
     bos: --bos, for the report.
-    first: the token that each window begins with, inside its length; or None.
+    first: the token that each window starts with, counted in its length; or None.
+
+  Raises:
+    InputError: the corpus is shorter than a window.
   """
   tokens_N = corpus.tokens_N[: max_tokens or None]
   tokens_NT = data.windows(tokens_N, window, first)
@@ -41,7 +48,7 @@ def make_windows(corpus: Corpus, flag: str, window: int, max_tokens: int, bos: s
     raise InputError(
       flag,
       corpus.source,
-      f'has {len(tokens_N)} tokens, a window has --eval_seq_len={window}; give a longer text or a smaller window.',
+      f'has {len(tokens_N)} tokens, a window needs --eval_seq_len={window}; give a longer text or a smaller window.',
     )
   about = {
     'source': corpus.source,
@@ -63,27 +70,31 @@ def perplexity(
   put: Callable = jax.numpy.asarray,
   progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> float:
-  """exp(Σ nll / number of predicted tokens), summed in float64; gates as they stand in the model.
+  """exp(Σ nll / number of predicted tokens), summed in float64, with the model's gates.
 
   Args:
-    put: brings a host array onto the devices (sharding.put_batch).
+    model: the model.
+    windows: of `make_windows`.
+    mode: of the computation.
+    batch_size: windows per step.
+    put: moves a host array to the devices (sharding.put_batch).
     progress: called with (windows done, windows in all).
   """
   rows_NT, total, count = windows.tokens_NT, 0.0, 0.0
   for i in range(0, len(rows_NT), batch_size):
     batch_BT = rows_NT[i : i + batch_size]
     counted_BT = np.ones((batch_size, rows_NT.shape[1]), np.float32)
-    counted_BT[len(batch_BT) :] = 0  # the last batch is filled up, so that one compilation serves all
+    counted_BT[len(batch_BT) :] = 0  # the last batch is padded, so that one program serves all
     batch_BT = np.concatenate([batch_BT, np.repeat(batch_BT[:1], batch_size - len(batch_BT), 0)])
     nll, n = losses.batch_nll(model, put(batch_BT), put(counted_BT), mode)
     total, count = total + float(nll), count + float(n)
     progress(min(i + batch_size, len(rows_NT)), len(rows_NT))
-  with np.errstate(over='ignore'):  # infinite, then
+  with np.errstate(over='ignore'):  # an overflow returns infinity
     return float(np.exp(total / count))
 
 
 def program(shapes: Shapes, model: Decoder, name: str) -> Program:
-  """The loss of a batch of windows, for the plan; no other model is there."""
+  """The loss of a batch of windows, for the plan. No other model is in memory."""
   settings = shapes.settings.evaluation
   B, T = settings.eval_batch_size, settings.eval_seq_len
   args = model, shapes.batch(B, T), shapes.batch(B, T, 'float32'), shapes.mode

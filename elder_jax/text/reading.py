@@ -1,4 +1,4 @@
-"""What stands in one file: its kind by its name, unpacked, and checked against how it begins."""
+"""Reads one text file: the suffix gives its kind, the first bytes must match it, compression is undone."""
 
 from collections.abc import Iterator
 import gzip
@@ -13,10 +13,10 @@ from elder_jax.errors import reason
 
 KINDS = ('.txt', '.md', '.jsonl', '.json', '.parquet')
 PACKED = ('.gz', '.zst')
-PIECE = 2**20  # bytes of a large text file that are read together
-_WHOLE = 4 * 2**20  # bytes of a text file that is one piece
+PIECE = 2**20  # bytes per piece of a large text file
+_WHOLE = 4 * 2**20  # largest text file, in bytes, that is read as one piece
 GIVE = 'give UTF-8 text as .txt, .md or .jsonl, or Parquet as .parquet, each also as .gz or .zst'
-_MAGIC = {  # how files of other kinds begin, whatever they are called
+_MAGIC = {  # the first bytes of files of other kinds
   b'\x1f\x8b': 'compressed by gzip',
   b'BZh': 'compressed by bzip2',
   b'\xfd7zXZ\0': 'compressed by xz',
@@ -46,7 +46,7 @@ def check_package(flag: str, name: str, path: pathlib.Path):
 
 
 def open_file(flag: str, name: str, path: pathlib.Path) -> io.BufferedIOBase:
-  """The content, unpacked. Raises InputError for a file whose beginning is of another kind than its name says."""
+  """Opens a file and decompresses it. Raises InputError if the first bytes do not match the kind in its name."""
   check_package(flag, name, path)
   kind, packed = kind_of(path)
   try:
@@ -57,7 +57,7 @@ def open_file(flag: str, name: str, path: pathlib.Path) -> io.BufferedIOBase:
     if packed == '.gz':
       opened: io.BufferedIOBase = gzip.GzipFile(path)
     else:
-      import pyarrow  # here: it is slow to import
+      import pyarrow  # not at the top: it is slow to import
 
       opened = io.BufferedReader(pyarrow.input_stream(str(path), compression='zstd'))
     _refuse_head(flag, name, opened.peek(1024)[:1024], kind)
@@ -76,7 +76,7 @@ def _check_head(flag: str, name: str, path: pathlib.Path, kind: str):
 
 def _check_kind(flag: str, name: str, kind: str):
   if kind not in (*KINDS, *PACKED):
-    raise InputError(flag, name, f'is of no kind that can be read; {GIVE}.')
+    raise InputError(flag, name, f'is not of a supported kind; {GIVE}.')
 
 
 def _refuse_head(flag: str, name: str, head: bytes, kind: str):
@@ -90,7 +90,7 @@ def _refuse_head(flag: str, name: str, head: bytes, kind: str):
 
 
 def pieces(opened: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
-  """A text file: whole, or where it is large in pieces that end where a line does; with each, whether it is the last."""
+  """Yields (text, whether it is the last piece): a small file whole, a large one in pieces of whole lines."""
   head = opened.read(_WHOLE)
   more = opened.read(1)
   if not more:
@@ -109,24 +109,24 @@ def pieces(opened: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
 
 
 def _whole_characters(piece: bytes) -> int:
-  """Where the last character that is whole ends: a line of more than a piece is cut anywhere."""
+  """The end of the last whole character, in bytes. A line longer than a piece can be cut inside a character."""
   for back in range(1, min(4, len(piece)) + 1):
-    octet = piece[-back]
-    if octet >= 0xC0:  # begins a character of 2 to 4 octets
-      size = 2 if octet < 0xE0 else 3 if octet < 0xF0 else 4
+    byte = piece[-back]
+    if byte >= 0xC0:  # the first byte of a character of 2 to 4 bytes
+      size = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
       return len(piece) if back >= size else len(piece) - back
-    if octet < 0x80:
+    if byte < 0x80:
       break
   return len(piece)
 
 
-def _decoded(octets: bytes) -> str:
-  return octets.decode('utf-8-sig')  # -sig: without the byte order mark that some editors write
+def _decoded(content: bytes) -> str:
+  return content.decode('utf-8-sig')  # -sig: drops the byte order mark that some editors write
 
 
 def json_rows(opened: io.BufferedIOBase) -> Iterator[dict]:
-  """The objects of a line each, or of one JSON array, which is read whole."""
-  text = io.TextIOWrapper(opened, encoding='utf-8-sig', newline='\n')  # other line ends may stand inside a text
+  """Yields the objects of JSON Lines, or of one JSON array, which is read whole. Raises ValueError for other content."""
+  text = io.TextIOWrapper(opened, encoding='utf-8-sig', newline='\n')  # a text may contain other line endings
   begun = False
   for number, line in enumerate(text, 1):
     if not line.strip():
@@ -138,7 +138,7 @@ def json_rows(opened: io.BufferedIOBase) -> Iterator[dict]:
     begun = True
     for row in rows:
       if not isinstance(row, dict):
-        raise ValueError('a row is no JSON object such as {"text": "…"}')
+        raise ValueError('a row is not a JSON object such as {"text": "…"}')
       yield row
 
 
@@ -150,9 +150,10 @@ def _line(line: str, number: int) -> Any:
 
 
 def parquet_rows(opened: io.BufferedIOBase, columns: tuple[str, ...]) -> Iterator[dict]:
+  """Yields the rows with those of `columns` that the file has; one row of None for all its columns if it has none."""
   import pyarrow.parquet
 
-  # A packed one is read whole: its index stands at its end, and to seek in it means to unpack it anew.
+  # A compressed file is read whole: its index is at its end, and each seek would decompress it again.
   plain = isinstance(opened, io.BufferedReader) and opened.seekable()
   file = pyarrow.parquet.ParquetFile(opened if plain else io.BytesIO(opened.read()))
   names = file.schema_arrow.names

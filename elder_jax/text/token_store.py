@@ -1,7 +1,7 @@
-"""Tokens of a source, made as they are needed, once, and kept in files: memory does not grow with the corpus.
+"""Caches the tokens of a source in files. They are made on demand, once, so memory does not grow with the corpus.
 
-A store is a folder of segments. Each is a pure function of the source, the tokenizer and the options that the folder is
-named after, and gets its name when it is whole: whoever is killed, or writes beside another, does no harm.
+A store is a folder of segments. A segment depends only on the source, the tokenizer and the options, which the name of
+the folder identifies. It is renamed into place when complete, so a killed or concurrent writer does no harm.
 """
 
 import bisect
@@ -21,19 +21,19 @@ import numpy as np
 from elder_jax.devices import hosts
 from elder_jax.text.documents import Place
 
-SEGMENT = 2**20  # tokens, and then to the end of the document
-_AHEAD = 2  # segments that are made before they are asked for
-_PATIENCE = 0.2  # seconds between two looks at what another process writes
+SEGMENT = 2**20  # least tokens of a segment; it ends with a document
+_AHEAD = 2  # segments that are made in advance
+_PATIENCE = 0.2  # seconds between polls for another process's segments
 
-# Tokens of one document, or of a part of one: int array, bool array (counts in the loss) or None, the place after it.
+# A document or a piece of one: tokens (int [N]), which of them count in the loss (bool [N], None: all), place after it.
 Encoded = tuple[np.ndarray, np.ndarray | None, Place]
 
 
 class _Segment(NamedTuple):
-  first: int  # its first token's number in the stream
-  count: int
+  first: int  # index of its first token in the stream
+  count: int  # tokens
   masked: bool
-  place: Place  # after it
+  place: Place  # where the next segment starts
   last: bool
 
 
@@ -41,21 +41,21 @@ class TokenStore:
   """The stream of tokens of a source."""
 
   def __init__(self, folder: pathlib.Path, encode: Callable[[Place], Iterator[Encoded]], vocab_size: int):
-    """The store of a folder, as far as it is made.
+    """Opens the store of a folder, which may hold segments already.
 
     Args:
-      folder: named after all that the tokens depend on.
-      encode: what is to be read from a place on, as tokens.
-      vocab_size: of the tokenizer; decides how wide a token is.
+      folder: its name identifies everything that the tokens depend on.
+      encode: yields the tokens from a place on.
+      vocab_size: of the tokenizer; up to 65,536, a token takes 2 bytes, else 4.
     """
     self._folder, self._encode = folder, encode
     self._dtype = np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
     self._segments: list[_Segment] = []
-    self._wanted, self._error = 0, None  # segments that the writer may make; what ended it
+    self._wanted, self._error = 0, None  # segments that the writer may make; the error that ended it
     self._changed, self._writer = threading.Condition(), None
 
   def count(self, most: int | None = None) -> int:
-    """Tokens of the stream, made and counted up to `most`; None: all of them."""
+    """Tokens of the stream, made and counted up to `most`; None counts all of them."""
     while not (self._segments and self._segments[-1].last):
       if most is not None and self._known >= most:
         return self._known
@@ -72,7 +72,7 @@ class TokenStore:
     return bool(self._segments) and self._segments[-1].last
 
   def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, which of them count in the loss); both shorter than `count` at the end of the stream."""
+    """(tokens int32 [count], which of them count in the loss, bool [count]); shorter at the end of the stream."""
     end = min(first + count, self.count(first + count))
     tokens, masks, at = [np.zeros(0, np.int32)], [np.zeros(0, bool)], first
     while at < end:
@@ -86,7 +86,7 @@ class TokenStore:
     return np.concatenate(tokens), np.concatenate(masks)
 
   def _part(self, i: int, suffix: str, dtype: np.dtype, first: int, count: int) -> np.ndarray:
-    """Mapped for this moment only: pages that stay mapped count as this process's memory."""
+    """Maps the file only for this read: pages that stay mapped count as memory of the process."""
     path = self._path(i, suffix)
     return np.array(np.memmap(path, dtype, 'r', offset=first * dtype.itemsize, shape=(count,)))
 
@@ -96,7 +96,7 @@ class TokenStore:
   # ---- making ----
 
   def _segment(self, i: int) -> _Segment:
-    """Waits for segment i, which this process's writer makes, or process 0's."""
+    """Waits for segment i. The writer of process 0 makes it."""
     with self._changed:
       self._wanted = max(self._wanted, i + 1 + _AHEAD)
       self._changed.notify_all()
@@ -138,20 +138,20 @@ class TokenStore:
         i += 1
         with self._changed:
           self._changed.notify_all()
-    except BaseException as e:  # told to whoever waits  # noqa: BLE001
+    except BaseException as e:  # raised in the waiting thread  # noqa: BLE001
       with self._changed:
         self._error = e
         self._changed.notify_all()
 
   def _remove_left_behind(self):
-    """What was killed while it wrote, an hour ago or more."""
+    """Removes files that a killed writer left behind an hour ago or more."""
     for path in self._folder.glob('*.partial'):
       with contextlib.suppress(OSError):  # another run has done the same
         if time.time() - path.stat().st_mtime > 3600:
           path.unlink()
 
   def _write(self, i: int, parts: Iterator[Encoded]) -> bool:
-    """Writes segment i; whether it is the last."""
+    """Writes segment i. Returns whether it is the last."""
     tokens, masks, count = [np.zeros(0, self._dtype)], [np.zeros(0, bool)], 0
     masked, after, last = False, Place(0, 0), True
     for tokens_N, mask_N, place in parts:
@@ -171,7 +171,7 @@ class TokenStore:
     return last
 
   def _write_file(self, path: pathlib.Path, content: bytes):
-    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.partial')  # another run may write the same
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.partial')  # another run may write the same segment
     with temporary.open('wb') as file:
       file.write(content)
       file.flush()

@@ -1,4 +1,4 @@
-"""The training text of a run: its sources opened and checked, the rows to train on and those held out."""
+"""Opens and checks the training text of a run, and selects its training rows and held-out rows."""
 
 import dataclasses
 import hashlib
@@ -25,17 +25,17 @@ from elder_jax.text.encoder import Encoder
 from elder_jax.text.settings import DataSettings
 from elder_jax.text.token_store import TokenStore
 
-# Bytes of text: up to here all of a source is tokenised at the start, and rows are drawn from the whole of it.
+# Largest source, in bytes of text, that is tokenised whole at the start, so that rows are drawn from all of it.
 SMALL = 64 * 2**20
-_VERSION = 1  # of how text becomes tokens; another one makes them anew
-_LOOKED_AT = 1024  # rows that are read before the long work begins
+_VERSION = 1  # of the tokenisation; a change invalidates cached tokens
+_LOOKED_AT = 1024  # rows that are checked before the long work begins
 
-FIRST_CONVERSATIONS = 100  # that are tried before a source is read
+FIRST_CONVERSATIONS = 100  # conversations that are rendered to check a source
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingText:
-  """rows: to train on; held_out: of --validate_every, or None; read: {source: what its content was known by}."""
+  """The training rows, the held-out rows of --validate_every (or None), and {source: checksum of its content}."""
 
   rows: Rows
   held_out: Rows | None
@@ -51,17 +51,19 @@ def open_text(
   shared: pathlib.Path | None = None,
   setting: str = 'train_data',
 ) -> TrainingText:
-  """The training text of these settings.
+  """Opens the training text of these settings.
 
   Args:
+    settings: of the training text.
+    tokenizer: a tokenizer of transformers.
     bos_first: of the model's family, see data.bos_rule.
     vocab_size: of the model.
-    validates: sequences are held out.
-    shared: a folder for tokens that all processes see, in place of the user's own.
-    setting: what errors call the sources.
+    validates: hold sequences out.
+    shared: token cache that all processes can read, used unless --token_cache is set; None: the user's own cache.
+    setting: the setting named in errors.
 
   Raises:
-    InputError: a source cannot be read or is too short, or the tokenizer is not for it or for the model.
+    InputError: a source cannot be read or is too short, or the tokenizer does not fit the source or the model.
   """
   bos, first = data.bos_rule(settings.bos, bos_first, tokenizer)
   window, cache = Window(settings.seq_len, first), _folder(settings, shared)
@@ -77,7 +79,7 @@ def open_text(
       documents.in_order_of_hashes(settings.seed)
     chats, masked = _conversations(part, documents, tokenizer, settings)
     content = documents.revision or identity.of_corpus(documents.files)
-    if chats:  # the template is what makes a text of them
+    if chats:  # their tokens depend on the template too
       content = hashlib.sha256(f'{content}{tokenizer.chat_template}'.encode()).hexdigest()
     options = [_VERSION, content, tokenizer_sha256, [f.name for f in documents.files], part.source.split(':')[1:]]
     options += [settings.text_column, between, bos == 'tokenizer', settings.train_on]
@@ -96,9 +98,10 @@ def _folder(settings: DataSettings, shared: pathlib.Path | None) -> pathlib.Path
 
 
 def _conversations(part: Part, documents: Documents, tokenizer, settings: DataSettings) -> tuple[bool, bool]:
-  """Whether a source has conversations, and then tokens that do not count in the loss; by its first documents.
+  """(whether a source has conversations, whether some of its tokens do not count), from its first documents.
 
-  A source of which the chat template refuses all of these is refused; later ones are left out one by one.
+  Raises:
+    InputError: the chat template refuses each of these. Conversations that it refuses later are skipped one by one.
   """
   refused = None
   for document, _ in itertools.islice(documents.read(), FIRST_CONVERSATIONS):
@@ -118,13 +121,13 @@ def _conversations(part: Part, documents: Documents, tokenizer, settings: DataSe
 def _blend(settings, sources: list[Source], small: list[bool], vocab_size: int, validates: bool, read) -> TrainingText:
   weights = [source.part.weight for source in sources]
   needed = shares(weights, settings.sequences)
-  out = -(-settings.validation_sequences // settings.batch_size) * settings.batch_size  # in whole batches
+  out = -(-settings.validation_sequences // settings.batch_size) * settings.batch_size  # rounded up to whole batches
   held = shares(weights, out if validates else 0)
   seed = settings.seed if settings.shuffle else None
   alone = len(sources) == 1 and settings.train_tokens is None
   for source, rows, out, is_small in zip(sources, needed, held, small):
     source.draw(rows, out, seed, is_small)
-    must = out + (rows if alone and is_small else min(1, rows))  # other sources begin anew at their end
+    must = out + (rows if alone and is_small else min(1, rows))  # other sources repeat
     if source.num_rows(must) < must:
       wanted = f'--num_sequences={rows}' if alone and not out else f'{must} sequences'
       raise InputError(source.part.setting, source.part.given, source.too_short(wanted, must))

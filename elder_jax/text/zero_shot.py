@@ -1,8 +1,8 @@
-"""Zero-shot tasks: accuracies of a model by lm-evaluation-harness, run in JAX (lm_eval_adapter.py).
+"""Zero-shot tasks: runs lm-evaluation-harness on a model in JAX (lm_eval_adapter.py).
 
-`elder_jax eval --model=FOLDER` evaluates any model that elder_jax reads and prints a table. A task's
-questions come from the model hub; where none is reached, --tasks_dir names a folder of local task files, which go before
-the harness's own of the same name (`python -m benchmarks.tasks` writes some). `--tasks=quick` stands for six: SETS.
+`elder_jax eval --model=FOLDER` evaluates any model that elder_jax reads and prints a table. The questions of a task come
+from the Hugging Face hub. Without access to it, --tasks_dir names a folder of local task files, which replace the
+harness's tasks of the same name (`python -m benchmarks.tasks` writes some). `--tasks=quick` stands for six tasks (SETS).
 """
 
 from collections.abc import Callable
@@ -28,24 +28,31 @@ from elder_jax.model.program import device_bytes
 from elder_jax.model.spec import Mode
 
 TASKS = ('piqa', 'winogrande', 'hellaswag', 'arc_easy', 'arc_challenge')
-# Names that stand for several tasks. quick: cloze, physical and commonsense reasoning, science, and arithmetic by
-# generation, which no choice among given answers tests.
+# Names that stand for several tasks. quick: cloze, physical and commonsense reasoning, science, and arithmetic. Only the
+# last tests generation; the others choose among given answers.
 SETS = {'quick': ('lambada_openai', 'piqa', 'arc_easy', 'hellaswag', 'winogrande', 'gsm8k')}
 
 
 def expand(tasks: Sequence[str]) -> list[str]:
-  """The names of tasks, each once, those of SETS replaced by what they stand for."""
+  """Replaces names of SETS by their tasks and removes duplicates."""
   return list(dict.fromkeys(name for task in tasks for name in SETS.get(task, (task,))))
 
 
 def load_tasks(tasks: Sequence[str], tasks_dir: str = ''):
-  """The harness's TaskDict of tasks, groups, tags or SETS by name, questions loaded; the slow or failing part of `run`.
+  """Loads tasks and their questions, so that `run` itself cannot fail on them.
+
+  Args:
+    tasks: names of tasks, groups, tags or SETS.
+    tasks_dir: folder of local task files.
+
+  Returns:
+    The harness's TaskDict.
 
   Raises:
     InputError: lm_eval is missing, a task is unknown or its file is broken, or its questions cannot be loaded.
   """
   try:
-    import lm_eval.tasks  # here: it is optional and takes a second
+    import lm_eval.tasks  # not at the top: it is optional and takes a second
   except ImportError as e:
     raise InputError(
       'tasks',
@@ -56,7 +63,7 @@ def load_tasks(tasks: Sequence[str], tasks_dir: str = ''):
   if folder and not folder.is_dir():
     raise InputError('tasks_dir', tasks_dir, 'there is no such folder; check the path.')
   if folder and re.search(r'[][*?]|::', str(folder)):
-    raise InputError('tasks_dir', folder, 'the harness takes [, ], *, ? and :: for a pattern; rename the folder.')
+    raise InputError('tasks_dir', folder, 'the harness reads [, ], *, ? and :: as a pattern; rename the folder.')
   _quiet()
   manager = lm_eval.tasks.TaskManager(include_path=folder)
   if not tasks:
@@ -66,7 +73,7 @@ def load_tasks(tasks: Sequence[str], tasks_dir: str = ''):
       'tasks', taken[0], f'stands for {",".join(SETS[taken[0]])}, but is also the name of a task; rename the task.'
     )
   tasks = expand(tasks)
-  # A task file may name its questions from where it lies; a hub id is not to be found in the current folder.
+  # Paths in a task file are relative to its folder. Without one, an empty folder: a hub id must not match a local path.
   with tempfile.TemporaryDirectory() as empty, contextlib.chdir(folder or empty):
     for task in tasks:
       if folder:
@@ -75,17 +82,17 @@ def load_tasks(tasks: Sequence[str], tasks_dir: str = ''):
         raise InputError('tasks', task, 'the harness has no such task; check the name, or give --tasks_dir.')
     try:
       return manager.load(tasks)
-    except Exception as e:  # a hub that is not reached, a data set that is gone, a broken file: any kind  # noqa: BLE001
+    except Exception as e:  # of any type: hub not reachable, data set deleted, broken file  # noqa: BLE001
       raise InputError(
         'tasks',
         ','.join(tasks),
         f'the questions cannot be loaded ({reason(e)}); correct --tasks or the task file, or '
-        'give a local one with --tasks_dir where the hub is not reached.',
+        'give local task files with --tasks_dir if the hub is not reachable.',
       ) from e
 
 
 def _quiet():
-  """Without the harness's notes on each metric of which a task file leaves something to its default, and other bars."""
+  """Turns off progress bars, and the harness's notes on task files that use the defaults of a metric."""
   import datasets
 
   datasets.disable_progress_bars()
@@ -99,7 +106,7 @@ def _no_default(record: python_logging.LogRecord) -> bool:
 
 
 def _check_task_file(manager, task: str, folder: pathlib.Path):
-  """Raises InputError for a file of a task that the harness passes over in silence: it would take its own, or none."""
+  """Raises InputError for a task file that the harness ignores silently: it would use its own task, or none."""
   entry = manager.task_index.get(task)
   if entry and (entry.yaml_path is None or entry.yaml_path.is_relative_to(folder)):
     return
@@ -111,7 +118,7 @@ def _check_task_file(manager, task: str, folder: pathlib.Path):
       raise InputError('tasks', task, f'the harness reads .yaml files only; rename {path}.')
     try:
       manager.load([str(path)])
-    except Exception as e:  # any kind  # noqa: BLE001
+    except Exception as e:  # of any type  # noqa: BLE001
       raise InputError('tasks', task, f'the harness cannot read {path} ({reason(e)}); correct the file.') from e
 
 
@@ -127,19 +134,20 @@ def run(
   eos_ids: tuple[int, ...] = (),
   progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, dict[str, float | None]]:
-  """Evaluates a model, without examples in the prompt unless a task's own file asks for them.
+  """Evaluates a model zero-shot, unless a task file sets num_fewshot.
 
   Args:
-    loaded: of `load_tasks`; may be used again for another model.
+    loaded: of `load_tasks`; may be reused for another model.
     limit: questions per task, from the start; None: all.
     Others: see lm_eval_adapter.JaxLM.
 
   Returns:
-    {task: {'acc': a fraction, 'acc_stderr': its standard error, …, 'n': questions}}, whatever the task measures, None
-    for what is no finite number; a group has no n.
+    {task: {'acc': a fraction, 'acc_stderr': its standard error, …, 'n': questions}}, with the metrics of each task. A
+    value is None if it is not a finite number. A group has no n.
 
   Raises:
-    InputError: a task asks for what the adapter cannot do, its file is broken, or the model's scores are not finite.
+    InputError: a task needs something that the adapter does not support, its file is broken, or the model's scores are
+      not finite.
   """
   from lm_eval import evaluator
 
@@ -150,19 +158,19 @@ def run(
     if task.get_config('num_fewshot') is None:
       task.set_config(key='num_fewshot', value=0)
     task.set_fewshot_seed(seed=1234)  # the harness's default
-  # Means have a standard error in closed form. Others are bootstrapped, by default in forked processes, which JAX does
-  # not go well with.
+  # A mean has a standard error in closed form. Other metrics are bootstrapped, by default in forked processes, which are
+  # unsafe with JAX.
   os.environ.setdefault('DISABLE_MULTIPROC', '1')
   try:
     results = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
   except Exception as e:
     if any(frame.f_code.co_filename == lm_eval_adapter.__file__ for frame, _ in traceback.walk_tb(e.__traceback__)):
-      raise  # of the model; the rest is the harness's, which runs what a task's file says
+      raise  # from the model; other errors come from the harness, which runs code of the task file
     names = ','.join(loaded['tasks'])
     raise InputError('tasks', names, f'the harness fails ({reason(e)}); correct the task or leave it out.') from e
   figures = {}
   for task, values in results['results'].items():
-    # 'acc,none' is acc without a filter on the answers.
+    # 'acc,none' is acc without a filter of the answers.
     figures[task] = {k.removesuffix(',none'): _number(v) for k, v in values.items() if ',' in k}
     if task in results['n-samples']:
       figures[task]['n'] = results['n-samples'][task]['effective']
@@ -170,7 +178,7 @@ def run(
 
 
 def program(shapes: Shapes, model: Decoder, name: str) -> Program:
-  """The scores of a batch of requests as long as a window, for the plan; longer ones take more."""
+  """The scores of a batch of requests as long as a window, for the plan. Longer requests need more memory and time."""
   from elder_jax.text import lm_eval_adapter
 
   settings = shapes.settings.evaluation
@@ -181,7 +189,7 @@ def program(shapes: Shapes, model: Decoder, name: str) -> Program:
 
 
 def _number(value) -> float | None:
-  """None for what is no finite number: the harness gives 'N/A' for a standard error that it does not know."""
+  """None if the value is not a finite number: the harness returns 'N/A' for an unknown standard error."""
   try:
     value = float(value)
   except (TypeError, ValueError):
@@ -190,9 +198,9 @@ def _number(value) -> float | None:
 
 
 def context_length(config: dict, tokenizer) -> int:
-  """Tokens that a model of this config.json reads at most, by the rule of the harness's hf backend."""
+  """The context length of a model with this config.json, in tokens, by the rule of the harness's hf backend."""
   for name in ('n_positions', 'max_position_embeddings', 'n_ctx'):
     if config.get(name) is not None:
       return int(config[name])
   limit = tokenizer.model_max_length
-  return int(limit) if limit < 1e29 else 2048  # a tokenizer without a limit says 1e30
+  return int(limit) if limit < 1e29 else 2048  # a tokenizer without a limit has 1e30

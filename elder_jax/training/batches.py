@@ -9,11 +9,14 @@ import numpy as np
 from elder_jax.devices import preemption
 from elder_jax.devices import sharding
 
-SHUFFLED = 4096  # rows that are shuffled among each other; so many are made before the first step
+SHUFFLED = 4096  # rows per shuffled block; a whole block is tokenised before the first step
 
 
 def rows_at(num_rows: int, batch_size: int, step: int, seed: int | None) -> np.ndarray:
-  """Numbers of the rows [B] of a step, passes without end; `seed` None keeps their order. Pure: resume is the step."""
+  """Indices [B] of the rows of a step; after the last row the next pass starts. seed: None keeps their order.
+
+  Depends only on its arguments, so the step is all that a run needs to resume.
+  """
   a_pass, i = divmod(step, num_rows // batch_size)
   numbers = np.arange(i * batch_size, (i + 1) * batch_size)
   if seed is None:
@@ -28,18 +31,20 @@ def rows_at(num_rows: int, batch_size: int, step: int, seed: int | None) -> np.n
 
 
 class Batches(Sequence):
-  """Batches [B, T] of tokens. `batches[step]` has no end; len, iteration and slices are about the first pass.
+  """Batches [B, T] of tokens, int32. `batches[step]` is endless; len, iteration and slices cover the first pass.
 
-  A run that is asked to stop does so while it iterates.
+  Iteration raises preemption.Preempted after a signal to stop.
   """
 
   def __init__(self, rows, batch_size: int, seed: int | None, mesh: jax.sharding.Mesh | None = None):
-    """Over rows of tokens.
+    """Batches over rows of tokens.
 
     Args:
-      rows: has a length, and rows[numbers] is [n, T] (text.blend.Rows, or an array). Where its `masked` is true,
-        rows.counted(numbers) tells which tokens count in the loss.
+      rows: has a length, and rows[numbers] is [n, T] (text.blend.Rows, or an array). If its `masked` is true,
+        rows.counted(numbers) is a mask [n, T] of the tokens that count in the loss.
+      batch_size: B.
       seed: of the order of the rows in each pass; None keeps the order.
+      mesh: the devices that batches are sharded over; None: the default device.
     """
     self.rows, self.batch_size, self._seed, self._mesh = rows, batch_size, seed, mesh
 
@@ -60,7 +65,7 @@ class Batches(Sequence):
     return iter(self[:])
 
   def weight_BT(self, step: int) -> jax.Array | None:
-    """Of a step, as losses.loss has it: 0 at a position whose next token does not count. None: all count."""
+    """'weight_BT' of losses.loss for a step: 0 at a position whose next token does not count. None: all count."""
     if not getattr(self.rows, 'masked', False):
       return None
     counted_BT = self.rows.counted(self._numbers(step))
@@ -74,7 +79,7 @@ class Batches(Sequence):
 
 
 class _Part(Sequence):
-  """Some of the batches, made one by one."""
+  """A slice of the batches, made one by one."""
 
   def __init__(self, batches: Batches, steps: range):
     self._batches, self._steps = batches, steps
@@ -86,7 +91,7 @@ class _Part(Sequence):
     return _Part(self._batches, self._steps[i]) if isinstance(i, slice) else self._batches[self._steps[i]]
 
   def weight_BT(self, i: int) -> jax.Array | None:
-    """Of Batches."""
+    """See Batches.weight_BT."""
     return self._batches.weight_BT(self._steps[i])
 
   def __iter__(self) -> Iterator[jax.Array]:

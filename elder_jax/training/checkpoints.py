@@ -1,6 +1,6 @@
-"""Checkpoints of a training stage: Orbax behind save and latest.
+"""Checkpoints of a training stage, written and read by Orbax.
 
-In a run of several processes all of them call the methods, at the same steps; process 0 alone removes and renames.
+In a run of several processes, all of them call the methods at the same steps. Only process 0 deletes and renames.
 """
 
 import contextlib
@@ -32,7 +32,10 @@ def _named(state: TrainState) -> dict:
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> jax.Array:
-  """The sum of each leaf's bits as unsigned integers, modulo 2^32: the same on any mesh, another if a byte changes."""
+  """A checksum per leaf, [leaves] uint32: the sum of its bits as unsigned integers, modulo 2^32.
+
+  It does not depend on the mesh, and it changes if one byte changes.
+  """
 
   def bits(a):
     return jax.lax.bitcast_convert_type(a, f'uint{8 * a.dtype.itemsize}')
@@ -42,7 +45,7 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
 
 @contextlib.contextmanager
 def _silence():
-  """Where Orbax cannot read, the tasks that it leaves behind complain for pages of what it has raised already."""
+  """Silences Orbax while it reads: after an error, its background tasks log pages about what it has raised already."""
   level, hook = logging.root.manager.disable, sys.unraisablehook
   logging.disable(logging.CRITICAL)
   sys.unraisablehook = lambda _: None
@@ -56,15 +59,20 @@ def _silence():
 
 
 class Checkpoints:
-  """The last checkpoints of one stage in `folder`. A batch is a function of the step, so that the state is all of it."""
+  """The last checkpoints of one stage in `folder`.
+
+  They hold the training state only: a batch depends only on the step.
+  """
 
   def __init__(self, folder: pathlib.Path, every: int, last: int, minutes: float = 0.0, keep: int = 2):
-    """The stage's name is that of the folder.
+    """The stage is named after its folder.
 
     Args:
-      every: steps between checkpoints, 0 for none but the one at step `last`.
-      minutes: time after which there is one in any case; 0: never.
-      keep: the number that stay.
+      folder: holds one folder per checkpoint, named by its step.
+      every: steps between checkpoints; 0: only at step `last`.
+      last: the last step.
+      minutes: longest time between checkpoints; 0: no limit.
+      keep: number of checkpoints that are kept.
     """
     self._folder, self._every, self._last, self._minutes, self._keep = folder.absolute(), every, last, minutes, keep
     self._writing, self._newest, self._since = None, None, time.monotonic()
@@ -74,23 +82,23 @@ class Checkpoints:
     return self._folder.name
 
   def _steps(self) -> list[int]:
-    return sorted(int(p.name) for p in self._folder.glob('*') if p.name.isdecimal())  # Orbax renames when whole
+    return sorted(int(p.name) for p in self._folder.glob('*') if p.name.isdecimal())  # Orbax renames a complete one
 
   def due(self, step: int) -> bool:
-    """To be asked once for each step."""
+    """Whether to write a checkpoint after this step. All processes call it once per step."""
     return step == self._last or (self._every > 0 and step % self._every == 0) or self._is_time()
 
   def _is_time(self) -> bool:
     if not self._minutes:
       return False
-    # Clocks differ, and a checkpoint that only some processes write is none.
+    # Clocks differ, and all processes must write the same checkpoints.
     return hosts.broadcast_json(time.monotonic() - self._since >= 60 * self._minutes)
 
   def save(self, state: TrainState):
-    """Begins to write the state, which may be donated as soon as this returns; waits for the checkpoint before it.
+    """Waits for the previous checkpoint, then starts to write the state, which may be donated once this returns.
 
-    Orbax copies the state to the host before it returns. A CPU's arrays are not copied but held, and an array that is
-    held is not overwritten by a step that it is donated to.
+    Orbax copies the state to the host before it returns. On CPU it keeps a reference instead, and JAX does not overwrite
+    a donated array that is still referenced.
     """
     self.wait()
     if (step := int(state.step)) == self._newest:
@@ -100,7 +108,7 @@ class Checkpoints:
     self._writing, self._newest, self._since = ocp.save_async(self._folder / str(step), named), step, time.monotonic()
 
   def wait(self):
-    """Waits until what `save` began is whole, then removes all but the last `keep` and what killed runs left."""
+    """Waits until the checkpoint of `save` is complete, then deletes older ones and the remains of killed runs."""
     if self._writing is None:
       return
     writing, self._writing = self._writing, None
@@ -114,7 +122,7 @@ class Checkpoints:
           shutil.rmtree(path)
 
   def latest(self, state: TrainState) -> TrainState:
-    """The newest saved state that can be read, shaped and sharded as `state`; `state` itself where there is none."""
+    """The newest saved state that can be read, with the shapes and shardings of `state`; `state` if there is none."""
     steps = hosts.broadcast_json(self._steps())
     self._remove_all_but(steps)
     for i in reversed(range(len(steps))):
@@ -123,10 +131,10 @@ class Checkpoints:
       if not hosts.where(restored is None):
         self._newest, self._since = steps[i], time.monotonic()
         return restored
-      then = f'going on from step {steps[i - 1]}' if i else f'{self.stage} starts anew'
+      then = f'resuming from step {steps[i - 1]}' if i else f'{self.stage} starts from the beginning'
       log(f'{path}: this checkpoint cannot be read ({why or "by another process"}); {then}')
       if hosts.is_leader():
-        path.rename(path.with_name(f'{path.name}.unreadable'))  # to be seen until the next one is whole
+        path.rename(path.with_name(f'{path.name}.unreadable'))  # kept for inspection until the next one is complete
     return state
 
   def _load(self, path: pathlib.Path, state: TrainState) -> tuple[TrainState | None, str]:
@@ -134,9 +142,9 @@ class Checkpoints:
     with _silence():
       try:
         return self._read(path, state), ''
-      except jax.errors.JaxRuntimeError:  # the device's own, such as too little memory
+      except jax.errors.JaxRuntimeError:  # from the device, such as out of memory: not the checkpoint's fault
         raise
-      except Exception as e:  # of any kind, a bare one too, by where a file is cut or changed  # noqa: BLE001
+      except Exception as e:  # of any type, depending on where a file is cut or changed  # noqa: BLE001
         why = textwrap.shorten(reason(e), 200, placeholder=' …')
       gc.collect()
     return None, why
@@ -151,7 +159,7 @@ class Checkpoints:
     restored = ocp.load(path, {k: shape(a) for k, a in named.items()} | {SUMS: sums})
     leaves = [restored[k] for k in named]
     if not np.array_equal(_sums(leaves), restored[SUMS]):
-      raise ValueError('its sums are not those of what was saved')
+      raise ValueError('its checksums do not match')
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
   def clear(self):

@@ -1,4 +1,4 @@
-"""The one loop of all training: steps, their metrics, checkpoints and preemption."""
+"""The training loop that every stage uses: steps, metrics, checkpoints and preemption."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -26,19 +26,25 @@ def run_steps(
   checkpoint=None,
   validation=None,
 ) -> TrainState:
-  """Runs step_fn until `steps` are done; batches and terms are pure functions of the step, so that resume is the step.
+  """Runs step_fn until `steps` are done. Batches and terms depend only on the step, so the state is all it resumes from.
 
-  Metrics are read one step late, so that the device does not wait for the host, but before a checkpoint is written.
-  Whatever ends the loop, a checkpoint that is being written is finished.
+  Metrics are read one step late, so that the device does not wait for the host, but always before a checkpoint is
+  written. A checkpoint that is being written is completed even if the loop ends with an error.
 
   Args:
+    step_fn, fixed: of step.make_step, and its second argument.
+    state: the initial or restored state.
+    steps: total number of steps, including those done in `state`.
+    batches: tokens [B, T] of each step.
+    terms: step -> the terms of losses.loss.
     log: called with (step, metrics).
-    checkpoint: a checkpoint.Checkpoints to write to, or None.
-    validation: a validation.Validation; `fixed` is (frozen, …) then. What it saw is never behind a checkpoint.
+    checkpoint: a checkpoints.Checkpoints to write to, or None.
+    validation: a validation.Validation, which reads frozen as fixed[0], or None. It runs before the checkpoint of the
+      same step, so its history is never older than a checkpoint.
 
   Raises:
-    NonFiniteLoss: at the first step whose loss or gradient is not finite; nothing of it is saved.
-    Preempted: after SIGTERM or a notice of preemption, when the step that ran is over and saved.
+    NonFiniteLoss: the loss or gradient of a step is not finite. That step is not saved.
+    Preempted: after SIGTERM or a preemption notice, once the current step is done and saved.
   """
   waiting, stop = None, False
   if validation:
@@ -64,7 +70,7 @@ def run_steps(
     if checkpoint:
       checkpoint.wait()
   if stop:
-    saved = f'of {checkpoint.stage}; saved' if checkpoint else 'of a training that is not saved'
+    saved = f'of {checkpoint.stage}; saved' if checkpoint else 'of a training stage without checkpoints'
     raise preemption.Preempted(
       f'stopped by {preemption.by()} after step {i + 1} {saved}; rerun the same command to resume'
     )

@@ -1,6 +1,6 @@
-"""The one loss of both stages: language modelling + distillation + gate L1 + penalty on the updates of layers that go.
+"""The loss of both stages: language modelling + distillation + L1 of the gates + penalty on updates of chosen layers.
 
-Dimension names: see model.py.
+Dimension names: see model/decoder.py. C is the number of chunks, c the tokens per row of a chunk.
 """
 
 import functools
@@ -19,16 +19,17 @@ from elder_jax.model.decoder import run_layers
 from elder_jax.training import hidden
 from elder_jax.training.penalty import measure_of
 
-CHUNK_TOKENS = 1024  # of the part of a batch that a device has, whose float32 logits are alive at a time
+CHUNK_TOKENS = 1024  # tokens per device whose float32 logits are in memory at a time
 
 
 def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
-  """Sum over tokens of −log p(next token), float32, and the number of tokens summed (their weights' sum).
+  """Returns (Σ −log p(next token) over tokens, in nats; the token count, or the sum of the weights), float32 scalars.
 
   Args:
-    x_BTD: forward's hidden states.
-    tokens_BT: the tokens that were read; position t is asked for tokens[t + 1], the last for nothing.
-    weight_BT: 0 for a position whose next token is not to be counted; None counts all.
+    model: its head is used.
+    x_BTD: hidden states of `forward`.
+    tokens_BT: the input tokens. Position t predicts tokens[t + 1]; the last position predicts nothing.
+    weight_BT: 0 for a position whose next token does not count; None: all count.
   """
   nll, _, _, count = _token_sums(model, x_BTD, tokens_BT, weight_BT)
   return nll, count
@@ -36,7 +37,7 @@ def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
 
 @functools.partial(jax.jit, static_argnames='mode')
 def batch_nll(model, tokens_BT, weight_BT, mode, alive_L=None):
-  """`next_token_nll` of a batch, whole on every device. alive_L: of decoder.forward."""
+  """`next_token_nll` of a batch, replicated on all devices. alive_L: see decoder.forward."""
   x_BTD, _ = forward(model, tokens_BT, alive_L, mode)
   return sharding.replicate(next_token_nll(model, x_BTD, tokens_BT, weight_BT))
 
@@ -47,20 +48,20 @@ def chunk_length(B: int, T: int) -> int:
 
 
 def counted(tokens_BT, weight_BT=None):
-  """float32 [B, T]: how much each position's next token counts; the last position has none."""
+  """float32 [B, T]: the weight of each position's next token; 0 at the last position, which has none."""
   B, T = tokens_BT.shape
   counted_BT = jnp.broadcast_to(jnp.arange(T)[None] < T - 1, (B, T)).astype(jnp.float32)
   return counted_BT if weight_BT is None else counted_BT * weight_BT
 
 
 def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0.0, temperature=1.0):
-  """Sums over tokens: (1 − w)·nll + w·KL(teacher ‖ model) for w = `distill`; for reading only nll and KL; the tokens.
+  """Returns (objective, nll, kl, token count), each summed over tokens. Only `objective` carries a gradient.
 
-  Goes through the sequence in chunks; [B, T, V] is never in memory. Chunks are cut along T, so that a batch that is
-  sharded over devices stays so.
+  objective = (1 − w)·nll + w·KL(teacher ‖ model) with w = `distill`. The sequence is processed in chunks, so logits
+  [B, T, V] are never in memory. Chunks are cut along T, so a batch that is sharded over devices stays sharded.
 
   Args:
-    teacher: (a Decoder, its hidden states as x_BTD), or None: the sum is that of nll.
+    teacher: (a Decoder, its hidden states as x_BTD); None: objective = nll.
     distill: a number or an fp32 scalar.
     temperature: of both distributions in the KL, which is multiplied by its square.
   """
@@ -85,7 +86,7 @@ def _token_sums(model, x_BTD, tokens_BT, weight_BT=None, teacher=None, distill=0
 
 
 def _chunk_sums(head_of, x_BcD, taught, rest, outputs, temperature: float):
-  """Of one chunk: what is minimised, and (nll, KL). taught: (the teacher's head, the weight of the KL), or None."""
+  """(objective, (nll, KL)) of one chunk. taught: (the teacher's head, the weight of the KL), or None."""
   target_Bc, counted_Bc, y_BcD = rest
   logit_BcV = project(head_of, x_BcD, outputs[0])
   log_z_Bc = jax.nn.logsumexp(logit_BcV, -1)
@@ -107,11 +108,12 @@ def _chunk_sums(head_of, x_BcD, taught, rest, outputs, temperature: float):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_chunks(sums, head_of, x_CBcD, taught, rest):
-  """Σ sums(head, x, taught, rest) over the chunks; its first result alone has a gradient, to `head` and x.
+  """Σ sums(head, x, taught, rest) over the chunks. Only its first result has a gradient, to `head` and x.
 
-  Where the head is not trained, the gradient to x is taken in the forward pass, while a chunk's logits are there, and
-  they need not be computed again: 2 products with the head instead of 3, and half of the teacher's. (So does Liger's
-  FusedLinearCrossEntropy, arXiv 2410.10989, also for a trained head, whose gradient then has to be held, too.)
+  If the head is frozen, the forward pass also computes the gradient to x, while the logits of a chunk are in memory.
+  The backward pass then recomputes no logits: 2 products with the head instead of 3, and half of those with the
+  teacher's. Liger's FusedLinearCrossEntropy (arXiv 2410.10989) does the same, also for a trained head, at the cost of
+  holding the head's gradient.
   """
   return _scan_chunks(sums, head_of, x_CBcD, taught, rest)
 
@@ -159,22 +161,30 @@ _sum_chunks.defvjp(_sum_chunks_forward, _sum_chunks_backward, symbolic_zeros=Tru
 
 
 def loss(model, tokens_BT, terms, mode, teacher=None, temperature=1.0):
-  """(1 − w)·LM loss + w·KL + h·hidden + Σ_l gate_weight_l·|g_l| + Σ_l delta_weight_l·R(d_l), and its parts.
+  """The loss (1 − w)·LM + w·KL + h·hidden + Σ_l gate_weight_l·|g_l| + Σ_l delta_weight_l·R(d_l), and its parts.
 
-  ELDeR (arXiv 2505.18232, section 3) for w = h = 0. KL is the mean over predicted tokens of KL(teacher ‖ model) between
-  the next-token distributions at `temperature`, times its square (Hinton et al., arXiv 1503.02531). hidden is the mean
-  over predicted tokens and places of the stream of ‖s − t‖² / ‖t‖² (hidden.py).
+  For w = h = 0 this is ELDeR (arXiv 2505.18232, section 3): stage 1 sets gate_weight to λ1 for the layers that are
+  alive, stage 2 sets delta_weight to λ2 for the layers that will be removed; other weights are 0. LM is the mean over
+  predicted tokens of −log p. KL is the mean over predicted tokens of KL(teacher ‖ model) between the next-token
+  distributions at `temperature`, times its square (Hinton et al., arXiv 1503.02531). hidden is the mean over predicted
+  tokens and layers of ‖s − t‖² / ‖t‖² between the residual streams of the model and the teacher (hidden.py).
 
   Args:
-    terms: {'alive_L': bool, 'gate_weight_L': fp32, 'delta_weight_L': fp32}, and where they are given:
-      'gate_L' (fp32) in place of the model's own gates. Stage 1 puts λ1 on the gates of the layers that are alive,
-      stage 2 λ2 on the updates of the layers that will be removed; the rest is 0.
-      'distill' (fp32), the weight w; 'hidden' (fp32), the weight h, and 'kept_L' (int32), the teacher's layers that the
-      model's are. Without them nothing of that is computed.
-      'weight_BT' (fp32), 0 at a position whose next token is not to be counted; 'count' (fp32), what the tokens' sums
-      are divided by in place of the sum of the weights.
-    teacher: the Decoder to be distilled, run with its gates at 1; needed for 'distill' and 'hidden'. No gradient goes
-      into it.
+    model: the model.
+    tokens_BT: int32.
+    terms: {'alive_L': bool, 'gate_weight_L': fp32, 'delta_weight_L': fp32}, and optionally:
+      'gate_L' (fp32): replaces the gates of the model.
+      'distill' (fp32): the weight w.
+      'hidden' (fp32), 'kept_L' (int32): the weight h, and the teacher's layer that each layer of the model was.
+      'weight_BT' (fp32): 0 at a position whose next token does not count.
+      'count' (fp32): divides the sums over tokens in place of the sum of the weights.
+    mode: of the computation.
+    teacher: the Decoder to distil from, run with its gates at 1 and without gradient. Required for 'distill' and
+      'hidden', else ignored.
+    temperature: of the KL.
+
+  Returns:
+    (objective, {'lm_loss', 'gate_l1', 'penalty', 'delta_L', and 'kl', 'hidden' if computed}).
   """
   weight_BT, kept_L = terms.get('weight_BT'), terms.get('kept_L')
   seen = compare = None
@@ -196,7 +206,7 @@ def loss(model, tokens_BT, terms, mode, teacher=None, temperature=1.0):
   total, nll, kl, count = _token_sums(
     model, final_norm(model, x_BTD), tokens_BT, weight_BT, seen, terms.get('distill', 0.0), temperature
   )
-  if weight_BT is not None:  # where none counts the sums are 0, and so is the loss
+  if weight_BT is not None:  # if no token counts, the sums are 0, and so is the loss
     count = terms.get('count', count)
     count = jnp.where(count > 0, count, 1.0)
   gate_l1 = jnp.sum(terms['gate_weight_L'] * jnp.abs(model.gate_L[...]))

@@ -1,4 +1,4 @@
-"""The size of a layer's update, which the penalty of the recipe regularize makes small."""
+"""The norm of a layer's update, which the recipe regularize penalises."""
 
 from collections.abc import Callable
 import functools
@@ -12,17 +12,21 @@ from elder_jax.training.settings import TrainSettings
 
 
 def measure_of(mode: Mode) -> Callable:
-  """`delta_norm` as decoder.forward takes it."""
+  """`delta_norm` in the form that decoder.forward requires."""
   return functools.partial(delta_norm, penalty=mode.penalty, scale=mode.penalty_scale)
 
 
 def delta_norm(d_BTD, x_BTD, penalty: str, scale: str):
-  """The size of a layer's update d = f(x) − x as one fp32 scalar (METHOD: ELDeR, arXiv 2505.18232, section 3.3).
+  """The norm of a layer's update d = f(x) − x, one fp32 scalar (ELDeR, arXiv 2505.18232, section 3.3).
 
-  penalty: l2, the unsquared Euclidean norm, or l1, the sum of absolute values.
-  scale:   token, the mean over tokens of each token's norm; relative, the same after division by the norm of the
-           token's x (as a constant: no gradient goes to x through it); none, the norm of the whole [B, T, D] at once.
   The gradient at d = 0 is 0, not NaN.
+
+  Args:
+    d_BTD: the update.
+    x_BTD: the input of the layer.
+    penalty: l2: the unsquared Euclidean norm. l1: the sum of absolute values.
+    scale: token: the mean over tokens of each token's norm. relative: the same, divided by the norm of the token's x,
+      which gets no gradient. none: the norm of the whole [B, T, D].
   """
   d_BTD = d_BTD.astype(jnp.float32)
 
@@ -43,11 +47,11 @@ def delta_norm(d_BTD, x_BTD, penalty: str, scale: str):
 
 
 def penalty_terms(num_layers: int, layers: list[int], settings: TrainSettings, step: int) -> dict[str, np.ndarray]:
-  """The terms of losses.loss at a step, a pure function of it.
+  """The terms of losses.loss at a step: alive_L, gate_L, gate_weight_L and delta_weight_L. Depends only on the step.
 
-  Joint (ELDeR, arXiv 2505.18232, section 3.3): λ2 on all of `layers` in every step. Sequential: the steps are shared
-  out among `layers`, one after another in the order given; a layer whose turn is over is skipped. Annealed: the gates
-  of `layers` fall linearly to 0 over the first `anneal` of the steps (of each turn, where sequential).
+  Joint (ELDeR, arXiv 2505.18232, section 3.3): λ2 on all of `layers` in every step. Sequential: the steps are divided
+  among `layers` in the given order; a layer whose turn is over is skipped. Annealed: the gates of `layers` fall linearly
+  to 0 over the fraction `anneal` of the steps (of each turn, if sequential).
   """
   alive_L = np.ones(num_layers, bool)
   weight_L = np.zeros(num_layers, np.float32)

@@ -1,4 +1,4 @@
-"""What training takes: the plan's programs of steps, of merging LoRA, and the model that comes out."""
+"""Programs that predict the cost of training for the plan: the steps, merging LoRA, and the resulting model."""
 
 from collections.abc import Callable
 import dataclasses
@@ -22,7 +22,7 @@ from elder_jax.training.trainer import begin_training
 
 
 def trained_shapes(shapes: Shapes, start: Decoder, recipe: str) -> Decoder:
-  """The abstract model that the training of a recipe gives from `start`."""
+  """The abstract model that a recipe trains from `start`."""
   settings, dtype = shapes.settings.train_settings(recipe), 'float32'
   if settings.trained == 'lora':
     dtype = lora.merged_dtype(shapes.settings.computation.dtype, shapes.export_dtype)
@@ -49,11 +49,16 @@ def steps_program(
   flops: float,
   calls: int,
 ) -> Program:
-  """Steps of training.
+  """The program of a training step.
 
   Args:
+    shapes: abstract inputs of the run.
+    name: in the plan.
     begin: model -> (step, state, frozen).
-    flops: of the model, a token.
+    model: the abstract model that is trained.
+    teacher: the abstract teacher, or None.
+    terms: of losses.loss.
+    flops: per token.
     calls: number of steps.
   """
   made = []
@@ -68,7 +73,7 @@ def steps_program(
 
   abstract = jax.eval_shape(states, model)
   state, frozen = jax.tree.map(put, abstract, sharding.for_state(abstract, shapes.mesh))
-  parts = 1 if shapes.settings.training.grad_accum == 1 else 2  # the sum, and the part that is added to it
+  parts = 1 if shapes.settings.training.grad_accum == 1 else 2  # the sum, and the micro-batch that is added to it
   return Program(
     name,
     made[0],
@@ -82,7 +87,7 @@ def steps_program(
 
 
 def training_programs(shapes: Shapes, start: Decoder, recipe: str) -> list[Program]:
-  """The training of a recipe from `start`; the teacher, which may be the dense model, stays."""
+  """The training of a recipe from `start`. The teacher, often the dense model, stays in memory."""
   config, num_layers, seq_len = shapes.settings, start.num_layers, shapes.tokens_BT.shape[1]
   settings = config.train_settings(recipe)
   flops = training_flops(shapes.spec, num_layers, seq_len, settings.trained)
@@ -100,19 +105,19 @@ def training_programs(shapes: Shapes, start: Decoder, recipe: str) -> list[Progr
   name += f', {settings.only} alone' if settings.only else ''
   program = steps_program(shapes, name, begin, start, teacher, terms, flops, settings.steps)
   state, (frozen, teacher), *_ = program.args
-  if settings.taught and shapes.teacher is None:  # what is frozen and not cut is the teacher's own
+  if settings.taught and shapes.teacher is None:  # frozen, uncut arrays are shared with the dense model
     layers = jax.tree.leaves((frozen.layers, frozen.gate_L))
     shared = device_bytes(frozen) - (0 if start is shapes.dense else device_bytes(layers))
     program = dataclasses.replace(program, params=program.params - shared, twice=shared)
   if settings.trained != 'lora':
     return [program]
-  # The largest matrix as if it were the last one: all others are merged, and the optimiser's state is still there.
+  # The worst case: the largest matrix is merged last, when all others are merged and the optimiser state is still alive.
   merged_dtype = lora.merged_dtype(config.computation.dtype, shapes.export_dtype)
   call, args = lora.program(combine(state.trained, frozen), merged_dtype)
   *_, base, a, b = args
   result = trained_shapes(shapes, start, recipe)
   largest = max(device_bytes(p) for p in jax.tree.leaves(result.layers))
   beside = device_bytes(result) - largest + device_bytes(state) - device_bytes((a, b))
-  if teacher is not None:  # embedding, head and the like are its own
+  if teacher is not None:  # only a separate teacher has its own embedding and head
     beside += device_bytes(teacher if shapes.teacher is not None else teacher.layers)
   return [program, Program('merging LoRA', call, args, 0, device_bytes((base, a, b)), beside=beside)]

@@ -1,7 +1,7 @@
-"""A step of training: a masked optax optimiser over a partition of the model's tree.
+"""A training step: a masked optax optimiser over a partition of the model's tree.
 
-Only what trains has gradients, float32 master weights and optimiser state: the tree is cut in two by a mask, `None`
-standing where the other part has its leaves, and the optimiser is optax.masked by the same mask.
+Only trained leaves have gradients, float32 master weights and optimiser state. A mask splits the tree into two parts;
+each has `None` in place of the other's leaves. optax.masked applies the same mask to the optimiser.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,16 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32, steps done
   trained: Decoder  # the trained leaves in float32, None elsewhere
   opt_state: Any
-  history_RL: jax.Array | None = None  # of stage 1: all gates at the end of each round that is over
+  history_RL: jax.Array | None = None  # of stage 1: all gates at the end of each completed round
 
 
 def train_mask(model: Decoder, what: str) -> Decoder:
-  """True at the leaves that train.
+  """A tree like `model`, True at the leaves that train.
 
   Args:
-    what: gates; blocks, the layers' weights; all, all but the gates; lora, its factors; else a parameter of the layers.
+    model: the model.
+    what: gates; blocks (the weights of the layers); all (everything except the gates); lora (its factors); or the name
+      of a parameter of the layers.
   """
 
   def trains(path, _):
@@ -42,7 +44,7 @@ def train_mask(model: Decoder, what: str) -> Decoder:
 
 
 def partition(model, train_mask):
-  """(trained, frozen): each with None at the other's leaves."""
+  """Splits a model into (trained, frozen), each with None at the other's leaves."""
   trained = jax.tree.map(lambda keep, leaf: leaf if keep else None, train_mask, model)
   frozen = jax.tree.map(lambda keep, leaf: None if keep else leaf, train_mask, model)
   return trained, frozen
@@ -53,10 +55,13 @@ def combine(trained, frozen):
 
 
 def init_state(model: Decoder, train_mask, tx, free: Callable | None = None) -> tuple[TrainState, Decoder]:
-  """(state, frozen). The state's arrays are new, so that they can be donated while the model lives on.
+  """Returns (state, frozen). The state's arrays are copies in float32, so they can be donated while the model stays.
 
   Args:
-    free: called with each array of `model` that trains when it has been copied, for a model that need not live on.
+    model: the model.
+    train_mask: of `train_mask`.
+    tx: an optax optimiser.
+    free: called with each trained array of `model` once it is copied, if the model is not needed any more.
   """
 
   def copy(a):
@@ -70,28 +75,28 @@ def init_state(model: Decoder, train_mask, tx, free: Callable | None = None) -> 
   trained = jax.tree.map(copy, trained)
   state = TrainState(jnp.int32(0), trained, tx.init(trained))
   if mesh := _mesh(trained):
-    # As a step leaves it, counters too: else the second step compiles anew, and a restored state does not run at all.
+    # The sharding that a step returns, also for counters. Else the second step recompiles and a restored state fails.
     state = jax.device_put(state, sharding.for_state(state, mesh))
   return state, frozen
 
 
 def _mesh(trained):
-  """What the trained leaves lie on; None of a single device's or of abstract ones, which lie nowhere."""
+  """The mesh of the trained leaves; None if they are abstract or on a single device."""
   home = getattr(jax.tree.leaves(trained)[0], 'sharding', None)
   return home.mesh if isinstance(home, NamedSharding) else None
 
 
 def on_all_devices(array, trained) -> jax.Array:
-  """The array, replicated over the mesh that the trained leaves lie on."""
+  """The array, replicated over the mesh of the trained leaves."""
   mesh = _mesh(trained)
   return jax.device_put(array, NamedSharding(mesh, PartitionSpec())) if mesh else jnp.asarray(array)
 
 
 def _rows(batch_BT, terms: dict, grad_accum: int):
-  """((tokens, the terms that have a row for each of them), the other terms).
+  """Splits the inputs of a step into ((tokens, the terms with one row per sequence), the other terms).
 
-  Weights of tokens come with what each part's sums are divided by: not the part's own count, which differs from part to
-  part, but its share of the whole batch's.
+  With token weights, it adds the divisor of each micro-batch's sums: an equal share of the whole batch's count, not the
+  micro-batch's own count, which varies.
   """
   if 'weight_BT' not in terms:
     return (batch_BT, {}), terms
@@ -104,9 +109,15 @@ def _rows(batch_BT, terms: dict, grad_accum: int):
 def make_step(tx, mode: Mode, grad_accum: int, rate, temperature: float = 1.0, gates: Callable | None = None):
   """A jitted step(state, (frozen, teacher), batch_BT, terms) -> (state, metrics).
 
-  terms, temperature and teacher (None where nothing is distilled) as in losses.loss; no recompilation for other values
-  of the terms. grad_accum: the number of parts that a batch is processed in, which changes no mean over tokens. gates:
-  (the model's gate_L, terms) -> the gates that it is run with; unset, its own.
+  terms, temperature and teacher are as in losses.loss. Other values of the terms do not recompile. The state is donated.
+
+  Args:
+    tx: an optax optimiser.
+    mode: of the computation.
+    grad_accum: number of micro-batches per batch; means over tokens do not depend on it.
+    rate: step -> learning rate, for the metrics.
+    temperature: of the KL divergence.
+    gates: (the model's gate_L, terms) -> the gates of the forward pass; None: the model's own.
   """
 
   def micro_loss(trained, fixed, rows, terms):
@@ -118,7 +129,7 @@ def make_step(tx, mode: Mode, grad_accum: int, rate, temperature: float = 1.0, g
     return losses.loss(model, tokens_bT, terms, mode, teacher, temperature)
 
   def split(a_BT):
-    # Part i takes every grad_accum-th row, so that each part lies on all devices that the batch lies on.
+    # Micro-batch i takes every grad_accum-th row, so that each lies on all devices of the batch.
     B, T = a_BT.shape
     return sharding.constrain_batch(a_BT.reshape(B // grad_accum, grad_accum, T).swapaxes(0, 1), 1)
 
@@ -129,7 +140,7 @@ def make_step(tx, mode: Mode, grad_accum: int, rate, temperature: float = 1.0, g
       (loss, parts), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.trained, fixed, rows, terms)
       return sharding.replicate({'loss': loss, **parts}), sharding.constrain_state(grads)
 
-    if grad_accum == 1:  # no second buffer for the sum
+    if grad_accum == 1:  # without a second buffer for the sum
       metrics, grads = of_part(rows)
     else:
       parts = jax.tree.map(split, rows)

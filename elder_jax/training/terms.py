@@ -1,4 +1,4 @@
-"""The weights of the loss's terms at a step: pure functions of it, computed on the host."""
+"""The weights of the terms of the loss at a step, computed on the host. They depend only on the step."""
 
 from collections.abc import Sequence
 import math
@@ -10,7 +10,7 @@ from elder_jax.training.settings import TrainSettings
 
 
 def distill_weight(settings: TrainSettings, step: int) -> float:
-  """The weight of the KL divergence: from the first number in the first step to the last number in the last one."""
+  """The weight of the KL divergence: goes along a cosine from settings.distill[0] to [-1], from first to last step."""
   start, end = settings.distill[0], settings.distill[-1]
   fraction = step / max(1, settings.steps - 1)
   return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
@@ -19,11 +19,14 @@ def distill_weight(settings: TrainSettings, step: int) -> float:
 def loss_terms(
   num_layers: int, layers: list[int], settings: TrainSettings, step: int, kept: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
-  """The terms of losses.loss at a step. Which terms there are is the same in all steps, so that none recompiles.
+  """The terms of losses.loss at a step. All steps have the same terms, so that none recompiles.
 
   Args:
-    layers: those that are penalised (penalty.penalty_terms).
-    kept: for each layer of the model the teacher's layer that it was, 0-based; None: both have the same layers.
+    num_layers: L.
+    layers: the penalised layers (penalty.penalty_terms).
+    settings: of the training.
+    step: 0-based.
+    kept: the 0-based teacher layer that each layer of the model was; None: both have the same layers.
   """
   terms = penalty_terms(num_layers, layers, settings, step)
   if settings.distils:

@@ -1,4 +1,4 @@
-"""Training of a model: language modelling, distillation, LoRA, and the penalty on layers that will go."""
+"""Trains a model: language modelling, distillation, LoRA, and the penalty on layers that will be removed."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from elder_jax.training.validation import Validation
 
 
 def begin_training(model: Decoder, settings: TrainSettings, mode: Mode, free: Callable | None = None):
-  """(step of step.make_step, its first state, frozen); free: of step.init_state."""
-  # A gate at 1 is the same network in both places; only at x + g·d can it be annealed.
+  """Returns (the step of step.make_step, the initial state, frozen). free: see step.init_state."""
+  # With gates at 1 both placements are the same network, but only the gate in x + g·d can be annealed.
   mode = dataclasses.replace(mode, gate='residual')
   if settings.trained == 'lora':
     model = lora.attach(model, settings.lora_rank, settings.alpha, settings.seed)
@@ -50,20 +50,27 @@ def train(
   validation: Validation | None = None,
   kept: Sequence[int] | None = None,
 ) -> Decoder:
-  """Trains `model` (gates at 1) with the penalty on `layers`; [] is plain LM training, as for prune-then-train.
+  """Trains `model` (gates at 1), with the penalty on `layers`; [] trains without a penalty, as in prune-then-train.
 
   Args:
-    batches: [B, T] tokens of each step (training/batches.py).
+    model: the model.
+    layers: 0-based.
+    settings: of the training.
+    mode: of the computation.
+    batches: tokens [B, T] of each step (training/batches.py).
     log: called with (step, metrics).
     checkpoint: a checkpoints.Checkpoints to resume from and to write to, or None.
-    teacher: the dense model; needed where settings.taught.
-    merged_dtype: of the matrices that take up LoRA's factors (lora.merged_dtype).
-    free: called with the arrays of `model` that are not needed any more, as soon as they are not (memory.free).
-    validation: measures the model on held-out rows meanwhile; needed where settings.export is best.
-    kept: of terms.loss_terms.
+    teacher: the dense model; required if settings.taught.
+    merged_dtype: dtype of the matrices that LoRA's factors are merged into (lora.merged_dtype).
+    free: called with arrays of `model` once they are not needed any more (memory.free).
+    validation: measures the held-out loss during training; required if settings.export is best.
+    kept: see terms.loss_terms.
 
   Returns:
-    The model with its trained leaves in float32, or with LoRA its matrices in `merged_dtype`.
+    The model. Trained leaves are float32; with LoRA the merged matrices are `merged_dtype`.
+
+  Raises:
+    NonFiniteLoss, Preempted: see loop.run_steps.
   """
   step_fn, state, frozen = begin_training(model, settings, mode, free)
   if checkpoint:

@@ -1,4 +1,4 @@
-"""The loss on held-out rows while a model trains, and the state that had the lowest."""
+"""Measures the held-out loss during training and keeps the state with the lowest."""
 
 from collections.abc import Callable
 import json
@@ -24,7 +24,13 @@ def held_out_loss(model: Decoder, batches: Batches, mode: Mode, alive_L: np.ndar
   """Mean of −log p(next token) over the tokens of one pass, in nats, summed in float64.
 
   Args:
-    alive_L: a layer that is not alive is skipped. None: all are alive.
+    model: the model.
+    batches: held-out rows.
+    mode: of the computation.
+    alive_L: bool, False for layers to skip; None: all layers run.
+
+  Raises:
+    Preempted: after a signal to stop.
   """
   total, count = 0.0, 0.0
   for i in range(len(batches)):
@@ -35,7 +41,7 @@ def held_out_loss(model: Decoder, batches: Batches, mode: Mode, alive_L: np.ndar
 
 
 class Validation:
-  """Measures a model at step 0, every `every` steps and at the last; keeps what it saw and, if asked to, the best state.
+  """Measures the held-out loss at step 0, every `every` steps and at the last; saves the history and the best state.
 
   Attributes:
     history: [[step, loss], …].
@@ -51,13 +57,16 @@ class Validation:
     alive_L: np.ndarray | None = None,
     tell: Callable[[int, float], None] = lambda step, loss: None,
   ):
-    """Before any training.
+    """Prepares the measurements.
 
     Args:
-      every: steps; 0: the first and the last only.
-      folder: for what has to be there when a killed run resumes.
-      alive_L: of held_out_loss, for a model whose layers are removed after the training.
-      tell: called with each step and its loss.
+      batches: held-out rows.
+      every: steps between measurements; 0: only before the first step and after the last.
+      mode: of the computation.
+      folder: holds the history and the best state, for a run that resumes.
+      keeps_best: save the state with the lowest loss.
+      alive_L: see held_out_loss; for a model whose layers are removed after the training.
+      tell: called with each step and its loss, to log them.
     """
     self._batches, self._every, self._mode, self._alive_L, self._tell = batches, every, mode, alive_L, tell
     self._folder, self._keeps_best = folder, keeps_best
@@ -65,7 +74,7 @@ class Validation:
     self.history: list[list] = []
 
   def begin(self, state: TrainState, frozen: Decoder):
-    """Training starts, or goes on, at this state."""
+    """Starts or resumes at this state: drops later entries of the history; measures the loss if none remain."""
     step = int(state.step)
     self.history = [entry for entry in hosts.broadcast_json(read_history(self._folder)) if entry[0] <= step]
     if not self.history:
@@ -89,7 +98,11 @@ class Validation:
       write_json(self._folder / 'history.json', {'history': self.history})
 
   def best(self, state: TrainState) -> TrainState:
-    """The state with the lowest loss, in place of the last one, whose arrays are given up; without an optimiser's."""
+    """The state with the lowest loss, without optimiser state. Frees the arrays of `state`, unless that is the best.
+
+    Raises:
+      OSError: the best state cannot be read.
+    """
     if min(self.history, key=lambda entry: entry[1])[0] == int(state.step):
       return state
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
@@ -105,7 +118,7 @@ def _without_optimizer(state: TrainState) -> TrainState:
 
 
 def read_history(folder: pathlib.Path) -> list[list]:
-  """[[step, loss], …] of a training, as far as it got."""
+  """[[step, loss], …] of a training so far; empty if there is none."""
   try:
     return json.loads((folder / 'history.json').read_text(encoding='utf-8'))['history']
   except (OSError, ValueError, KeyError):
@@ -113,6 +126,6 @@ def read_history(folder: pathlib.Path) -> list[list]:
 
 
 def clear(folder: pathlib.Path):
-  """Removes what was kept of a training that is over."""
+  """Deletes the history and the best state once the training is over."""
   if hosts.is_leader():
     shutil.rmtree(folder, ignore_errors=True)

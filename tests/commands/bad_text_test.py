@@ -50,7 +50,7 @@ def test_window_longer_than_the_text(settings):
     ('lists.jsonl', b'{"text": ["a", "b"]}\n', ['--text_column', "'text'"]),
     ('foreign.parquet', b'PAR1 no parquet at all', ['cannot be read']),
     ('empty.parquet', b'', ['is empty']),
-    ('image.png', b'\x89PNG\r\n', ['is of no kind that can be read', '.parquet']),
+    ('image.png', b'\x89PNG\r\n', ['is not of a supported kind', '.parquet']),
     ('~no_such_user/a.txt', None, ['no such file']),
   ],
   ids=lambda v: v[:20] if isinstance(v, str) else '',

@@ -196,5 +196,5 @@ def test_meshes_that_do_not_fit_are_seen():
   mesh = AbstractMesh((1, 4, 16), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
   with pytest.raises(sharding.InputError, match='tp=16 does not divide a size of 8'):
     sharding.for_model(model, mesh, (1, 4, 16))
-  with pytest.raises(sharding.InputError, match='makes 32 devices'):
+  with pytest.raises(sharding.InputError, match='needs 32 devices'):
     sharding.make_mesh((1, 4, 8), [None] * 64)

@@ -147,7 +147,7 @@ def test_chat_keeps_the_turns_and_streams_whole_characters(tiny):
   list(chat.answer('two'))
   turns = [(turn['role'], turn['content']) for turn in chat._turns]
   assert turns[0] == ('user', 'one') and turns[1] == ('assistant', ''.join(first)) and turns[2] == ('user', 'two')
-  with pytest.raises(InputError, match='more than the 256 positions'):
+  with pytest.raises(InputError, match="exceeds the model's 256 positions"):
     list(chat.answer('long ' * 100))
 
 

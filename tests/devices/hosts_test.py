@@ -61,7 +61,7 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(tiny, text, tmp_path):
   for i, process in enumerate(both):
     errors = process.communicate()[1]
     assert process.returncode == 2, errors
-    assert f'process {i}: --workdir=' in errors and 'is not shared, process 1 does not see' in errors
+    assert f'process {i}: --workdir=' in errors and 'is not shared: process 1 does not see' in errors
 
 
 @pytest.mark.slow

@@ -295,7 +295,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
       "--topology=v5e:4x4: the TPU compiler is missing; install it with pip install 'elder_jax",
     ),
     ({'topology': 'v5e:4x4', 'plan': False}, '--topology=v5e:4x4: is only compiled for; add --plan.'),
-    ({'mesh': (3, 1, 1)}, '--mesh=3,1,1: makes 3 devices, there are 1'),
+    ({'mesh': (3, 1, 1)}, '--mesh=3,1,1: needs 3 devices, there are 1'),
   ],
 )
 def test_refusals(bare, changes, sentence, monkeypatch):

@@ -179,7 +179,7 @@ def test_scores_that_are_no_numbers_are_no_result(tmp_path, local_only, loaded_m
   assert not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(broken))
   with pytest.raises(InputError) as caught:
     zero_shot.run(broken, tokenizer, loaded, max_length=64, limit=2)
-  one_sentence(caught.value.for_command(), 'not finite' if kind == 'generation' else f'{kind}: the model gives')
+  one_sentence(caught.value.for_command(), 'not finite' if kind == 'generation' else f'{kind}: the model returns')
 
 
 def test_the_context_of_a_model():

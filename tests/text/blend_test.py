@@ -140,5 +140,5 @@ def test_how_sources_are_written(tmp_path, monkeypatch):
   ]
   with pytest.raises(InputError, match="the name 'd' is given twice"):
     parts_of(('d', 'd@2'), 'train_data')
-  with pytest.raises(InputError, match='sum up to 0'):
+  with pytest.raises(InputError, match='sum to 0'):
     parts_of(('d@0',), 'train_data')

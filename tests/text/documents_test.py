@@ -53,7 +53,7 @@ def test_a_packed_file_that_is_cut_or_not_what_its_name_says(tmp_path):
     ('b.txt.gz', b'just a text', 'cannot be read'),
     ('c.txt.zst', gzip.compress(b'text'), 'compressed by gzip'),
     ('d.txt.gz', gzip.compress(b'%PDF-1.7'), 'a PDF'),
-    ('e.csv.gz', gzip.compress(b'text'), 'of no kind'),
+    ('e.csv.gz', gzip.compress(b'text'), 'not of a supported kind'),
     ('f.txt', gzip.compress(b'text'), 'compressed by gzip'),
   ):
     (tmp_path / name).write_bytes(content)

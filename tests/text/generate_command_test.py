@@ -36,7 +36,10 @@ def test_the_command_prints_what_follows(tiny, command):
   [
     ([], '--prompt=: is missing'),
     (['--prompt=Hello', '--model=missing_folder'], '--model=missing_folder'),
-    (['--prompt=Hello', '--max_new_tokens=252'], 'prompt 0 has 5 tokens, with --max_new_tokens=252 more than the 256'),
+    (
+      ['--prompt=Hello', '--max_new_tokens=252'],
+      "prompt 0 has 5 tokens, which with --max_new_tokens=252 exceeds the model's 256",
+    ),
     (['--prompt=Hello', '--top_p=2'], '--top_p=2.0'),
     (['--prompt=Hello', '--dtype=int8'], '--dtype'),
     (['--prompt=Hello', '--lenght=5'], 'lenght'),

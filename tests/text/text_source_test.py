@@ -143,9 +143,9 @@ def test_other_bytes_that_are_no_text(tmp_path):
   for name, content, words in (
     ('a.txt', 'text'.encode('utf-16-le'), 'binary data or UTF-16'),
     ('b.jsonl', write(tmp_path / 'c.parquet', 'text').read_bytes(), 'a Parquet file'),
-    ('d.jsonl', b'{"text": "a\\ud800"}', 'half of a surrogate pair'),
+    ('d.jsonl', b'{"text": "a\\ud800"}', 'unpaired surrogate'),
     ('e.jsonl', b'{"text": "a"}\n{"text": "b"\n', 'line 2'),
-    ('f.jsonl', b'{"text": "a"}\n"b"\n', 'no JSON object'),
+    ('f.jsonl', b'{"text": "a"}\n"b"\n', 'not a JSON object'),
     ('g.json', b'[{"text": "a"}', 'cannot be read'),
   ):
     (tmp_path / name).write_bytes(content)
@@ -160,7 +160,7 @@ def test_datasets_reads_nothing_local_by_itself(tmp_path, monkeypatch, source):
   write(tmp_path / 'train.parquet', 'wrong')
   (tmp_path / 'train.txt').write_text('wrong')
   monkeypatch.chdir(tmp_path)
-  refused(source, 'no id of a hub data set')
+  refused(source, 'nor the id of a hub data set')
 
 
 def test_how_hub_data_is_written():

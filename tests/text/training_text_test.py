@@ -139,12 +139,12 @@ def test_conversations_that_the_template_refuses_are_left_out_and_told(tmp_path,
   mixed = opened(chatting, write(tmp_path / 'b.jsonl', bad, *rows[:3], bad, *rows[3:], bad), train_on=train_on).rows
   assert said(chatting, mixed) == said(chatting, clean)
   told = capsys.readouterr()
-  assert '1 rows left out so far: the chat template refuses a conversation' in told.err + told.out
+  assert '1 rows skipped so far: the chat template refuses a conversation' in told.err + told.out
 
 
 def test_conversations_behind_texts_are_not_passed_over(tmp_path, chatting):
   path = write(tmp_path / 'a.jsonl', 'text ' * 3, *[{'messages': TURNS}] * 3)
-  with pytest.raises(InputError, match='has conversations behind texts'):
+  with pytest.raises(InputError, match='has conversations after texts'):
     opened(chatting, path)
 
 

@@ -127,7 +127,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
   chex.assert_trees_all_equal(restored, state_at(3, 3))
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1 and f'{tmp_path}/gates/5: this checkpoint cannot be read (' in lines[0]
-  assert lines[0].endswith('going on from step 3') and len(lines[0]) < 500
+  assert lines[0].endswith('resuming from step 3') and len(lines[0]) < 500
   again = checkpoints_of(tmp_path / 'gates', 5)
   assert names(tmp_path / 'gates') == ['3', '5']
   chex.assert_trees_all_equal(again.latest(state_at(0)), state_at(5, 5))
@@ -140,7 +140,7 @@ def test_changed_values_that_can_be_read_are_seen(tmp_path, capsys):
     checkpoints_of(tmp_path / 'c', 5)
   start = state_at(0)
   assert Checkpoints(tmp_path / 'c', 1, 9).latest(start) is start
-  assert capsys.readouterr().err.endswith('its sums are not those of what was saved); c starts anew\n')
+  assert capsys.readouterr().err.endswith('its checksums do not match); c starts from the beginning\n')
 
 
 def test_all_checkpoints_damaged_is_a_new_start(tmp_path, capsys):
@@ -150,4 +150,4 @@ def test_all_checkpoints_damaged_is_a_new_start(tmp_path, capsys):
   start = state_at(0)
   assert Checkpoints(tmp_path / 'regularize', 1, 9).latest(start) is start
   told = capsys.readouterr().err.splitlines()
-  assert [line.rpartition('; ')[2] for line in told] == ['going on from step 3', 'regularize starts anew']
+  assert [line.rpartition('; ')[2] for line in told] == ['resuming from step 3', 'regularize starts from the beginning']
