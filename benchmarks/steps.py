@@ -55,8 +55,12 @@ _LAYERS = flags.DEFINE_integer('layers', 8, 'Layers of --shape.', lower_bound=1)
 _CASES = flags.DEFINE_list('cases', list(CASES), f'Some of {", ".join(CASES)}.')
 _BATCH = flags.DEFINE_integer('batch', 2, 'Sequences of a batch.', lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Tokens of a sequence.', lower_bound=2)
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of computation; trained weights are float32.')
-_REMAT = flags.DEFINE_enum('remat', 'none', ['none', 'full'], 'Recompute activations in the backward pass, on both sides.')
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Type of computation; trained weights are float32.'
+)
+_REMAT = flags.DEFINE_enum(
+  'remat', 'none', ['none', 'full'], 'Recompute activations in the backward pass, on both sides.'
+)
 _COMPILED = flags.DEFINE_bool('compiled', True, 'Also time torch.compile.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Alternating rounds; medians count.', lower_bound=1)
 _CALLS = flags.DEFINE_integer('calls', 2, 'Calls per round and side.', lower_bound=1)
@@ -111,7 +115,9 @@ class Jax:
     if case == 'forward':
       return None
     about = self.step.memory_analysis()
-    return about.argument_size_in_bytes + about.output_size_in_bytes + about.temp_size_in_bytes - about.alias_size_in_bytes
+    return (
+      about.argument_size_in_bytes + about.output_size_in_bytes + about.temp_size_in_bytes - about.alias_size_in_bytes
+    )
 
 
 def measure(ours: Jax, theirs: list[Torch], case: str, rounds: int, calls: int) -> dict[str, dict]:
@@ -203,10 +209,12 @@ def main(_):
     layers, peak = source.num_layers, DEVICES.get(jax.devices()[0].device_kind, (None, None))[0]
     flops = {case: model_flops(source.spec, layers, T, case) for case in rows}
   print(table(rows, flops, B * T, peak))
-  about = f'{_MODEL.value and pathlib.Path(_MODEL.value).name or _SHAPE.value}, {layers} layers, {_DTYPE.value}, {B} × {T}'
+  about = (
+    f'{_MODEL.value and pathlib.Path(_MODEL.value).name or _SHAPE.value}, {layers} layers, {_DTYPE.value}, {B} × {T}'
+  )
   versions = package_versions() | {'torch': theirs[0].version}
-  print(f'\n{about}, remat {_REMAT.value}. Device: {device_name()}, {os.cpu_count()} cores. Medians of {_ROUNDS.value} rounds.')
-  print('Versions: ' + ', '.join(f'{k} {v}' for k, v in versions.items()) + '.')
+  print(f'\n{about}, remat {_REMAT.value}. Device: {device_name()}, {os.cpu_count()} cores.')
+  print(f'Medians of {_ROUNDS.value} rounds. Versions: ' + ', '.join(f'{k} {v}' for k, v in versions.items()) + '.')
   if _JSON.value:
     result = {'rows': rows, 'flops_per_token': flops, 'tokens': B * T, 'about': about, 'device': device_name()}
     text = json.dumps(result | {'versions': versions}, indent=1)
