@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share; sourced by them.
+# Functions shared by the launch scripts, which source this file.
 
 me="launch/$(basename "$0")"
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
@@ -7,7 +7,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   exit 2
 fi
 
-# One sentence and an exit status, as elder_jax itself ends.
+# Prints one sentence and exits, like elder_jax itself.
 fail() { # STATUS SENTENCE
   printf '%s: %s\n' "$me" "$2" >&2
   exit "$1"
@@ -15,13 +15,13 @@ fail() { # STATUS SENTENCE
 
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
 
-# Bad arguments: the sentence points to the help.
+# For bad arguments: the sentence refers to the help.
 refuse() { fail 2 "$* (see $me --help)"; }
 
-# The comment at the top of the script.
+# Prints the comment at the top of the script.
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
-# A command as it could be typed, flags with spaces, commas and quotes included.
+# Prints a command as one would type it, with spaces and quotes in flags escaped.
 show() {
   local word line='+'
   for word; do
@@ -30,7 +30,7 @@ show() {
   printf '%s\n' "$line"
 }
 
-# Runs a command, or only shows it in a dry run.
+# Runs a command; in a dry run only prints it.
 act() {
   if [[ ${dry_run:?} == yes ]]; then show "$@"; else "$@"; fi
 }
@@ -39,12 +39,12 @@ need() { # PROGRAM WHERE TO GET IT
   [[ $dry_run == yes ]] || command -v "$1" >/dev/null || fail 2 "$1 is not installed; $2."
 }
 
-whole() { # FLAG VALUE: a whole number of at least 1
-  [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$1=$2 is not a whole number of at least 1"
+whole() { # FLAG VALUE: refuses all but a whole number from 1 to 999999
+  [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || refuse "$1=$2 is not a whole number from 1 to 999999: give one"
 }
 
-# All hosts must share the workdir: flags without one get MOUNT/runs/NAME, one outside of MOUNT is refused. Leaves all flags
-# in the array elder_flags.
+# All hosts must share the workdir. Adds --workdir=MOUNT/runs/NAME if the flags have none, and refuses one outside MOUNT.
+# Sets the array elder_flags to all flags.
 shared_workdir() { # MOUNT NAME FLAGS…
   local mount=$1 name=$2 flag workdir=''
   elder_flags=("${@:3}")
@@ -54,7 +54,7 @@ shared_workdir() { # MOUNT NAME FLAGS…
       --workdir=* | -workdir=*) workdir=${flag#*=} ;;
       --workdir | -workdir) refuse 'write --workdir=FOLDER in one word' ;;
       --*=* | --*) ;;
-      *) refuse "'$flag' is no flag of elder_jax: write --name=value in one word" ;;
+      *) refuse "'$flag' is not a flag of elder_jax: write --name=value in one word" ;;
     esac
   done
   if [[ -z $workdir ]]; then

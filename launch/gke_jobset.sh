@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Runs elder_jax on a TPU slice of a GKE cluster that has JobSet (0.7 or newer): one pod on each host of the slice.
+# Runs elder_jax on a TPU slice of a GKE cluster with JobSet 0.7 or newer: one pod on each host of the slice.
 #
 #   launch/gke_jobset.sh [--dry-run] [options] -- --flagfile=configs/X.flags [--flag=value ...]
 #
 #   --name=NAME              name of the JobSet
 #   --namespace=NAME         default: default
-#   --image=IMAGE            made with the Dockerfile, --build-arg EXTRA=tpu, where the cluster can pull it
-#   --accelerator=TYPE       as GKE labels it: tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice
-#   --topology=AxB[xC]       of the slice, in chips: 4x4, 4x4x4
-#   --chips-per-host=N       chips of a host; default: 4
-#   --pvc=NAME               the storage, at /mnt/elder in all pods: a ReadWriteMany claim (Filestore) ...
-#   --bucket=NAME            ... or a bucket, by the Cloud Storage FUSE driver
+#   --image=IMAGE            image built from the Dockerfile with --build-arg EXTRA=tpu, in a registry of the cluster
+#   --accelerator=TYPE       GKE's label: tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice
+#   --topology=AxB[xC]       topology of the slice, in chips: 4x4, 4x4x4
+#   --chips-per-host=N       default: 4
+#   --pvc=NAME               storage at /mnt/elder in all pods: a ReadWriteMany claim (Filestore) ...
+#   --bucket=NAME            ... or a bucket, mounted by the Cloud Storage FUSE driver
 #   --service-account=NAME   Kubernetes service account of the pods, with access to the bucket
-#   --spot                   on spot nodes
-#   --max-restarts=N         after failures and preemptions, which JobSet counts alike; default: 20
-#   --grace=SECONDS          from SIGTERM to SIGKILL: enough for a checkpoint; default: 300
+#   --spot                   use spot nodes
+#   --max-restarts=N         restarts after failures and preemptions together; default: 20
+#   --grace=SECONDS          from SIGTERM to SIGKILL, enough to write a checkpoint; default: 300
 #
-# A dry run prints the manifest and nothing else to standard output. --workdir is /mnt/elder/runs/NAME unless given. Exit
-# status 2 (bad flags or input) and 3 (--plan says that it does not fit) of a pod end the JobSet, anything else but 0 restarts
-# all pods, which go on from the last checkpoint.
+# A dry run prints the manifest, and nothing else, to standard output. The default --workdir is /mnt/elder/runs/NAME.
+#
+# If a pod exits with 2 (bad flags or input) or 3 (the model does not fit), the JobSet ends. After any other status except 0,
+# all pods restart and resume from the last checkpoint.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -47,28 +48,28 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ -n $name ]] || refuse '--name is missing: give the JobSet a name'
-[[ -n $image ]] || refuse '--image is missing: give the image that was made with the Dockerfile'
-[[ -n $accelerator ]] || refuse '--accelerator is missing: give one as in tpu-v5p-slice'
-[[ -n $topology ]] || refuse '--topology is missing: give that of the slice, as in 4x4x4'
+[[ -n $image ]] || refuse '--image is missing: give the image built from the Dockerfile'
+[[ -n $accelerator ]] || refuse '--accelerator is missing: give the label of GKE, such as tpu-v5p-slice'
+[[ -n $topology ]] || refuse '--topology is missing: give the topology of the slice, such as 4x4x4'
 [[ -n $pvc$bucket ]] || refuse '--pvc and --bucket are missing: give one of them'
 [[ -z $pvc || -z $bucket ]] || refuse '--pvc and --bucket are both given: give one of them'
-# JobSet makes names of pods of it, which may have 63 characters.
-[[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || refuse "--name=$name must be of a-z, 0-9 and -, begin with a letter and have at most 40 characters"
-[[ $topology =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}$ ]] || refuse "--topology=$topology must be two or three sizes, as in 4x4 or 4x4x4"
+# JobSet derives the names of pods from it, which have at most 63 characters.
+[[ $name =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || refuse "--name=$name must have at most 40 characters of a-z, 0-9 and -, and start with a letter"
+[[ $topology =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}$ ]] || refuse "--topology=$topology must be two or three sizes, such as 4x4 or 4x4x4"
 whole --chips-per-host "$chips"
 whole --max-restarts "$restarts"
 whole --grace "$grace"
 total=$((${topology//x/*}))
-((total % chips == 0)) || refuse "--chips-per-host=$chips does not divide the $total chips of --topology=$topology"
+((total % chips == 0)) || refuse "--chips-per-host=$chips does not divide the $total chips of --topology=$topology: correct one of them"
 hosts=$((total / chips))
 shared_workdir /mnt/elder "$name" "$@"
 
 for value in "$namespace" "$image" "$accelerator" "$pvc$bucket" "$account" "${elder_flags[@]}"; do
-  [[ $value != *[[:cntrl:]]* ]] || refuse "${value@Q} has a line break or another control character"
+  [[ $value != *[[:cntrl:]]* ]] || refuse "${value@Q} has a line break or another control character: remove it"
 done
 need kubectl 'install it with: gcloud components install kubectl'
 
-# A string as JSON writes it, which is YAML, too.
+# Quotes a string as in JSON, which is also valid YAML.
 quote() { # STRING
   local s=${1//\\/\\\\}
   printf '"%s"' "${s//\"/\\\"}"
@@ -82,7 +83,7 @@ metadata:
   name: $(quote "$name")
   namespace: $(quote "$namespace")
   annotations:
-    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool  # all pods on one slice, alone
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool  # all pods on one slice, without others
 spec:
   failurePolicy:
     maxRestarts: $restarts
@@ -98,7 +99,7 @@ spec:
         completionMode: Indexed
         parallelism: $hosts
         completions: $hosts
-        backoffLimit: 0  # a pod cannot come back alone: the others have lost it
+        backoffLimit: 0  # a pod cannot restart alone: the others lost their connection to it
         podFailurePolicy:
           rules:
           - action: FailJob
@@ -134,19 +135,19 @@ YAML
 YAML
   cat <<YAML
             securityContext:
-              runAsUser: 0  # a capability is of use to root only
+              runAsUser: 0  # only root can use the capability
             containers:
             - name: elder
               image: $(quote "$image")
-              # The driver of the TPU locks memory. exec: SIGTERM must reach elder_jax.
+              # The TPU driver locks memory. exec, so that SIGTERM reaches elder_jax.
               command: [bash, -c, 'ulimit -l 68719476736; exec python -m elder_jax.main "\$@"', elder]
               args:
 YAML
-  # Kubernetes would replace $(NAME) by a variable's value, but not $$(NAME).
+  # Kubernetes replaces $(NAME) by the value of a variable, but keeps $$(NAME) as $(NAME).
   for flag in "${elder_flags[@]}"; do echo "              - $(quote "${flag//\$(/\$\$(}")"; done
   cat <<YAML
               env:
-              - name: JAX_COMPILATION_CACHE_DIR  # a restart need not compile again
+              - name: JAX_COMPILATION_CACHE_DIR  # so that a restart does not compile again
                 value: /mnt/elder/jax_cache
               securityContext:
                 capabilities:
@@ -166,7 +167,7 @@ YAML
                 claimName: $(quote "$pvc")
 YAML
   else
-    # Pods read what others have just written, so nothing is remembered; finished folders get their name by a rename.
+    # No metadata cache: pods read what others have just written. Finished folders are renamed into place.
     cat <<YAML
               csi:
                 driver: gcsfuse.csi.storage.gke.io
@@ -178,7 +179,7 @@ YAML
 }
 
 if [[ $dry_run == yes ]]; then
-  echo "# $hosts pods of $chips chips. What is given to: kubectl create -f -"
+  echo "# $hosts pods of $chips chips. Input of: kubectl create -f -"
   manifest
 else
   manifest | kubectl create -f -

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs N real processes of elder_jax on this machine. They find one another at a free port, as hosts of a cluster would.
+# Runs N processes of elder_jax on this machine. They connect through a free port, like the hosts of a cluster.
 #
 #   launch/local.sh [--dry-run] N --flagfile=configs/X.flags [--flag=value ...]
 #
-# The output of process 0 is shown, that of process I goes to LOGS/I.log. Ctrl-C and SIGTERM reach all processes as SIGTERM:
-# they write a checkpoint and leave with 75. When one fails the others are ended. Exit status: that of the process that
-# failed first (1 where a signal ended it), else 0.
+# Prints the output of process 0; the output of process I goes to LOGS/I.log. Forwards Ctrl-C and SIGTERM to all processes
+# as SIGTERM: they write a checkpoint and exit with 75. If one process fails, the others are terminated. The exit status is
+# that of the first process that failed (1 if a signal killed it), else 0.
 #
 # Environment:
 #   PYTHON               the interpreter; default: python
 #   JAX_PLATFORMS        default: cpu
 #   DEVICES_PER_PROCESS  simulated CPU devices of each process; unset: one
-#   LOGS                 folder of the logs; default: a new one in the folder for temporary files
-#   GRACE                seconds that processes have for a checkpoint before they are killed; default: 120
+#   LOGS                 folder of the logs; default: a new temporary folder
+#   GRACE                seconds to write a checkpoint before processes are killed; default: 120
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -27,13 +27,13 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ $# -gt 0 ]] || refuse 'the number of processes is missing: give it first, as in launch/local.sh 2 --flagfile=configs/smollm2_135m_demo.flags'
-[[ $1 =~ ^[1-9][0-9]{0,2}$ ]] || refuse "'$1' is not a number of processes: give 1 to 999 first, then the flags of elder_jax"
+[[ $1 =~ ^[1-9][0-9]{0,2}$ ]] || refuse "'$1' is not a number of processes: give 1 to 999, then the flags of elder_jax"
 n=$1
 shift
 python=${PYTHON:-python}
 grace=${GRACE:-120}
 whole GRACE "$grace"
-command -v "$python" >/dev/null || fail 2 "PYTHON=$python is not installed; name another interpreter."
+command -v "$python" >/dev/null || fail 2 "PYTHON=$python is not installed; give another interpreter."
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export JAX_CPU_COLLECTIVES_IMPLEMENTATION=${JAX_CPU_COLLECTIVES_IMPLEMENTATION:-gloo}
 if [[ -n ${DEVICES_PER_PROCESS:-} ]]; then
@@ -41,14 +41,14 @@ if [[ -n ${DEVICES_PER_PROCESS:-} ]]; then
   export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$DEVICES_PER_PROCESS"
 fi
 
-# A port below those that systems give to outgoing connections, at which nobody answers.
+# An unused port below the range of outgoing connections.
 port=0
 for _ in {1..50}; do
   port=$((20000 + RANDOM % 12000))
   (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
 done
 
-command_of() { # PROCESS FLAGS…: leaves the command in the array cmd
+command_of() { # PROCESS FLAGS…: sets the array cmd to the command
   cmd=("$python" -m elder_jax.main "--coordinator=127.0.0.1:$port" "--num_processes=$n" "--process_id=$1" "${@:2}")
 }
 
@@ -65,11 +65,11 @@ logs=${LOGS:-$(mktemp -d)}
 mkdir -p "$logs"
 ((n == 1)) || say "logs of the other processes: $logs"
 
-running=() # process id of each that still runs, by its number
-status=0   # of the process that failed first
-deadline='' # in SECONDS: what runs then is killed
+running=() # process ids of running processes, by number
+status=0   # of the first process that failed
+deadline='' # in SECONDS; processes that still run then are killed
 
-# A second one changes nothing but the deadline, and that only to an earlier time.
+# A second call can only make the deadline earlier.
 terminate() { # SECONDS UNTIL SIGKILL
   local pid end=$((SECONDS + 1 + $1)) # SECONDS is rounded down
   for pid in "${running[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
@@ -78,9 +78,9 @@ terminate() { # SECONDS UNTIL SIGKILL
 
 trap 'terminate "$grace"' TERM INT HUP
 for ((i = 0; i < n; i++)); do
-  [[ -z $deadline ]] || break # stopped already
+  [[ -z $deadline ]] || break # a signal has arrived already
   command_of "$i" "$@"
-  # bash lets commands in the background ignore Ctrl-C: they hear of it from us alone.
+  # In bash, commands in the background ignore Ctrl-C, so only `terminate` reaches them.
   if ((i == 0)); then "${cmd[@]}" & else "${cmd[@]}" >"$logs/$i.log" 2>&1 & fi
   running[i]=$!
 done
@@ -96,12 +96,12 @@ while ((${#running[@]})); do
     say "process $i ended with exit status $code"
     ((i == 0)) || tail -n 20 "$logs/$i.log" >&2
     status=$((code < 128 ? code : 1))
-    # Those that are writing the same checkpoint shall end it; after a failure the others would wait for the dead one.
+    # After 75, the others need time to complete the checkpoint. After a failure, they would wait for the dead process.
     if ((status == 75)); then terminate "$grace"; else terminate 10; fi
   done
   if [[ -n $deadline ]] && ((SECONDS >= deadline)); then
     for pid in "${running[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
   fi
-  ((${#running[@]} == 0)) || sleep 0.2 || true # Ctrl-C ends the sleep, too
+  ((${#running[@]} == 0)) || sleep 0.2 || true # Ctrl-C also ends the sleep
 done
 exit "$status"

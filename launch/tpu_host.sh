@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What launch/tpu_pod.sh does on each host of a TPU VM pod. Both verbs can be called again at any time.
+# launch/tpu_pod.sh calls this script on each host of a TPU VM pod. Both verbs can be called again at any time.
 #
-#   tpu_host.sh setup gs://BUCKET | IP:/SHARE   mounts the storage at /mnt/elder, and installs elder_jax
-#   tpu_host.sh run --flag=value ...            runs elder_jax apart from this connection, shows its output on worker 0, and
-#                                               ends with its exit status; called again meanwhile, it only watches
+#   tpu_host.sh setup gs://BUCKET | IP:/SHARE   mounts the storage at /mnt/elder and installs elder_jax
+#   tpu_host.sh run --flag=value ...            runs elder_jax so that it survives this connection, prints its output on
+#                                               worker 0, and exits with its status; during a run, it only watches
 set -euo pipefail
 mount=/mnt/elder
 home=~/elder
 run=$home/run
 
 setup() { # STORAGE
-  local wait_for_lock=(-o DPkg::Lock::Timeout=900) # a new machine updates itself first
+  local wait_for_lock=(-o DPkg::Lock::Timeout=900) # a new machine first updates itself
   if ! mountpoint -q "$mount"; then
     sudo mkdir -p "$mount"
     if [[ $1 == gs://* ]]; then
@@ -23,17 +23,17 @@ setup() { # STORAGE
         sudo apt-get -qq "${wait_for_lock[@]}" install -y gcsfuse
       fi
       sudo chown "$(id -u):$(id -g)" "$mount"
-      # Hosts read what others have just written, so nothing is remembered; finished folders get their name by a rename.
+      # No metadata cache: hosts read what others have just written. Finished folders are renamed into place.
       gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=200000 "${1#gs://}" "$mount"
     else
       sudo apt-get -qq "${wait_for_lock[@]}" update
       sudo apt-get -qq "${wait_for_lock[@]}" install -y nfs-common
-      # Attributes are remembered for a second at most, for the same reason; noac would make every write wait.
+      # Attributes are cached for at most a second, for the same reason. noac would make every write synchronous.
       sudo mount -t nfs -o hard,actimeo=1,lookupcache=positive "$1" "$mount"
-      [[ -w $mount ]] || sudo chmod 1777 "$mount" # a new share is root's
+      [[ -w $mount ]] || sudo chmod 1777 "$mount" # root owns a new share
     fi
   fi
-  # The images' own Python can be older than 3.11.
+  # The Python of the image can be older than 3.11.
   if [[ ! -e $home/venv/installed ]] || ! cmp -s "$home/src/setup.py" "$home/venv/installed"; then
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv
     ~/.local/bin/uv venv -q --clear --python 3.12 "$home/venv"
@@ -50,14 +50,14 @@ run() { # FLAGS…
   mkdir -p "$run"
   if is_running; then
     if [[ ${*@Q} != "$(<"$run/flags")" ]]; then
-      echo "launch/tpu_host.sh: another run is going on here: $(<"$run/flags")" >&2
+      echo "launch/tpu_host.sh: another run is in progress on this host: $(<"$run/flags")" >&2
       exit 2
     fi
   else
     rm -f "$run/status" "$run/pid"
     printf '%s\n' "${*@Q}" >"$run/flags"
     cd "$home/src"
-    # A new session: the run does not end with this connection. A new pod need not compile again.
+    # A new session, so that the run survives this connection. The cache saves a new pod from compiling again.
     # shellcheck disable=SC2016
     JAX_COMPILATION_CACHE_DIR=$mount/jax_cache setsid --fork bash -c '
       "$2" -m elder_jax.main "${@:3}" &
@@ -76,7 +76,7 @@ run() { # FLAGS…
     while is_running; do sleep 5; done
   fi
   for _ in {1..10}; do [[ -e $run/status ]] || sleep 1; done
-  [[ -e $run/status ]] || exit 1 # ended with the shell that would have told
+  [[ -e $run/status ]] || exit 1 # the shell that writes the status was killed too
   exit "$(<"$run/status")"
 }
 

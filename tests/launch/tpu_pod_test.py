@@ -111,7 +111,7 @@ def test_pod_loop(tmp_path, options, states, runs, setups, did, status):
   if states == 'DENIED':
     assert 'PERMISSION_DENIED' in result.stderr
   elif '--delete' not in options:
-    assert 'the pod is still there' in result.stderr
+    assert 'the pod still exists' in result.stderr
 
 
 @pytest.mark.parametrize('worker', ['0', '1'])
@@ -140,7 +140,7 @@ def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
   os.killpg(first.pid, signal.SIGKILL)  # the connection is lost, with all that is not set apart from it
   first.communicate(timeout=30)
   other = subprocess.run([*command, '--other=1'], env=env, capture_output=True, text=True, timeout=30)
-  assert other.returncode == 2 and 'another run is going on' in other.stderr
+  assert other.returncode == 2 and 'another run is in progress' in other.stderr
   again = watch(2)
   (home / 'go').touch()
   shown = again.communicate(timeout=30)[0]
