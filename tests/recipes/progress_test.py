@@ -1,4 +1,4 @@
-"""Everything that reads the whole text, method or recipe, tells how far it is and comes to its end."""
+"""Every method and recipe that reads text reports its progress up to the end."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ BLOCKS = {
 
 
 class Told(Log):
-  """Keeps what each progress was called with."""
+  """Records the calls of each progress function."""
 
   def __init__(self):
     self.calls: list[tuple[str, list[tuple[int, int]]]] = []
@@ -53,7 +53,7 @@ def assert_told(log: Told, part: str):
 @pytest.mark.parametrize('removed', [[3, 4, 7], [0, 8], [1, 3, 5]], ids=str)
 @pytest.mark.parametrize('block', BLOCKS)
 @pytest.mark.parametrize('recipe', [name for name, r in RECIPES.items() if r.reads_text and not r.trains])
-def test_a_recipe_tells_its_passes_and_knows_their_number(recipe, block, removed, monkeypatch):
+def test_a_recipe_reports_its_passes_and_predicts_their_number(recipe, block, removed, monkeypatch):
   told, passes = Told(), []
   begin = context(told, **BLOCKS[block])
   if RECIPES[recipe].refuses(begin.model.spec):
@@ -67,14 +67,14 @@ def test_a_recipe_tells_its_passes_and_knows_their_number(recipe, block, removed
 
 
 @pytest.mark.parametrize('method', [name for name, m in METHODS.items() if m.reads_text])
-def test_a_method_tells_how_far_it_is(method):
+def test_a_method_reports_its_progress(method):
   told = Told()
   METHODS[method].choose(context(told), 3)
   parts = {'elder': 'stage 1', 'mask': 'learning', 'laco': 'merging', 'swaps': 'swapping'}
   assert_told(told, parts.get(method, 'scoring'))
 
 
-def test_rounds_of_scoring_are_known():
+def test_the_progress_of_sleb_counts_all_rounds():
   told = Told()
   METHODS['sleb'].choose(context(told), 3)
   assert told.calls == [('scoring layers', [(i + 1, 6) for i in range(6)])]
