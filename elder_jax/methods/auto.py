@@ -112,8 +112,8 @@ def choose(candidates: dict[str, Method], context: Context, num_remove: int) -> 
   judged = judge(context.model, removed, fit, held_out, context.mode, say, notes)
   if contest.is_held(context.settings):
     judged = _again(context, judged, fit, held_out, notes)
-  told = [dataclasses.asdict(c) | {'scores': found[c.method].scores} for c in judged]
-  return Choice(judged[0].removed, about={'candidates': told})
+  entries = [dataclasses.asdict(c) | {'scores': found[c.method].scores} for c in judged]
+  return Choice(judged[0].removed, about={'candidates': entries})
 
 
 def _again(

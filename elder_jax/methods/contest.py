@@ -59,14 +59,14 @@ def _treated(context: Context, name: str, removed: list[int], fit: Batches, skip
     return model
   progress = context.log.progress(f'judging {name}')
 
-  def told(step: int, metrics: dict):
+  def on_step(step: int, metrics: dict):
     progress(step + 1, settings.steps, f'loss {metrics["loss"]:.4f}')
 
   kept = pruning.kept_layers(dense.num_layers, removed)
   teacher = dense if settings.taught else None
   saved = context.checkpoints(f'judge-{name}-{len(removed)}', settings.steps)
   batches = context.batches[skip : skip + settings.steps]
-  made = train(model, [], settings, context.mode, batches, told, saved, teacher, kept=kept)
+  made = train(model, [], settings, context.mode, batches, on_step, saved, teacher, kept=kept)
   memory.free(model, (made, dense))
   return made
 

@@ -53,11 +53,10 @@ def laco(
 
   A sweep starts near the output. At layer l it merges the C − 1 layers that follow into l,
     θ*_l = θ_l + Σ_{k=1 … C−1} (θ_{l+k} − θ_l),
-  where θ is all parameters of a layer. The merge is kept if the mean cosine similarity between the outputs of the merged
-  and the original model is above the threshold T. Then l decreases by the interval I, or further, until C layers and a
-  last one can follow. Otherwise the merge is undone and l decreases by 1. The last layer is never merged away. The output
-  is that of the final norm; the [T, D] output of a sequence counts as one vector, and the cosines are averaged over the
-  sequences.
+  where θ is all parameters of a layer. The merge is kept if the cosine similarity between the outputs of the merged and the
+  original model is above the threshold T. Then l decreases by the interval I, or further, until C layers and a last one can
+  follow. Otherwise the merge is undone and l decreases by 1. The last layer is never merged away. The output is that of the
+  final norm. The output of a sequence counts as one vector; the cosines are averaged over the sequences.
 
   Two changes to the paper: the last merge takes only as many layers as are still needed (and C is at most
   num_remove + 1), and T is searched for. A sweep that removes too few layers is repeated on the original model with the
@@ -69,8 +68,7 @@ def laco(
     interval: I.
     progress: Called after each trial with the number of layers removed by this sweep, `num_remove`, and T.
 
-  Raises:
-    InputError: no sweep can remove that many layers, or an output is not finite.
+  Raises InputError if no sweep can remove that many layers, or if an output is not finite.
   """
   L = model.num_layers
   combine = min(combine, num_remove + 1)

@@ -35,13 +35,13 @@ def by_scores(function: Callable, passes: Callable[[int], int] = lambda num_remo
 
   def choose(context: Context, num_remove: int) -> Choice:
     progress = context.log.progress('scoring layers')
-    batches = _Told(context.scored, progress, passes(num_remove))
+    batches = _ReportingBatches(context.scored, progress, passes(num_remove))
     return function(context.model, num_remove, batches, context.mode, context.settings.data.seed)
 
   return choose
 
 
-class _Told(Sequence):
+class _ReportingBatches(Sequence):
   """Batches that report progress: how many were read, over all passes."""
 
   def __init__(self, batches: Batches, progress: Callable[[int, int], None], passes: int):
