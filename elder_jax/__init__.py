@@ -1,10 +1,14 @@
-"""elder_jax: remove layers from a language model with little damage. The library: api.py and api_measures.py."""
+"""elder_jax: removes layers from a language model with as little damage as possible, and writes a Hugging Face checkpoint.
+
+It has the published methods to choose layers and recipes to compensate for them (METHODS, RECIPES), training, and export.
+The functions of the library are in api.py and api_measures.py.
+"""
 
 import importlib
 
 __version__ = '0.1.0'
 
-# Public name -> where it is. They are imported when they are asked for, so that `elder_jax --help` needs no jax.
+# Public name -> its module, imported on first use, so that `elder_jax --help` does not import jax.
 _PUBLIC = {
   **dict.fromkeys('Model load batches choose remove absorb train export'.split(), 'elder_jax.api'),
   **dict.fromkeys('perplexity zero_shot generate'.split(), 'elder_jax.api_measures'),
@@ -26,7 +30,7 @@ __all__ = [*_PUBLIC, 'run', '__version__']
 
 def __getattr__(name: str):
   if name == 'run':
-    return importlib.import_module('elder_jax.run')  # a package that can be called
+    return importlib.import_module('elder_jax.run')  # the package is callable
   if name not in _PUBLIC:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   return getattr(importlib.import_module(_PUBLIC[name]), name)

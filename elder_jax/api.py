@@ -1,4 +1,6 @@
-"""elder_jax as a library.
+"""The Python API of elder_jax.
+
+Example:
 
     import elder_jax as ej
     dense = ej.load('HuggingFaceTB/SmolLM2-135M')
@@ -9,8 +11,8 @@
     print(ej.perplexity(small, 'test.txt'))
     ej.export(small, 'out')
 
-Models are values: each function gives a new one and leaves its arguments as they are. Bad input is an InputError with the
-attributes setting, value and why.
+Every function returns a new Model and leaves its arguments unchanged. Bad input raises InputError, which has the attributes
+`setting`, `value` and `why`. Layer numbers are 0-based.
 """
 
 from collections.abc import Sequence
@@ -58,9 +60,10 @@ from elder_jax.training.validation import Validation
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A decoder on its devices, and the checkpoint that it came from.
+  """A language model on its devices, and the checkpoint that it was loaded from. Made by `load`.
 
-  kept: its layers, 0-based numbers of that checkpoint.
+  Attributes:
+    kept: The layers that the model still has, as layer numbers of the checkpoint.
   """
 
   decoder: Decoder
@@ -68,19 +71,21 @@ class Model:
   kept: tuple[int, ...]
   mode: Mode
   mesh: jax.sharding.Mesh
-  _scratch: Any = dataclasses.field(default=None, repr=False)  # a folder that lives as long as the model
+  _scratch: Any = dataclasses.field(default=None, repr=False)  # a temporary folder, kept as long as the model
 
   @property
   def num_layers(self) -> int:
+    """The number of layers."""
     return self.decoder.num_layers
 
   @property
   def num_params(self) -> int:
+    """The number of parameters."""
     return pruning.num_params(self.decoder)
 
   @functools.cached_property
   def tokenizer(self):
-    """Of transformers."""
+    """The tokenizer of the checkpoint, a transformers tokenizer."""
     return data.load_tokenizer(str(self.source.files))
 
   def _with(self, decoder: Decoder, removed: Sequence[int] = ()) -> 'Model':
@@ -89,17 +94,18 @@ class Model:
 
 
 def load(name: str, *, dtype: str = 'float32', mesh: Sequence[int] = (-1, 1, 1), remat: str = 'dots') -> Model:
-  """A model of a Hugging Face folder, a hub id or a .gguf file.
+  """Returns the model of a checkpoint, for example load('HuggingFaceTB/SmolLM2-135M').
 
   Args:
-    dtype: of computation and of weights, float32 or bfloat16; what is trained becomes float32.
-    mesh: devices for data, fsdp and tensor parallelism; one may be -1, all that remain.
-    remat: what the backward pass computes again: none, dots, dots_no_batch or full.
+    name: A Hugging Face folder, a hub id (owner/name) or a .gguf file.
+    dtype: Dtype of weights and computation: float32 or bfloat16. Trained weights become float32.
+    mesh: Number of devices for data, fsdp and tensor parallelism. One of them may be -1: all remaining devices.
+    remat: What the backward pass recomputes to save memory: none, dots, dots_no_batch or full.
 
   Raises:
-    InputError.
+    InputError: the checkpoint cannot be read or is not supported, or an argument is invalid.
   """
-  Config.of(dtype=dtype, remat=remat)  # checks them
+  Config.of(dtype=dtype, remat=remat)  # raises InputError for invalid values
   scratch = tempfile.TemporaryDirectory()
   source = open_source(name, pathlib.Path(scratch.name))
   devices = sharding.make_mesh(mesh)
@@ -121,14 +127,19 @@ def batches(
   bos: str = 'auto',
   **settings,
 ) -> Batches:
-  """Batches [batch_size, seq_len] of tokens, drawn with `seed` from a text: a file, a folder or a hub id.
+  """Returns batches of tokens, int32 [batch_size, seq_len], drawn from a text with the tokenizer of `model`.
 
   Args:
-    text: or several, each as [name=]source[@weight], for a blend.
-    settings: others of the training text by name, such as train_tokens, documents, train_on.
+    text: A file, a folder or a hub data set; or a list of [name=]source[@weight] entries, to blend several.
+    seq_len: Tokens per sequence.
+    num_sequences: Number of sequences in all batches together.
+    seed: Seed of the choice and order of the sequences.
+    text_column: Column that holds the text, in files with columns.
+    bos: Where to put a BOS token: auto, tokenizer, window or none.
+    **settings: Other settings of the training text by name, such as train_tokens, documents or train_on.
 
   Raises:
-    InputError: the text is too short, or cannot be read.
+    InputError: the text cannot be read or is too short, or an argument is invalid.
   """
   entries = (text,) if isinstance(text, str) else tuple(text)
   given = dict(seq_len=seq_len, num_sequences=num_sequences, batch_size=batch_size, seed=seed, bos=bos) | settings
@@ -147,14 +158,20 @@ def batches(
 def choose(
   model: Model, n: int, batches: Batches, method: str = 'auto', *, seed: int = 0, score_steps: int = 8, log: Log = QUIET
 ) -> Choice:
-  """The n layers that a method removes, as numbers of this model.
+  """Chooses n layers to remove, for example choose(dense, 7, data, 'cosine_block').removed.
 
   Args:
-    method: a name of METHODS, or your own as package.module:NAME.
-    score_steps: batches that layers are scored on.
+    n: Number of layers to remove.
+    batches: Calibration data.
+    method: A key of METHODS, or your own method as package.module:NAME.
+    seed: Seed of methods that draw at random.
+    score_steps: Number of batches to score layers on. `auto` compares its candidates on as many more.
+
+  Returns:
+    A Choice. `removed` holds n layer numbers of this model, `scores` the scores of the method.
 
   Raises:
-    InputError: the method cannot choose so many.
+    InputError: the method is unknown or cannot choose n layers.
   """
   if not 0 <= n < model.num_layers:
     raise InputError('n', n, f'must be at least 0 and below {model.num_layers}, the layers of the model.')
@@ -163,17 +180,27 @@ def choose(
 
 
 def remove(model: Model, layers: Sequence[int]) -> Model:
-  """The model without these layers. Raises InputError."""
+  """Returns the model without some layers, otherwise unchanged. layers: layer numbers of this model.
+
+  Raises:
+    InputError: a layer does not exist or is named twice, or no layer would be left.
+  """
   _check_layers(model, layers)
   with jax.set_mesh(model.mesh):
     return model._with(pruning.prune(model.decoder, list(layers)), layers)
 
 
 def absorb(model: Model, layers: Sequence[int], batches: Batches, *, log: Log = QUIET) -> Model:
-  """`remove`, the layers before the gaps refitted in closed form to do the removed layers' work.
+  """Returns the model without some layers, with the layers around each gap refitted by ridge regression to compensate.
+
+  The architecture stays the same; only weights of existing tensors change.
+
+  Args:
+    layers: Layer numbers of this model.
+    batches: Calibration data.
 
   Raises:
-    InputError: the model's blocks cannot be refitted, or as `remove`.
+    InputError: the architecture cannot be refitted, or `layers` is invalid as in `remove`.
   """
   _check_layers(model, layers)
   if why := absorb_recipe.why_not(model.decoder.spec):
@@ -194,38 +221,39 @@ def train(
   validation: Batches | None = None,
   log: Log = QUIET,
 ) -> Model:
-  """The model after training; what trained is float32 (with LoRA merged in the type of the model).
+  """Returns the trained model. Trained weights are float32; with LoRA, merged weights have the dtype of the model.
 
   Args:
-    settings: unset steps are one pass over the batches.
-    teacher: a model to distil from; settings.distill is the weight of its loss, 0.5 where neither that nor
-      settings.distill_hidden is given.
-    penalise: layers whose updates are penalised (ELDeR's stage 2), to be removed afterwards.
-    checkpoints: a folder to save to and to resume from.
-    validation: batches to measure the loss on every settings.validate_every steps, which `log` gets; never trained on.
+    settings: `steps=None` is one pass over the batches. Batches repeat if there are fewer than steps.
+    teacher: Model to distil from, for example the dense one. The weight of the distillation loss is settings.distill, or
+      0.5 if neither that nor settings.distill_hidden is set.
+    penalise: Layers whose updates are penalised (stage 2 of ELDeR), to be removed afterwards.
+    checkpoints: Folder to save checkpoints in and to resume from; empty: none.
+    validation: Held-out batches. Their loss is measured every settings.validate_every steps and passed to `log`.
 
   Raises:
-    InputError, NonFiniteLoss.
+    InputError: the settings do not fit the model, the teacher or each other.
+    NonFiniteLoss: the loss became infinite or NaN.
   """
   _check_layers(model, penalise)
   if teacher is model:
-    raise InputError('teacher', teacher.source.name, 'is the model itself; give the dense model.')
+    raise InputError('teacher', teacher.source.name, 'is the model itself; pass the dense model.')
   if settings.taught and teacher is None:
     raise InputError(
-      settings.taught_by, getattr(settings, settings.taught_by), 'needs a teacher; give the dense model.'
+      settings.taught_by, getattr(settings, settings.taught_by), 'needs a teacher; pass the dense model as teacher.'
     )
   steps = len(batches) if settings.steps is None else settings.steps
   distill = (0.5,) if teacher and not settings.taught else settings.distill
   settings = dataclasses.replace(settings, steps=steps, distill=distill)
   if settings.validate_every and validation is None:
-    raise InputError('validate_every', settings.validate_every, 'needs batches to measure on; give validation.')
+    raise InputError('validate_every', settings.validate_every, 'needs held-out batches; pass them as validation.')
   kept = _layers_of_teacher(model, teacher, settings) if settings.distill_hidden else None
   saved = Checkpoints(user_path(checkpoints), 100, steps) if checkpoints else None
   mode = dataclasses.replace(model.mode, penalty=settings.penalty, penalty_scale=settings.penalty_scale)
   tokens = batches.batch_size * batches.seq_len
   progress, record = log.progress('training', tokens=tokens), log.steps('train', tokens)
 
-  def told(step: int, metrics: dict):
+  def on_step(step: int, metrics: dict):
     record(step, metrics)
     progress(step + 1, steps, f'loss {metrics["loss"]:.4f}')
 
@@ -233,29 +261,31 @@ def train(
   with jax.set_mesh(model.mesh), tempfile.TemporaryDirectory() as scratch:
     folder = user_path(f'{checkpoints or pathlib.Path(scratch) / "train"}.held_out')
     seen = _validation(validation, settings, mode, folder, log) if settings.validate_every else None
-    first = model.decoder, list(penalise), settings, mode, batches, told, saved, taught, model.mode.dtype
+    first = model.decoder, list(penalise), settings, mode, batches, on_step, saved, taught, model.mode.dtype
     made = trainer.train(*first, validation=seen, kept=kept)
   return model._with(made)
 
 
 def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0, text_only: bool = False) -> dict:
-  """Writes an ordinary Hugging Face folder, reads it back and compares it with the model before it gets its name.
+  """Writes an ordinary Hugging Face checkpoint. Reads it back and compares its logits before the folder gets its name.
 
   Args:
-    folder: must not exist.
-    dtype: of the tensors; empty: that of the checkpoint that the model came from.
-    text_only: of a model for pictures and text, the language model by itself.
+    folder: Folder to write; it must not exist.
+    dtype: Dtype of the tensors; empty: that of the source checkpoint.
+    shard_gb: Maximum size of one safetensors file, in GB (1e9 bytes).
+    text_only: Whether to write only the language model of a multimodal model.
 
   Returns:
-    The largest difference of a logit, as verify.check has it.
+    The largest difference of a logit, under 'jax', and under 'torch' if PyTorch is installed; see verify.check.
 
   Raises:
-    InputError, ExportMismatch.
+    InputError: the folder exists, or an argument is invalid.
+    ExportMismatch: the logits of the written folder differ from those of the model.
   """
   output = Config.of(export_dtype=dtype, shard_gb=shard_gb).output
   final = user_path(folder)
   if os.path.lexists(final):
-    raise InputError('folder', folder, 'is there already; give a new one.')
+    raise InputError('folder', folder, 'already exists; give a new folder.')
   temporary = final.with_name(f'{final.name}.partial')
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
@@ -272,7 +302,14 @@ def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0,
 
 
 def run(config: Config) -> dict:
-  """A whole run, as `elder_jax prune` does it; the report. Config.of(num_remove=7, …) makes its settings."""
+  """Performs a whole run, like `elder_jax prune`, and returns the content of report.json.
+
+  Args:
+    config: The settings, for example Config.of(model='HuggingFaceTB/SmolLM2-135M', workdir='runs/x', num_remove=7).
+
+  Raises:
+    InputError: a setting or a file is invalid.
+  """
   return series.run(config)
 
 
@@ -284,12 +321,13 @@ def _context(model: Model, batches: Batches, log: Log, **settings) -> Context:
 
 
 def _layers_of_teacher(model: Model, teacher: Model, settings: TrainSettings) -> list[int]:
-  """For each layer of the model the teacher's layer that it was. Raises InputError where that is not known."""
+  """Returns the teacher's layer that corresponds to each layer of the model. Raises InputError if there is none."""
   if model.source.name != teacher.source.name or not set(model.kept) <= set(teacher.kept):
     raise InputError(
       'distill_hidden',
       settings.distill_hidden,
-      'needs a teacher that has the layers of the model, loaded from the same checkpoint; give that, or leave it out.',
+      'needs a teacher that was loaded from the same checkpoint and still has all layers of the model; pass such a teacher '
+      'or leave out distill_hidden.',
     )
   return [teacher.kept.index(l) for l in model.kept]
 
@@ -297,14 +335,16 @@ def _layers_of_teacher(model: Model, teacher: Model, settings: TrainSettings) ->
 def _validation(batches: Batches, settings: TrainSettings, mode: Mode, folder: pathlib.Path, log: Log) -> Validation:
   record = log.steps('train.held_out')
 
-  def told(step: int, loss: float):
+  def on_step(step: int, loss: float):
     record(step, {'held_out_loss': loss})
 
-  return Validation(batches, settings.validate_every, mode, folder, settings.export == 'best', tell=told)
+  return Validation(batches, settings.validate_every, mode, folder, settings.export == 'best', tell=on_step)
 
 
 def _check_layers(model: Model, layers: Sequence[int]):
   if wrong := [l for l in layers if not 0 <= l < model.num_layers]:
     raise InputError('layers', list(layers), f'{wrong[0]} is not a layer of this model, which has {model.num_layers}.')
   if len(set(layers)) < len(layers) or len(layers) == model.num_layers:
-    raise InputError('layers', list(layers), 'names a layer twice, or all of them; name each once and leave one.')
+    raise InputError(
+      'layers', list(layers), 'names a layer twice, or all layers; name each once and keep at least one.'
+    )

@@ -1,4 +1,4 @@
-"""What elder_jax as a library measures of a model, and lets it write. See api.py."""
+"""The Python API for evaluation and generation: perplexity, zero_shot, generate. See api.py."""
 
 from collections.abc import Sequence
 import functools
@@ -24,13 +24,18 @@ def perplexity(
   text_column: str = 'text',
   bos: str = 'auto',
 ) -> float:
-  """exp of the mean token NLL over windows of `seq_len` tokens that do not overlap.
+  """Returns the perplexity of a text: exp of the mean token NLL over non-overlapping windows.
 
   Args:
-    tokens: of the text that are used, from its start; 0: all.
+    text: A file, a folder or a hub data set.
+    seq_len: Tokens per window.
+    batch_size: Windows per batch.
+    tokens: Number of tokens to use, from the start of the text; 0: all.
+    text_column: Column that holds the text, in files with columns.
+    bos: Where to put a BOS token: auto, tokenizer, window or none.
 
   Raises:
-    InputError.
+    InputError: the text cannot be read or is too short, or an argument is invalid.
   """
   rule, first = data.bos_rule(bos, getattr(model.source.family, 'BOS_FIRST', False), model.tokenizer)
   corpus = data.tokenise('text', text, text_column, model.tokenizer, rule == 'tokenizer')
@@ -43,10 +48,16 @@ def perplexity(
 def zero_shot(
   model: Model, tasks: Sequence[str], *, tasks_dir: str = '', limit: int = 0, batch_size: int = 16
 ) -> dict[str, dict[str, float | None]]:
-  """{task: figures} of tasks of lm-evaluation-harness (pip install 'elder_jax[eval]'). Raises InputError.
+  """Returns {task: {metric: value}} of tasks of lm-evaluation-harness (pip install 'elder_jax[eval]').
 
   Args:
-    tasks: names; quick stands for six (zero_shot.SETS).
+    tasks: Names of tasks; 'quick' is a set of six (zero_shot.SETS).
+    tasks_dir: Folder of task definitions of your own; empty: none.
+    limit: Maximum number of questions per task; 0: all.
+    batch_size: Sequences per batch.
+
+  Raises:
+    InputError: the harness is not installed, or a task is unknown.
   """
   loaded = zero_shot_lib.load_tasks(list(tasks), tasks_dir)
   with jax.set_mesh(model.mesh):
@@ -66,7 +77,20 @@ def zero_shot(
 def generate(
   model: Model, prompt: str, max_new_tokens: int = 64, *, sampling: Sampling = Sampling(), seed: int = 0
 ) -> str:
-  """What the model writes after a prompt. Raises InputError."""
+  """Continues a prompt, for example generate(small, 'The capital of France is', 8).
+
+  Args:
+    prompt: The text to continue; no chat template is applied.
+    max_new_tokens: Maximum number of new tokens.
+    sampling: For example Sampling(temperature=0.8); the default is greedy decoding.
+    seed: Seed of the sampling.
+
+  Returns:
+    The new text, without the prompt and without special tokens.
+
+  Raises:
+    InputError: the prompt is empty, prompt and new tokens exceed the context length, or an argument is out of range.
+  """
   tokens = model.tokenizer(prompt, verbose=False)['input_ids']
   with jax.set_mesh(model.mesh):
     new = generation.generate(

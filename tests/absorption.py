@@ -1,4 +1,4 @@
-"""What the tests of absorb share: a few texts, and what a layer reads and writes, in numpy."""
+"""Shared by the tests of absorb: a few batches, and the inputs and outputs of layers in NumPy."""
 
 import functools
 
@@ -14,19 +14,19 @@ from elder_jax.recipes import absorb
 
 L = 6
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (3, 4, 16), np.int32))
-# Only the down projection of the layer before each run.
+# Refits only the down projection of the layer before each gap.
 ONE_MATRIX = functools.partial(absorb.absorb, after=0, attention=False)
 
 
 def streams(model, tokens_BT) -> np.ndarray:
-  """What each layer reads and the last writes, [L + 1, tokens, D]."""
+  """Returns the input of each layer and the output of the last, [L + 1, tokens, D]."""
   x_BTD, _, x_LBTD = run_layers(model, embed(model, tokens_BT), inputs=True)
   x_MBTD = np.concatenate([x_LBTD, x_BTD[None]]).astype(np.float64)
   return x_MBTD.reshape(len(x_MBTD), -1, 16)
 
 
 def features(model, l, tokens_BT) -> np.ndarray:
-  """What the down projection of layer l reads, by hand."""
+  """Returns the input of layer l's down projection, computed in NumPy."""
   x_BTD = run_layers(model, embed(model, tokens_BT), inputs=True)[2][l]
   block = jax.tree.map(lambda a: a[l], model.layers)
   rope, _ = rope_and_window(model.spec, rope_tables(model.spec, 16), {})

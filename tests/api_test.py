@@ -1,4 +1,4 @@
-"""The library: README's example, and the refusals with their setting, value and why."""
+"""The Python API: README's example, agreement with a run, and errors with their setting, value and why."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def batches(dense, text) -> ej.Batches:
 
 
 def test_the_example_of_the_readme_runs(deep, text, tmp_path, monkeypatch, capsys):
-  """As it stands, but for a tiny model, short sequences and fewer layers."""
+  """Unchanged except for a tiny model, short sequences and fewer layers."""
   code = re.search(r'^    import elder_jax as ej\n(?:    .*\n|\n)+', README.read_text(), re.MULTILINE)[0]
   code = re.sub(r'^    ', '', code, flags=re.MULTILINE)
   for old, new in (
@@ -53,7 +53,7 @@ def test_the_example_of_the_readme_runs(deep, text, tmp_path, monkeypatch, capsy
   assert config['num_hidden_layers'] == 6 and (tmp_path / 'out' / 'SHA256SUMS').is_file()
 
 
-def test_functions_leave_their_arguments_as_they_are(dense, batches):
+def test_functions_do_not_change_their_arguments(dense, batches):
   before = [np.asarray(a) for a in jax.tree.leaves(dense.decoder)]
   for small in (ej.remove(dense, [1, 4]), ej.absorb(dense, [1, 4], batches)):
     assert (small.num_layers, small.kept) == (6, (0, 2, 3, 5, 6, 7))
@@ -65,18 +65,18 @@ def test_functions_leave_their_arguments_as_they_are(dense, batches):
     np.testing.assert_array_equal(a, b)
 
 
-def test_hidden_distillation_knows_which_layers_of_the_teacher_the_models_are(dense, batches):
+def test_hidden_distillation_compares_each_layer_with_its_own_of_the_teacher(dense, batches):
   seen, train = [], trainer.train
   settings = ej.TrainSettings(steps=1, lr=1e-3, distill_hidden=0.5)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, 'train', lambda *a, **more: seen.append((a[2], more['kept'])) or train(*a, **more))
     ej.train(ej.remove(dense, [1, 4]), batches, settings, teacher=dense)
   assert [(s.distils, kept) for s, kept in seen] == [(False, [0, 2, 3, 5, 6, 7])]
-  with pytest.raises(ej.InputError, match='distill_hidden=0.5: needs a teacher that has the layers'):
+  with pytest.raises(ej.InputError, match='distill_hidden=0.5: needs a teacher that was loaded from'):
     ej.train(ej.remove(dense, [1]), batches, settings, teacher=ej.remove(dense, [2]))
 
 
-def test_the_library_and_a_run_choose_and_measure_the_same(deep, text, dense, tmp_path):
+def test_the_api_and_a_run_choose_and_measure_the_same(deep, text, dense, tmp_path):
   config = ej.Config.of(
     model=deep,
     workdir=str(tmp_path / 'work'),
@@ -102,7 +102,7 @@ def test_the_library_and_a_run_choose_and_measure_the_same(deep, text, dense, tm
 
 
 @pytest.mark.parametrize('method', [m for m in ej.METHODS if m != 'elder'])
-def test_every_method_is_to_be_had(dense, batches, method):
+def test_every_method_works(dense, batches, method):
   choice = ej.choose(dense, 1, batches, method, score_steps=1)
   assert len(choice.removed) == 1 and choice.removed[0] in range(8)
 
@@ -128,7 +128,7 @@ def test_every_method_is_to_be_had(dense, batches, method):
     (lambda m, b: ej.export(m, '/'), 'folder', '/'),
   ],
 )
-def test_errors_have_the_setting_its_value_and_why(dense, batches, call, setting, value):
+def test_errors_have_a_setting_a_value_and_a_reason(dense, batches, call, setting, value):
   with pytest.raises(ej.InputError) as caught:
     call(dense, batches)
   error = caught.value
@@ -137,11 +137,11 @@ def test_errors_have_the_setting_its_value_and_why(dense, batches, call, setting
   assert error.for_command() == f'--{error}'
 
 
-def test_an_export_that_exists_is_left_alone(dense, tmp_path):
+def test_an_existing_folder_is_not_overwritten(dense, tmp_path):
   figures = ej.export(ej.remove(dense, [3]), str(tmp_path / 'out'))
   assert figures['jax'] < 1e-4
   before = sorted(tmp_path.iterdir())
-  with pytest.raises(ej.InputError, match='is there already'):
+  with pytest.raises(ej.InputError, match='already exists'):
     ej.export(dense, str(tmp_path / 'out'))
   assert sorted(tmp_path.iterdir()) == before
   again = ej.load(str(tmp_path / 'out'))

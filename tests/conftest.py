@@ -1,4 +1,4 @@
-"""Tiny random models and texts that all tests share. Golden tests need torch and fail without it."""
+"""Tiny random models and texts shared by all tests. Golden tests need torch and fail without it."""
 
 import mmap
 import os
@@ -7,11 +7,11 @@ import shutil
 import tempfile
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
-  os.environ.setdefault('OMP_NUM_THREADS', '1')  # a worker for each core
+  os.environ.setdefault('OMP_NUM_THREADS', '1')  # there is one worker per core
 
 
 def _has(flag: str) -> bool:
-  """Whether this jaxlib knows a flag; one that it does not know ends the process."""
+  """Whether this jaxlib has an XLA flag. An unknown flag would end the process."""
   import jaxlib
 
   library = pathlib.Path(jaxlib.__file__).with_name('libjax_common.so')
@@ -19,11 +19,11 @@ def _has(flag: str) -> bool:
     return code.find(flag.encode()) >= 0
 
 
-# Half of the tests' time is the compiler's; without its newer fusions it takes half of that. For processes of tests, too.
+# Compilation takes half of the tests' time, and half as long without the fusion emitters. Child processes use this too.
 _FLAGS = [os.environ.get('XLA_FLAGS', '')]
 if _has('xla_cpu_use_fusion_emitters'):
   _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
-# Eight devices in this process. Tests get the first of them, unless they ask for `eight_devices`.
+# This process has eight devices. A test uses only the first unless it has the fixture `eight_devices`.
 os.environ['XLA_FLAGS'] = ' '.join([*_FLAGS, '--xla_force_host_platform_device_count=8'])
 
 import jax  # noqa: E402
@@ -41,14 +41,14 @@ from elder_jax.run import job
 from elder_jax.text import data
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()  # the tokens of tests are of no use to anybody else
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()  # keep the tokens of tests out of the user's cache
 
 
 def pytest_configure(config):
   os.environ['ELDER_JAX_QUICK'] = str(int('not slow' in (config.option.markexpr or '')))
 
 
-# The longest files; a worker that got one of them last would work alone.
+# The slowest files run first; a worker that got one of them last would run alone at the end.
 FIRST = (
   'hf/fuzz hf/smollm2 run/options devices/hosts methods/importance methods/choices text/generate run/signals hf/families '
   'run/memory'
@@ -62,8 +62,8 @@ def pytest_collection_modifyitems(items):
   items.sort(key=place)
 
 
-# Programs are kept between runs, a folder for each jax.
-# Without most optimisations: tests run tiny programs once. A module that needs them says so by `whole_compiler`.
+# Compiled programs are cached between runs, in one folder per jax version. Most optimisations are off, since tests run tiny
+# programs once. A test that needs them uses the fixture `whole_compiler`.
 _CACHE = pathlib.Path(os.environ.get('ELDER_JAX_TEST_CACHE', '~/.cache/elder_jax/tests')).expanduser() / jax.__version__
 jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_compilation_cache_dir', str(_CACHE))
@@ -74,7 +74,7 @@ jax.config.update('jax_compilation_cache_max_size', 2**31)
 
 @pytest.fixture(scope='module', autouse=True)
 def forget_programs():
-  """Programs of one module are of no use to the next, and thousands of them take more mappings than a process may have."""
+  """Clears the caches: modules share no programs, and thousands of programs exceed the limit of memory mappings."""
   yield
   jax.clear_caches()
 
@@ -85,20 +85,20 @@ sharding.all_devices = lambda: jax.devices()[:1]
 
 @pytest.fixture
 def eight_devices(monkeypatch):
-  """What a run sees is all eight."""
+  """Makes all eight devices visible to a run."""
   monkeypatch.setattr(sharding, 'all_devices', _all_devices)
   return jax.devices()
 
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory) -> pathlib.Path:
-  """A tiny Llama's folder; read only."""
+  """The folder of a tiny Llama. Do not change it."""
   return write_tiny_llama(tmp_path_factory.mktemp('tiny'))
 
 
 @pytest.fixture(scope='session')
 def text(tmp_path_factory) -> pathlib.Path:
-  """Some kilobytes of text; read only."""
+  """A text file of some kilobytes. Do not change it."""
   path = tmp_path_factory.mktemp('text') / 'text.txt'
   path.write_text(''.join(f'{i} times {i % 7} is {i * (i % 7)}, and {i} is not {i + 1}.\n' for i in range(400)))
   return path
@@ -134,7 +134,7 @@ def settings(tiny, text, tmp_path) -> dict:
 
 @pytest.fixture
 def model(tiny, tmp_path, settings) -> pathlib.Path:
-  """A copy of the tiny model to damage; `settings` point to it."""
+  """A copy of the tiny model that a test may damage; `settings` point to it."""
   folder = tmp_path / 'model'
   shutil.copytree(tiny, folder)
   settings['model'] = str(folder)
@@ -143,15 +143,15 @@ def model(tiny, tmp_path, settings) -> pathlib.Path:
 
 @pytest.fixture
 def no_long_work(monkeypatch):
-  """Weights are never read here, and no table of a billion rows is made, whatever a config.json says."""
+  """Fails a test that loads weights, or makes a table for the number of layers of a damaged config.json."""
   rows = rows_of
 
   def few_rows(family, spec, num_layers):
-    assert num_layers < 1000, 'the layers of config.json were believed'
+    assert num_layers < 1000, 'num_hidden_layers of config.json was not checked'
     return rows(family, spec, num_layers)
 
   def seen(*args):
-    return pytest.fail('the bad input was not seen, the model was loaded')
+    return pytest.fail('the model was loaded before the bad input was reported')
 
   monkeypatch.setattr(job, 'load_model', seen)
   monkeypatch.setattr(table_module, 'rows_of', few_rows)
@@ -159,13 +159,15 @@ def no_long_work(monkeypatch):
 
 @pytest.fixture
 def no_text(monkeypatch):
-  """Texts are not read either: what is wrong with flags and checkpoint is told before that."""
-  monkeypatch.setattr(data, 'load_tokenizer', lambda name: pytest.fail('the bad input was not seen, text was read'))
+  """Fails a test that reads text: errors in flags and checkpoint must be reported before that."""
+  monkeypatch.setattr(
+    data, 'load_tokenizer', lambda name: pytest.fail('text was read before the bad input was reported')
+  )
 
 
 @pytest.fixture
 def whole_compiler():
-  """With the optimisations that a user's run has."""
+  """Turns on all compiler optimisations, as in a real run."""
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)

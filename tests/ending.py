@@ -1,8 +1,8 @@
-"""What the tests of commands share: how one has ended."""
+"""Shared by the tests of commands: checks how a command ended."""
 
 
 def one_sentence(ended, status: int, *parts):
-  """The command ended with that status, and its last words are one sentence that holds all `parts`."""
+  """Checks the exit status of a command, and that its last line is one sentence with all `parts`."""
   assert ended[0] == status, ended
   assert 'Traceback' not in ended[2] and ended[2].endswith('\n'), ended[2]
   *progress, last = ended[2].splitlines()

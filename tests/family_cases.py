@@ -1,4 +1,4 @@
-"""A small config of each family with every feature on, and one with odd sizes, as transformers spells it."""
+"""Configs of each family with the keys of transformers: a small one with every feature on, and one with odd sizes."""
 
 V = 131
 SMALL = dict(
@@ -90,7 +90,7 @@ CASES = {
   'gpt2': GPT2,
   'gpt2, wide': GPT2 | dict(n_inner=50, n_layer=6, activation_function='relu', tie_word_embeddings=False),
   'gpt_neox': FULL | dict(rotary_pct=0.5),
-  'gpt_neox, in turn': FULL
+  'gpt_neox, sequential': FULL
   | dict(
     hidden_size=40,
     num_attention_heads=2,

@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp's converter writes them, from the folder of a tiny model."""
+"""Writes GGUF files like llama.cpp's converter, from the folder of a tiny model."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ Type = gguf.GGMLQuantizationType
 
 
 def bpe_vocabulary():
-  """A byte-level vocabulary: specials, the 256 bytes, and a few merged tokens, one of which no merge leads to."""
+  """A byte-level vocabulary: special tokens, the 256 bytes, and a few merged tokens, one of which no merge produces."""
   from tokenizers import pre_tokenizers
 
   tokens = [BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet()), '12', '123', '1234', 'it', 'whole', CONTROL, USER]
@@ -51,7 +51,7 @@ LLAMA3 = {
 CASES = {
   'llama': dict(rope_theta=500000.0),
   'llama, untied': dict(tie_word_embeddings=False),
-  'llama, narrow heads': dict(head_dim=12),  # 48 rows of q for a width of 64
+  'llama, narrow heads': dict(head_dim=12),  # q has 48 rows, the model width is 64
   'llama, scaled': dict(rope_parameters=LLAMA3, head_dim=64),
   'qwen2': dict(rope_theta=1e6),
   'qwen2, untied': dict(tie_word_embeddings=False),
@@ -71,7 +71,7 @@ CASES = {
 FAMILIES = ['llama', 'qwen2', 'qwen3', 'gemma3_text']
 ARCHITECTURES = {'gemma3_text': 'gemma3'}
 
-# What gguf-py's converter calls them.
+# Hugging Face name -> name in GGUF.
 COMMON = {
   'self_attn.q_proj': 'attn_q',
   'self_attn.k_proj': 'attn_k',
@@ -96,7 +96,7 @@ GEMMA_NAMES = COMMON | {
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-  """As llama.cpp's converter stores q and k of a Llama."""
+  """Permutes rows of q or k like llama.cpp's converter does for Llama."""
   return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -119,10 +119,13 @@ def _converted(name: str, weight: np.ndarray, config: dict) -> tuple[str, np.nda
 def write_gguf(
   path, folder, pre='smollm', add_bos=None, quantize=None, head_dim=True, vocabulary='bpe', fields=(), rename=(), **how
 ) -> pathlib.Path:
-  """The folder's model as llama.cpp's converter writes it.
+  """Writes the model of a folder like llama.cpp's converter.
 
-  quantize: (name, weight) -> Type, or None: as it is; fields: more of them, ARCH in a name is the architecture's; rename:
-  of tokens; how: of gguf.GGUFWriter.
+  Args:
+    quantize: Quantisation of matrices; None: unchanged.
+    fields: More GGUF fields. ARCH in a name becomes the architecture.
+    rename: {token: new name}.
+    how: Arguments of gguf.GGUFWriter.
   """
   config = json.loads((folder / 'config.json').read_text())
   kind = config['model_type']
@@ -185,7 +188,7 @@ def write_gguf(
 
 
 def llama3_divisors(rope: dict, head_dim: int) -> np.ndarray:
-  """As llama.cpp's converter computes them."""
+  """Returns the divisors of Llama 3's RoPE frequencies, computed like in llama.cpp's converter."""
   factors = []
   for i in range(0, head_dim, 2):
     wavelength = 2 * np.pi * rope['rope_theta'] ** (i / head_dim)

@@ -1,4 +1,4 @@
-"""How the tests of launch/ start its scripts; clouds and clusters are stood in for by programs of these names."""
+"""Shared by the tests of launch/: starts its scripts. Fake programs replace the tools of clouds and clusters."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ SLURM = ['--nodes=2', '--gpus-per-node=8', '--time=4:00:00']
 
 
 def environment(**extra) -> dict:
-  """This one without what the scripts read, so that tests do not depend on it."""
+  """Returns the environment without variables that the scripts read, so that tests do not depend on them."""
   ours = ('ELDER_', 'LOGS', 'GRACE', 'PYTHON', 'DEVICES_PER_PROCESS', 'JAX_', 'XLA_')
   return {key: value for key, value in os.environ.items() if not key.startswith(ours)} | extra
 
@@ -39,13 +39,13 @@ def launch(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def commands(result: subprocess.CompletedProcess) -> list[list[str]]:
-  """The commands that a dry run shows, as a shell would read them."""
+  """Returns the commands that a dry run prints, split as by a shell."""
   assert result.returncode == 0, result.stderr
   return [shlex.split(line[2:]) for line in result.stdout.splitlines() if line.startswith('+ ')]
 
 
 def tool(name: str) -> str:
-  """A program that a package of the test extra brings."""
+  """Returns the path of a program from a package of the test extra."""
   found = shutil.which(name, path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ['PATH']]))
   assert found, f'{name} is missing; install the test extra'
   return found

@@ -1,4 +1,4 @@
-"""A random decoder with gates, and its forward pass as a plain loop over the layers."""
+"""A random decoder with gates, and its forward pass as a plain Python loop over the layers."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ ALL_NORMS = [(p, s) for p in ('l2', 'l1') for s in ('token', 'relative', 'none')
 
 @functools.cache
 def decoder(tied: bool = False) -> Decoder:
-  """A random Decoder, the norms' scales too, so that none of them could be swapped unseen. Not to be written to."""
+  """A random Decoder. The scales of norms are random too, so that swapping them would be noticed. Do not change it."""
 
   @jax.jit
   def make():
@@ -79,7 +79,7 @@ def layer_jit(block, x_BTD, rope):
 
 
 def by_hand(model: Decoder, tokens_BT, alive_L, mode: Mode):
-  """forward as a Python loop, with the norms of the updates taken in numpy."""
+  """forward as a Python loop, with the norms of the updates in NumPy."""
   x_BTD = model.embed[...][tokens_BT]
   rope, _ = rope_and_window(model.spec, rope_tables(model.spec, tokens_BT.shape[1]), {})
   delta_L = []
@@ -87,7 +87,7 @@ def by_hand(model: Decoder, tokens_BT, alive_L, mode: Mode):
     if not alive_L[l]:
       delta_L.append(0.0)
       continue
-    # f(x) of the paper: the layer as it stands without a gate; both forms of the gate are written out from it.
+    # f(x) of the paper: the output of the layer without a gate. Both forms of gates follow from it.
     f_BTD = layer_jit(layer_of(model, l), x_BTD, rope)
     gate = model.gate_L[...][l]
     delta_L.append(plain_norm(np.asarray(f_BTD - x_BTD), np.asarray(x_BTD), mode.penalty, mode.penalty_scale))

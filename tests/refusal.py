@@ -1,4 +1,4 @@
-"""What the tests of bad input share: a run must refuse, in one sentence."""
+"""Shared by the tests of bad input: checks that a run refuses its settings in one sentence."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ from elder_jax.run import pipeline
 
 
 def refused(settings, *parts, **more) -> str:
-  """Runs; the refusal must be one sentence that holds all `parts`, and must leave the work folder free."""
+  """Runs and returns the error. It must be one sentence with all `parts`, and config.json must not change."""
   settings = {**settings, **more}
   record = pathlib.Path(settings['workdir']) / 'config.json'
   before = record.read_bytes() if record.is_file() else None

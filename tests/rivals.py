@@ -1,4 +1,4 @@
-"""What the tests of methods that score layers share: a tiny model, its batches, and how a method is asked."""
+"""Shared by the tests of methods that score layers: a tiny model, its batches, and `choose`."""
 
 import numpy as np
 import tiny
@@ -11,7 +11,7 @@ from elder_jax.recipes.context import Choice
 SPEC = tiny_spec()
 L = 9
 BATCHES = list(np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 8, 9), np.int32))
-METHODS = [name for name in ALL_METHODS if name not in ('auto', 'swaps', 'mask', 'elder', 'laco')]  # those that score
+METHODS = [name for name in ALL_METHODS if name not in ('auto', 'swaps', 'mask', 'elder', 'laco')]
 
 
 def choose(method, model, num_remove, batches=BATCHES, mode=Mode(), seed=0) -> Choice:
@@ -23,5 +23,5 @@ def ascending(scores, candidates) -> list[int]:
 
 
 def middle(num_layers: int) -> range:
-  """Where Shortened LLaMA chooses: the first four and the last two blocks stay."""
+  """Returns the layers that Shortened LLaMA may remove: all but the first four and the last two."""
   return range(4, num_layers - 2)

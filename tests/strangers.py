@@ -1,4 +1,4 @@
-"""Models that the decoder does not know, tiny and random; how layers are cut from their files, and from them in PyTorch."""
+"""Tiny random models that the decoder does not support. Layers are cut from their files by name, and in PyTorch."""
 
 import pathlib
 
@@ -143,7 +143,7 @@ def logits(model) -> torch.Tensor:
 
 
 def without(model, at: str, removed: list[int]):
-  """The model with these modules deleted, and the lists by which its forward pass goes."""
+  """Deletes layers from a PyTorch model, and their entries from the lists of its config that the forward pass reads."""
   owner, _, name = at.rpartition('.')
   parent = model.get_submodule(owner)
   kept = [l for l in range(len(getattr(parent, name))) if l not in removed]

@@ -1,4 +1,4 @@
-"""Tiny random models and what else tests share that is no fixture."""
+"""Tiny random models and other helper functions of the tests; the fixtures are in conftest.py."""
 
 from collections.abc import Callable
 import math
@@ -26,12 +26,12 @@ from elder_jax.training.batches import Batches
 
 
 def slow(*case):
-  """A case of pytest.mark.parametrize that `make test` leaves to `make test-all`."""
+  """A case of pytest.mark.parametrize that only `make test-all` runs."""
   return pytest.param(*case, marks=pytest.mark.slow)
 
 
 class Endless:
-  """Batches as a function of the step."""
+  """Batches that are computed from the step."""
 
   def __init__(self, batch: Callable):
     self._batch = batch
@@ -41,18 +41,18 @@ class Endless:
 
 
 def choose(name: str, model, num_remove: int, batches, mode, seed: int = 0):
-  """What a method chooses, by all of the batches."""
+  """Returns the choice of a method that reads all batches."""
   config = config_of(seed=seed, score_steps=max(1, len(batches)), num_sequences=4 * max(2, len(batches)))
   return methods.choose(name, Context(model, batches, config, mode), num_remove)
 
 
 def config_of(**settings) -> Config:
-  """A Config of settings that may be written as on the command line."""
+  """Makes a Config. Values may be text, as on the command line."""
   return Config.of(**{name: _value(name, value) for name, value in settings.items()})
 
 
 def tiny_spec(**features) -> Spec:
-  """Llama's kind of layers, but for `features` of Spec."""
+  """A Spec like Llama's, changed by `features`."""
   llama = dict(
     vocab_size=40,
     d_model=16,
@@ -68,17 +68,17 @@ def tiny_spec(**features) -> Spec:
 
 
 def tiny_decoder(num_layers: int = 6, **features) -> Decoder:
-  """Random layers of Llama's kind, but for `features` of Spec."""
+  """A random model like Llama, changed by `features` of Spec."""
   return Decoder(tiny_spec(**features), num_layers, jax.random.key(0))
 
 
 def named(tree) -> dict:
-  """The leaves by their paths."""
+  """Returns {path: leaf}."""
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def leaves(tree) -> dict[str, np.ndarray]:
-  """Copies of the leaves by their paths."""
+  """Returns {path: copy of the leaf}."""
   return {name: np.array(leaf) for name, leaf in named(tree).items()}
 
 
@@ -119,7 +119,7 @@ TINY = dict(
 
 
 def write_tokenizer(folder: pathlib.Path):
-  """A byte-level tokenizer of 258 tokens, with a chat template and a licence file beside it."""
+  """Writes a byte-level tokenizer with 258 tokens, a chat template and a licence file."""
   import tokenizers
   from tokenizers import decoders
   from tokenizers import models
@@ -140,14 +140,14 @@ def write_tokenizer(folder: pathlib.Path):
 
 
 def write_tiny_llama(folder: pathlib.Path, dtype: str = 'float32', shard: str = '5GB', **config) -> pathlib.Path:
-  """A random Llama as transformers saves it, weights large enough that every layer matters."""
+  """Writes a random Llama with transformers. Its weights are large enough that every layer matters."""
   import torch
   import transformers
 
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, 'initializer_range': 0.2, **config}))
   for name, parameter in model.named_parameters():
-    if 'norm' in name:  # else they are all ones and could be swapped unseen
+    if 'norm' in name:  # all ones by default, where a swap would not be noticed
       torch.nn.init.uniform_(parameter, 0.5, 1.5)
   model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
   write_tokenizer(folder)
@@ -155,7 +155,7 @@ def write_tiny_llama(folder: pathlib.Path, dtype: str = 'float32', shard: str = 
 
 
 def without_additions(config: dict, before: dict) -> dict:
-  """An exported config.json without what is there for version 4 of transformers, which `before` has in rope_parameters."""
+  """Returns an exported config.json without the keys added for transformers 4, which `before` has in rope_parameters."""
   added = {
     'rope_theta',
     'rope_scaling',
@@ -169,7 +169,7 @@ def without_additions(config: dict, before: dict) -> dict:
 
 
 def stop_at_batch(monkeypatch, number: int, settings: dict):
-  """A run that is told to stop when it takes so many batches of the training text."""
+  """Starts a run and stops it, as a signal would, when it reads its batch number `number`."""
   taken, batch = [], Batches.__getitem__
 
   def stopping(self, step):
@@ -185,7 +185,7 @@ def stop_at_batch(monkeypatch, number: int, settings: dict):
 
 
 def on_one_and_eight(model: Decoder, batches: list, devices: list, f: Callable) -> list:
-  """f(model, batches) on one device and on eight, as [data, fsdp, tp] = [2, 2, 2]."""
+  """Returns f(model, batches) on one device and on eight with [data, fsdp, tp] = [2, 2, 2]."""
   found = []
   for sizes in ((1, 1, 1), (2, 2, 2)):
     mesh = sharding.make_mesh(sizes, devices[: math.prod(sizes)])

@@ -1,4 +1,4 @@
-"""What the tests of LoRA share: a tiny model, its batches, and the sizes of the factors."""
+"""Shared by the tests of LoRA: a tiny model, its batches, and the sizes of the factors."""
 
 import functools
 

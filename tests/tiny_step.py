@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiny model, its batches, and a step that is compiled once."""
+"""Shared by the tests of training: a tiny model, its batches, and a step that is compiled once."""
 
 import functools
 
@@ -21,7 +21,7 @@ TRACES = []
 
 
 def rate(step):
-  TRACES.append(step)  # the one part of a step that a test can see run when it is traced
+  TRACES.append(step)  # counts how often a step is traced
   return 0.01 + 0.0 * step
 
 
@@ -47,7 +47,7 @@ def terms(**more) -> dict:
 
 @functools.cache
 def adam_step(what: str, dtype: str = 'float32'):
-  """(tx, step); compiled once for all tests."""
+  """Returns (tx, step), compiled once for all tests."""
   tx = make_optimizer(train_mask(tiny(), what), rate, 0.0, 1.0)
   return tx, make_step(tx, Mode(dtype=dtype), 1, rate)
 

@@ -1,9 +1,10 @@
-"""Do exports load under transformers 4.46 and 5? Makes an environment for each, exports every family, compares logits.
+"""Checks that exports load in transformers 4.46 and 5: makes an environment per version and compares logits per family.
 
   python tests/transformers_versions.py FOLDER [VERSION ...]
 
-FOLDER: where the environments and models go. Needs what the tests need, and a package registry. A family that a version
-does not know yet is said to be so; any other failure is one. Not part of the test run: it installs torch for each version.
+The environments and models are written to FOLDER. Needs the requirements of the tests and a package registry. A family that
+a version does not support yet is reported as such; anything else is a failure. Not part of the test run, as it installs
+torch for each version.
 """
 
 import json
@@ -17,7 +18,7 @@ VERSIONS = ('4.46.3', '5.23.0')
 LOAD = """
 import json, pathlib, sys
 import numpy as np, torch, transformers
-# What a version may not know of a family that it has; it takes no notice of config.json, then.
+# Config keys that an older version of a supported family may not read.
 KEYS = {'gemma2': ['layer_types'], 'phi3': ['partial_rotary_factor'], 'qwen2': ['head_dim', 'layer_types']}
 failed = 0
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
@@ -49,7 +50,7 @@ sys.exit(failed > 0)
 
 
 def export_all(models: pathlib.Path):
-  """Every case of families_test, random, less two layers, as elder_jax exports it; the logits beside it by JAX."""
+  """Exports every case of families_test without two layers, and saves the logits computed with JAX."""
   sys.path[:0] = [str(TESTS), str(TESTS.parent)]
   import numpy as np
 

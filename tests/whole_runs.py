@@ -1,4 +1,4 @@
-"""Whole runs, and what of them must be equal."""
+"""Shared by tests that compare whole runs: runs one, and returns the results that must be equal."""
 
 import json
 import pathlib

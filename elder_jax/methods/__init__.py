@@ -1,4 +1,4 @@
-"""Ways to choose the layers that go: one entry per method. A new one is an entry here and its file."""
+"""The table METHODS: ways to choose the layers to remove. A new method is one file here and one entry in the table."""
 
 import numpy as np
 
@@ -25,33 +25,34 @@ _KEPT = (KEPT_FIRST, KEPT_LAST)
 _SCORING: dict[str, Method] = {
   'shortgpt': Method(
     by_scores(stream.shortgpt),
-    'the layers of the lowest block influence, all at once (ShortGPT)',
+    'the layers with the lowest block influence, scored once (ShortGPT)',
     paper='2403.03853',
     programs=stream.programs_shortgpt,
   ),
   'sleb': Method(
     by_scores(ablation.sleb, passes=lambda num_remove: num_remove),
-    'greedily the layer that costs least, scored anew each time (SLEB)',
+    'one layer after another, each time the one whose removal raises the loss least (SLEB)',
     paper='2402.09025',
     programs=ablation.programs_sleb,
   ),
   'uidl': Method(
     by_scores(stream.uidl),
-    'the contiguous block of the least angle at the last token (Unreasonable Ineffectiveness of the Deeper Layers)',
+    'the contiguous block with the smallest angular distance between its input and output at the last token (The '
+    'Unreasonable Ineffectiveness of the Deeper Layers)',
     paper='2403.17887',
     nested=False,
     programs=stream.programs_uidl,
   ),
   'taylor': Method(
     by_scores(weights.taylor),
-    'the layers of the lowest first-order cost, all at once (Shortened LLaMA)',
+    'the layers with the lowest first-order Taylor importance, scored once (Shortened LLaMA)',
     paper='2402.02834',
     spared=_KEPT,
     programs=weights.programs_taylor,
   ),
   'ppl': Method(
     by_scores(ablation.ppl),
-    'the layers whose removal alone costs the least perplexity, all at once (Shortened LLaMA)',
+    'the layers whose individual removal raises perplexity least, scored once (Shortened LLaMA)',
     paper='2402.02834',
     spared=_KEPT,
     programs=ablation.programs_ppl,
@@ -65,15 +66,15 @@ _SCORING: dict[str, Method] = {
   ),
   'magnitude': Method(
     by_scores(weights.magnitude),
-    'the layers of the smallest weights, all at once (Shortened LLaMA)',
+    'the layers with the smallest sum of absolute weights (Shortened LLaMA)',
     paper='2402.02834',
     reads_text=False,
     reads=(),
   ),
-  'random': Method(by_scores(order.random), 'layers drawn by --seed', reads_text=False, reads=()),
+  'random': Method(by_scores(order.random), 'layers drawn at random with --seed', reads_text=False, reads=()),
   'last': Method(
     by_scores(order.last),
-    'the last layers but one (Unreasonable Ineffectiveness of the Deeper Layers)',
+    'the last layers except the final one (The Unreasonable Ineffectiveness of the Deeper Layers)',
     paper='2403.17887',
     nested=False,
     spared=(0, 1),
@@ -89,7 +90,7 @@ METHODS: dict[str, Method] = {
   'swaps': swaps.method(_AUTO),
   'mask': Method(
     mask.choose,
-    'the layers of a learned mask, exactly so many off in every step, after E3-Pruner',
+    'the layers that a learned mask turns off, the same number in every training step (after E3-Pruner)',
     paper='2511.17205',
     nested=False,
     refuses=mask.why_not,
@@ -98,7 +99,7 @@ METHODS: dict[str, Method] = {
   ),
   'elder': Method(
     elder.choose,
-    'the layers of the lowest learned gates (ELDeR)',
+    'the layers with the lowest learned gates (ELDeR)',
     paper='2505.18232',
     refuses=elder.why_not,
     programs=elder.programs,
@@ -107,7 +108,7 @@ METHODS: dict[str, Method] = {
   **_SCORING,
   'laco': Method(
     laco.choose,
-    'none: layers are merged into an earlier one (LaCo)',
+    'none; it merges layers into an earlier one instead (LaCo)',
     paper='2402.11187',
     nested=False,
     refuses=laco.why_not,
@@ -118,26 +119,26 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str, setting: str = 'method') -> Method:
-  """The method of a name, or of the user's own package.module:NAME. Raises InputError."""
+  """Returns the method called `name`, or the user's own if `name` is package.module:NAME. Raises InputError."""
   return find_entry(setting, name, METHODS, Method)
 
 
 def check(name: str, settings, num_layers: int, num_remove: int):
-  """Raises InputError where the method cannot choose so many layers."""
+  """Raises InputError if the method cannot choose `num_remove` layers."""
   if why := find_method(name).why_not(settings, num_layers, num_remove):
     raise InputError('method', name, why)
 
 
 def choose(name: str, context: Context, num_remove: int) -> Choice:
-  """The layers that a method removes; of 0 layers none, and nothing is scored.
+  """Returns the layers that a method removes. If `num_remove` is 0, it scores nothing and returns an empty Choice.
 
   Raises:
-    InputError: the method has fewer layers to choose from, or its scores are not finite.
+    InputError: the method may not choose that many layers, or its scores are not finite.
   """
   if not num_remove:
     return Choice([])
   check(name, context.settings, context.model.num_layers, num_remove)
   choice = find_method(name).choose(context, num_remove)
   if not np.isfinite(choice.scores).all():
-    raise InputError('method', name, 'some scores are not finite; look at the weights, or use --dtype=float32.')
+    raise InputError('method', name, 'some scores are not finite; check the weights, or use --dtype=float32.')
   return choice

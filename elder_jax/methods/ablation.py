@@ -1,4 +1,4 @@
-"""Methods that remove a layer and look at the loss: ppl, sleb.
+"""Methods that score a layer by the loss without it: ppl (Shortened LLaMA) and sleb (SLEB).
 
 Dimension names: see model/decoder.py.
 """
@@ -28,10 +28,10 @@ from elder_jax.training import losses
 
 
 def ppl(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
-  """Shortened LLaMA's PPL (arXiv 2402.02834, section 3.1), with the ends kept as its released scripts do.
+  """Shortened LLaMA's PPL (arXiv 2402.02834, section 3.1). Like the released scripts, it keeps both ends.
 
-  Scores: the perplexity, exp of the mean over all predicted tokens of −log p, with this block alone removed. The lowest
-  go, all at once, but never the first KEPT_FIRST and the last KEPT_LAST blocks.
+  The score of a layer is the perplexity of the model without this layer: exp of the mean of −log p over all predicted
+  tokens. The layers with the lowest scores are removed together, but never the first KEPT_FIRST or the last KEPT_LAST.
   """
   candidates = range(KEPT_FIRST, model.num_layers - KEPT_LAST)
   ppl_L = np.exp(_loss_without_each(model, batches, np.ones(model.num_layers, bool), mode))
@@ -39,13 +39,13 @@ def ppl(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int
 
 
 def sleb(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
-  """SLEB (arXiv 2402.09025, section 3.3, Algorithm 1): greedily the block whose removal costs the least LM loss.
+  """SLEB (arXiv 2402.09025, section 3.3, Algorithm 1): removes layers one by one, each time the cheapest in LM loss.
 
-  After each removal the blocks that are left are scored anew, without those that are gone. All blocks may be chosen,
-  as in the paper; its released code spares the first and the last.
+  After each removal it scores the remaining layers again. It may choose any layer, as in the paper; the released code
+  never chooses the first or the last.
 
-  Scores: the mean LM loss per token without the layer, as of the last time that it was scored: for a removed layer the
-  loss right after its removal.
+  The score of a layer is the mean LM loss per token without it, from the last time that it was scored. For a removed
+  layer this is the loss right after its removal.
   """
   alive_L, score_L = np.ones(model.num_layers, bool), np.zeros(model.num_layers)
   removed = []
@@ -63,10 +63,10 @@ def num_predicted(tokens_BT) -> int:
 
 @functools.partial(jax.jit, static_argnames='mode')
 def nll_without_each(model: Decoder, tokens_BT, alive_L, mode: Mode):
-  """nll_L: Σ over predicted tokens of −log p without layer l and without those not alive; inf for the latter.
+  """Returns nll_L: Σ of −log p over predicted tokens, without layer l and without the layers that are not alive.
 
-  What lies below a layer is the same with and without it: one pass keeps each layer's input, and each candidate's
-  pass starts there, half of the layers on average.
+  nll_L is inf for layers that are not alive. The hidden states below a layer do not depend on it. So one forward pass
+  stores the input of every layer, and the pass of each candidate starts from there: half of the layers on average.
   """
   layer_L = jnp.arange(model.num_layers)
   gate_L = jnp.ones(model.num_layers, jnp.float32)
@@ -83,7 +83,7 @@ def nll_without_each(model: Decoder, tokens_BT, alive_L, mode: Mode):
 
 
 def _loss_without_each(model: Decoder, batches: Batches, alive_L: np.ndarray, mode: Mode) -> np.ndarray:
-  """Mean LM loss per token, as in _nll_without_each."""
+  """Mean LM loss per token; see nll_without_each."""
   nll_L, count = np.zeros(model.num_layers), 0
   for tokens_BT in batches:
     nll_L += to_host64(nll_without_each(model, tokens_BT, alive_L, mode))
@@ -92,13 +92,13 @@ def _loss_without_each(model: Decoder, batches: Batches, alive_L: np.ndarray, mo
 
 
 def programs_ppl(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs: a pass that keeps each layer's input, and from there half of the layers on average for each."""
+  """Implements Method.programs: one full pass, then for each layer a pass through half of the layers on average."""
   del num_remove
   return [_program(shapes, 'ppl', 1)]
 
 
 def programs_sleb(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs: as ppl, anew for each removed layer."""
+  """Implements Method.programs: the program of ppl, repeated for each removed layer."""
   return [_program(shapes, 'sleb', num_remove)]
 
 

@@ -1,4 +1,4 @@
-"""The best of auto's candidates, judged again: after steps of training, by a task, or by a function of the user's."""
+"""A second comparison of auto's best candidates: after some training steps, by a task, or by the user's own function."""
 
 from collections.abc import MutableMapping
 import dataclasses
@@ -22,12 +22,12 @@ FINALISTS = 3
 
 
 def is_held(settings) -> bool:
-  """Whether a run asks for it."""
+  """Whether the settings request a second comparison."""
   return settings.removal.judge_steps > 0 or settings.removal.judge_by != 'loss'
 
 
 def _training_settings(settings) -> TrainSettings:
-  """Those of the run, for the steps of a judgement."""
+  """The run's training settings, with --judge_steps steps."""
   of_run = settings.train_settings()
   return dataclasses.replace(of_run, steps=settings.removal.judge_steps, validate_every=0, export='last', only='')
 
@@ -35,15 +35,15 @@ def _training_settings(settings) -> TrainSettings:
 def figures(
   context: Context, choices: dict[str, list[int]], held_out: Batches, fit: Batches, notes: MutableMapping
 ) -> dict[str, float]:
-  """{method: figure}, the lower the better, of each choice: absorbed, and trained for --judge_steps.
+  """Returns {method: figure}, lower is better. Each choice is absorbed and trained for --judge_steps steps first.
 
   Args:
-    notes: figures that are known, and where new ones go.
+    notes: Figures that are known already; new ones are added.
   """
   for name, removed in choices.items():
     if (key := f'again {name}') in notes:
       continue
-    context.log.say(f'judging the layers that {name} chooses again')
+    context.log.say(f'second comparison: the choice of {name}')
     model = _treated(context, name, removed, fit, 2 * len(fit))
     judge = context.judge or functools.partial(judging.held_out_loss, held_out=held_out, mode=context.mode)
     notes[key] = float(judge(model))
@@ -59,20 +59,20 @@ def _treated(context: Context, name: str, removed: list[int], fit: Batches, skip
     return model
   progress = context.log.progress(f'judging {name}')
 
-  def told(step: int, metrics: dict):
+  def on_step(step: int, metrics: dict):
     progress(step + 1, settings.steps, f'loss {metrics["loss"]:.4f}')
 
   kept = pruning.kept_layers(dense.num_layers, removed)
   teacher = dense if settings.taught else None
   saved = context.checkpoints(f'judge-{name}-{len(removed)}', settings.steps)
   batches = context.batches[skip : skip + settings.steps]
-  made = train(model, [], settings, context.mode, batches, told, saved, teacher, kept=kept)
+  made = train(model, [], settings, context.mode, batches, on_step, saved, teacher, kept=kept)
   memory.free(model, (made, dense))
   return made
 
 
 def programs(shapes: Shapes, num_remove: int) -> list[Program]:
-  """The training of a candidate; the dense model stays."""
+  """The training of the finalists, with the dense model in memory."""
   settings = shapes.settings
   if not settings.removal.judge_steps:
     return []

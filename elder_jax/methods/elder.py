@@ -1,4 +1,7 @@
-"""The method elder: learn a gate per layer with the weights frozen, and choose the layers whose gates end lowest."""
+"""The method elder: learns one gate per layer with the weights frozen, then chooses the layers with the lowest gates.
+
+ELDeR, arXiv 2505.18232, section 3.2. Loss = LM loss + λ1·Σ|g| over the layers that are alive.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -30,17 +33,17 @@ from elder_jax.training.step import train_mask
 
 @dataclasses.dataclass(frozen=True)
 class GateSettings(Settings):
-  """How gates are learned."""
+  """Settings of the gates' training."""
 
   gate: str = setting(
     'residual',
-    'Where a gate sits: residual, x + g*d; output, g*(x + d), the paper.',
+    'What a gate g scales: residual, the update only, x + g*d; output, the whole output as in the paper, g*(x + d).',
     choices=('residual', 'output'),
     rare=True,
   )
   selection: str = setting(
     'one_shot',
-    'iterative: one layer per round, the rest learned on without it; one_shot: all after one round.',
+    'one_shot: choose all layers after one round; iterative: choose one layer per round and skip it in later rounds.',
     choices=('iterative', 'one_shot'),
     rare=True,
   )
@@ -48,12 +51,12 @@ class GateSettings(Settings):
   lr: float = setting(0.005, 'Learning rate of the gates (Adam).', flag='gate_lr', least=0)
   steps: int = setting(
     28,
-    'Steps per round of stage 1; one_shot has one round, iterative one for each layer that goes.',
+    'Steps per round of stage 1; one_shot has one round, iterative one per removed layer.',
     flag='gate_steps',
     least=1,
   )
-  protect_first: int = setting(3, 'Layers at the input end that elder and mask never choose.', least=0, rare=True)
-  protect_last: int = setting(4, 'Layers at the output end that elder and mask never choose.', least=0, rare=True)
+  protect_first: int = setting(3, 'Number of first layers that elder and mask never choose.', least=0, rare=True)
+  protect_last: int = setting(4, 'Number of last layers that elder and mask never choose.', least=0, rare=True)
 
   @property
   def iterative(self) -> bool:
@@ -71,7 +74,7 @@ READS = (*map(name_of, fields(GateSettings)), 'grad_clip', 'grad_accum')  # sett
 
 
 def begin(model: Decoder, num_remove: int, settings: GateSettings, mode: Mode, clip: float = 1.0, grad_accum: int = 1):
-  """(step of step.make_step, its first state, frozen)."""
+  """Returns (the step of step.make_step, its initial state, the frozen weights)."""
   mask = train_mask(model, 'gates')
 
   def rate(step):
@@ -85,7 +88,7 @@ def begin(model: Decoder, num_remove: int, settings: GateSettings, mode: Mode, c
 
 
 def terms(alive_L: np.ndarray, lambda1: float) -> dict[str, np.ndarray]:
-  """The terms of losses.loss while the layers alive_L are learned."""
+  """The terms of losses.loss that train the gates of the layers `alive_L`."""
   return {
     'alive_L': alive_L.copy(),
     'gate_weight_L': np.where(alive_L, np.float32(lambda1), np.float32(0)),
@@ -104,27 +107,27 @@ def learn(
   clip: float = 1.0,
   grad_accum: int = 1,
 ) -> tuple[list[int], list[list[float]]]:
-  """Chooses layers (ELDeR, arXiv 2505.18232, section 3.2).
+  """Learns the gates and chooses layers.
 
-  Loss = LM loss + λ1·Σ|g| over the layers that are alive. Iterative: after each round the alive candidate of the least
-  |g| is chosen and from then on skipped, the other gates go on from where they stand. One-shot: all after one round.
+  Iterative: each round chooses the candidate with the lowest |g|. Later rounds skip it and continue with the gates of the
+  other layers. One-shot: all layers are chosen after one round.
 
   Args:
-    log: called with (round, step, metrics).
-    checkpoint: a checkpoints.Checkpoints to resume from and to write to, or None.
-    clip: norm that gradients are clipped to.
-    grad_accum: parts that a batch is processed in.
+    log: Called with (round, step, metrics).
+    checkpoint: A checkpoints.Checkpoints to resume from and write to, or None.
+    clip: Maximum gradient norm.
+    grad_accum: Number of parts that a batch is split into.
 
   Returns:
-    The chosen layers in the order of their choice, and all gates at the end of each round.
+    The chosen layers in the order in which they were chosen, and all gates at the end of each round.
   """
   step_fn, state, frozen = begin(model, num_remove, settings, mode, clip, grad_accum)
   L = model.num_layers
   if checkpoint:
     state = checkpoint.latest(state)
-  # The one rule of resume: the step tells the round, and what is chosen and alive follows from the gates at the end of
-  # the rounds that are over, which are in the state. So these rounds are gone through again, without a step. A round's
-  # last step is saved before its gates are: after it, the round is still to be ended.
+  # How resuming works: the state holds the step, which gives the round, and the gates at the end of each finished round,
+  # which give the chosen layers. So the loop below replays finished rounds without a step. The last step of a round is
+  # saved before the gates of that round are, so after it the round still has to be finished.
   over = max(0, int(state.step) - 1) // settings.steps
   history_RL = np.array(state.history_RL)
 
@@ -134,7 +137,7 @@ def learn(
       end = (r + 1) * settings.steps
       now = functools.partial(_same, terms(alive_L, settings.lambda1))
       state = run_steps(step_fn, state, (frozen, None), end, batches, now, functools.partial(log, r), checkpoint)
-      # Adam's momentum still moves the gate of a layer that is skipped, to no effect: it stands where it was chosen.
+      # Adam's momentum still moves the gate of a skipped layer, without effect; record its value when it was chosen.
       history_RL[r] = np.where(alive_L, jax.device_get(state.trained.gate_L.get_value()), history_RL[r - 1])
       state = state._replace(history_RL=on_all_devices(history_RL, state.trained))
     gate_L = history_RL[r]
@@ -151,19 +154,19 @@ def _same(value, step: int):
 
 
 def why_not(settings, num_layers: int, num_remove: int) -> str:
-  """Method.refuses."""
+  """Implements Method.refuses."""
   gates = settings.gates
   free = len(gates.candidates(num_layers))
   if num_remove <= free:
     return ''
   return (
-    f'{num_remove} layers are to be removed of {num_layers}, but --protect_first={gates.protect_first} and '
-    f'--protect_last={gates.protect_last} leave {free} to choose from; ask for fewer or protect fewer.'
+    f'cannot remove {num_remove} layers of {num_layers}: --protect_first={gates.protect_first} and '
+    f'--protect_last={gates.protect_last} leave only {free} to choose from; remove fewer or protect fewer.'
   )
 
 
 def choose(context: Context, num_remove: int) -> Choice:
-  """Method.choose; `about` has all gates at the end of each round."""
+  """Implements Method.choose. `about` holds all gates at the end of each round."""
   config = context.settings
   total = config.gates.steps * config.gates.rounds(num_remove)
   tokens = config.data.batch_size * config.data.seq_len
@@ -188,7 +191,7 @@ def choose(context: Context, num_remove: int) -> Choice:
 
 
 def programs(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs."""
+  """Implements Method.programs."""
   config, dense = shapes.settings, shapes.dense
   ones_L = np.ones(shapes.num_layers, bool)
   flops = training_flops(shapes.spec, shapes.num_layers, shapes.tokens_BT.shape[1], 'gates')

@@ -1,7 +1,7 @@
-"""What a choice of layers costs: the loss on text held out, after the rest has absorbed what it can.
+"""The cost of removing given layers: the held-out loss after `absorb`.
 
-The loss after bare removal would mislead (docs/decisions.md). Choices that begin high up share what lies below them: the
-streams there are computed once.
+The loss after plain removal ranks choices differently from the loss after training (docs/decisions.md). Choices that
+leave the lowest layers unchanged share their hidden states there, which are computed once.
 """
 
 from collections.abc import MutableMapping
@@ -28,39 +28,39 @@ from elder_jax.recipes.streams import Streams
 from elder_jax.recipes.streams import cuts
 from elder_jax.training import losses
 
-# Choices are compared after the part of `absorb` that gains most, for a fraction of its time.
+# Only the most effective part of `absorb` runs before a comparison. It takes a fraction of the time.
 QUICK = {'after': 0, 'attention': False}
 
 
 class Judge:
-  """Losses of choices on one dense model and one text."""
+  """Measures the held-out loss of choices, for one dense model and one text."""
 
   def __init__(self, model: Decoder, fit: Batches, held_out: Batches, mode: Mode, notes: MutableMapping | None = None):
-    """Nothing is computed yet.
+    """Computes nothing yet.
 
     Args:
-      fit: tokens [B, T] that `absorb` reads.
-      held_out: those that the loss is taken on.
-      notes: losses that are known, and where new ones go.
+      fit: Batches of tokens [B, T] that `absorb` reads.
+      held_out: Batches of tokens [B, T] that the loss is measured on.
+      notes: Losses that are known already; new ones are added.
     """
     self._model, self._fit, self._held_out, self._mode = model, fit, list(held_out), mode
     self._notes = {} if notes is None else notes
     self._first, self._shared = 0, None
 
   def share(self, choices: Sequence[Sequence[int]]):
-    """From now on what lies below all of these choices is computed once. Others cost a pass from the bottom."""
+    """Computes the layers below all of these choices only once. Any other choice costs a pass from the first layer."""
     self._first = min((_untouched(self._model, removed) for removed in choices), default=0)
     self._shared = None
 
   def __call__(self, removed: Sequence[int]) -> float:
-    """Mean LM loss per held-out token without these layers; just removed where `absorb` cannot work on the model."""
+    """Returns the mean held-out LM loss per token after `absorb`, or after removal if `absorb` refuses the model."""
     name = f'loss without {sorted(removed)}'
     if name not in self._notes:
       self._notes[name] = self._loss(removed)
     return self._notes[name]
 
   def _below(self) -> tuple[int, Streams, Streams]:
-    """(the first layer that a choice may change, what it reads of the two texts)."""
+    """Returns (the first layer that a choice may change, its inputs for the fitted and for the held-out text)."""
     if self._shared is None:
       fit, held_out = (Streams.at_the_bottom(self._model, b, self._mode) for b in (self._fit, self._held_out))
       self._shared = self._first, *(s.advance(self._model, range(self._first)) for s in (fit, held_out))
@@ -85,12 +85,12 @@ class Judge:
 
 
 def held_out_loss(model: Decoder, held_out: Batches, mode: Mode) -> float:
-  """Mean LM loss per token of a model."""
+  """Returns the mean LM loss per token."""
   return _mean(losses.batch_nll(model, tokens_BT, None, mode) for tokens_BT in held_out)
 
 
 def _untouched(model: Decoder, removed: Sequence[int]) -> int:
-  """How many layers at the bottom a choice leaves as they are."""
+  """Returns how many of the first layers a choice leaves unchanged."""
   found = cuts(model.num_layers, removed)
   return 0 if 0 in removed or not found else found[0][0]
 
@@ -109,7 +109,7 @@ def _nll_above(model: Decoder, x_BTD, tokens_BT, alive_L, mode: Mode):
 
 
 def programs(shapes: Shapes, num_remove: int, choices: int, steps: int) -> list[Program]:
-  """Judging so many choices by `steps` batches, and as many that are held out."""
+  """The programs that measure `choices` choices, with `steps` batches to fit on and as many held-out ones."""
   found, dense = [], shapes.dense
   if not absorb.why_not(shapes.spec):
     for p in absorb.programs(shapes, **QUICK):
@@ -117,6 +117,6 @@ def programs(shapes: Shapes, num_remove: int, choices: int, steps: int) -> list[
   found.append(pruning.removal_program('judging, removing layers', dense, num_remove, keeps=True))
   pruned = pruning.cut_shapes(dense, num_remove)
   args, flops = (pruned, shapes.tokens_BT, None, shapes.mode), shapes.flops(pruned.num_layers)
-  size, beside = device_bytes(pruned), device_bytes(dense.layers)  # all else is shared
+  size, beside = device_bytes(pruned), device_bytes(dense.layers)  # both share embedding and head
   name = f'judging, {pruned.num_layers} layers'
   return [*found, Program(name, losses.batch_nll, args, flops, size, beside=beside, calls=choices * steps)]

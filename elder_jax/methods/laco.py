@@ -1,4 +1,4 @@
-"""The method laco: instead of removing layers, merge them into an earlier one. The search for what can be merged.
+"""The method laco (LaCo, arXiv 2402.11187): searches for layers that can be merged into an earlier one.
 
 Dimension names: see model/decoder.py.
 """
@@ -29,13 +29,13 @@ from elder_jax.recipes.merging import merge_into
 
 
 class Collapsed(NamedTuple):
-  """What `laco` made."""
+  """The result of `laco`."""
 
-  model: Decoder  # with the layers gone, gates 1
-  removed: list[int]  # layers of the original model that are no longer there, in the order of the merges
-  merges: list[tuple[int, ...]]  # (the layer that was merged into, the layers merged into it), in order
-  cosine: float  # the similarity of the result's output to that of the original
-  threshold: float  # the one that did it
+  model: Decoder  # without the merged layers; all gates are 1
+  removed: list[int]  # layers of the original model that were merged away, in the order of the merges
+  merges: list[tuple[int, ...]]  # (the layer merged into, the layers merged into it), in order
+  cosine: float  # similarity between the outputs of this model and of the original
+  threshold: float  # the first threshold that removed num_remove layers
 
 
 def laco(
@@ -49,33 +49,33 @@ def laco(
   step: float = 0.05,
   progress: Callable[[int, int, str], None] = lambda done, of, note: None,
 ) -> Collapsed:
-  """LaCo (arXiv 2402.11187, sections 2.2 and 2.3, Algorithm 1), made to end with exactly `num_remove` layers removed.
+  """LaCo (arXiv 2402.11187, sections 2.2 and 2.3, Algorithm 1), changed to remove exactly `num_remove` layers.
 
-  From the output end downwards, C − 1 layers that follow layer l are merged into it,
-  θ*_l = θ_l + Σ_{k=1 … C−1} (θ_{l+k} − θ_l), θ being all parameters of a layer. The merge stands if the output of the
-  model that it makes has a mean cosine to the original's above the threshold T: then l falls by the interval I, or to
-  where C layers and a last one can follow; else l falls by 1. The very last layer is never merged away. The output is
-  what the final norm gives, the cosine that of a sequence's [T, D] as one vector, averaged over the sequences.
+  A sweep starts near the output. At layer l it merges the C − 1 layers that follow into l,
+    θ*_l = θ_l + Σ_{k=1 … C−1} (θ_{l+k} − θ_l),
+  where θ is all parameters of a layer. The merge is kept if the cosine similarity between the outputs of the merged and the
+  original model is above the threshold T. Then l decreases by the interval I, or further, until C layers and a last one can
+  follow. Otherwise the merge is undone and l decreases by 1. The last layer is never merged away. The output is that of the
+  final norm. The output of a sequence counts as one vector; the cosines are averaged over the sequences.
 
-  Two things are ours. The last merge takes only as many layers as are still to go (and C is never more than
-  num_remove + 1). And T is not given but found: the sweep starts again on the original model with the next lower of
-  threshold, threshold − step, … until it removes num_remove layers; so T is the highest of these that does.
+  Two changes to the paper: the last merge takes only as many layers as are still needed (and C is at most
+  num_remove + 1), and T is searched for. A sweep that removes too few layers is repeated on the original model with the
+  next lower value of threshold, threshold − step, … So T is the highest of these values that removes num_remove layers.
 
   Args:
-    batches: [B, T] tokens each, a few sequences; every trial runs the original and the merged model on all of them.
-    combine: C, the layers that become one.
+    batches: Tokens [B, T], a few sequences. Every trial runs the original and the merged model on all of them.
+    combine: C, the number of layers that become one.
     interval: I.
-    progress: called after each trial with the layers removed by this sweep, `num_remove`, and T.
+    progress: Called after each trial with the number of layers removed by this sweep, `num_remove`, and T.
 
-  Raises:
-    InputError: no sweep can remove so many layers, or an output is not finite.
+  Raises InputError if no sweep can remove that many layers, or if an output is not finite.
   """
   L = model.num_layers
   combine = min(combine, num_remove + 1)
   if num_remove > most_removed(L, num_remove, combine, interval):
     raise InputError('method', 'laco', f'cannot merge away {num_remove} of {L} layers; remove fewer.')
   top = L - 1 - combine
-  seen = {(): 1.0}  # the merges up to and with the tried one -> its cosine; sweeps agree in their first part
+  seen = {(): 1.0}  # all merges up to the tried one -> cosine; sweeps often start with the same merges
   while True:
     merged, merges, alive, l, refused = model, (), list(range(L)), top, []
     while l >= 0 and len(alive) > L - num_remove:
@@ -93,7 +93,7 @@ def laco(
       progress(L - len(alive), num_remove, f'threshold {threshold:g}')
     if len(alive) == L - num_remove:
       break
-    # The next on the way down that accepts more than this one did.
+    # The next lower threshold that accepts a merge which this one refused.
     while threshold >= max(refused):
       threshold = round(threshold - step, 6)
   removed = [k for group in merges for k in group[1:]]
@@ -101,29 +101,31 @@ def laco(
 
 
 def most_removed(num_layers: int, num_remove: int, combine: int = 4, interval: int = 2) -> int:
-  """How many layers a sweep of `laco` can remove, of num_remove that it shall."""
+  """Returns how many layers one sweep of `laco` can remove when `num_remove` are requested."""
   combine = min(combine, num_remove + 1)
   top = num_layers - 1 - combine
   return (combine - 1) * (0 if top < 0 else top // max(interval, combine - 1) + 1)
 
 
 def why_not(settings, num_layers: int, num_remove: int) -> str:
-  """Method.refuses."""
+  """Implements Method.refuses."""
   del settings
   if num_remove <= (most := most_removed(num_layers, num_remove)):
     return ''
-  return f'can merge away at most {most} of the {num_layers} layers, not {num_remove}; remove fewer or use another one.'
+  return (
+    f'can merge away at most {most} of the {num_layers} layers, not {num_remove}; remove fewer or use another --method.'
+  )
 
 
 def choose(context: Context, num_remove: int) -> Choice:
-  """Method.choose."""
+  """Implements Method.choose."""
   progress = context.log.progress('merging layers')
   collapsed = laco(context.model, num_remove, context.scored, context.mode, progress=progress)
   return Choice(collapsed.removed, about={'merges': [list(group) for group in collapsed.merges]})
 
 
 def programs(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs: the original and a merged model on a batch."""
+  """Implements Method.programs: the original and a merged model on one batch."""
   del num_remove
   dense, all_L = shapes.dense, np.ones(shapes.num_layers, bool)
   args = (dense, dense, np.int32(0), all_L, all_L, shapes.tokens_BT, shapes.mode)
@@ -135,7 +137,7 @@ def programs(shapes: Shapes, num_remove: int) -> list[Program]:
 
 @functools.partial(jax.jit, static_argnames='mode')
 def _cosine_sum(model: Decoder, merged: Decoder, base, members_L, alive_L, tokens_BT, mode: Mode):
-  """Σ over the sequences of the cosine between the outputs of `model` and of `merged` after one more merge."""
+  """Returns Σ over the sequences of the cosine between the outputs of `model` and of `merged` after one more merge."""
   gate_L = jnp.ones(model.num_layers, jnp.float32)
   a_BTD, _ = forward(model, tokens_BT, mode=mode, gate_L=gate_L)
   b_BTD, _ = forward(merge_into(merged, base, members_L), tokens_BT, alive_L, mode, gate_L)
@@ -155,6 +157,6 @@ def _similarity(model, merged, group, left, batches, mode) -> float:
     count += tokens_BT.shape[0]
   if not math.isfinite(total):
     raise InputError(
-      'method', 'laco', 'the output of a model is not finite; look at the weights, or use --dtype=float32.'
+      'method', 'laco', 'the output of a model is not finite; check the weights, or use --dtype=float32.'
     )
   return total / count

@@ -1,7 +1,7 @@
-"""The method mask: learn which n layers the model can best do without, with exactly n of them off in every step.
+"""The method mask: learns a score per layer with the weights frozen; exactly n layers are off in every training step.
 
-A score per layer is learned, the weights are frozen. Gumbel noise on the scores draws the layers that are off; the
-gradient goes to the scores as if a soft mask had been taken (E3-Pruner, arXiv 2511.17205, has the idea).
+Gumbel noise is added to the scores, and the n highest are off. The gradient is that of a soft mask (straight-through
+estimator). The idea is that of E3-Pruner (arXiv 2511.17205).
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ from elder_jax.training.step import init_state
 from elder_jax.training.step import make_step
 from elder_jax.training.step import train_mask
 
-COLDEST = 0.05  # temperature of the last step; that of the first is 1
+COLDEST = 0.05  # temperature in the last step; the first step has 1
 NEVER = -1e9  # added to the score of a protected layer
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskSettings(Settings):
-  """How a mask is learned."""
+  """Settings of the mask's training."""
 
-  steps: int = setting(64, 'Steps of --method=mask.', flag='mask_steps', least=1)
-  lr: float = setting(0.3, 'Learning rate of its scores (Adam).', flag='mask_lr', least=0, rare=True)
+  steps: int = setting(64, 'Training steps of --method=mask.', flag='mask_steps', least=1)
+  lr: float = setting(0.3, 'Learning rate of the scores of --method=mask (Adam).', flag='mask_lr', least=0, rare=True)
   loss: str = setting(
     'kl',
-    "What it is learned by: kl, the KL divergence from the dense model's predictions; lm, the LM loss.",
+    "Loss of --method=mask: kl, the KL divergence from the dense model's predictions; lm, the LM loss.",
     flag='mask_loss',
     choices=('kl', 'lm'),
     rare=True,
@@ -54,7 +54,7 @@ READS = (*map(name_of, fields(MaskSettings)), 'protect_first', 'protect_last', '
 
 
 def choose(context: Context, num_remove: int) -> Choice:
-  """Method.choose: the layers of the highest scores; Choice.scores has all of them. Resumes from its checkpoints."""
+  """Implements Method.choose: the layers with the highest scores. Choice.scores holds all scores. Resumable."""
   config, model = context.settings, context.model
   settings, steps = config.mask, config.mask.steps
   tokens = config.data.batch_size * config.data.seq_len
@@ -79,14 +79,14 @@ def choose(context: Context, num_remove: int) -> Choice:
 
 
 def begin(model: Decoder, num_remove: int, settings: MaskSettings, mode: Mode, clip: float = 1.0, grad_accum: int = 1):
-  """(step of step.make_step, its first state, frozen). The scores stand in the place of the model's gates."""
+  """Returns (the step of step.make_step, its initial state, the frozen weights). The scores are stored as gates."""
   mask = train_mask(model, 'gates')
 
   def rate(step):
     return settings.lr + 0.0 * step
 
   tx = make_optimizer(mask, rate, 0.0, clip)
-  mode = dataclasses.replace(mode, gate='residual')  # 0 is the layer removed
+  mode = dataclasses.replace(mode, gate='residual')  # so that a gate of 0 removes the layer
   step = make_step(tx, mode, grad_accum, rate, gates=functools.partial(masked, num_remove=num_remove))
   state, frozen = init_state(model, mask, tx)
   zeros = jax.tree.map(jnp.zeros_like, state.trained)
@@ -94,10 +94,10 @@ def begin(model: Decoder, num_remove: int, settings: MaskSettings, mode: Mode, c
 
 
 def masked(score_L, terms: dict, num_remove: int):
-  """Gates of a draw: 0 at the num_remove highest of scores + noise, 1 elsewhere; exactly so, whatever the scores.
+  """Returns the gates of one draw: 0 for the num_remove highest values of score + noise, 1 for the others.
 
-  The gradient is that of σ((threshold − score − noise) / temperature), the threshold halfway between the last that is off
-  and the first that is on: it moves the layers whose place is open.
+  The gradient is that of σ((threshold − score − noise) / temperature), with the threshold halfway between the lowest
+  value that is off and the highest that is on. So the layers near the threshold get the largest gradients.
   """
   noisy_L = score_L + terms['noise_L']
   ordered_L = jnp.sort(noisy_L, descending=True)
@@ -110,7 +110,7 @@ def masked(score_L, terms: dict, num_remove: int):
 
 
 def terms(num_layers: int, config, step: int) -> dict[str, np.ndarray]:
-  """The terms of losses.loss and of `masked` at a step, a pure function of it and of --seed."""
+  """The terms of losses.loss and of `masked` at a step; they depend only on the step and the settings."""
   fraction = step / max(1, config.mask.steps - 1)
   temperature = 1 + (COLDEST - 1) * fraction
   gumbel_L = np.random.default_rng([config.data.seed, step]).gumbel(size=num_layers)
@@ -127,7 +127,7 @@ def terms(num_layers: int, config, step: int) -> dict[str, np.ndarray]:
 
 
 def programs(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs."""
+  """Implements Method.programs."""
   config, dense = shapes.settings, shapes.dense
   kl = config.mask.loss == 'kl'
   flops = training_flops(shapes.spec, shapes.num_layers, shapes.tokens_BT.shape[1], 'gates')
@@ -139,8 +139,8 @@ def programs(shapes: Shapes, num_remove: int) -> list[Program]:
 
   now, teacher = terms(shapes.num_layers, config, 0), dense if kl else None
   program = steps_program(shapes, 'learning a mask', begin_here, dense, teacher, now, flops, config.mask.steps)
-  shared = device_bytes(dense) - device_bytes(dense.gate_L) if kl else 0  # the teacher is the model
+  shared = device_bytes(dense) - device_bytes(dense.gate_L) if kl else 0  # the teacher is the same model
   return [dataclasses.replace(program, params=program.params - shared, twice=shared)]
 
 
-why_not = elder.why_not  # the same ends are protected
+why_not = elder.why_not  # the same layers are protected

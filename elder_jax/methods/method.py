@@ -1,4 +1,4 @@
-"""An entry of the table METHODS: a way to choose the layers that go."""
+"""Method: an entry of the table METHODS, one way to choose the layers to remove."""
 
 from collections.abc import Callable
 import dataclasses
@@ -12,18 +12,23 @@ from elder_jax.recipes.context import Context
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """Fields:
+  """A way to choose the layers to remove.
 
-  choose: (context, number of layers) -> Choice; never asked for 0 layers.
-  help: the line of --help and of the documentation.
-  paper: its arXiv number.
-  nested: the layers for n are the first of those for more, so that a sweep asks once.
-  spared: layers at either end that it never chooses.
-  refuses: (settings, layers of the model, number to remove) -> why it cannot choose so many, or ''. Unset: by `spared`.
-  programs: (shapes, number of layers) -> its heaviest programs, for the plan.
-  reads: the settings that it reads, besides the text and the seed.
-  merges: its choice has `merges`, of layers that are merged rather than removed.
-  reads_text: False: it runs no text through the model. What does has `programs`.
+  Attributes:
+    choose: (Context, number of layers to remove) -> Choice. The number is at least 1.
+    help: What the method removes, in one line of documentation.
+    paper: arXiv number of the paper, or ''.
+    nested: Whether the choice of n layers is the first n of a larger choice. If so, a sweep calls `choose` once.
+    spared: (n, m): it never chooses the first n and the last m layers.
+    refuses: (settings, number of layers, number to remove) -> why it cannot choose that many, or ''. None: decided by
+      `spared`.
+    programs: (Shapes, number to remove) -> its heaviest programs, for the plan. Required if `reads_text`.
+    reads: Names of the settings that it reads, besides those of the text and the seed.
+    merges: Whether it merges layers instead of removing them; its Choice.about then holds `merges`.
+    reads_text: Whether it runs text through the model.
+
+  Raises:
+    ValueError: `reads_text` without `programs`.
   """
 
   choose: Callable[[Context, int], Choice]
@@ -39,16 +44,16 @@ class Method:
 
   def __post_init__(self):
     if self.reads_text and self.programs is None:
-      raise ValueError('a method that reads text has programs, by which the plan knows what it takes')
+      raise ValueError('a method that reads text needs `programs`, from which the plan estimates its memory and time')
 
   def why_not(self, settings, num_layers: int, num_remove: int) -> str:
-    """Why it cannot choose so many layers, or ''."""
+    """Returns why the method cannot choose `num_remove` layers, or ''."""
     if self.refuses is not None:
       return self.refuses(settings, num_layers, num_remove)
     most = max(0, num_layers - sum(self.spared))
     if num_remove <= most:
       return ''
     return (
-      f'may choose from {most} of the {num_layers} layers, {num_remove} are to be removed; remove fewer (--num_remove or '
-      '--ratio) or use another --method.'
+      f'can remove at most {most} of the {num_layers} layers, not {num_remove}; remove fewer (--num_remove or --ratio) or '
+      'use another --method.'
     )

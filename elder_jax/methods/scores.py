@@ -1,4 +1,4 @@
-"""What methods that score layers share."""
+"""Shared by the methods that score layers."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from elder_jax.recipes.context import Batches
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 
-# Shortened LLaMA's "+": the ends that its criteria never choose.
+# The "+" of Shortened LLaMA's criteria: the number of first and of last layers that they never choose.
 KEPT_FIRST, KEPT_LAST = 4, 2
 
 
@@ -22,27 +22,27 @@ def lowest(score_L: np.ndarray, candidates: Sequence[int], num_remove: int) -> l
 
 
 def to_host64(array) -> np.ndarray:
-  # Waits for the batch: were the next one started meanwhile, both would be in memory.
+  # This waits for the batch. Otherwise the next batch would start and both would be in memory.
   return hosts.to_host(array).astype(np.float64)
 
 
 def by_scores(function: Callable, passes: Callable[[int], int] = lambda num_remove: 1):
-  """Method.choose of a function (model, num_remove, batches, mode, seed) -> Choice.
+  """Makes Method.choose from a function (model, num_remove, batches, mode, seed) -> Choice.
 
   Args:
-    passes: how often it goes through the batches.
+    passes: num_remove -> how often the function iterates over the batches.
   """
 
   def choose(context: Context, num_remove: int) -> Choice:
     progress = context.log.progress('scoring layers')
-    batches = _Told(context.scored, progress, passes(num_remove))
+    batches = _ReportingBatches(context.scored, progress, passes(num_remove))
     return function(context.model, num_remove, batches, context.mode, context.settings.data.seed)
 
   return choose
 
 
-class _Told(Sequence):
-  """Batches, and how many of them were read in all passes."""
+class _ReportingBatches(Sequence):
+  """Batches that report progress: how many were read, over all passes."""
 
   def __init__(self, batches: Batches, progress: Callable[[int, int], None], passes: int):
     self._batches, self._progress, self._of, self._done = batches, progress, passes * len(batches), 0
@@ -63,11 +63,12 @@ class _Told(Sequence):
 def score_program(
   shapes: Shapes, name: str, call: Callable, *args, passes: float = 1, rounds: int = 1, gradients: int = 0
 ) -> Program:
-  """A program that scores layers on a batch.
+  """The program that scores layers on one batch.
 
   Args:
-    passes: the forward passes that it takes.
-    rounds: how often it goes through the batches.
+    passes: Cost of one call, in forward passes.
+    rounds: How often the method iterates over the batches.
+    gradients: Bytes of gradients on each device.
   """
   calls = rounds * shapes.settings.removal.score_steps
   size = device_bytes(shapes.dense)

@@ -1,7 +1,7 @@
-"""Methods that look at how far layers turn the stream of hidden states: shortgpt, cosine_block, uidl.
+"""Methods that compare hidden states before and after layers: shortgpt, cosine_block, uidl.
 
-x_l is what layer l reads, x_{l+1} what it writes, before the final norm.
-Dimension names: see model/decoder.py; M is L + 1, the streams before, between and after the layers.
+x_l is the hidden state that layer l reads, x_{l+1} the one that it writes; x_L is taken before the final norm.
+Dimension names: see model/decoder.py. M is L + 1, the number of hidden states x_0 … x_L.
 """
 
 import functools
@@ -25,18 +25,19 @@ from elder_jax.recipes.context import Choice
 
 
 def shortgpt(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
-  """ShortGPT (arXiv 2403.03853, section 3): the layers of the lowest Block Influence, all at once.
+  """ShortGPT (arXiv 2403.03853, section 3): removes the layers with the lowest block influence, all at once.
 
-  BI_l = 1 − mean over tokens of cos(x_l, x_{l+1}). Scores: BI per layer, in 0 … 2.
+  BI_l = 1 − mean over tokens of cos(x_l, x_{l+1}). Scores: BI per layer, between 0 and 2.
   """
   influence_L = 1 - _mean_cosines(model, batches, 1, mode)
   return Choice(lowest(influence_L, range(model.num_layers), num_remove), influence_L.tolist())
 
 
 def cosine_block(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
-  """LLM-Streamline's layer pruning (arXiv 2403.19135, section 3.1): the run of n layers that turns the stream least.
+  """LLM-Streamline's layer pruning (arXiv 2403.19135, section 3.1), without its training of a replacement layer.
 
-  Scores: for each start l the mean over all tokens of cos(x_l, x_{l+n}); the run with the highest goes.
+  Removes the contiguous block of n layers with the highest cosine similarity between its input and output. Scores: for
+  each first layer l, the mean over all tokens of cos(x_l, x_{l+n}).
   """
   cosine_S = _mean_cosines(model, batches, num_remove, mode)
   start = int(np.argmax(cosine_S))
@@ -46,8 +47,9 @@ def cosine_block(model: Decoder, num_remove: int, batches: Batches, mode: Mode, 
 def uidl(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
   """The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887, section 3.2).
 
-  Scores: for each start l the angular distance d(l, n) = arccos(cos(x_l, x_{l+n})) / π at the last token of each
-  sequence, averaged over the sequences; in 0 … 1. The run of n layers with the least goes.
+  Removes the contiguous block of n layers with the smallest angular distance between its input and output. Scores: for
+  each first layer l, d(l, n) = arccos(cos(x_l, x_{l+n})) / π at the last token, averaged over the sequences; between 0
+  and 1.
   """
   distance_S, count = 0.0, 0
   for tokens_BT in batches:
@@ -59,7 +61,7 @@ def uidl(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: in
 
 
 def _stream(model: Decoder, tokens_BT, mode: Mode):
-  """x_MBTD: what each layer reads, and what the last one writes."""
+  """Returns x_MBTD: the input of each layer and the output of the last one."""
   gate_L = jnp.ones(model.num_layers, jnp.float32)
   x_BTD, _, x_LBTD = run_layers(model, embed(model, tokens_BT, mode), mode=mode, gate_L=gate_L, inputs=True)
   return jnp.concatenate([x_LBTD, x_BTD[None]])
@@ -71,16 +73,16 @@ def _dot(a_BTD, b_BTD):
 
 @functools.partial(jax.jit, static_argnames=('n', 'mode'))
 def cosine_sums(model: Decoder, tokens_BT, n: int, mode: Mode):
-  """For each start l of n layers, Σ over tokens of cos(x_l, x_{l+n})."""
+  """Returns Σ over tokens of cos(x_l, x_{l+n}) for each first layer l of a block of n layers."""
   x_MBTD = _stream(model, tokens_BT, mode)
 
   def cosine_sum(l):
     a_BTD, b_BTD = x_MBTD[l], x_MBTD[l + n]
-    # One root of both squares: exactly 1 where a = b.
+    # One square root of the product, so that the cosine is exactly 1 where a = b.
     norms_BT = jnp.sqrt(_dot(a_BTD, a_BTD) * _dot(b_BTD, b_BTD))
     return jnp.sum(_dot(a_BTD, b_BTD) / jnp.maximum(norms_BT, jnp.finfo(jnp.float32).tiny))
 
-  # One start at a time, so that only one float32 pair is in memory.
+  # One block at a time, so that only two hidden states are in memory in float32.
   return sharding.replicate(jax.lax.map(cosine_sum, jnp.arange(x_MBTD.shape[0] - n)))
 
 
@@ -94,11 +96,11 @@ def _mean_cosines(model: Decoder, batches: Batches, n: int, mode: Mode) -> np.nd
 
 @functools.partial(jax.jit, static_argnames=('n', 'mode'))
 def angle_sums(model: Decoder, tokens_BT, n: int, mode: Mode):
-  """For each start l of n layers, Σ over sequences of the angle between x_l and x_{l+n} at the last token, over π."""
+  """Returns Σ over sequences of the angle between x_l and x_{l+n} at the last token, divided by π, for each l."""
   x_MBD = _stream(model, tokens_BT, mode)[:, :, -1].astype(jnp.float32)
   x_MBD = x_MBD / jnp.maximum(jnp.linalg.norm(x_MBD, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
   a_SBD, b_SBD = x_MBD[: x_MBD.shape[0] - n], x_MBD[n:]
-  # arccos(a·b) of unit vectors, without arccos, which near 0 makes an error of 3e-4 of float32's last bit.
+  # atan2, because arccos turns one ulp near cos = 1 into an angle of 3e-4.
   angle_SB = 2 * jnp.arctan2(jnp.linalg.norm(a_SBD - b_SBD, axis=-1), jnp.linalg.norm(a_SBD + b_SBD, axis=-1))
   return sharding.replicate(jnp.sum(angle_SB, -1) / jnp.pi)
 
@@ -107,19 +109,19 @@ def angle_sums(model: Decoder, tokens_BT, n: int, mode: Mode):
 
 
 def programs_shortgpt(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs."""
+  """Implements Method.programs."""
   del num_remove
   return [score_program(shapes, 'choosing by shortgpt', cosine_sums, shapes.dense, shapes.tokens_BT, 1, shapes.mode)]
 
 
 def programs_cosine_block(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs; another program for another number of layers."""
+  """Implements Method.programs; each number of layers has its own program."""
   name, args = _by_depth(shapes, 'cosine_block', num_remove)
   return [score_program(shapes, name, cosine_sums, *args)]
 
 
 def programs_uidl(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs; another program for another number of layers."""
+  """Implements Method.programs; each number of layers has its own program."""
   name, args = _by_depth(shapes, 'uidl', num_remove)
   return [score_program(shapes, name, angle_sums, *args)]
 

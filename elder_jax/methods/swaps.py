@@ -1,4 +1,4 @@
-"""The method swaps: a search from auto's choice, one layer for another, each swap judged by the loss after absorbing."""
+"""The method swaps: local search from auto's choice by swaps of single layers that lower the held-out loss after absorb."""
 
 import dataclasses
 import math
@@ -19,18 +19,18 @@ from elder_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class SwapSettings(Settings):
-  """How long swaps are tried."""
+  """Settings of the search."""
 
   tries: int = setting(
-    32, 'Swaps of one layer that --method=swaps judges at most, each by absorbing anew.', flag='swap_tries', least=1
+    32, 'Maximum number of swaps that --method=swaps tries; each one runs absorb.', flag='swap_tries', least=1
   )
 
 
 def method(first: Method) -> Method:
-  """The entry of the table; `first` is auto's, whose choice the search begins with."""
+  """Makes the entry of METHODS. first: the entry of auto; the search starts from its choice."""
   return Method(
     lambda context, num_remove: choose(first, context, num_remove),
-    "auto's choice, in which single layers are swapped as long as the loss after absorbing falls",
+    "auto's choice, improved by swaps of single layers that lower the held-out loss after absorb",
     nested=False,
     refuses=first.refuses,
     programs=lambda shapes, num_remove: programs(first, shapes, num_remove),
@@ -39,7 +39,7 @@ def method(first: Method) -> Method:
 
 
 def choose(first: Method, context: Context, num_remove: int) -> Choice:
-  """Method.choose. `about` has auto's candidates and the swaps that were made: [layer back, layer out, loss]."""
+  """Implements Method.choose. `about` holds auto's candidates and the swaps made: [restored layer, removed layer, loss]."""
   start = first.choose(context, num_remove)
   steps = auto.num_fitted(context.settings.removal.score_steps, len(context.batches))
   fit, held_out, notes = (
@@ -54,23 +54,23 @@ def choose(first: Method, context: Context, num_remove: int) -> Choice:
   tries, progress = context.settings.swaps.tries, context.log.progress('swapping layers')
   removed, loss, made = sorted(start.removed), start.about['candidates'][0]['loss'], []
   loss_of.share([removed])
-  seen = {tuple(removed)}  # the start, which is not tried
+  seen = {tuple(removed)}  # the start; it does not count as a try
   while swap := _next(removed, cost_L, seen) if len(seen) <= tries else None:
     back, out, found = swap
     seen.add(tuple(found))
     of_found = loss_of(found)
     progress(len(seen) - 1, tries, f'best loss {min(loss, of_found):.4f}')
     if of_found < loss:
-      context.log.say(f'layer {out} instead of layer {back}: loss {loss:.4f} → {of_found:.4f}')
+      context.log.say(f'remove layer {out} instead of layer {back}: held-out loss {loss:.4f} → {of_found:.4f}')
       removed, loss = found, of_found
       made.append([back, out, loss])
   return Choice(removed, about=start.about | {'swaps': made, 'tried': len(seen) - 1, 'loss': loss})
 
 
 def _next(removed: list[int], cost_L: np.ndarray, seen: set[tuple[int, ...]]) -> tuple[int, int, list[int]] | None:
-  """(layer to put back, layer to take out, the layers that are out then) of the most promising swap that was not seen.
+  """Returns the most promising unseen swap: (layer to restore, layer to remove, all removed layers after the swap).
 
-  The order is that of the perplexity without each of the two layers alone.
+  Swaps are ordered by the ratio of two perplexities: without the layer to remove, and without the layer to restore.
   """
   kept, log_L = [l for l in range(len(cost_L)) if l not in removed], np.log(cost_L)
   swaps = sorted((log_L[out] - log_L[back], back, out) for back in removed for out in kept)
@@ -79,7 +79,7 @@ def _next(removed: list[int], cost_L: np.ndarray, seen: set[tuple[int, ...]]) ->
 
 
 def programs(first: Method, shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs."""
+  """Implements Method.programs."""
   steps = auto.num_fitted(shapes.settings.removal.score_steps, shapes.settings.one_pass)
   found = first.programs(shapes, num_remove) if first.programs else []
   judged = judging.programs(shapes, num_remove, shapes.settings.swaps.tries, steps)

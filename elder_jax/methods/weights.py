@@ -1,4 +1,4 @@
-"""Methods that look at the weights and their gradients: taylor, magnitude.
+"""Methods that score layers by their weights and gradients: taylor, magnitude (Shortened LLaMA).
 
 Dimension names: see model/decoder.py.
 """
@@ -30,19 +30,18 @@ from elder_jax.training.step import partition
 
 
 def taylor(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
-  """Shortened LLaMA's Taylor+ (arXiv 2402.02834, section 3.1): first-order estimate of what a block's loss costs.
+  """Shortened LLaMA's Taylor+ (arXiv 2402.02834, section 3.1): a first-order estimate of the loss without a layer.
 
-  Scores: Σ |w · ∂L/∂w| over all elements of a block's weight matrices (attention's four and the MLP's three; as in the
-  paper's formula, not the norms' scales, which its code adds). L is the LM loss, the mean over all tokens of all
-  batches: gradients are added up over the batches with their signs and only then multiplied and made absolute, as the
-  released code does, so that the score does not depend on the cut into batches. The lowest go, all at once, but
-  never the first KEPT_FIRST and the last KEPT_LAST blocks.
+  Scores: Σ |w · ∂L/∂w| over all elements of a layer's weight matrices (four of attention, three of the MLP). This is the
+  paper's formula; its code also adds the scales of the norms. L is the mean LM loss over all tokens of all batches. As in
+  the released code, gradients are summed over the batches first, so that the score does not depend on the batch size. The
+  layers with the lowest scores are removed together, but never the first KEPT_FIRST or the last KEPT_LAST.
 
-  Needs a float32 accumulator of the size of the blocks beside the gradients of one batch; mode.remat is observed.
+  Memory: a float32 accumulator as large as the layers, and the gradients of one batch. Uses mode.remat.
   """
   candidates = range(KEPT_FIRST, model.num_layers - KEPT_LAST)
   weights, rest = partition(model, matrices_mask(model))
-  # Where the weights lie, or a model that needs all devices would have its sum on one.
+  # Sharded like the weights: a model that needs all devices must not have its sum on one.
   total = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32, device=w.sharding), weights)
   count = 0
   for tokens_BT in batches:
@@ -53,9 +52,9 @@ def taylor(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: 
 
 
 def magnitude(model: Decoder, num_remove: int, batches: Batches, mode: Mode, seed: int = 0) -> Choice:
-  """Shortened LLaMA's Mag (arXiv 2402.02834, section 3.1), without its "+": all blocks may be chosen.
+  """Shortened LLaMA's Mag (arXiv 2402.02834, section 3.1), without its "+": any layer may be chosen.
 
-  Scores: Σ |w| over a block's weight matrices, the norms' scales apart. The lowest go. Reads no text.
+  Scores: Σ |w| over a layer's weight matrices, without the scales of the norms. Removes the lowest. Reads no text.
   """
   weights, _ = partition(model, matrices_mask(model))
   score_L = sum(to_host64(a_L) for a_L in _magnitudes(weights))
@@ -63,13 +62,13 @@ def magnitude(model: Decoder, num_remove: int, batches: Batches, mode: Mode, see
 
 
 def matrices_mask(model: Decoder) -> Decoder:
-  """A mask as step.train_mask's: True at the layers' matrices; norms and biases are not among them."""
+  """Returns a mask like that of step.train_mask: True for the layers' matrices, False for norms, biases and the rest."""
   return jax.tree_util.tree_map_with_path(lambda path, _: is_layer_matrix(path), model)
 
 
 @functools.partial(jax.jit, static_argnames='mode', donate_argnums=0)
 def add_gradients(total, weights, rest, tokens_BT, mode: Mode):
-  """total + the gradients of a batch's summed nll with respect to `weights`, in float32."""
+  """Returns `total` plus the gradients of a batch's summed NLL with respect to `weights`, in float32."""
 
   def nll(weights):
     model = combine(weights, rest)
@@ -87,21 +86,21 @@ def _sum_over_all_but_layers(a):
 
 @jax.jit
 def _products(gradients, weights) -> list:
-  """Σ |w · g| per layer, for each matrix."""
+  """Returns Σ |w · g| per layer, one array [L] per matrix."""
   products = jax.tree.map(lambda g, w: jnp.abs(g * w.astype(jnp.float32)), gradients, weights)
   return sharding.replicate([_sum_over_all_but_layers(a) for a in jax.tree.leaves(products)])
 
 
 @jax.jit
 def _magnitudes(weights) -> list:
-  """Σ |w| per layer, for each matrix."""
+  """Returns Σ |w| per layer, one array [L] per matrix."""
   return sharding.replicate(
     [_sum_over_all_but_layers(jnp.abs(w.astype(jnp.float32))) for w in jax.tree.leaves(weights)]
   )
 
 
 def programs_taylor(shapes: Shapes, num_remove: int) -> list[Program]:
-  """Method.programs: gradients of a batch, added to their float32 sum."""
+  """Implements Method.programs: the gradients of one batch, added to their float32 sum."""
   del num_remove
   weights, rest = partition(shapes.dense, matrices_mask(shapes.dense))
   total = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=w.sharding), weights)

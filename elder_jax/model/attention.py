@@ -1,4 +1,4 @@
-"""Where a layer's attention looks: positions, windows, and attention itself.
+"""Attention, rotary position embeddings (RoPE) and sliding windows.
 
 Dimension names: see decoder.py.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from elder_jax.devices import sharding
 from elder_jax.model.spec import Spec
 
-QUERY_BLOCK = {'cpu': 128, 'tpu': 512}  # queries that attend together where there is no fused kernel
+QUERY_BLOCK = {'cpu': 128, 'tpu': 512}  # queries per block where there is no fused kernel
 
 
 def softcap(a, cap: float | None):
@@ -18,43 +18,43 @@ def softcap(a, cap: float | None):
 
 
 def kinds(spec: Spec) -> dict:
-  """What differs between the layers, as int32_L to be scanned over; empty where all are alike."""
+  """Returns the properties in which layers differ, as int32_L to scan over; empty if all layers are alike."""
   window_L = [w or NO_WINDOW for w in spec.window_L]
   of_layers = {'rope': spec.rope_L, 'window': window_L, 'mixer': spec.mixer_L}
   return {k: np.array(a, np.int32) for k, a in of_layers.items() if len(set(a)) > 1}
 
 
 def rope_and_window(spec: Spec, tables, kind: dict):
-  """A layer's (cos_TH, sin_TH) of rope_tables, and its window or None; kind: what `kinds` gave for it."""
+  """Returns a layer's (cos_TH, sin_TH) from rope_tables, and its window or None. kind: its part of `kinds`."""
   row = kind.get('rope', spec.rope_L[0] if spec.rope_L else 0)
   window = kind.get('window', spec.window_L[0] or None if spec.window_L else None)
   return tuple(table_RTH[row] for table_RTH in tables), window
 
 
 def mixer_of(spec: Spec, kind: dict):
-  """0 or 1, as in Spec.mixer_L; kind: what `kinds` gave for the layer."""
+  """Returns 0 or 1, as in Spec.mixer_L. kind: the layer's part of `kinds`."""
   return kind.get('mixer', spec.mixer_L[0] if spec.mixer_L else 0)
 
 
-NO_WINDOW = 2**30  # where layers differ, one that sees all
+NO_WINDOW = 2**30  # the window of full attention in models where layers differ
 
 
 def rope_tables(spec: Spec, num_tokens: int, length=None):
-  """(cos_RTH, sin_RTH) of the positions 0 … num_tokens − 1 in float32, half as wide as what is rotated of a head.
+  """Returns (cos_RTH, sin_RTH) for the positions 0 … num_tokens − 1, in float32. H is half of the rotated dimensions.
 
   Args:
-    length: tokens of the text, where some of num_tokens are padding; it may be traced.
+    length: Number of tokens without padding; None: num_tokens. It may be traced.
   """
   return _tables(spec, jnp.arange(num_tokens), (num_tokens if length is None else length) > spec.rope_near)
 
 
 def rope_at(spec: Spec, position_T):
-  """rope_tables' rows of any positions, each as of a text that ends there."""
+  """Returns the rows of rope_tables for any positions, each as for a text that ends at that position."""
   return _tables(spec, position_T, (position_T >= spec.rope_near)[None, :, None])
 
 
 def _tables(spec: Spec, position_T, is_far):
-  """is_far: whether spec.rope_far_RH holds: one for all, or [1, T, 1]."""
+  """is_far: Whether spec.rope_far_RH applies: one bool, or [1, T, 1]."""
   freq_RTH = jnp.array(spec.rope_freq_RH, jnp.float32)[:, None]
   if spec.rope_far_RH:
     freq_RTH = jnp.where(is_far, jnp.array(spec.rope_far_RH, jnp.float32)[:, None], freq_RTH)
@@ -67,7 +67,11 @@ def _tables(spec: Spec, position_T, is_far):
 
 
 def apply_rope(x_BTNH, rope, pairs: bool = False):
-  """Rotates pairs of each head's first R dimensions in float32: (i, i + R/2), Hugging Face's layout, or (2i, 2i + 1)."""
+  """Rotates the first R dimensions of each head in float32.
+
+  Args:
+    pairs: Which dimensions form a pair. False: (i, i + R/2), the layout of Hugging Face. True: (2i, 2i + 1).
+  """
   cos, sin = (table_TH[None, :, None, :] for table_TH in rope)
   half, H = cos.shape[-1], x_BTNH.shape[-1]
   if not half:
@@ -81,19 +85,21 @@ def apply_rope(x_BTNH, rope, pairs: bool = False):
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, cap: float | None = None, sink_N=None):
-  """Causal attention [B, T, N, H]; query head n reads key/value head n // (N/K). cuDNN's fused kernel on a GPU.
+  """Returns causal attention, [B, T, N, H]. Query head n reads key/value head n // (N/K).
+
+  Uses cuDNN's fused kernel on a GPU where it can.
 
   Args:
-    window: how many of the last tokens, its own included, a token sees; a number, an int32 scalar, or None: all.
-    scale: of the scores; None: H ** -0.5.
-    cap: scores s become cap · tanh(s / cap).
-    sink_N: of each head, a score that is in the softmax beside those of the keys, and whose part goes nowhere.
+    window: Number of last tokens, its own included, that a token attends to: an int, an int32 scalar, or None for all.
+    scale: Factor of the scores; None: H ** -0.5.
+    cap: Scores s become cap · tanh(s / cap).
+    sink_N: Attention sinks: an additional score per head in the softmax, without a value.
   """
   backend, T = sharding.platform(), q_BTNH.shape[1]
   plain = cap is None and sink_N is None and (window is None or isinstance(window, int))
   if backend == 'gpu' and plain:
     H = q_BTNH.shape[-1]
-    fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0  # what cuDNN has on all GPUs
+    fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0  # supported by cuDNN on all GPUs
     implementation = 'cudnn' if fused else 'xla'
     local = None if window is None or window >= T else (window - 1, 0)
     return jax.nn.dot_product_attention(
@@ -105,7 +111,7 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
       local_window_size=local,
       implementation=implementation,
     )
-  # Without a fused kernel: blocks of queries that do not read the keys after them take half the time of the square.
+  # Without a fused kernel: blocks of queries skip the keys after them, which halves the time of the full matrix.
   size = QUERY_BLOCK.get(backend, T)
   blocks = []
   for start in range(0, T, size):
@@ -124,7 +130,7 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
 def masked_attention(
   q_BTNH, k_BSKH, v_BSKH, seen_BNTS, scale: float | None = None, cap: float | None = None, sink_N=None
 ):
-  """Attention [B, T, N, H] of queries to the keys that `seen` shows them; axes of 1 in it are broadcast."""
+  """Returns attention with a mask, [B, T, N, H]. seen_BNTS: True where a query attends to a key; broadcastable."""
   if cap is None and sink_N is None:
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen_BNTS, scale=scale, implementation='xla')
   B, T, N, H = q_BTNH.shape

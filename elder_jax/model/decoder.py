@@ -1,11 +1,11 @@
-"""The decoder: stacked layers under one scan, a gate per layer.
+"""The decoder: stacked layers in one scan, with a gate per layer.
 
-Dimensions, as used in the names' suffixes:
+Dimensions, used as suffixes of array names:
   B batch, T token, L layer, D model width, N query heads, K key/value heads, G query heads per key/value head,
   H head width, F feed-forward width, V vocabulary.
 
-The modules are Flax NNX modules used as typed pytrees: every function here is pure, and goes under jax.jit, jax.grad
-and jax.lax.scan as it stands.
+The modules are Flax NNX modules used as typed pytrees. Every function here is pure and works under jax.jit, jax.grad and
+jax.lax.scan.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from elder_jax.model.spec import Spec
 
 
 class Decoder(nnx.Module):
-  """A decoder-only transformer. `gate_L` (fp32) holds one gate per layer; at 1 the network is the ungated one."""
+  """A decoder-only transformer. `gate_L` (fp32) holds one gate per layer; with all gates at 1 it is the plain network."""
 
   def __init__(self, spec: Spec, num_layers: int, key: jax.Array):
     assert {len(of_L) for of_L in (spec.rope_L, spec.window_L, spec.mixer_L)} <= {0, num_layers}
@@ -50,33 +50,34 @@ class Decoder(nnx.Module):
 
 
 def forward(model: Decoder, tokens_BT, alive_L=None, mode: Mode = Mode(), gate_L=None, measure: Callable | None = None):
-  """Runs the network up to the final norm.
+  """Runs the network up to and including the final norm.
 
   Args:
     tokens_BT: int32 token ids.
-    alive_L: bool; a layer that is not alive is skipped: the identity, at no cost. None: all are alive.
-    mode: see Mode.
-    gate_L: gates (fp32) in place of the model's own.
-    measure: (a layer's update d_BTD, what the layer read x_BTD) -> an fp32 scalar. None: nothing is measured.
+    alive_L: bool per layer. A layer that is not alive is skipped at no cost: it is the identity. None: all are alive.
+    mode: See Mode.
+    gate_L: Gates (fp32) to use instead of the model's own.
+    measure: (update d_BTD of a layer, its input x_BTD) -> fp32 scalar. None: nothing is measured.
 
   Returns:
-    x_BTD in the compute type, to be given to `logits_of` or to losses.next_token_nll, and delta_L (fp32), the `measure`
-    of each layer; 0 for a skipped layer, and where nothing is measured.
+    x_BTD in the computation dtype, the input of `logits_of` and losses.next_token_nll; and delta_L (fp32), the `measure`
+    of each layer. delta_L is 0 for skipped layers, and everywhere if `measure` is None.
   """
   x_BTD, delta_L = run_layers(model, embed(model, tokens_BT, mode), alive_L, mode, gate_L, measure=measure)
   return final_norm(model, x_BTD), delta_L
 
 
 def embed(model: Decoder, tokens_BT, mode: Mode = Mode(), position_T=None, batch_axis: int = 0):
-  """The stream x_BTD that the first layer reads.
+  """Returns x_BTD, the input of the first layer.
 
   Args:
-    position_T: the tokens' positions; 0 … T − 1 where it is not given.
-    batch_axis: that of tokens_BT which lies over the devices.
+    position_T: Positions of the tokens; None: 0 … T − 1.
+    batch_axis: The axis of tokens_BT that is sharded over the devices.
   """
   spec = model.spec
 
-  # Devices that share the width look up their part of it for each other's tokens, and exchange that: the table stays.
+  # Devices that share the width look up their part of it for all of their tokens and exchange the results. The embedding
+  # table itself is not gathered.
   def over(axis, *width):
     return (*(axis if i == batch_axis else None for i in range(2)), *width)
 
@@ -87,14 +88,14 @@ def embed(model: Decoder, tokens_BT, mode: Mode = Mode(), position_T=None, batch
     x_BTD = x_BTD * jnp.asarray(spec.embed_scale, mode.dtype)
   if spec.num_positions:
     position_T = jnp.arange(tokens_BT.shape[1]) if position_T is None else position_T
-    # Padding may lie beyond the table. Without clip it would read NaN, and attention to it of weight 0 is NaN as well.
+    # Padding may have positions beyond the table. Without clip it would read NaN, and 0 · NaN in attention is NaN.
     p_TD = jnp.take(whole(model.positions), position_T + spec.position_offset, axis=0, mode='clip')
     x_BTD = x_BTD + p_TD[None].astype(mode.dtype)
   return x_BTD
 
 
 def final_norm(model: Decoder, x_BTD):
-  """The final norm."""
+  """Applies the final norm, if the model has one."""
   return x_BTD if model.final_norm is None else model.final_norm(x_BTD)
 
 
@@ -108,19 +109,20 @@ def run_layers(
   measure: Callable | None = None,
   compare: tuple[Callable, jax.Array] | None = None,
 ):
-  """The layers alone, from the stream x_BTD at position 0 on; arguments as in `forward`.
+  """Runs only the layers, on hidden states x_BTD of positions 0 … T − 1. Other arguments as in `forward`.
 
-  To run only the layers above some layer, give that layer's input and an alive_L that is False below.
+  To start at a later layer, pass the input of that layer and an alive_L that is False for the layers before it.
 
   Args:
-    inputs: what each layer reads is returned, too.
-    compare: (f, y_LBTD): f(what a layer reads x_BTD, its y_BTD), an fp32 scalar, is returned, too; not with `inputs`.
+    inputs: Whether to return the input of each layer as well.
+    compare: (f, y_LBTD): returns f(input x_BTD of layer l, y_LBTD[l]) for each layer, fp32 scalars. Not with `inputs`.
 
   Returns:
-    (x_BTD after the last layer, before the final norm; delta_L), and then x_LBTD of `inputs` or f's results of `compare`.
+    (x_BTD after the last layer and before the final norm, delta_L), followed by x_LBTD if `inputs`, or by the results of
+    f if `compare`.
   """
   if alive_L is None:
-    # Behind a barrier, else the compiler drops the branch below, fuses otherwise, and some last bits differ.
+    # Without the barrier the compiler removes the branch below and fuses differently, which changes some last bits.
     alive_L = jax.lax.optimization_barrier(jnp.ones(model.num_layers, bool))
   gate_L = model.gate_L[...] if gate_L is None else gate_L
   tables = rope_tables(model.spec, x_BTD.shape[1])
@@ -134,8 +136,8 @@ def run_layers(
       return y_BTD, measure(d_BTD, x_BTD) if measure else jnp.float32(0)
 
     if mode.remat == 'full':
-      # Inside the branch as well: else the backward pass computes the layer again in one branch and takes what it needs,
-      # the scores of attention among it, through memory into another.
+      # Remat inside the branch as well. Otherwise the backward pass recomputes the layer in one branch and passes all
+      # residuals, including the scores of attention, through memory to another branch.
       run = jax.checkpoint(run)
     y_BTD, delta = jax.lax.cond(alive, run, lambda x_BTD: (x_BTD, jnp.float32(0)), x_BTD)
     if compare:
@@ -156,23 +158,29 @@ def run_layers(
 
 
 def _all_but_weights(primitive, *_, **params) -> bool:
-  """Remat policy: what a layer computes is kept, weights that it cast and gathered are not, else all are whole at once."""
+  """Remat policy: saves activations, but not cast or gathered weights, which would be in memory for all layers at once."""
   return primitive.name not in ('convert_element_type', 'sharding_constraint', 'custom_vjp_call')  # sharding.gather's
 
 
 def head_of(model: Decoder):
-  """The output head (weights_VD, float32 bias_V or None), gathered for `logits`: once, where that is called in a loop."""
+  """Returns the gathered output head: (weights_VD, float32 bias_V or None). Call it once, outside of loops."""
   weights_VD = whole(model.embed if model.head is None else model.head)
   return weights_VD, None if model.head_bias is None else whole(model.head_bias, jnp.float32)
 
 
 def logits_of(model: Decoder, x_BTD, gathered=None):
-  """float32 logits_BTV of `forward`'s hidden states. For a loss use losses.next_token_nll, which never holds them all."""
+  """Returns float32 logits_BTV for the hidden states of `forward`.
+
+  For a loss use losses.next_token_nll, which never holds all logits in memory.
+
+  Args:
+    gathered: The result of `head_of`; None: gathered here.
+  """
   return project(head_of(model) if gathered is None else gathered, x_BTD, model.spec.outputs())
 
 
 def project(gathered, x_BTD, outputs: tuple[float, float | None]):
-  """`logits`, by the head as `head` gives it and Spec.outputs of its model."""
+  """Returns float32 logits_BTV. gathered: the result of `head_of`; outputs: Spec.outputs of the model."""
   scale, cap = outputs
   weights_VD, bias_V = gathered
   out_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, weights_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)

@@ -1,9 +1,9 @@
-"""Gated delta-net: a layer that keeps a state of fixed size in place of keys and values (arXiv 2412.06464).
+"""Gated DeltaNet (arXiv 2412.06464): linear attention with a state of fixed size instead of keys and values.
 
   S_t = exp(g_t) · S_{t−1} · (1 − β_t·k_t·k_tᵀ) + β_t·k_t·v_tᵀ,  o_t = S_tᵀ·q_t
 
-Dimensions beside those of decoder.py: C channels of the convolution, W its width, Z all value heads' widths together,
-M value head, U its width, A width of a key, c chunk, s and r tokens of a chunk.
+Dimensions besides those of decoder.py: C channels of the convolution, W width of the convolution, M value head, U width
+of a value head, Z = M · U, A width of a key, c chunk, s and r tokens of a chunk.
 """
 
 import functools
@@ -19,25 +19,25 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class State(NamedTuple):
-  """What the tokens so far have left: the state, and the convolution's last inputs."""
+  """What a next token reads: the recurrent state, and the last inputs of the convolution."""
 
   state_BMAU: jax.Array
-  tail_BWC: jax.Array  # W − 1 tokens
+  tail_BWC: jax.Array  # of W − 1 tokens
 
 
 def no_state(sizes: Delta, batch: int, dtype) -> State:
-  """Before the first token."""
+  """Returns the State before the first token."""
   state = jnp.zeros((batch, sizes.value_heads, sizes.key_dim, sizes.value_dim), jnp.float32)
   return State(state, jnp.zeros((batch, sizes.width - 1, sizes.channels), dtype))
 
 
 def of_text(sizes: Delta, inputs: dict, act, length_B=None) -> tuple[jax.Array, State]:
-  """(o_BTMU, the State after the text) of a text from its beginning on.
+  """Returns (o_BTMU, the State after the text) for whole texts.
 
   Args:
-    inputs: of Block.delta_inputs: channels_BTC, beta_BTM, decay_BTM (g), kernel_CW.
-    act: after the convolution.
-    length_B: tokens of each text, where the rest is padding.
+    inputs: channels_BTC, beta_BTM, decay_BTM (g) and kernel_CW, by name; see Block.of_delta.
+    act: Activation after the convolution.
+    length_B: Number of tokens of each text without padding; None: T.
   """
   x_BTC, W = inputs['channels_BTC'], sizes.width
   B, T, _ = x_BTC.shape
@@ -57,7 +57,7 @@ def of_text(sizes: Delta, inputs: dict, act, length_B=None) -> tuple[jax.Array, 
 
 
 def of_token(sizes: Delta, inputs: dict, act, before: State) -> tuple[jax.Array, State]:
-  """(o_B1MU, the next State) of one token for each text; arguments as for `of_text`, with T = 1."""
+  """Returns (o_B1MU, the next State) for one more token of each text. Arguments as in `of_text`, with T = 1."""
   seen_BWC = jnp.concatenate([before.tail_BWC, inputs['channels_BTC']], 1)
   mixed_B1C = jnp.sum(seen_BWC * inputs['kernel_CW'].T[None], 1, keepdims=True)
   q, k, v = (a[:, 0] for a in _heads(sizes, act(mixed_B1C)))
@@ -69,7 +69,10 @@ def of_token(sizes: Delta, inputs: dict, act, before: State) -> tuple[jax.Array,
 
 
 def _heads(sizes: Delta, mixed_BTC):
-  """Queries, keys [B, T, M, A], both of length 1, the queries scaled by A^−½, and values [B, T, M, U]; float32."""
+  """Returns queries, keys [B, T, M, A] and values [B, T, M, U] in float32.
+
+  Queries and keys are normalised to unit length, and queries are then scaled by A^−½.
+  """
   B, T, _ = mixed_BTC.shape
   keys, M = sizes.key_heads * sizes.key_dim, sizes.value_heads
   q, k, v = jnp.split(mixed_BTC.astype(jnp.float32), [keys, 2 * keys], -1)
@@ -83,15 +86,15 @@ def _heads(sizes: Delta, mixed_BTC):
 
 
 def _by_chunks(q, k, v, beta_BTM, decay_BTM):
-  """(o_BTMU, the last state_BMAU): within a chunk by products of matrices, from chunk to chunk by the state.
+  """Returns (o_BTMU, the last state_BMAU). Uses matrix products within a chunk and the state between chunks.
 
-  The changes u_s that a chunk's tokens write solve (1 + L)·u = β·(v − exp(Σg)·Sᵀk), L strictly lower triangular.
+  The updates u_s that the tokens of a chunk write solve (1 + L)·u = β·(v − exp(Σg)·Sᵀk), L strictly lower triangular.
   """
   B, T, M, _ = q.shape
   spare = -T % CHUNK
 
   def chunked(a):
-    """[B, T, M, …] -> [c, B, M, s, …]"""
+    """[B, T, M, …] -> [c, B, M, s, …]."""
     a = jnp.pad(a, ((0, 0), (0, spare)) + ((0, 0),) * (a.ndim - 2))
     a = a.reshape(B, -1, CHUNK, *a.shape[2:])
     return jnp.moveaxis(jnp.moveaxis(a, 3, 2), 1, 0)

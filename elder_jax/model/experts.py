@@ -1,7 +1,7 @@
-"""Mixtures of experts: each token's MLP is a few of many, by a router's scores.
+"""Mixture of experts: a router selects a few of many MLPs for each token.
 
-Dimensions beside those of decoder.py: E expert, k an expert that a token goes to, M token, S token and expert, sorted by
-expert.
+Dimensions besides those of decoder.py: E expert, k selected expert of a token, S pair of a token and a selected expert,
+sorted by expert.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from elder_jax.model.spec import Spec
 
 
 def chosen(spec: Spec, score_BTE):
-  """Each token's experts, int32, and what each counts, float32, both [B, T, k], by the router's float32 scores."""
+  """Returns each token's experts (int32) and their weights (float32), both [B, T, k], from the router's fp32 scores."""
   best_BTk, expert_BTk = jax.lax.top_k(score_BTE, spec.experts_per_token)
   if spec.router == 'chosen':
     return expert_BTk, jax.nn.softmax(best_BTk, -1)
@@ -24,14 +24,14 @@ def chosen(spec: Spec, score_BTE):
 
 
 def mixture(spec: Spec, h_BTD, expert_BTk, share_BTk, weights: dict, act: Callable):
-  """Σ over a token's experts of share · MLP_expert(h), [B, T, D].
+  """Returns Σ over a token's experts of share · MLP_expert(h), [B, T, D].
 
-  The devices of an axis tp hold E / tp experts each. Every one computes what its own experts add to its tokens, by a
-  product of sorted rows with a group for each expert (jax.lax.ragged_dot), and the sums are added up.
+  Each device of the tp axis holds E / tp experts. It sorts the tokens by expert, multiplies each group with the matrices
+  of its expert (jax.lax.ragged_dot), and the results are summed over the tp axis.
 
   Args:
-    weights: w_gate, w_up [E, D, F], w_down [E, F, D], b_gate, b_up [E, F], b_down [E, D], or None.
-    act: of (gate [S, F] or None, up [S, F]).
+    weights: w_gate, w_up [E, D, F], w_down [E, F, D], b_gate, b_up [E, F] and b_down [E, D] by name; each may be None.
+    act: (gate [S, F] or None, up [S, F]) -> [S, F].
   """
   run = functools.partial(_of_own_experts, act, spec.experts_per_token)
   ways = sharding.mesh_sizes()
@@ -45,17 +45,17 @@ def mixture(spec: Spec, h_BTD, expert_BTk, share_BTk, weights: dict, act: Callab
     return jax.lax.psum(run(*args), 'tp')
 
   places = P(batch), P(batch), P(batch), jax.tree.map(lambda _: own, weights), own
-  # With check_vma the gradients of h and share lack the other devices' parts (jax 0.10.2; tests/model/experts_test.py).
+  # With check_vma the gradients of h and share miss the parts of other devices (jax 0.10.2; tests/model/experts_test.py).
   run_on_all = jax.shard_map(on_a_device, in_specs=places, out_specs=P(batch), check_vma=False)
   return run_on_all(h_BTD, expert_BTk, share_BTk, weights, first)
 
 
 def _of_own_experts(act: Callable, k: int, h_BTD, expert_BTk, share_BTk, weights: dict, first_1):
-  """What the experts first … first + E − 1 add, their weights being given."""
+  """The part of `mixture` by the experts first … first + E − 1. weights: those of these E experts."""
   B, T, D = h_BTD.shape
   E = weights['w_up'].shape[0]
   expert_S = expert_BTk.reshape(-1) - first_1[0]
-  group_S = jnp.where((expert_S >= 0) & (expert_S < E), expert_S, E)  # E: another device's
+  group_S = jnp.where((expert_S >= 0) & (expert_S < E), expert_S, E)  # E: an expert of another device
   order_S = jnp.argsort(group_S, stable=True)
   back_S = jnp.argsort(order_S)
   sorted_S = jnp.take(group_S, order_S, unique_indices=True)

@@ -1,7 +1,7 @@
-"""One layer: its parameters and what it computes.
+"""One layer: its parameters and its computation.
 
-A parameter's axes are written once, where it is made, and serve its shape, its initialisation, its sharding
-(devices/sharding.py) and its slicing (pruning.py). Dimension names: see decoder.py.
+The axes of a parameter are written once, where it is created. Shape, initialisation, sharding (devices/sharding.py) and
+removal of layers (pruning.py) all use them. Dimension names: see decoder.py.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from elder_jax.model.attention import attention
 from elder_jax.model.spec import Mode
 from elder_jax.model.spec import Spec
 
-# weight(axes, fan_in) -> parameter. `fan_in` names the axes that are summed over; a number: all are this.
+# weight(axes, fan_in) -> parameter. fan_in: the axes that are summed over, or a number that fills the parameter.
 Weight = Callable[[str, str | float], nnx.Param]
 
 
@@ -38,7 +38,7 @@ def weight_maker(spec: Spec, num_layers: int, key: jax.Array) -> Weight:
 
 
 class Norm(nnx.Module):
-  """The scale of a norm, and of a LayerNorm also the bias; with the leading L kept, those of all layers."""
+  """RMSNorm or LayerNorm: a scale, and for LayerNorm a bias. With a leading axis L it holds those of all layers."""
 
   def __init__(self, spec: Spec, weight: Weight, axes: str, kind: str | None = None):
     self.kind, self.eps = kind or spec.norm, spec.norm_eps
@@ -47,11 +47,11 @@ class Norm(nnx.Module):
 
   @property
   def offset(self) -> float:
-    """What is added to the scale as it is stored."""
+    """The number to add to the stored scale."""
     return 1.0 if self.kind in ('rms1', 'layer1') else 0.0
 
   def __call__(self, x_BTD):
-    """Computed in float32; over the last axis of x, whatever is before it."""
+    """Normalises the last axis of x, in float32. x may have any leading axes."""
     if self.kind == 'rms':
       return rms_norm(x_BTD, whole(self.scale), self.eps)
     x32_BTD = x_BTD.astype(jnp.float32)
@@ -66,7 +66,7 @@ class Norm(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One layer's weights; with the leading L kept, those of all layers, to be scanned over."""
+  """One layer. With a leading axis L it holds the weights of all layers, to scan over."""
 
   def __init__(self, spec: Spec, weight: Weight):
     self.spec = spec
@@ -114,7 +114,7 @@ class Block(nnx.Module):
       self.delta_norm = Norm(spec, weight, 'LU', 'rms')
 
   def qkv(self, x_BTD, rope):
-    """Queries [B, T, N, H], keys and values [B, T, K, H] of this layer, the first two rotated."""
+    """Returns queries [B, T, N, H], keys and values [B, T, K, H]. Queries and keys are rotated by RoPE."""
     h_BTD = self.attn_norm(x_BTD) if self.spec.reads_normed else x_BTD
 
     def project(w, b, axes):
@@ -129,14 +129,14 @@ class Block(nnx.Module):
     return q_BTNH, k_BTKH, project(self.wv, self.bv, 'KH')
 
   def _normed(self, norm: Norm, a_BTNH):
-    """Of each head's, or of all heads' together."""
+    """Normalises each head, or all heads together (Spec.qk_norm_over)."""
     if self.spec.qk_norm_over == 'head':
       return norm(a_BTNH)
     flat = a_BTNH.reshape(*a_BTNH.shape[:2], -1)
     return rms_norm(flat, whole(norm.scale).reshape(-1), norm.eps).reshape(a_BTNH.shape)
 
   def attn_update(self, attended_BTNH, x_BTD):
-    """What attention adds to the stream x_BTD that this layer read."""
+    """Returns attention's update of the residual stream. x_BTD: the input of the layer."""
     out_BTD = _plus(_product('BTNH,NHD->BTD', attended_BTNH, self.wo), self.bo)
     if self.spec.block == 'post':
       return self.attn_norm(x_BTD + out_BTD) - x_BTD
@@ -147,7 +147,11 @@ class Block(nnx.Module):
     return update_BTD if scale == 1 else update_BTD * jnp.asarray(scale, update_BTD.dtype)
 
   def mixed(self, x_BTD, rope, window=None, mixer=0):
-    """What attention, or a delta-net, gives to the out projection, [B, T, N, H]; mixer: of Spec.mixer_L, maybe traced."""
+    """Returns the input of the output projection, [B, T, N, H], from attention or a delta-net.
+
+    Args:
+      mixer: As in Spec.mixer_L; it may be traced.
+    """
 
     def by_attention(x_BTD):
       return self.gated(attention(*self.qkv(x_BTD, rope), window, *self.scores()), x_BTD)
@@ -160,17 +164,17 @@ class Block(nnx.Module):
     return by_delta(x_BTD) if mixer else by_attention(x_BTD)
 
   def gated(self, attended_BTNH, x_BTD):
-    """What attention gave, times the gate of the layer that read x_BTD."""
+    """Returns the output of attention times its gate, if the layer has one. x_BTD: the input of the layer."""
     if self.w_attn_gate is None:
       return attended_BTNH
     return attended_BTNH * jax.nn.sigmoid(_product('BTD,DNH->BTNH', self.attn_norm(x_BTD), self.w_attn_gate))
 
   def of_delta(self, x_BTD, before: delta.State | None = None, length_B=None):
-    """(what the delta-net gives to the out projection [B, T, N, H], its State after x_BTD).
+    """Returns (the delta-net's input of the output projection [B, T, N, H], its State after x_BTD).
 
     Args:
-      before: the State that one token finds; None: a text from its beginning.
-      length_B: of delta.of_text.
+      before: The State before x_BTD, which is then one token; None: x_BTD is a whole text.
+      length_B: See delta.of_text.
     """
     h_BTD, sizes = self.attn_norm(x_BTD), self.spec.delta
     assert sizes is not None
@@ -196,11 +200,16 @@ class Block(nnx.Module):
     return gated_BTMU.astype(h_BTD.dtype).reshape(*h_BTD.shape[:2], self.spec.num_heads, -1), after
 
   def scores(self):
-    """attention's scale, cap and sinks."""
+    """Returns the arguments scale, cap and sink_N of `attention`."""
     return *self.spec.scores(), None if self.sinks is None else whole(self.sinks)
 
   def mlp_features(self, x_BTD, attn_BTD):
-    """What the down projection reads, [B, T, F], where attention added attn_BTD to x_BTD; of experts what they give."""
+    """Returns the input of the down projection, [B, T, F]; for experts their summed output, [B, T, D].
+
+    Args:
+      x_BTD: The input of the layer.
+      attn_BTD: Attention's update.
+    """
     h_BTD = x_BTD if self.spec.block == 'parallel' else x_BTD + attn_BTD
     if self.spec.reads_normed:
       h_BTD = (self.attn_norm if self.spec.shared_norm else self.mlp_norm)(h_BTD)
@@ -221,7 +230,7 @@ class Block(nnx.Module):
     return experts.mixture(self.spec, h_BTD, *experts.chosen(self.spec, score_BTE), weights, self._activated)
 
   def _activated(self, gate, up):
-    """What the down projection reads, by what the gate projection (None: there is none) and the up projection give."""
+    """Returns the input of the down projection. gate: output of the gate projection, None if there is none."""
     spec = self.spec
     act = self._xielu if spec.activation == 'xielu' else ACTIVATIONS[spec.activation]
     if gate is None:
@@ -232,20 +241,20 @@ class Block(nnx.Module):
     return gate * jax.nn.sigmoid(spec.glu_alpha * gate) * (up + 1)
 
   def _xielu(self, x_BTF):
-    """xIELU (arXiv 2411.13010) with this layer's own two parameters; two constants are stored beside them."""
+    """xIELU (arXiv 2411.13010) with two trained parameters per layer. Its two constants are stored as well."""
     pos, neg = (jax.nn.softplus(whole(p, x_BTF.dtype)[0]) for p in (self.act_pos, self.act_neg))
     beta, eps = (jax.lax.stop_gradient(whole(p, x_BTF.dtype)[0]) for p in (self.act_beta, self.act_eps))
     below = (jnp.expm1(jnp.minimum(x_BTF, eps)) - x_BTF) * (beta + neg) + beta * x_BTF
     return jnp.where(x_BTF > 0, pos * x_BTF * x_BTF + beta * x_BTF, below)
 
   def mlp_output(self, f_BTF):
-    """What the down projection gives, before a norm that a block may have there."""
+    """Returns the output of the down projection, before the output norm of a sandwich block."""
     if self.spec.experts:
       return f_BTF
     return _plus(_product('BTF,FD->BTD', f_BTF, self.w_down), self.b_down)
 
   def mlp_update(self, f_BTF, mid_BTD):
-    """What the MLP adds to mid_BTD, the stream after attention, and a patch to both."""
+    """Returns the MLP's update of mid_BTD, the residual stream after attention. Includes the patch, if there is one."""
     out_BTD = self.mlp_output(f_BTF)
     if self.spec.block == 'post':
       out_BTD = self.mlp_norm(mid_BTD + out_BTD) - mid_BTD
@@ -257,19 +266,19 @@ class Block(nnx.Module):
     def patched(y_BTD):
       return _product('BTD,DE->BTE', y_BTD, self.patch)
 
-    # A matrix of zeros is none: it takes no time, and no training changes it.
+    # Skipped where the matrix is zero: it takes no time there, and training does not change it.
     there = jnp.any(self.patch[...] != 0)
     return out_BTD + jax.lax.cond(there, patched, jnp.zeros_like, mid_BTD + out_BTD)
 
   def updates(self, x_BTD, attended_BTNH):
-    """(what attention adds to the stream, what the MLP adds), from what attention gave before its out projection."""
+    """Returns the updates of attention and MLP. attended_BTNH: the input of attention's output projection."""
     attn_BTD = self.attn_update(attended_BTNH, x_BTD)
     return attn_BTD, self.mlp_update(self.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD)
 
   def __call__(self, x_BTD, gate, rope, mode: Mode, window=None, mixer=0):
-    """One gated layer: (x_BTD, gate as an fp32 scalar) -> (next x_BTD, the layer's own update d_BTD, ungated)."""
+    """Runs one gated layer. gate: fp32 scalar. Returns (output x_BTD, ungated update d_BTD)."""
     attn_BTD, mlp_BTD = self.updates(x_BTD, self.mixed(x_BTD, rope, window, mixer))
-    # Added in the order of the ungated network, so that a gate of 1 changes no bit and a gate of 0 leaves x alone.
+    # Summed in the order of the ungated network, so that a gate of 1 changes no bit and a gate of 0 returns x.
     if mode.gate == 'residual':
       y_BTD = (x_BTD + gate * attn_BTD) + gate * mlp_BTD
     else:
@@ -278,7 +287,7 @@ class Block(nnx.Module):
 
 
 def is_of_mixer(name: str, mixer: int) -> bool:
-  """Whether a parameter of a Block is read only in layers of this kind (Spec.mixer_L)."""
+  """Whether only layers of this mixer (Spec.mixer_L) read a parameter of Block."""
   if mixer:
     return name.startswith(('w_delta', 'delta_'))
   return name in ('wq', 'wk', 'wv', 'w_attn_gate', 'bq', 'bk', 'bv', 'q_norm', 'k_norm', 'sinks')
@@ -294,7 +303,7 @@ ACTIVATIONS = {
 
 
 def _plus(x, bias: nnx.Param | None):
-  """x + bias, the bias on x's last axes."""
+  """Returns x + bias. The bias has the last axes of x."""
   return x if bias is None else x + wide(whole(bias, x.dtype), x)
 
 
@@ -307,13 +316,13 @@ def _cast(weight: nnx.Param, like):
 
 
 def whole(param: nnx.Param, dtype=None):
-  """A parameter for use: in the type that is computed in, and only then gathered from the devices that share it."""
+  """Returns a parameter's value, cast to `dtype` first and then gathered from the devices that share it."""
   value = param[...]
   return sharding.gather(value if dtype is None else value.astype(dtype), param.get_metadata()['axes'])
 
 
 def _product(equation: str, x, weight: nnx.Param | lora.Lora):
-  """jnp.einsum of x and a layer's matrix, in the type of x."""
+  """jnp.einsum of x and a layer's matrix, in the dtype of x."""
   if isinstance(weight, lora.Lora):
     return lora.product(equation, weight.scale, x, _cast(weight.base, x), whole(weight.a), whole(weight.b))
   return jnp.einsum(equation, x, _cast(weight, x))

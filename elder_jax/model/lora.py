@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685): of each of the layers' matrices W only a change of low rank, (alpha / rank)·A·B, is trained.
+"""LoRA (arXiv 2106.09685): trains a low-rank change (alpha / rank)·A·B of each layer matrix W, with W frozen.
 
-Each of the matrices (matrices.py) reads or writes the stream D. Dimension names: see decoder.py; r is the rank.
+Each of the matrices (matrices.py) reads or writes the residual stream D. Dimension names: see decoder.py; r is the rank.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,19 @@ from elder_jax.model.matrices import layer_matrices
 
 
 class Lora(nnx.Module):
-  """A stacked matrix in its place in the Block: base W as it was, A [L, in, r] and B [L, r, out] in float32."""
+  """Replaces a stacked matrix of Block: the unchanged base W, with A [L, in, r] and B [L, r, out] in float32."""
 
   def __init__(self, base: nnx.Param, a: nnx.Param, b: nnx.Param, scale: float):
     self.base, self.a, self.b, self.scale = base, a, b, scale
 
 
 def _sides(axes: str) -> tuple[str, str]:
-  """The axes that a matrix of these axes sums over, and those that it makes: 'LDNH' -> ('D', 'NH')."""
+  """Returns the input and the output axes of a matrix: 'LDNH' -> ('D', 'NH')."""
   return ('D', axes[2:]) if axes[1] == 'D' else (axes[1:-1], axes[-1])
 
 
 def check(model, rank: int):
-  """Raises InputError where a matrix of the Decoder (abstract or not) has fewer rows or columns than `rank`."""
+  """Raises InputError if a matrix of the Decoder (abstract or not) has fewer rows or columns than `rank`."""
   smallest = None
   for param in layer_matrices(model.layers).values():
     axes, shape = param.get_metadata()['axes'], param.get_value().shape
@@ -41,12 +41,12 @@ def check(model, rank: int):
     raise InputError(
       'lora_rank',
       rank,
-      f"the smallest side of this model's matrices is {smallest}; give at most that, or 0 for training without LoRA.",
+      f"the smallest side of this model's matrices is {smallest}; give at most that, or 0 to train without LoRA.",
     )
 
 
 def factors(layers, rank: int, seed: int) -> dict[str, dict[str, nnx.Param]]:
-  """{name of a matrix: {'a', 'b'}}: a normal with variance 1 / rows, b zeros, so that training starts at the base."""
+  """Returns {name of a matrix: {'a': A, 'b': B}}. A is normal with variance 1 / rows; B is 0, so training starts at W."""
   made, matrices = {}, layer_matrices(layers)
   for key, (name, param) in zip(jax.random.split(jax.random.key(seed), len(matrices)), matrices.items()):
     inner, outer = _sides(param.get_metadata()['axes'])
@@ -63,7 +63,7 @@ def factors(layers, rank: int, seed: int) -> dict[str, dict[str, nnx.Param]]:
 
 
 def wrap(model, made: dict[str, dict[str, nnx.Param]], scale: float):
-  """The Decoder (a copy of the tree, not of its arrays) with a Lora in the place of each matrix."""
+  """Returns the Decoder (a copy of the tree, not of its arrays) with a Lora in place of each matrix."""
   model = jax.tree.map(lambda a: a, model)
   for name, base in layer_matrices(model.layers).items():
     setattr(model.layers, name, Lora(base, made[name]['a'], made[name]['b'], scale))
@@ -71,8 +71,8 @@ def wrap(model, made: dict[str, dict[str, nnx.Param]], scale: float):
 
 
 def attach(model, rank: int, alpha: float, seed: int):
-  """`wrap` with new factors, which lie on the devices by the table of sharding.py, as the model does."""
-  home, places = getattr(jax.tree.leaves(model.layers)[0], 'sharding', None), None  # abstract, it lies nowhere
+  """`wrap` with new factors, sharded like the model (devices/sharding.py)."""
+  home, places = getattr(jax.tree.leaves(model.layers)[0], 'sharding', None), None  # an abstract model has none
   make = functools.partial(factors, jax.eval_shape(lambda: model.layers), rank, seed)
   if isinstance(home, NamedSharding):
     places = sharding.for_model(jax.eval_shape(make), home.mesh)
@@ -80,16 +80,16 @@ def attach(model, rank: int, alpha: float, seed: int):
 
 
 def merged_dtype(dtype: str, export_dtype: str) -> str:
-  """The type to merge to: what is computed and exported in one type can be rounded to it at once."""
+  """Returns the dtype to merge to. If computation and export use the same dtype, merging can round to it directly."""
   return dtype if dtype == export_dtype else 'float32'
 
 
 def merge(model, dtype: str = 'float32', free: Callable | None = None):
-  """The ordinary Decoder in which each Lora has become W + (alpha / rank)·A·B, summed in float32.
+  """Returns the plain Decoder, with W + (alpha / rank)·A·B in place of each Lora. The sum is computed in float32.
 
   Args:
-    dtype: that the sums are rounded to.
-    free: called with each stack W when it has been merged, which memory.free gives back.
+    dtype: Dtype of the result.
+    free: Called with each stacked W once it is merged, for example memory.free.
   """
   model = jax.tree.map(lambda a: a, model)
   for name, lora in layer_matrices(model.layers).items():
@@ -104,7 +104,7 @@ def merge(model, dtype: str = 'float32', free: Callable | None = None):
 
 
 def program(model, dtype: str):
-  """(jitted function, its arguments) of `merge`'s heaviest step; arrays may be abstract."""
+  """Returns (jitted function, arguments) of the heaviest step of `merge`. Arrays may be abstract."""
   largest = max(layer_matrices(model.layers).values(), key=lambda lora: lora.base.get_value().size)
   return _merge_step(largest, dtype)
 
@@ -116,7 +116,7 @@ def _merge_step(lora: Lora, dtype: str):
 
 @functools.lru_cache
 def _jitted_merge(place):
-  """_merge_stack, its result laid out as `place` says."""
+  """_merge_stack with its result sharded as `place`."""
   return jax.jit(_merge_stack, static_argnums=(0, 1, 2), out_shardings=place)
 
 
@@ -125,7 +125,7 @@ def _merge_stack(sides, scale: float, dtype: str, w, a, b):
 
 
 def _merged(sides: tuple[str, str, str], scale: float, w, a, b):
-  """W + scale·A·B in float32, of one matrix, or with the leading L of all."""
+  """W + scale·A·B in float32, for one matrix, or with a leading L for all layers."""
   inner, outer, L = sides
   change = jnp.einsum(f'{L}{inner}r,{L}r{outer}->{L}{inner}{outer}', a, b, precision=jax.lax.Precision.HIGHEST)
   return w.astype(jnp.float32) + scale * change
@@ -133,15 +133,14 @@ def _merged(sides: tuple[str, str, str], scale: float, w, a, b):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def product(equation: str, scale: float, x, w, a, b):
-  """jnp.einsum(equation, x, W + scale·A·B), rounded to the type of x as the merged weight will be.
+  """Returns jnp.einsum(equation, x, W + scale·A·B). The sum is rounded to the dtype of x, like the merged weight later.
 
-  By hand, because of what the backward pass would do otherwise: keep the merged weights of all layers (made again here,
-  which costs r / (B·T) of the product), and compute the gradient of a whole W on the way to those of A and B. W is
-  frozen: no gradient goes to it.
+  Has a custom backward pass. The automatic one would store the merged weights of all layers (recomputed here, which costs
+  r / (B·T) of the product) and compute the gradient of the whole W to get those of A and B. W is frozen and gets none.
 
   Args:
-    equation: as 'BTD,DNH->BTNH'; x begins with BT.
-    w: of the type of x.
+    equation: Like 'BTD,DNH->BTNH'; x starts with BT.
+    w: W, in the dtype of x.
   """
   return _by_merged(equation, scale, x, w, a, b)
 
@@ -152,14 +151,14 @@ def _by_merged(equation, scale, x, w, a, b):
 
 
 def _parts(equation: str) -> tuple[str, str, str]:
-  """The axes of w, which of them are summed over, and which are made."""
+  """Returns the axes of w, its input axes and its output axes."""
   _, w_axes, y_axes = equation.replace('->', ',').split(',')
   outer = y_axes.removeprefix('BT')
   return w_axes, w_axes.removesuffix(outer), outer
 
 
 def _forward(equation, scale, x, w, a, b):
-  return _by_merged(equation, scale, x, w, a, b), (x, w, a, b)  # not `product`: policies of remat see into this
+  return _by_merged(equation, scale, x, w, a, b), (x, w, a, b)  # not `product`, which remat policies cannot see into
 
 
 def _backward(equation, scale, kept, dy):
@@ -167,7 +166,7 @@ def _backward(equation, scale, kept, dy):
   w_axes, inner, outer = _parts(equation)
   merged = _merged((inner, outer, ''), scale, w, a, b).astype(x.dtype)
   dx = jnp.einsum(f'BT{outer},{w_axes}->BT{inner}', dy, merged)
-  # dA = xᵀ(dy·Bᵀ) and dB = (x·A)ᵀdy: summed in float32, what goes into the sums in the type that is computed in.
+  # dA = xᵀ(dy·Bᵀ) and dB = (x·A)ᵀdy, with operands in the computation dtype and sums in float32.
   sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   dy_r = jnp.einsum(f'BT{outer},r{outer}->BTr', dy, b.astype(x.dtype))
   x_r = jnp.einsum(f'BT{inner},{inner}r->BTr', x, a.astype(x.dtype))

@@ -1,4 +1,4 @@
-"""What the plan knows of a computation before anything is loaded: abstract arrays, bytes on each device, FLOPs."""
+"""What the plan needs about a computation before anything is loaded: abstract arrays, bytes per device, FLOPs."""
 
 import dataclasses
 import math
@@ -13,39 +13,39 @@ from elder_jax.model.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The heaviest jitted call of a stage and its arguments; arrays are abstract and have their shardings."""
+  """The heaviest jitted call of a stage, and its arguments: abstract arrays with their shardings."""
 
   name: str
-  call: Any  # jitted; None: nothing is computed that takes more than what is there
+  call: Any  # jitted function; None: nothing to compile, the bytes below are all
   args: tuple
-  model_flops: float  # of one call on all devices, by formula: no recomputation
-  # Bytes on each device.
+  model_flops: float  # of one call on all devices, by formula, without recomputation
+  # Bytes per device:
   params: int
   opt_state: int = 0
   gradients: int = 0
-  beside: int = 0  # models that are not arguments but there
-  twice: int = 0  # of the arguments, what is given under two names but there once
-  host: bool = False  # not on the devices but in the memory of the first host
-  calls: int = 1  # in one run
+  beside: int = 0  # models in memory that are not arguments
+  twice: int = 0  # arguments that are passed twice but are in memory once
+  host: bool = False  # the bytes are in the memory of the first host, not on devices
+  calls: int = 1  # number of calls in one run
 
   @property
   def state(self) -> int:
-    """Bytes on each device without activations."""
+    """Bytes per device, without activations."""
     return self.params + self.opt_state + self.gradients + self.beside
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-  """What the programs of a run follow from. The mesh must be set (jax.set_mesh), or one device is assumed."""
+  """Everything that determines the programs of a run. Without a mesh (jax.set_mesh) one device is assumed."""
 
   dense: Decoder  # abstract
-  tokens_BT: jax.ShapeDtypeStruct  # a batch of the training text
+  tokens_BT: jax.ShapeDtypeStruct  # one batch of the training text
   mode: Mode
   mesh: jax.sharding.Mesh
   settings: Any  # run.config.Config
   export_dtype: str
-  num_removes: tuple[int, ...] = ()  # the first is that of the exported model
-  teacher: Decoder | None = None  # abstract; of --teacher, where that is not the dense model
+  num_removes: tuple[int, ...] = ()  # numbers of layers to remove; the first is that of the exported model
+  teacher: Decoder | None = None  # abstract; the model of --teacher, if it is not the dense model
 
   @property
   def spec(self) -> Spec:
@@ -59,14 +59,14 @@ class Shapes:
     return jax.ShapeDtypeStruct((B, T), dtype, sharding=self.tokens_BT.sharding)
 
   def flops(self, num_layers: int | None = None, tokens: int | None = None, seq_len: int | None = None) -> float:
-    """Of a forward pass; unset: all layers, a batch of the training text."""
+    """Returns the FLOPs of a forward pass; by default of all layers and one batch of the training text."""
     B, T = self.tokens_BT.shape
     layers = self.num_layers if num_layers is None else num_layers
     return (tokens or B * T) * sum(forward_flops(self.spec.with_layers([]), layers, seq_len or T))
 
 
 def device_bytes(tree) -> int:
-  """Bytes of a tree's arrays, abstract or not, on each device."""
+  """Returns the bytes per device of a tree's arrays, abstract or not."""
 
   def size(a):
     return math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
@@ -75,10 +75,10 @@ def device_bytes(tree) -> int:
 
 
 def forward_flops(spec: Spec, num_layers: int, seq_len: int) -> tuple[float, float, float]:
-  """FLOPs per token of a forward pass: (in the layers' matrices, in attention's scores and sums, in the head).
+  """Returns FLOPs per token of a forward pass: (layers' matrices, attention's scores and weighted sums, output head).
 
-  Two per weight and product; attention as the full square, the convention of model FLOPs utilisation (Chowdhery et al.,
-  arXiv 2204.02311, appendix B).
+  Counts two FLOPs per weight, and attention as if it were not causal. This is the convention of model FLOPs utilisation
+  (Chowdhery et al., arXiv 2204.02311, appendix B).
   """
   sizes = spec.sizes(num_layers)
   D, N, K, H, F = (sizes[a] for a in 'DNKHF')
@@ -88,7 +88,11 @@ def forward_flops(spec: Spec, num_layers: int, seq_len: int) -> tuple[float, flo
 
 
 def training_flops(spec: Spec, num_layers: int, seq_len: int, trained: str) -> float:
-  """FLOPs per token of a step: forward, to the activations, and to the weights that are trained (as train.mask)."""
+  """Returns FLOPs per token of a training step: forward pass, gradients of activations and of the trained weights.
+
+  Args:
+    trained: What is trained, as in step.train_mask.
+  """
   layers, attention, head = forward_flops(spec, num_layers, seq_len)
-  to_weights = {'blocks': layers, 'all': layers + head}.get(trained, 0)  # of gates, LoRA and single parameters: little
+  to_weights = {'blocks': layers, 'all': layers + head}.get(trained, 0)  # negligible for gates, LoRA, single parameters
   return 2 * (layers + head) + 3 * attention + to_weights

@@ -1,4 +1,4 @@
-"""Removal of layers: a slice of the stacked arrays."""
+"""Removal of layers from the stacked arrays."""
 
 from collections.abc import Callable
 import functools
@@ -19,13 +19,13 @@ def kept_layers(num_layers: int, removed: list[int]) -> list[int]:
 
 
 def prune(model: Decoder, removed: list[int], free: Callable | None = None) -> Decoder:
-  """The model without the layers `removed` (0-based), the others in their order, all gates 1.
+  """Returns the model without the layers `removed` (0-based). The others keep their order; all gates are 1.
 
-  Its logits are, bit for bit, those of `model` with the gates at 1 and these layers skipped.
+  The logits are bit-identical to those of `model` with all gates at 1 and these layers skipped.
 
   Args:
-    free: called with each stack of `model` when it has been cut; memory.free there means that the two models are never
-      in memory together.
+    free: Called with each stacked array of `model` once it is cut. With memory.free the two models are never in memory at
+      the same time.
   """
   kept = kept_layers(model.num_layers, removed)
   kept_K = np.array(kept, np.int32)
@@ -47,7 +47,7 @@ def prune(model: Decoder, removed: list[int], free: Callable | None = None) -> D
 
 
 def cut_shapes(model: Decoder, num_remove: int) -> Decoder:
-  """An abstract model with so many layers fewer."""
+  """Returns an abstract model with `num_remove` fewer layers."""
   left = model.num_layers - num_remove
 
   def cut(p):
@@ -61,11 +61,11 @@ def cut_shapes(model: Decoder, num_remove: int) -> Decoder:
 
 
 def removal_program(name: str, model: Decoder, num_remove: int, keeps: bool, beside: int = 0) -> Program:
-  """`prune` of an abstract model, stack by stack.
+  """The program of `prune` for an abstract model, one stacked array at a time.
 
   Args:
-    keeps: the model stays; else each of its stacks goes when it has been cut.
-    beside: bytes on each device of what else is there.
+    keeps: Whether the model stays in memory. False: each stacked array is freed once it is cut.
+    beside: Bytes per device of everything else in memory.
   """
   largest = max(jax.tree.leaves(model.layers), key=lambda a: a.size)
   kept_K = np.arange(model.num_layers - num_remove, dtype=np.int32)
@@ -77,12 +77,12 @@ def removal_program(name: str, model: Decoder, num_remove: int, keeps: bool, bes
 
 @functools.partial(jax.jit, static_argnums=2)
 def _take(stack, kept_K, place):
-  """The layers kept, each device its own part of them."""
+  """Returns the kept layers; each device takes its own shard."""
   return jax.lax.with_sharding_constraint(stack[kept_K], place)
 
 
 def with_gates(model: Decoder, value: float) -> Decoder:
-  """A copy of the tree (not of its arrays) with all gates at `value`."""
+  """Returns a copy of the tree (not of its arrays) with all gates set to `value`."""
   model = jax.tree.map(lambda a: a, model)
   gate_L = model.gate_L.get_value()
   model.gate_L.set_value(jax.numpy.full_like(gate_L, value))
@@ -90,7 +90,7 @@ def with_gates(model: Decoder, value: float) -> Decoder:
 
 
 def num_params(model: Decoder) -> int:
-  """Number of weights, without the gates, and without what stands in the place of weights that a layer has not."""
+  """Returns the number of weights, without gates, and without the unused entries of layers with another mixer."""
   spare = 0
   for mixer in model.spec.mixer_L:
     others = (a for name, p in vars(model.layers).items() if is_of_mixer(name, 1 - mixer) for a in jax.tree.leaves(p))

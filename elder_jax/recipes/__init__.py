@@ -1,4 +1,4 @@
-"""What is done with the chosen layers: one entry per recipe. A new one is an entry here and its file."""
+"""The table RECIPES: what happens to the chosen layers. A new recipe is one file here and one entry in the table."""
 
 from elder_jax.entries import find_entry
 from elder_jax.errors import InputError
@@ -45,44 +45,61 @@ _GHOST = {
   'exportable': False,
 }
 
-# In the order of the report's rows.
+# The rows of the report are in this order.
 RECIPES: dict[str, Recipe] = {
-  'none': Recipe('direct removal', 'the layers are removed', start_removed, merges=True),
-  'prune_then_train': Recipe('prune, then train', 'removed, then LM training', start_removed, trains=True, merges=True),
-  'prune_comp': Recipe('rescaled', 'Prune&Comp: what is below each gap is rescaled by one factor', **_COMPENSATE),
-  'prune_comp_then_train': Recipe('rescaled, then train', 'the same, then LM training', trains=True, **_COMPENSATE),
+  'none': Recipe('direct removal', 'removes the layers', start_removed, merges=True),
+  'prune_then_train': Recipe(
+    'prune, then train', 'removes the layers, then trains', start_removed, trains=True, merges=True
+  ),
+  'prune_comp': Recipe(
+    'rescaled',
+    'rescales the weights below each gap by one factor, so that the hidden states keep their magnitude (Prune&Comp)',
+    **_COMPENSATE,
+  ),
+  'prune_comp_then_train': Recipe('rescaled, then train', 'prune_comp, then trains', trains=True, **_COMPENSATE),
   'linear_patch': Recipe(
-    'LinearPatch', 'LinearPatch: a matrix at each gap rescales the rotated channels; for --compare', **_PATCH
+    'LinearPatch',
+    'multiplies the hidden state at each gap by a matrix that rescales Hadamard-rotated channels (LinearPatch); for '
+    '--compare only',
+    **_PATCH,
   ),
   'linear_patch_tuned': Recipe(
-    'LinearPatch, tuned', 'the same, then only the matrices are trained', trains=True, only='patch', **_PATCH
+    'LinearPatch, tuned',
+    'linear_patch, then trains only these matrices; for --compare only',
+    trains=True,
+    only='patch',
+    **_PATCH,
   ),
-  'ghosted': Recipe('Ghosted Layers', 'Ghosted Layers: a matrix at each gap by least squares; for --compare', **_GHOST),
-  'ghosted_then_train': Recipe('Ghosted Layers, then train', 'the same, then LM training', trains=True, **_GHOST),
+  'ghosted': Recipe(
+    'Ghosted Layers', 'inserts a least-squares linear map at each gap (Ghosted Layers); for --compare only', **_GHOST
+  ),
+  'ghosted_then_train': Recipe(
+    'Ghosted Layers, then train', 'ghosted, then trains; for --compare only', trains=True, **_GHOST
+  ),
   'replace_linear': Recipe(
     'replaced by a linear map',
-    'ReplaceMe: a linear map folded into the layer before, by least squares',
+    'replaces each removed block by a least-squares linear map, folded into the layer before it (ReplaceMe)',
     **_REPLACE,
   ),
   'replace_linear_then_train': Recipe(
-    'replaced by a linear map, then train', 'the same, then LM training', trains=True, **_REPLACE
+    'replaced by a linear map, then train', 'replace_linear, then trains', trains=True, **_REPLACE
   ),
   'regularize': Recipe(
     'regularise, then prune',
-    'ELDeR: trained with a penalty on what the layers add to the stream, or with annealed gates, then removed',
+    "trains with a penalty on the chosen layers' updates, or with annealed gates, then removes the layers (ELDeR)",
     start_whole,
     trains=True,
     removes_last=True,
   ),
   'absorb': Recipe(
     'absorb',
-    'the layers around each gap are refitted by ridge regression to make up for the removed layers',
+    'refits the layers around each gap by ridge regression to compensate for the removed layers',
     **_ABSORB,
   ),
-  'absorb_then_train': Recipe('absorb, then train', 'the same, then LM training', trains=True, **_ABSORB),
+  'absorb_then_train': Recipe('absorb, then train', 'absorb, then trains', trains=True, **_ABSORB),
   'heal': Recipe(
     'healed',
-    'a model that was pruned before is trained; see elder_jax heal',
+    'trains a model that was pruned before; see elder_jax heal',
     start_removed,
     trains=True,
     heals=True,
@@ -92,12 +109,12 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str, setting: str = 'recipe') -> Recipe:
-  """The recipe of a name, or of the user's own package.module:NAME. Raises InputError."""
+  """Returns the recipe called `name`, or the user's own if `name` is package.module:NAME. Raises InputError."""
   return find_entry(setting, name, RECIPES, Recipe)
 
 
 def label_of(name: str) -> str:
-  """How tables call a recipe; one that is not to be had any more by its name."""
+  """Returns the label of a recipe in tables, or `name` if there is no such recipe any more."""
   try:
     return find_recipe(name).label
   except InputError:

@@ -1,9 +1,10 @@
-"""Removal in closed form: layers around each removed run are refitted to make up for it.
+"""absorb: refits the layers around each removed block in closed form to compensate for it.
 
-The layer before a run writes what the run would write, as far as it can; the layers after it write what they would on the
-stream of the whole model. Only what attention and the MLP end in changes, their out projections and the scale of a norm
-behind, so that the pruned model is of the stock architecture, with no new tensor. Needs no gradients: the streams go once
-through the layers (recipes/streams.py), and there is a linear solve for each matrix.
+A removed block is a maximal sequence of consecutive removed layers. The layer before it is refitted to write the hidden
+states that the dense model has after the block. The layers after it are refitted to write those that they write in the
+dense model. Only output projections change (of attention and of the MLP), and the scale of a norm after them. So the
+pruned model keeps the stock architecture and has no new tensor. No gradients are needed: the hidden states pass once
+through the layers (recipes/streams.py), and each matrix takes one linear solve.
 """
 
 from collections.abc import Callable
@@ -37,9 +38,9 @@ from elder_jax.recipes.streams import stream_programs
 from elder_jax.recipes.streams import walk
 from elder_jax.recipes.streams import weights
 
-# Chosen by trials on validation text: docs/decisions.md.
-RIDGE = 0.3  # times the mean diagonal of a Gram matrix
-AFTER = 2  # layers that are refitted after a run
+# Chosen on validation text: docs/decisions.md.
+RIDGE = 0.3  # ridge strength, as a multiple of the mean diagonal of a Gram matrix
+AFTER = 2  # number of layers to refit after a removed block
 
 
 def absorb(
@@ -54,36 +55,37 @@ def absorb(
   below: tuple[int, Streams] | None = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-  """The pruned model, in which the layers around the removed runs make up for these runs as far as they can.
+  """Returns the pruned model, with the layers around each removed block refitted.
 
-  x is the pruned stream, t the dense one. Of a layer, a is what attention gives to its out projection Wo, f what the MLP
-  gives to its down projection W, m the stream between the two. Each change is a ridge solution over all tokens,
-    ΔW = (Σ w f·fᵀ + λI)⁻¹ Σ w f·rᵀ,  w = 1 / ‖target‖²,  λ = RIDGE · the mean diagonal of Σ w f·fᵀ:
-  the error relative to the stream, as the next layer's norm reads it.
+  Notation: x is the residual stream of the pruned model, t that of the dense model. In a layer, a is the input of
+  attention's output projection Wo, f the input of the MLP's down projection W, and r the target minus the current output
+  of the layer. Each change is the solution of a weighted ridge regression over all tokens; for W alone it is
+    ΔW = (Σ w f·fᵀ + λI)⁻¹ Σ w f·rᵀ,  w = 1 / ‖target‖²,  λ = RIDGE · mean diagonal of Σ w f·fᵀ.
+  The weights w make the error relative to the hidden state, which is what the norm of the next layer reads.
 
-  Of the layer before a run the target is the dense stream after the run, r = target − x what the pruned one lacks:
-    1. Wo by the joint solution of both projections, of which only the part of a is kept, since W reads what Wo changes
-       (in parallel blocks it does not, and both parts are kept);
-    2. W by its own solution on what step 1 leaves.
-  Of each of the `after` layers that follow a run, as many as there are before the next:
-    1. Wo with the dense stream between attention and MLP as the target;
-    2. W with the dense stream after the layer as the target.
-  Of experts f is what they give together, and W becomes W + W·ΔW in each: a change that is the same for all of them.
-  Where a norm follows the projections (sandwich blocks) only W is refitted, in turns with that norm (recipes/normed.py).
+  The layer before a removed block has the dense residual stream after the block as its target:
+    1. Wo and W are solved jointly, but only the change of Wo is applied, because it changes the input of W. (In parallel
+       blocks it does not, and both changes are applied.)
+    2. W is solved again, on the error that is left.
+  Up to `after` layers follow each removed block and are refitted too, as many as there are before the next block:
+    1. Wo, with the dense residual stream between attention and MLP as the target.
+    2. W, with the dense residual stream after the layer as the target.
+  In a mixture of experts f is the summed output of the experts, and W of every expert becomes W + W·ΔW with the same ΔW.
+  If a norm follows the projections (sandwich blocks), only W and that norm are refitted (recipes/normed.py).
 
-  Runs are worked off upwards, each on the stream that those below it really leave. One that begins at layer 0 has no layer
-  before it and is only removed.
+  Blocks are processed from the first layer upwards, each with the hidden states of the model refitted so far. A block that
+  starts at layer 0 has no layer before it and is removed without a refit.
 
   Args:
-    batches: tokens [B, T] on the devices.
-    log: called with (layer, the run's end, relative squared error before, after) for each run.
-    free: of prune.prune; unset, `model` is left as it is.
-    after: layers to refit after each run.
-    attention: Wo is refitted, too.
-    below, progress: of streams.walk.
+    batches: Tokens [B, T] on the devices.
+    log: Called for each block with (layer before it, its end, relative squared error before, and after).
+    free: See pruning.prune. None: `model` is left unchanged.
+    after: Number of layers to refit after each block.
+    attention: Whether Wo is refitted as well.
+    below, progress: See streams.walk.
   """
   current = jax.tree.map(lambda a: a, model)
-  left = 0  # of the layers to refit after a run
+  left = 0  # layers still to refit after the last block
   once = 1 if model.spec.block == 'parallel' else 1 + attention
   sums = normed.SUMS if model.spec.norms_output else once
   for l, end, x, t in walk(model, current, removed, batches, mode, after, below, progress, sums):
@@ -101,7 +103,7 @@ def absorb(
 
 
 def _before_run(current: Decoder, x: Streams, t: Streams, l: int, attention: bool) -> tuple[float, float]:
-  """Refits layer l, which reads x and is to write t. Returns the relative squared error before and after."""
+  """Refits layer l, with input x, towards the target t. Returns the relative squared error before and after."""
   block, layers, before = current.spec.block, current.layers, None
   if current.spec.norms_output:
     return normed.refit(current, x, t, l, normed.RIDGE)
@@ -115,7 +117,7 @@ def _before_run(current: Decoder, x: Streams, t: Streams, l: int, attention: boo
 
 
 def _after_run(model: Decoder, current: Decoder, x: Streams, t: Streams, l: int, attention: bool):
-  """Refits layer l, which reads x, to write what it writes in `model`, which reads t; takes t through it."""
+  """Refits layer l, with input x, towards its output in `model`, with input t. Advances t through the layer."""
   block = current.spec.block
   if attention and block == 'pre':
     gram, cross = x.totals(_middle_sums, model, current, l, beside=t)
@@ -132,14 +134,14 @@ def _after_run(model: Decoder, current: Decoder, x: Streams, t: Streams, l: int,
 
 
 def _change(current: Decoder, weight, l: int, gram, cross) -> float:
-  """Adds the ridge solution to layer l of a projection. Returns by how much the squared error falls."""
+  """Adds the ridge solution to a projection of layer l. Returns the decrease of the squared error."""
   delta = solve_once(ridge, gram, cross, RIDGE)
   _add(current, weight, l, delta)
   return _won(delta, gram, cross)
 
 
 def _change_both(current: Decoder, l: int, gram, cross) -> float:
-  """The same of both projections; of the MLP's only in parallel blocks, where it reads nothing of attention's."""
+  """Like `_change`, for both projections jointly. Changes that of the MLP only in parallel blocks."""
   wo, w_down = current.layers.wo, current.layers.w_down
   of_attention = current.spec.num_heads * current.spec.head_dim
   delta = solve_once(ridge, gram, cross, RIDGE, (of_attention, len(cross) - of_attention))
@@ -150,7 +152,7 @@ def _change_both(current: Decoder, l: int, gram, cross) -> float:
 
 
 def _add(current: Decoder, weight, l: int, delta):
-  """Changes what a layer adds to the stream by `delta` times what a projection reads, or experts give."""
+  """Adds `delta` to a projection of layer l. For experts, `delta` acts on their summed output."""
   value, delta = get_layer(weight, l), delta / current.spec.residual_scale
   if not (current.spec.experts and weight is current.layers.w_down):
     put_layer(weight, value + delta.reshape(value.shape), l)
@@ -165,15 +167,16 @@ def _won(delta, gram, cross) -> float:
   return 2 * np.sum(delta * cross) - np.sum(delta * (gram @ delta))
 
 
-# ---- sums over the tokens of a batch, float32 ----
+# ---- sums over the tokens of a batch, in float32 ----
 
 
 @functools.partial(jax.jit, static_argnames='of')
 def _sums(x_BTD, target_BTD, model: Decoder, l, of: str):
-  """(Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²), r = target − what layer l writes.
+  """Returns (Σ w a·aᵀ, Σ w a·rᵀ, Σ w ‖r‖², Σ w ‖target‖²), where r = target − output of layer l.
 
   Args:
-    of: what a is: `down`, the features of the MLP; `both`, those of attention and then those of the MLP.
+    of: What a is. 'down': the input of the MLP's down projection. 'both': the input of attention's output projection,
+      followed by the input of the down projection.
   """
   block, attended_BTNH = layer_at(model, l, x_BTD)
   attn_BTD = block.attn_update(attended_BTNH, x_BTD)
@@ -185,7 +188,7 @@ def _sums(x_BTD, target_BTD, model: Decoder, l, of: str):
 
 @jax.jit
 def _middle_sums(x_BTD, t_BTD, model: Decoder, current: Decoder, l):
-  """(Σ w a·aᵀ, Σ w a·rᵀ), a what attention gives in layer l of `current`, r what its stream after attention lacks."""
+  """Returns (Σ w a·aᵀ, Σ w a·rᵀ): a is the input of Wo in layer l of `current`, r its error after attention."""
   block, attended_BTNH = layer_at(current, l, x_BTD)
   dense_block, dense_BTNH = layer_at(model, l, t_BTD)
   target_SD = rows(t_BTD) + rows(dense_block.attn_update(dense_BTNH, t_BTD))
@@ -200,11 +203,11 @@ def _weighted(a_SA, r_SD, target_SD):
   return sharding.replicate(sums)
 
 
-# ---- the entries ----
+# ---- the functions of the entries in RECIPES ----
 
 
 def start_absorbed(context: Context, choice: Choice) -> Decoder:
-  """Recipe.start."""
+  """Implements Recipe.start."""
 
   def say(layer: int, end: int, before: float, after: float):
     layers = f'layer {layer + 1}' if end == layer + 2 else f'layers {layer + 1}-{end - 1}'
@@ -215,17 +218,17 @@ def start_absorbed(context: Context, choice: Choice) -> Decoder:
 
 
 def why_not(spec: Spec) -> str:
-  """Recipe.refuses: '' where what layers add to the stream can be refitted in closed form."""
+  """Implements Recipe.refuses: '' if the layers' updates of the residual stream can be refitted in closed form."""
   if spec.block != 'post':
     return ''
   return (
-    'layers of this family normalise the stream after their MLP, so that nothing can be folded into it; use '
-    '--recipe=prune_then_train or regularize, or none.'
+    'layers of this family normalise the residual stream after their MLP, so nothing can be folded into the MLP; use '
+    '--recipe=prune_then_train, regularize or none.'
   )
 
 
 def programs(shapes: Shapes, after: int = AFTER, attention: bool = True) -> list[Program]:
-  """Recipe.programs; arguments as for `absorb`."""
+  """Implements Recipe.programs. after, attention: see `absorb`."""
   at, layers = (shapes.dense, np.int32(0)), 1 + after
   if shapes.spec.norms_output:
     return stream_programs(shapes, 'absorb', normed.sums, *at, normed.no_scale(shapes), layers=3 * layers)

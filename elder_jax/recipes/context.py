@@ -1,4 +1,4 @@
-"""What methods and recipes get, and what a method gives: which layers go."""
+"""Context, the input of methods and recipes, and Choice, the layers that a method chose."""
 
 from collections.abc import Callable
 from collections.abc import MutableMapping
@@ -20,13 +20,14 @@ Batches = Sequence[jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The layers to remove, 0-based.
+  """The layers that a method chose to remove.
 
-  removed: in the order of their removal (a contiguous block of layers: ascending). A method whose layers for n are the
-    first of those for more has them in that order.
-  scores: one per layer, or one per start of a block of layers; empty where the method scores nothing. The unit is the
-    method's own.
-  about: what else the report holds of it, as JSON: `gates`, `merges`, `candidates`.
+  Attributes:
+    removed: 0-based layer numbers, in the order of removal (a contiguous block: ascending). The first n of them are the
+      choice for n layers if Method.nested is True.
+    scores: One number per layer, or per first layer of a block; empty if the method has no scores. The unit depends on
+      the method.
+    about: Anything else for the report, as JSON: `gates`, `merges`, `candidates`, …
   """
 
   removed: list[int]
@@ -47,29 +48,28 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What a method chooses by, and what a recipe works with."""
+  """Everything that a method or a recipe may read."""
 
-  model: Decoder  # dense, gates at 1
-  batches: Batches  # [B, T] tokens on the devices: one pass over the training text; training goes on beyond its end
+  model: Decoder  # the dense model; all gates are 1
+  batches: Batches  # tokens [B, T] on the devices: one pass over the training text; training may repeat it
   settings: Any  # run.config.Config
   mode: Mode = Mode()
   log: Log = QUIET
   checkpoints: Callable[[str, int], Checkpoints | None] = lambda stage, steps: None
-  # Called with arrays of `model` that are not needed any more, as soon as they are not (memory.free). None: the model
-  # stays as it is.
+  # Called with arrays of `model` as soon as they are no longer needed (memory.free). None: the model is left unchanged.
   free: Callable | None = None
-  # Of --judge_by, the lower the better. None: the loss on text held out.
+  # The function of --judge_by, lower is better. None: the held-out loss.
   judge: Callable[[Decoder], float] | None = None
-  # What a search has found so far, by the name of its stage; kept where the run keeps its checkpoints.
+  # Name of a stage -> the results of its search so far, stored with the checkpoints of the run.
   notes: Callable[[str], MutableMapping[str, Any]] = lambda stage: {}
-  score_steps: int | None = None  # batches that scores are taken on; unset: those of the settings
+  score_steps: int | None = None  # number of batches to score layers on; None: the setting --score_steps
 
   @property
   def scored(self) -> Batches:
-    """The batches that layers are scored on."""
+    """The batches to score layers on."""
     return self.batches[: self.score_steps or self.settings.removal.score_steps]
 
   @functools.cached_property
   def fitted(self) -> Batches:
-    """The batches that closed forms read, of the first pass of training, so that no recipe sees more tokens."""
+    """The batches that closed forms read. They come from the first pass of training, so no recipe sees more tokens."""
     return self.batches[: self.settings.fitted_steps]

@@ -1,4 +1,4 @@
-"""Ghosted Layers (arXiv 2605.15491): the linear map at each cut that comes nearest to the removed layers."""
+"""Ghosted Layers (arXiv 2605.15491): a linear map at each gap that approximates the removed layers by least squares."""
 
 import jax
 import numpy as np
@@ -19,7 +19,10 @@ EPSILON = 1e-6  # as in the released code
 
 
 def start(context: Context, choice: Choice) -> Decoder:
-  """Recipe.start: x + x·M at each cut, (XᵀX + εI) M = XᵀΔ, X the dense stream before the run, Δ what the run adds."""
+  """Implements Recipe.start: x becomes x + x·M at each gap, with (XᵀX + εI) M = XᵀΔ.
+
+  X is the dense residual stream before the removed block, Δ the update that the block adds to it.
+  """
   return patch.start(context, choice, _sums, _solve)
 
 
@@ -29,11 +32,11 @@ def _solve(gram_DD, cross_DD) -> np.ndarray:
 
 @jax.jit
 def _sums(x_BTD, y_BTD):
-  """(XᵀX, XᵀΔ)."""
+  """Returns (XᵀX, XᵀΔ)."""
   x_SD = rows(x_BTD)
   return sharding.replicate((product(x_SD, x_SD), product(x_SD, rows(y_BTD) - x_SD)))
 
 
 def programs(shapes: Shapes) -> list[Program]:
-  """Recipe.programs."""
+  """Implements Recipe.programs."""
   return stream_programs(shapes, 'ghosted', _sums)

@@ -1,4 +1,4 @@
-"""Hadamard matrices of the widths that models have."""
+"""Hadamard matrices for the widths of models."""
 
 import functools
 
@@ -6,12 +6,13 @@ import numpy as np
 
 
 def hadamard(d: int) -> np.ndarray:
-  """A Hadamard matrix of order d over √d: orthogonal, with entries ± 1/√d.
+  """Returns a Hadamard matrix of order d, divided by √d: orthogonal, with entries ± 1/√d.
 
-  2^k ⊗ a matrix of Paley's two constructions (R. E. A. C. Paley, On orthogonal matrices, 1933) of a prime q.
+  Built as the Kronecker product of k matrices of order 2 (Sylvester) and one of Paley's two constructions for a prime q
+  (R. E. A. C. Paley, On orthogonal matrices, 1933).
 
   Raises:
-    ValueError: these constructions have none of this order.
+    ValueError: these constructions give no matrix of this order.
   """
   order, doublings = d, 0
   while (base := _paley(order)) is None:
@@ -22,7 +23,7 @@ def hadamard(d: int) -> np.ndarray:
 
 
 def _paley(order: int) -> np.ndarray | None:
-  """Of order q + 1 for a prime q ≡ 3, or 2 (q + 1) for a prime q ≡ 1 (mod 4); None where q is not such a prime."""
+  """Paley's constructions: order q + 1 for a prime q ≡ 3, 2 (q + 1) for a prime q ≡ 1 (mod 4). None: no such q."""
   if order == 1:
     return np.ones((1, 1), int)
   q = order - 1
@@ -37,7 +38,7 @@ def _paley(order: int) -> np.ndarray | None:
 
 
 def _bordered(q: int, sign: int) -> np.ndarray:
-  """The matrix of Legendre symbols (i − j / q), bordered by ones, `sign` times in the first column."""
+  """The matrix of Legendre symbols (i − j / q) with a first row of ones and a first column of `sign`."""
   squares = {i * i % q for i in range(1, q)}
   symbol = np.array([0, *(1 if i in squares else -1 for i in range(1, q))])
   bordered = np.zeros((q + 1, q + 1), int)

@@ -1,4 +1,4 @@
-"""LinearPatch (arXiv 2505.24680): at each cut the stream is rescaled, channel by channel, in a rotated basis."""
+"""LinearPatch (arXiv 2505.24680): rescales the hidden state at each gap, per channel of a Hadamard-rotated basis."""
 
 import functools
 
@@ -19,11 +19,11 @@ from elder_jax.recipes.streams import stream_programs
 
 
 def start(context: Context, choice: Choice) -> Decoder:
-  """Recipe.start: x·HDHᵀ at each cut.
+  """Implements Recipe.start: x becomes x·HDHᵀ at each gap (section 3.2 and the released code).
 
-  H is a Hadamard matrix over √d. D_k is the mean over the sequences of
+  H is a Hadamard matrix divided by √d. D is diagonal; D_k is the mean over the sequences of
     Σ |(Y·H)_k| / Σ |(X·H)_k|,
-  the sums over a sequence's tokens, X and Y the dense streams before and after the run (section 3.2, released code).
+  with sums over the tokens of a sequence. X and Y are the dense residual streams before and after the removed block.
   """
   H_DD = hadamard(context.model.spec.d_model)
   sums = functools.partial(_sums, H_DD=H_DD.astype(np.float32))
@@ -36,7 +36,7 @@ def start(context: Context, choice: Choice) -> Decoder:
 
 @jax.jit
 def _sums(x_BTD, y_BTD, H_DD):
-  """channel_ratios of the rotated streams."""
+  """channel_ratios of the rotated hidden states."""
 
   def rotated(a_BTD):
     return jnp.einsum('BTD,DE->BTE', a_BTD.astype(jnp.float32), H_DD, precision=jax.lax.Precision.HIGHEST)
@@ -45,18 +45,18 @@ def _sums(x_BTD, y_BTD, H_DD):
 
 
 def why_not(spec: Spec) -> str:
-  """Recipe.refuses."""
+  """Implements Recipe.refuses."""
   try:
     hadamard(spec.d_model)
   except ValueError:
     return (
-      f'LinearPatch rotates the stream by a Hadamard matrix, and none of order {spec.d_model} is known to us; use '
-      '--recipe=ghosted or absorb.'
+      f'LinearPatch needs a Hadamard matrix of the model width, and none of order {spec.d_model} can be constructed here; '
+      'use --recipe=ghosted or absorb.'
     )
   return ''
 
 
 def programs(shapes: Shapes) -> list[Program]:
-  """Recipe.programs."""
+  """Implements Recipe.programs."""
   D = shapes.spec.d_model
   return stream_programs(shapes, 'linear_patch', _sums, np.zeros((D, D), np.float32))

@@ -1,4 +1,4 @@
-"""Layers merged into an earlier one, as LaCo has it: the sum of their differences.
+"""Merging of layers into an earlier one by the sum of their parameter differences (LaCo, arXiv 2402.11187).
 
 Dimension names: see model/decoder.py.
 """
@@ -20,7 +20,7 @@ from elder_jax.model.program import device_bytes
 
 
 def merge(model: Decoder, merges: Sequence[Sequence[int]]) -> Decoder:
-  """The model without the merged layers, by the `merges` that `laco` has found."""
+  """Returns the model with `merges` (see laco.Collapsed) applied and the merged layers removed."""
   merged = model
   for base, *members in merges:
     merged = merge_into(merged, base, layer_mask(members, model.num_layers))
@@ -34,10 +34,10 @@ def layer_mask(layers: Sequence[int], num_layers: int) -> np.ndarray:
 
 @jax.jit
 def merge_into(model: Decoder, base, members_L):
-  """The model whose layer `base` has θ_base + Σ over members_L of (θ_member − θ_base); the members still stand.
+  """Returns the model with θ_base + Σ over members_L of (θ_member − θ_base) in layer `base`. Removes no layer.
 
-  LaCo's notebook differs from its formula: it leaves the norms' scales alone, and adds each difference to the layer as
-  merged so far, which gives the last member. This follows the formula.
+  This follows the formula of the paper. LaCo's notebook differs from it: it does not merge the scales of norms, and adds
+  each difference to the layer as merged so far, which results in the last member.
   """
 
   def add_differences(a):
@@ -45,13 +45,13 @@ def merge_into(model: Decoder, base, members_L):
     differences = jnp.where(members_L.reshape((-1,) + (1,) * (a.ndim - 1)), a_32 - a_32[base][None], 0)
     return a.at[base].set((a_32[base] + jnp.sum(differences, 0)).astype(a.dtype))
 
-  model = jax.tree.map(lambda a: a, model)  # a new tree, whose layers can be put in place of the old
+  model = jax.tree.map(lambda a: a, model)  # a new tree, so that the assignment does not change the argument
   model.layers = sharding.constrain_state(jax.tree.map(add_differences, model.layers))
   return model
 
 
 def programs(shapes: Shapes) -> list[Program]:
-  """A merge, with the merge before beside the dense model and this one's result."""
+  """The program of one merge, with the dense model and the result of the previous merge in memory."""
   dense = shapes.dense
   args = dense, np.int32(0), np.ones(shapes.num_layers, bool)
   return [Program('merging layers', merge_into, args, 0, device_bytes(dense), beside=device_bytes(dense.layers))]

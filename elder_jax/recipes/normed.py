@@ -1,4 +1,4 @@
-"""`absorb` of a layer whose MLP ends in a norm, as Gemma's do: its down projection and the scale of the norm in turns."""
+"""`absorb` for layers with a norm after the MLP, like Gemma's: alternates the down projection and the norm's scale."""
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,28 @@ from elder_jax.recipes.streams import rows
 from elder_jax.recipes.streams import solve_once
 from elder_jax.recipes.streams import weights
 
-# As in absorb, of the layer before a run.
+# Ridge strength for the layer before a removed block; see absorb.RIDGE.
 RIDGE = 0.1
-# The projection is refitted in rounds, by these parts of the text: the first has only to come near.
+# The projection is refitted in rounds, each on this fraction of the text. The first round need not be exact.
 ROUNDS = (0.25, 1.0)
-SUMS = ROUNDS[0] + sum(ROUNDS) + 1  # passes of a refit
+SUMS = ROUNDS[0] + sum(ROUNDS) + 1  # passes over the text in one refit
 
 
 def refit(current: Decoder, x: Streams, t: Streams, l: int, strength: float) -> tuple[float, float]:
-  """Refits s ⊙ n(f·W) with n(u) = u / ρ, ρ = the root of u's mean square, in layer l, which reads x and is to write t.
+  """Refits the MLP's update s ⊙ n(f·W) in layer l, with input x, towards the target t.
 
-  With ρ held fixed for each token the update is linear in W, with W held fixed it is linear in s:
-    1. s = κ, the root of the weighted mean square of each channel of r = target − m; W becomes W ∘ (s_before / κ),
-       which changes no direction, so that n sees channels of like size;
-    2. in each round ΔW = the ridge solution, as in `absorb`, of (f / ρ)·ΔW = r / κ − n(f·W);
-    3. s_d = Σ w r_d n_d / Σ w n_d², each channel for itself.
-  A token's norm of the update cannot be had, its direction and each channel's size can. Step 1 reads as much text as
-  the first round, step 3 all.
+  f is the input of the down projection W, s the scale of the norm n(u) = u / ρ, and ρ the root mean square of u. The
+  target of the update is r = target − m, where m is the residual stream after attention. The update is linear in W if ρ
+  is fixed for each token, and linear in s if W is fixed. So:
+    1. s = κ, the weighted root mean square of each channel of r. W becomes W ∘ (s_before / κ), which keeps the directions
+       and makes the channels equally large for n.
+    2. In each round ΔW is the ridge solution, as in `absorb`, of (f / ρ)·ΔW = r / κ − n(f·W).
+    3. s_d = Σ w r_d n_d / Σ w n_d², for each channel d separately.
+  The norm fixes the length of n for every token, so only its direction and the scale of each channel can be fitted. Step
+  1 reads the same fraction of the text as the first round, step 3 all of it.
 
   Args:
-    strength: of the ridge.
+    strength: Ridge strength.
 
   Returns:
     The relative squared error before, on the text of step 1, and after.
@@ -47,24 +49,24 @@ def refit(current: Decoder, x: Streams, t: Streams, l: int, strength: float) -> 
   before = np.sum(r2_D - 2 * ry_D + y2_D) / size
   kappa_D = np.sqrt(np.maximum(r2_D / weight, 1e-30))
   put_layer(w_down, get_layer(w_down, l) * ((get_layer(scale, l) + offset) / kappa_D), l)
-  put_layer(scale, np.ones_like(kappa_D) - offset, l)  # so that the block gives n
+  put_layer(scale, np.ones_like(kappa_D) - offset, l)  # so that the update is n
   for part in ROUNDS:
     gram, cross = x.totals(sums, current, l, kappa_D.astype(np.float32), beside=t, part=part)
     put_layer(w_down, get_layer(w_down, l) + solve_once(ridge, gram, cross, strength), l)
   r2_D, rn_D, n2_D, size, _ = x.totals(_channel_sums, current, l, beside=t)
-  s_D = rn_D / np.maximum(n2_D, 1e-30)  # a channel that no layer writes to stays so
+  s_D = rn_D / np.maximum(n2_D, 1e-30)  # 0 for a channel that no layer writes to
   put_layer(scale, s_D - offset, l)
   return before, np.sum(r2_D - 2 * s_D * rn_D + s_D**2 * n2_D) / size
 
 
 def no_scale(shapes: Shapes) -> np.ndarray:
-  """kappa_D of `sums`, for the plan."""
+  """A kappa_D for `sums`, for the plan."""
   return np.ones(shapes.spec.d_model, np.float32)
 
 
 @jax.jit
 def sums(x_BTD, target_BTD, model: Decoder, l, kappa_D):
-  """(Σ w a·aᵀ, Σ w a·(r/κ − n)ᵀ) with a = f/ρ; the norm's scale is 1. See `refit`."""
+  """Returns (Σ w a·aᵀ, Σ w a·(r/κ − n)ᵀ) with a = f/ρ. The scale of the norm must be 1. See `refit`."""
   block, f_BTF, mid_BTD = _parts(model, l, x_BTD)
   n_SD, u_SD = rows(block.mlp_update(f_BTF, mid_BTD)), rows(block.mlp_output(f_BTF))
   a_SF = rows(f_BTF) * jax.lax.rsqrt(jnp.mean(u_SD * u_SD, -1, keepdims=True) + block.post_mlp_norm.eps)
@@ -75,7 +77,7 @@ def sums(x_BTD, target_BTD, model: Decoder, l, kappa_D):
 
 @jax.jit
 def _channel_sums(x_BTD, target_BTD, model: Decoder, l):
-  """(Σ w r², Σ w r y, Σ w y² of each channel; Σ w ‖target‖², Σ w): y what the MLP adds, r what it should add."""
+  """Returns Σ w r², Σ w r y, Σ w y² per channel, then Σ w ‖target‖² and Σ w. y: the MLP's update, r: its target."""
   block, f_BTF, mid_BTD = _parts(model, l, x_BTD)
   y_SD, r_SD = rows(block.mlp_update(f_BTF, mid_BTD)), rows(target_BTD) - rows(mid_BTD)
   t_SD = rows(target_BTD)
@@ -90,7 +92,7 @@ def _channel_sums(x_BTD, target_BTD, model: Decoder, l):
 
 
 def _parts(model: Decoder, l, x_BTD):
-  """(layer l, what its down projection reads, the stream after its attention)."""
+  """Returns (layer l, the input of its down projection, the residual stream after its attention)."""
   block, attended_BTNH = layer_at(model, l, x_BTD)
   attn_BTD = block.attn_update(attended_BTNH, x_BTD)
   return block, block.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD

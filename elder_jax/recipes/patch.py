@@ -1,4 +1,4 @@
-"""A D × D matrix on the stream at each cut, which no stock checkpoint holds: what LinearPatch and Ghosted Layers leave."""
+"""A D × D matrix at each gap, for LinearPatch and Ghosted Layers. Stock checkpoints have no tensor for it."""
 
 from collections.abc import Callable
 import dataclasses
@@ -20,13 +20,14 @@ from elder_jax.recipes.streams import prune_changed
 
 
 def start(context: Context, choice: Choice, sums: Callable, solve: Callable[..., np.ndarray]) -> Decoder:
-  """The pruned model with y + y·M after the layer before each run, y what that layer writes.
+  """Returns the pruned model. The layer before each removed block writes y + y·M instead of y.
 
-  Both streams are the dense model's, as published. A run that begins at layer 0 has no layer before it and gets no matrix.
+  M is fitted on hidden states of the dense model, as published. A block that starts at layer 0 has no layer before it and
+  gets no matrix.
 
   Args:
-    sums: of a batch, (x_BTD before the run, x_BTD after it) -> arrays that are added up over the batches.
-    solve: of these sums -> M_DD.
+    sums: (x_BTD before the block, x_BTD after it) of a batch -> arrays, which are summed over the batches.
+    solve: These sums -> M_DD.
   """
   model, found, at = context.model, {}, 0
   gaps = cuts(model.num_layers, choice.removed)
@@ -37,13 +38,13 @@ def start(context: Context, choice: Choice, sums: Callable, solve: Callable[...,
     t.advance(model, range(l + 1, end))
     found[l] = solve(*before.totals(sums, beside=t))
     at = end
-    context.log.say(f'a matrix in place of layers {l + 1}-{end - 1}')
+    context.log.say(f'fitted a matrix in place of layers {l + 1}-{end - 1}')
   passes.end()
   return prune_changed(attach(model, found), choice.removed, model, context.free)
 
 
 def attach(model: Decoder, patch_of: dict[int, np.ndarray]) -> Decoder:
-  """A copy of the tree with a matrix M_DD for each layer; those not in `patch_of` have 0, which changes nothing."""
+  """Returns a copy of the tree with a matrix M_DD in each layer: patch_of[l], or 0, which has no effect."""
   D = model.spec.d_model
   stack_LDD = np.zeros((model.num_layers, D, D), np.float32)
   for l, patch_DD in patch_of.items():
@@ -57,7 +58,7 @@ def attach(model: Decoder, patch_of: dict[int, np.ndarray]) -> Decoder:
 
 
 def abstract(model: Decoder) -> Decoder:
-  """`attach` of an abstract model."""
+  """`attach` for an abstract model."""
   stack, D = model.layers.w_down.get_value(), model.spec.d_model
   place = stack.sharding
   if isinstance(place, NamedSharding):

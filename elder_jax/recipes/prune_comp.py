@@ -1,4 +1,4 @@
-"""Prune&Comp (arXiv 2507.18212): what is below each cut is rescaled, so that the stream keeps its size over the gap."""
+"""Prune&Comp (arXiv 2507.18212): rescales the weights below each gap, so that hidden states keep their magnitude."""
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,16 @@ from elder_jax.recipes.streams import stream_programs
 
 
 def start(context: Context, choice: Choice) -> Decoder:
-  """Recipe.start: the embedding and what the layers up to the cut add to the stream times α, from run to run upwards.
+  """Implements Recipe.start: at each gap, from the first layer upwards, multiplies everything below it by α.
 
-  α is the mean over channels k and sequences of Σ |Y_k| / Σ |X_k|, the sums over a sequence's tokens, X and Y the streams
-  before and after the run of the model with the runs below it removed and compensated (released code). Norms read a
-  stream times α as they read the stream, but for their epsilon. The paper's loop removes layer by layer and chooses anew
-  each time; here --method has chosen, and the layers of a run go together.
+  That is the embedding and the updates of the layers up to the gap. α is the mean over channels k and sequences of
+    Σ |Y_k| / Σ |X_k|,
+  with sums over the tokens of a sequence (released code). X and Y are the residual streams before and after the removed
+  block, in the model whose lower blocks are removed and compensated already. Norms cancel a factor of their input, except
+  for their epsilon. The paper removes one layer at a time and chooses again after each; here --method has chosen all
+  layers, and the layers of a block are removed together.
 
-  Where the head is the embedding, it would be scaled as well; the final norm is divided by α there.
+  If the head is tied to the embedding, the scale of the final norm is divided by α to cancel the factor in the head.
   """
   model = context.model
   current, kept = jax.tree.map(lambda a: a, model), pruning.kept_layers(model.num_layers, choice.removed)
@@ -43,13 +45,13 @@ def start(context: Context, choice: Choice) -> Decoder:
     scale(current, l, alpha)
     x.map(lambda x_BTD, alpha=alpha: x_BTD * jnp.asarray(alpha, x_BTD.dtype))
     at = end
-    context.log.say(f'layers {l + 1}-{end - 1}: what is below them times {alpha:.4g}')
+    context.log.say(f'scaled the weights below layers {l + 1}-{end - 1} by {alpha:.4g}')
   passes.end()
   return prune_changed(current, choice.removed, model, context.free)
 
 
 def scale(model: Decoder, last: int, alpha: float):
-  """Multiplies the stream after layer `last`, and all before it, by alpha."""
+  """Multiplies the residual stream after layer `last`, and before it, by alpha."""
   layers = model.layers
   factor_L = np.where(np.arange(model.num_layers) <= last, alpha, 1.0)
   for param in (model.embed, model.positions):
@@ -65,14 +67,14 @@ def scale(model: Decoder, last: int, alpha: float):
 
 
 def _scale_norm(norm: Norm, factor):
-  """Multiplies what a norm gives."""
+  """Multiplies the output of a norm."""
   scale, offset = norm.scale.get_value(), norm.offset
   norm.scale.set_value(((scale.astype(jnp.float32) + offset) * factor - offset).astype(scale.dtype))
   _times(norm.bias, factor)
 
 
 def _times(param, factor):
-  """Multiplies a parameter; of a stack each layer by its own factor."""
+  """Multiplies a parameter by a number, or the layers of a stacked parameter by one factor each."""
   if param is not None:
     value = param.get_value()
     factor = factor.reshape(factor.shape + (1,) * (value.ndim - factor.ndim))
@@ -80,15 +82,15 @@ def _times(param, factor):
 
 
 def why_not(spec: Spec) -> str:
-  """Recipe.refuses."""
+  """Implements Recipe.refuses."""
   if spec.reads_normed and (spec.final_norm or not spec.tied):
     return ''
   return (
-    'layers of this family read the stream without a norm, so that its size cannot be changed below a cut; use '
-    '--recipe=prune_then_train or regularize, or none.'
+    'layers of this family read the residual stream without a norm, so it cannot be rescaled; use '
+    '--recipe=prune_then_train, regularize or none.'
   )
 
 
 def programs(shapes: Shapes) -> list[Program]:
-  """Recipe.programs."""
+  """Implements Recipe.programs."""
   return stream_programs(shapes, 'prune_comp', channel_ratios)

@@ -1,4 +1,4 @@
-"""An entry of the table RECIPES: what is done with the chosen layers."""
+"""Recipe: an entry of the table RECIPES, one way to treat the chosen layers."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,21 +15,22 @@ from elder_jax.recipes.context import Context
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Fields:
+  """A way to treat the chosen layers.
 
-  label: in tables.
-  help: the line of --help and of the documentation.
-  start: (context, choice) -> the pruned model, or the one to be trained.
-  trains: the same steps of training follow as in all other recipes that train.
-  removes_last: the chosen layers are penalised in the training and removed after it (ELDeR).
-  reads_text: `start` reads the training text.
-  refuses: of a model's Spec: why this recipe cannot work on it, or ''.
-  exportable: False: a row of the table only, since no stock checkpoint holds the result.
-  programs: (shapes) -> the heaviest programs of `start`, the removal itself apart.
-  heals: it needs no layer to be removed: what is trained was pruned before.
-  only: the one parameter of the layers that its training changes, by name; empty: those of --trainable.
-  patches: the result has a matrix on the stream after each layer (patch.py).
-  merges: what a method that merges layers (laco) has found is merged; else the recipe starts from the layers as they are.
+  Attributes:
+    label: Name in tables.
+    help: What the recipe does, in one line of documentation.
+    start: (Context, Choice) -> the pruned model, or the model to train.
+    trains: Whether training follows, with the same settings as in all other recipes that train.
+    removes_last: Whether the chosen layers are penalised in training and removed after it (ELDeR).
+    reads_text: Whether `start` reads the training text.
+    refuses: Spec of a model -> why the recipe does not work for it, or ''.
+    exportable: False if no stock checkpoint can hold the result; the recipe is then a row of the table only.
+    programs: (Shapes) -> the heaviest programs of `start`, without the removal itself.
+    heals: Whether it trains a model that was pruned before and removes no layer.
+    only: Name of the only layer parameter that training changes; empty: --trainable decides.
+    patches: Whether the result has a matrix after each layer (patch.py).
+    merges: Whether it merges the layers that a merging method (laco) chose. False: it removes them.
   """
 
   label: str
@@ -48,13 +49,13 @@ class Recipe:
 
 
 def start_removed(context: Context, choice: Choice) -> Decoder:
-  """The model without the layers; those that laco has merged are merged."""
+  """Returns the model without the chosen layers; if laco chose them, they are merged first."""
   if merges := choice.about.get('merges'):
     return merging.merge(context.model, merges)
   return pruning.prune(context.model, choice.removed, context.free)
 
 
 def start_whole(context: Context, choice: Choice) -> Decoder:
-  """The model with all layers, gates at 1."""
+  """Returns the model with all layers and with all gates set to 1."""
   del choice
   return pruning.with_gates(context.model, 1.0)

@@ -1,4 +1,4 @@
-"""ReplaceMe (arXiv 2505.02819, section 2.2): each removed run becomes a linear map, folded into the layer before."""
+"""ReplaceMe (arXiv 2505.02819, section 2.2): replaces each removed block by a linear map folded into the layer before."""
 
 import jax
 import numpy as np
@@ -22,11 +22,11 @@ from elder_jax.recipes.streams import walk
 
 
 def start(context: Context, choice: Choice) -> Decoder:
-  """Recipe.start: a D × D map after the MLP of the layer before a run, folded into its down projection W.
+  """Implements Recipe.start: fits a D × D map T after the MLP of the layer before each removed block.
 
-  T = argmin Σ ‖a·T − (target − m)‖², with a = f·W the MLP's output, m the stream after attention and the target the dense
-  stream after the run; W becomes W·T. As published: every token counts alike, no ridge (the solution of least norm where
-  the map is not determined).
+  T = argmin Σ ‖a·T − (target − m)‖². a = f·W is the output of the MLP's down projection W, m the residual stream after
+  attention, and the target the dense residual stream after the block. W becomes W·T. As published, all tokens have the
+  same weight and there is no ridge penalty; if T is not unique, it has the least norm.
   """
   model = context.model
   current = jax.tree.map(lambda a: a, model)
@@ -38,19 +38,21 @@ def start(context: Context, choice: Choice) -> Decoder:
       gram_DD, cross_DD = x.totals(_sums, current, l, beside=t)
       w_FD = get_layer(current.layers.w_down, l)
       change_DD = solve_once(_least_squares, gram_DD, cross_DD) / model.spec.residual_scale
-      put_layer(current.layers.w_down, w_FD + w_FD @ change_DD, l)  # of experts each
+      put_layer(current.layers.w_down, w_FD + w_FD @ change_DD, l)  # experts: the same map for each
   return prune_changed(current, choice.removed, model, context.free)
 
 
 def _least_squares(gram_DD, cross_DD):
-  # By pinv: the outputs of few tokens do not span D.
+  # pinv, because the outputs of a few tokens do not span all D dimensions.
   return np.linalg.pinv(gram_DD, rcond=1e-12, hermitian=True) @ cross_DD
 
 
 @jax.jit
 def _sums(x_BTD, target_BTD, model: Decoder, l):
-  """(Σ a·aᵀ, Σ a·rᵀ): a the product of layer l's down projection, r = target − what the layer writes, so that the
-  solution is T − 1."""
+  """Returns (Σ a·aᵀ, Σ a·rᵀ): a is the output of layer l's down projection, r = target − output of the layer.
+
+  The solution is T − 1.
+  """
   block, attended_BTNH = layer_at(model, l, x_BTD)
   attn_BTD = block.attn_update(attended_BTNH, x_BTD)
   f_BTF, mid_BTD = block.mlp_features(x_BTD, attn_BTD), x_BTD + attn_BTD
@@ -61,18 +63,18 @@ def _sums(x_BTD, target_BTD, model: Decoder, l):
 
 
 def why_not(spec: Spec) -> str:
-  """Recipe.refuses: '' where what the MLP adds to the stream is linear in its down projection."""
+  """Implements Recipe.refuses: '' if the MLP's update of the residual stream is linear in its down projection."""
   if spec.experts and spec.mlp_bias:
-    return 'the experts of this family have biases, so that no linear map can be folded into them; use --recipe=absorb.'
+    return 'the experts of this family have biases, so no linear map can be folded into them; use --recipe=absorb.'
   if spec.block != 'post' and not spec.norms_output:
     return ''
   others = 'absorb, ' if spec.norms_output else ''
   return (
-    'layers of this family normalise the output of their MLP, so that no linear map can be folded into it; use '
-    f'--recipe={others}prune_then_train or regularize, or none.'
+    'layers of this family normalise the output of their MLP, so no linear map can be folded into it; use '
+    f'--recipe={others}prune_then_train, regularize or none.'
   )
 
 
 def programs(shapes: Shapes) -> list[Program]:
-  """Recipe.programs."""
+  """Implements Recipe.programs."""
   return stream_programs(shapes, 'replace_linear', _sums, shapes.dense, np.int32(0))

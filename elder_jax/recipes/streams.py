@@ -1,9 +1,9 @@
-"""The streams of hidden states of a whole text, taken from layer to layer: what all closed forms are fitted on.
+"""Hidden states of the whole calibration data, advanced layer by layer. All closed forms are fitted on them.
 
-A closed form looks at one layer at a time. Between two of them the streams of all batches wait in the memory of the hosts,
-so that every layer is computed once, however many layers are refitted.
+A closed form reads one layer at a time. In between, the hidden states of all batches wait in host memory. So every layer
+is computed once, no matter how many layers are refitted.
 
-Dimension names: see model/decoder.py; S is all tokens of a batch.
+Dimension names: see model/decoder.py. S is all tokens of a batch.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from elder_jax.recipes.context import Batches
 
 
 class Passes:
-  """Tells how far a fit is, in passes of the whole text through a layer or through the sums of one."""
+  """Reports the progress of a fit. One pass is the whole text through one layer, or through the sums of one layer."""
 
   def __init__(self, progress: Callable[[int, int], None] = lambda done, of: None, of: int = 0):
     self._progress, self._of, self._done = progress, of, 0.0
@@ -52,38 +52,44 @@ class Passes:
 
 
 class Streams:
-  """x_BTD of each batch at one place of a model, in the type of computation."""
+  """The hidden states x_BTD of all batches at one place of a model, in the computation dtype."""
 
   def __init__(self, mode: Mode, parts: list[jax.Array], passes: Passes = Passes()):
     self.mode, self._parts, self._passes = mode, parts, passes
 
   @classmethod
   def at_the_bottom(cls, model: Decoder, batches: Batches, mode: Mode, passes: Passes = Passes()) -> 'Streams':
-    """What layer 0 reads."""
+    """Returns the input of layer 0."""
     return cls(mode, [_to_host(_embed(model, tokens_BT, mode)) for tokens_BT in batches], passes)
 
   def copy(self) -> 'Streams':
-    """The same streams, to be taken elsewhere."""
+    """Returns the same hidden states as a new object, which can be advanced independently."""
     return Streams(self.mode, list(self._parts), self._passes)
 
   def __iter__(self) -> Iterator[jax.Array]:
     return (_to_device(x_BTD) for x_BTD in _stoppable(self._parts))
 
   def advance(self, model: Decoder, layers: range | list[int]) -> 'Streams':
-    """Takes the streams through these layers of the model, and gives them back. They must be at the first of them."""
+    """Runs the hidden states through these layers and returns self. They must be the input of the first of them."""
     if layers:
       alive_L = np.isin(np.arange(model.num_layers), layers)
       self.map(lambda x_BTD: _advance(model, x_BTD, alive_L, self.mode), len(layers))
     return self
 
   def map(self, f: Callable[[jax.Array], jax.Array], passes: int = 0):
-    """Puts f(x_BTD) in the place of each, which takes so many passes."""
+    """Replaces each x_BTD by f(x_BTD). passes: the cost, for the progress."""
     for i, x_BTD in enumerate(self):
       self._parts[i] = _to_host(f(x_BTD))
       self._passes.add(passes / len(self._parts))
 
   def totals(self, sums: Callable, *args, beside: 'Streams | None' = None, part: float = 1.0) -> list[np.ndarray]:
-    """sums(x_BTD, its part of `beside`, *args), a tuple, added up in float64 over the batches, or a first part of them."""
+    """Returns the sum over the batches, in float64, of the arrays of sums(x_BTD, y_BTD, *args).
+
+    Args:
+      sums: Returns a tuple of arrays for a batch.
+      beside: Where y_BTD comes from; None: these hidden states themselves.
+      part: Fraction of the batches to read, from the first one.
+    """
     pairs, total = zip(self, self if beside is None else beside), None
     for x_BTD, other_BTD in itertools.islice(pairs, math.ceil(part * len(self._parts))):
       found = [hosts.to_host(a).astype(np.float64) for a in sums(x_BTD, other_BTD, *args)]
@@ -99,7 +105,7 @@ def _stoppable(items):
 
 
 def _to_host(x_BTD):
-  """Out of the way of the devices."""
+  """Moves an array from device memory to host memory."""
   return _moved(x_BTD, 'pinned_host') if _waits_apart() else x_BTD
 
 
@@ -112,12 +118,15 @@ def _moved(x_BTD, kind: str):
 
 
 def _waits_apart() -> bool:
-  """Whether the memory of the hosts is another than that of the devices."""
+  """Whether host and device memory are separate."""
   return sharding.platform() != 'cpu'
 
 
 def cuts(num_layers: int, removed) -> list[tuple[int, int]]:
-  """(the layer before, the layer after) each removed run, upwards; without one at the bottom, which no layer is before."""
+  """Returns (layer before, layer after) for each removed block, in ascending order.
+
+  A block that starts at layer 0 is left out, because there is no layer before it.
+  """
   kept = pruning.kept_layers(num_layers, removed)
   return [(l, end) for l, end in zip(kept, [*kept[1:], num_layers]) if end > l + 1]
 
@@ -133,15 +142,15 @@ def walk(
   progress: Callable[[int, int], None] | None = None,
   sums: float = 1,
 ) -> Iterator[tuple[int, int, Streams, Streams]]:
-  """(l, end, x, t) for each layer l that stays, from the one before the first run to `beyond` after the last.
+  """Yields (l, end, x, t) for each kept layer l, from the one before the first removed block to `beyond` after the last.
 
-  x and t are the streams that layer l reads, x in `current` without the removed layers, t in `model`; end is the next layer
-  that stays. The caller takes t to `end` and may change layer l of `current`; then x goes through it.
+  x and t are the inputs of layer l: x in `current` without the removed layers, t in `model`. `end` is the next kept layer.
+  The caller advances t to `end` and may change layer l of `current`; x is then advanced through the changed layer.
 
   Args:
-    below: (a layer, the streams that it reads), to begin there; no layer below it is removed or changed.
-    progress: of Log.progress.
-    sums: how often the caller takes sums of a layer that it changes, for the progress.
+    below: (a layer, its input Streams) to start from. No layer below it may be removed or changed.
+    progress: A function from Log.progress.
+    sums: How often the caller sums over a layer that it changes, for the progress.
   """
   L, gaps = model.num_layers, cuts(model.num_layers, removed)
   if not gaps:
@@ -158,7 +167,7 @@ def walk(
   at, x = (below[0], below[1].copy()) if below else (0, Streams.at_the_bottom(model, batches, mode, passes))
   t = x.copy().advance(model, range(at, first)) if len(untouched) < first else None
   x.advance(model, untouched[at:])
-  t = t or x.copy()  # below the first run both are one
+  t = t or x.copy()  # both are equal below the first removed block
   for i in range(len(untouched), stop):
     yield kept[i], [*kept, L][i + 1], x, t
     if i + 1 < stop:
@@ -167,15 +176,15 @@ def walk(
 
 
 def prune_changed(current: Decoder, removed, model: Decoder, free: Callable | None) -> Decoder:
-  """`current`, in which some layers are not those of `model`, without the removed ones.
+  """Removes layers from `current`, a copy of `model` with some changed arrays.
 
   Args:
-    free: of prune.prune; unset, `model` stays. What was changed is not the model's, and is not needed any more in any case.
+    free: See pruning.prune. None: frees the changed arrays only, and `model` is left unchanged.
   """
   return pruning.prune(current, list(removed), free or functools.partial(memory.free, spare=model))
 
 
-# ---- inside the computation ----
+# ---- jitted functions and their parts ----
 
 
 @functools.partial(jax.jit, static_argnames='mode')
@@ -189,7 +198,7 @@ def _advance(model: Decoder, x_BTD, alive_L, mode: Mode):
 
 
 def layer_at(model: Decoder, l, x_BTD) -> tuple[Block, jax.Array]:
-  """Layer l, which may be traced, and what its attention gives for x_BTD before its out projection, [B, T, N, H]."""
+  """Returns layer l and the input of its attention output projection, [B, T, N, H]. l may be a traced number."""
   spec = model.spec
   kind_l = {k: jnp.asarray(of_L)[l] for k, of_L in kinds(spec).items()}
   rope, window = rope_and_window(spec, rope_tables(spec, x_BTD.shape[1]), kind_l)
@@ -198,18 +207,18 @@ def layer_at(model: Decoder, l, x_BTD) -> tuple[Block, jax.Array]:
 
 
 def rows(a) -> jax.Array:
-  """[B, T, …] as float32 rows, one for each token."""
+  """Reshapes [B, T, …] to float32 rows, one per token."""
   return a.reshape(a.shape[0] * a.shape[1], -1).astype(jnp.float32)
 
 
 def weights(target_SD):
-  """1 / ‖target‖² of each token, [S, 1]: with it a squared error is one relative to the stream."""
+  """Returns 1 / ‖target‖² per token, [S, 1]. It turns a squared error into a relative one."""
   return 1 / jnp.maximum(jnp.sum(target_SD**2, -1, keepdims=True), 1e-12)
 
 
 @jax.jit
 def channel_ratios(x_BTD, y_BTD):
-  """(Σ over the sequences of Σ |y| / Σ |x| of each channel, the inner sums over tokens; the number of sequences)."""
+  """Returns (Σ over sequences of Σ |y| / Σ |x| per channel, number of sequences). The inner sums run over tokens."""
 
   def size_BD(a_BTD):
     return jnp.sum(jnp.abs(a_BTD.astype(jnp.float32)), 1)
@@ -221,7 +230,7 @@ def channel_ratios(x_BTD, y_BTD):
 product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
 
 
-# ---- a layer of a stack, on the host ----
+# ---- one layer of a stacked parameter, on the host ----
 
 
 def get_layer(weight, l: int) -> np.ndarray:
@@ -229,7 +238,7 @@ def get_layer(weight, l: int) -> np.ndarray:
 
 
 def put_layer(weight, value: np.ndarray, l: int):
-  """Sets a layer of a stacked parameter; every process must give the same."""
+  """Sets layer l of a stacked parameter. Every process must pass the same value."""
   stacked = weight.get_value()
   weight.set_value(_with_layer(stacked, value.astype(stacked.dtype), l, weight.get_metadata()['axes']))
 
@@ -240,18 +249,18 @@ def _with_layer(stacked, value, l, axes: str):
 
 
 def solve_once(solve: Callable[..., np.ndarray], gram: np.ndarray, cross: np.ndarray, *args) -> np.ndarray:
-  """solve(gram, cross, *args), of the shape of `cross`, by process 0 for all.
+  """Returns solve(gram, cross, *args), which has the shape of `cross`. Process 0 computes it for all processes.
 
-  Two processors' last bits may differ, and the devices must hold the same.
+  The last bits may differ between CPUs, and all processes must use the same values.
   """
   return hosts.broadcast(solve(gram, cross, *args) if hosts.is_leader() else np.zeros_like(cross))
 
 
 def ridge(gram_AA: np.ndarray, cross_AD: np.ndarray, strength: float, groups: tuple[int, ...] = ()) -> np.ndarray:
-  """(G + Λ)⁻¹ C, Λ diagonal: `strength` times the mean diagonal of G, of each group of features its own.
+  """Returns (G + Λ)⁻¹ C. Λ is diagonal: `strength` times the mean diagonal of G within each group of features.
 
   Args:
-    groups: numbers of features, in their order; empty: all are one.
+    groups: The number of features in each group, in order; empty: one group.
   """
   diagonals = np.split(np.diag(gram_AA), np.cumsum(groups)[:-1])
   penalty_A = np.concatenate([np.full(d.size, strength * d.mean()) for d in diagonals])
@@ -262,16 +271,16 @@ def ridge(gram_AA: np.ndarray, cross_AD: np.ndarray, strength: float, groups: tu
 
 
 def stream_programs(shapes: Shapes, name: str, sums: Callable, *args, layers: int = 1) -> list[Program]:
-  """A recipe's programs: two streams through all layers, and the sums of some layers over the text.
+  """Programs of a recipe: the hidden states of two models through all layers, and the sums of some layers.
 
   Args:
-    sums: (x_BTD, target_BTD, *args).
-    layers: how many are refitted after each removed run, the one before it included.
+    sums: Called with (x_BTD, target_BTD, *args).
+    layers: Number of sums per removed block: one for each refitted layer and matrix.
   """
   dense, steps = shapes.dense, shapes.settings.fitted_steps
   B, T = shapes.tokens_BT.shape
   x_BTD = jax.ShapeDtypeStruct((B, T, shapes.spec.d_model), shapes.mode.dtype, sharding=shapes.tokens_BT.sharding)
-  # Of the model that is changed, all else is the dense one's.
+  # The changed model shares all other arrays with the dense one.
   size, changed = device_bytes(dense), device_bytes((dense.layers.w_down, dense.layers.wo))
   of_layer = shapes.flops() / max(1, shapes.num_layers)
   through = _advance, (dense, x_BTD, np.ones(shapes.num_layers, bool), shapes.mode), shapes.flops()

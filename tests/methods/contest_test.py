@@ -1,4 +1,4 @@
-"""Judging with what is shared, the search by swaps, and the second judgement of auto's best."""
+"""Shared hidden states while judging, the search by swaps, and the second comparison of auto's best candidates."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ FIT, HELD_OUT = BATCHES[:4], BATCHES[4:]
 
 
 @pytest.mark.parametrize('block', ['pre', 'sandwich'])
-def test_what_choices_share_is_computed_once_and_changes_no_loss(block, monkeypatch):
+def test_shared_layers_are_computed_once_and_change_no_loss(block, monkeypatch):
   model, choices = tiny_decoder(block=block), ([3, 4], [4], [3, 5])
   alone = judging.Judge(model, FIT, HELD_OUT, Mode())
   expected = [alone(removed) for removed in choices]
@@ -34,7 +34,7 @@ def test_what_choices_share_is_computed_once_and_changes_no_loss(block, monkeypa
   shared.share(choices)
 
   def no_more(*_):
-    raise AssertionError('from the bottom again')
+    raise AssertionError('computed from the first layer again')
 
   found = [shared(choices[0])]
   with monkeypatch.context() as patch:
@@ -42,7 +42,7 @@ def test_what_choices_share_is_computed_once_and_changes_no_loss(block, monkeypa
     found += [shared(removed) for removed in choices[1:]]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   assert len(set(found)) == 3
-  assert shared([1, 4]) == pytest.approx(alone([1, 4]), rel=1e-6)  # begins below what is shared
+  assert shared([1, 4]) == pytest.approx(alone([1, 4]), rel=1e-6)  # changes a layer below the shared ones
   assert shared([0, 4]) == pytest.approx(alone([0, 4]), rel=1e-6)
 
 
@@ -52,7 +52,7 @@ def context(model, **settings) -> Context:
 
 
 def first_method(removed) -> Method:
-  """Begins the search with these layers, by their own loss."""
+  """A method that starts the search with these layers and their loss."""
 
   def choose(context, num_remove):
     loss = judging.Judge(context.model, FIT, HELD_OUT, context.mode)(removed)
@@ -74,20 +74,20 @@ def test_swaps_end_where_no_single_swap_is_better():
     for out in set(range(6)) - set(choice.removed):
       assert judge(sorted({*choice.removed, out} - {back})) >= best
   removed = set(start)
-  for back, out, _ in choice.about['swaps']:  # the way there
+  for back, out, _ in choice.about['swaps']:  # the reported swaps lead from the start to the result
     removed = removed - {back} | {out}
   assert sorted(removed) == choice.removed
 
 
 @pytest.mark.parametrize('tries', [1, 3])
-def test_as_many_swaps_are_tried_as_were_asked_for(tries, monkeypatch):
+def test_swap_tries_is_the_number_of_swaps_tried(tries, monkeypatch):
   calls, judge = [], judging.Judge.__call__
   monkeypatch.setattr(judging.Judge, '__call__', lambda self, removed: calls.append(removed) or judge(self, removed))
   choice = swaps.choose(first_method([0, 5]), context(tiny_decoder(), swap_tries=tries), 2)
-  assert len(calls) == 1 + tries and choice.about['tried'] == tries  # the first judges the start
+  assert len(calls) == 1 + tries and choice.about['tried'] == tries  # the first call judges the start
 
 
-def test_swaps_are_tried_in_the_order_of_what_layers_cost_alone():
+def test_swaps_are_tried_in_the_order_of_single_layer_perplexities():
   seen, order = set(), []
   while swap := swaps._next([0, 2], np.array([8.0, 3.0, 2.5, 1.0]), seen):
     order.append(swap[:2])
@@ -126,7 +126,7 @@ def test_the_best_three_are_judged_after_training(deep, monkeypatch):
   assert report['removed'] == sorted(candidates[0]['removed'])
   for settings, rows in seen:
     assert settings.steps == 3 and settings.lr == 1e-2 and settings.distill == (0.5,)
-    assert not rows & judged['rows'], 'trained on what it is judged by'
+    assert not rows & judged['rows'], 'trained on held-out rows'
   assert 'judged again' in (config_of(**deep).path() / 'report.md').read_text()
 
 
@@ -139,7 +139,7 @@ def test_each_depth_of_a_sweep_is_judged_after_its_own_training(deep, tmp_path):
 
 
 def fewest_below(model, context) -> float:
-  """The user's own: the number of weights that are above a bound, of the last layer alone."""
+  """A function of the user's own: the sum of absolute query weights."""
   assert context.settings.removal.method == ('auto',) and model.num_layers == 8
   return float(np.abs(np.asarray(model.layers.wq[...])).sum())
 
@@ -156,10 +156,10 @@ def test_the_users_own_function_decides(deep):
     (dict(judge_by='piqa'), 'judge_by=piqa: is not among the tasks of this run'),
     (dict(judge_by='quick', tasks='quick'), 'judge_by=quick: is not among the tasks'),
     (dict(judge_by='no.such:thing'), 'judge_by=no.such:thing: cannot be imported'),
-    (dict(judge_steps=5), 'of the 6 batches of a pass 4 are left'),
+    (dict(judge_steps=5), 'but only 4 of the 6 batches are left'),
   ],
 )
-def test_a_judgement_that_cannot_be_held_is_refused(deep, changes, sentence):
+def test_an_impossible_second_comparison_is_refused(deep, changes, sentence):
   with pytest.raises(InputError, match=sentence):
     pipeline.run(config_of(**deep | changes))
 
@@ -168,7 +168,7 @@ def test_a_judgement_that_cannot_be_held_is_refused(deep, changes, sentence):
   'values, expected',
   [({'acc': 0.25, 'n': 4}, 0.25), ({'exact_match,strict': 0.5, 'n': 4}, 0.5), ({'ppl': 9.0}, None), ({}, None)],
 )
-def test_a_task_is_judged_by_its_right_answers(values, expected):
+def test_a_task_is_judged_by_its_accuracy(values, expected):
   if expected is not None:
     assert work._score('some', values) == expected
     return
@@ -177,11 +177,11 @@ def test_a_task_is_judged_by_its_right_answers(values, expected):
 
 
 def test_a_task_of_the_run_decides(deep, monkeypatch):
-  """The harness's own is stood in for: the second that is asked about is right most often."""
+  """With a fake harness, in which the second candidate has the highest accuracy."""
   asked = []
 
   def figures(job, model, name):
-    asked.append(name)  # the dense model is measured, too
+    asked.append(name)  # the dense model is measured as well
     return {'piqa': {'acc': 0.9 if asked.count('a candidate') == 2 else 0.1}}
 
   monkeypatch.setattr(work, '_task_figures', figures)
@@ -191,7 +191,7 @@ def test_a_task_of_the_run_decides(deep, monkeypatch):
   assert again[0] == -0.9 and set(again[1:]) == {-0.1}
 
 
-def test_a_part_of_a_text_has_the_weights_of_its_tokens():
+def test_a_slice_of_batches_keeps_the_weights_of_its_tokens():
   class Rows:
     masked = True
 

@@ -1,4 +1,4 @@
-"""Stage 1: the rounds, what may be chosen, what the loss holds."""
+"""Method elder (stage 1): its rounds, the layers it may choose, and its loss."""
 
 import functools
 
@@ -39,7 +39,7 @@ MAKE_STEP = make_step
 
 @functools.cache
 def step_of(lr: float):
-  """learn's own step, which depends on nothing but the learning rate here: compiled once for all tests."""
+  """The step of `learn`. Here it depends on the learning rate only, so it is compiled once for all tests."""
 
   def rate(step):
     return lr + 0.0 * step
@@ -78,20 +78,20 @@ def learn(model, num_remove=2, iterative=True, steps=2, lambda1=1e-4, candidates
 
 @pytest.fixture(scope='module')
 def trained() -> Decoder:
-  """A model whose layers all serve the batch: to shrink any of their gates costs LM loss."""
+  """A model trained on the batch, so that lowering the gate of any layer raises the LM loss."""
   settings = TrainSettings(steps=30, lr=5e-3, lambda2=0.0)
   return train(random_model(), [], settings, Mode(), Endless(lambda i: BATCH_BT))
 
 
 def without_effect(model: Decoder, *layers: int) -> Decoder:
-  """A copy in which these layers' updates are exactly 0."""
+  """Returns a copy in which the updates of these layers are exactly 0."""
   model = jax.tree.map(lambda a: a, model)
   for param in (model.layers.wo, model.layers.w_down):
     param.set_value(param.get_value().at[np.array(layers)].set(0.0))
   return model
 
 
-def test_iterative_skips_what_it_chose(trained):
+def test_iterative_skips_the_layers_it_chose(trained):
   before = [np.array(a) for a in jax.tree.leaves(trained)]
   chosen, history, log = learn(trained, num_remove=3, steps=2)
   assert sorted(chosen) == [1, 2, 3] and history.shape == (3, L)
@@ -99,17 +99,17 @@ def test_iterative_skips_what_it_chose(trained):
   for r, layer in enumerate(chosen):
     left = [l for l in (1, 2, 3) if l not in chosen[:r]]
     assert layer == min(left, key=lambda l: abs(history[r, l]))
-    assert (history[r:, layer] == history[r, layer]).all()  # its gate stands from then on
+    assert (history[r:, layer] == history[r, layer]).all()  # its gate does not change any more
   for r in (0, 1):
     alive = [l for l in range(L) if l not in chosen[: r + 1]]
-    assert (history[r + 1, alive] != history[r, alive]).all()  # the others go on from where they stand
+    assert (history[r + 1, alive] != history[r, alive]).all()  # the other gates continue from their values
     assert np.abs(history[r + 1, alive] - history[r, alive]).max() < 0.1
   for r, _, metrics in log:
     np.testing.assert_array_equal(metrics['delta_L'] == 0, np.isin(np.arange(L), chosen[:r]))
   chex.assert_trees_all_equal([np.array(a) for a in jax.tree.leaves(trained)], before)
 
 
-def test_one_shot_takes_all_after_one_round(trained):
+def test_one_shot_chooses_all_layers_after_one_round(trained):
   model = without_effect(trained, 1, 3)
   chosen, history, log = learn(model, num_remove=2, iterative=False, steps=4)
   assert sorted(chosen) == [1, 3] and history.shape == (1, L)
@@ -117,20 +117,20 @@ def test_one_shot_takes_all_after_one_round(trained):
   assert history[0, [1, 3]].max() < history[0, [0, 2, 4]].min()
 
 
-def test_a_layer_without_effect_shrinks_by_l1_alone_and_goes_first(trained):
+def test_only_l1_moves_the_gate_of_a_layer_without_effect_and_it_is_chosen_first(trained):
   model = without_effect(trained, 2)
   chosen, history, _ = learn(model, steps=4)
   assert chosen[0] == 2
-  np.testing.assert_allclose(history[0, 2], 1 - 4 * 0.02, rtol=1e-4)  # Adam's full step, as λ1 never changes
+  np.testing.assert_allclose(history[0, 2], 1 - 4 * 0.02, rtol=1e-4)  # four full Adam steps, since λ1 is constant
 
 
-def test_no_l1_leaves_the_gate_of_a_layer_without_effect_alone(trained):
+def test_without_l1_the_gate_of_a_layer_without_effect_does_not_move(trained):
   _, history, _ = learn(without_effect(trained, 2), num_remove=1, steps=3, lambda1=0.0)
   assert history[0, 2] == 1.0 and (history[0, [0, 1, 3, 4]] != 1.0).all()
 
 
 @pytest.mark.parametrize('iterative', [True, False])
-def test_protected_layers_are_never_chosen_though_their_gates_are_the_least(iterative):
+def test_protected_layers_are_never_chosen_even_with_the_lowest_gates(iterative):
   model = with_gates(0.1, 1.2, 1.1, 1.0, 0.2)
   chosen, _, _ = learn(model, num_remove=3, iterative=iterative, steps=1, lr=1e-6)
   assert chosen == [3, 2, 1]
@@ -141,12 +141,12 @@ def test_nothing_to_remove():
   assert chosen == [] and len(history) == 0 and log == []
 
 
-def test_the_size_of_a_gate_counts_not_its_sign():
+def test_gates_are_compared_by_absolute_value():
   chosen, _, _ = learn(with_gates(1, -3, 2, 0.5, 1), num_remove=3, iterative=False, steps=1, lr=1e-6)
   assert chosen == [3, 2, 1]
 
 
-def test_loss_adds_lambda1_times_the_gates_that_are_alive():
+def test_the_loss_adds_lambda1_times_the_gates_of_alive_layers():
   model = with_gates(1, -2, 4, 8, 16)
   alive_L = np.array([True, True, False, True, False])
   terms = {
@@ -157,7 +157,7 @@ def test_loss_adds_lambda1_times_the_gates_that_are_alive():
   loss, parts = losses.loss(model, BATCH_BT, terms, Mode())
   assert float(parts['gate_l1']) == 0.25 * (1 + 2 + 8)
   np.testing.assert_allclose(float(loss), float(parts['lm_loss']) + 0.25 * 11, rtol=1e-6)
-  # What is skipped is as good as removed.
+  # A skipped layer has the same effect as a removed one.
   cut = pruning.prune(model, [2, 4])
   cut.gate_L.set_value(np.float32([1, -2, 8]))
   none = {
@@ -169,7 +169,7 @@ def test_loss_adds_lambda1_times_the_gates_that_are_alive():
   np.testing.assert_allclose(float(parts['lm_loss']), float(lm), rtol=1e-6)
 
 
-def test_learn_gives_the_loss_its_lambda1_on_alive_layers(trained):
+def test_learn_passes_lambda1_to_the_loss_for_alive_layers(trained):
   chosen, history, log = learn(trained, num_remove=2, steps=1, lambda1=0.5)
   assert float(log[0][2]['gate_l1']) == 0.5 * L
   alive = [l for l in range(L) if l != chosen[0]]

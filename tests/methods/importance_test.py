@@ -1,4 +1,4 @@
-"""Rivals' scores against the published formulas in PyTorch."""
+"""The scores of the published methods against their formulas in PyTorch."""
 
 import pathlib
 
@@ -23,7 +23,7 @@ from elder_jax.text import data
 ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
 GGUF = ASSETS / 'SmolLM2-135M-Instruct.Q4_1.gguf'
 NEWS = ASSETS / 'lee_news.txt'
-# How near to PyTorch: absolute for cosines and angles, relative for sums over weights, perplexities and losses.
+# Tolerance against PyTorch: absolute for cosines and angles, relative for sums over weights, perplexities and losses.
 TOLERANCE = {
   'shortgpt': dict(rtol=0, atol=1e-4),
   'cosine_block': dict(rtol=0, atol=1e-4),
@@ -35,7 +35,7 @@ TOLERANCE = {
 
 
 class Reference:
-  """The formulas as published, in plain PyTorch, on what transformers' own model computes. CPU, float32."""
+  """The published formulas in plain PyTorch, on the hidden states of the transformers model. CPU, float32."""
 
   def __init__(self, folder: pathlib.Path, tokens_BT: np.ndarray):
     import torch
@@ -46,7 +46,7 @@ class Reference:
     self.kwargs, written = {}, []
     handles = [
       self.layers[0].register_forward_pre_hook(lambda m, a, kwargs: self.kwargs.update(kwargs), with_kwargs=True),
-      # What transformers calls the last hidden state has gone through the final norm.
+      # In transformers the last hidden state is taken after the final norm, so the last layer needs a hook.
       self.layers[-1].register_forward_hook(lambda m, a, out: written.append(out)),
     ]
     with torch.no_grad():
@@ -78,7 +78,7 @@ class Reference:
   def taylor(self):
     import torch
 
-    for tokens_bT in self.tokens_BT.split(4):  # the graph of a few; gradients add up
+    for tokens_bT in self.tokens_BT.split(4):  # small graphs; the gradients add up
       logits_bTV = self.model(tokens_bT, use_cache=False).logits[:, :-1]
       nll = torch.nn.functional.cross_entropy(logits_bTV.flatten(0, 1), tokens_bT[:, 1:].flatten(), reduction='sum')
       (nll / self.tokens_BT[:, 1:].numel()).backward()
@@ -87,7 +87,7 @@ class Reference:
     return [sum((p.detach().double() * p.grad.double()).abs().sum().item() for p in m) for m in matrices]
 
   def stream(self, removed):
-    """What each layer that is left reads, by layer."""
+    """Returns {layer: its input} for the remaining layers."""
     import torch
 
     reads, x_BTD = {}, self.x_MBTD[0]
@@ -99,7 +99,7 @@ class Reference:
     return reads
 
   def loss_without(self, layer, removed, reads):
-    """The mean LM loss without `layer` and without `removed`, of which `reads` is the stream."""
+    """Returns the mean LM loss without `layer` and `removed`. reads: the result of `stream(removed)`."""
     import torch
 
     with torch.no_grad():
@@ -115,7 +115,7 @@ class Reference:
 
 
 def compare_states_and_gradients(model: Decoder, batches, reference: Reference, n: int):
-  """Of shortgpt, cosine_block, uidl and taylor: the scores, and the order of all layers or the run of n."""
+  """Checks the scores of shortgpt, cosine_block, uidl and taylor, and the order of the layers or the block of n."""
   layers = range(model.num_layers)
   expected = {
     'shortgpt': reference.shortgpt(),
@@ -172,7 +172,7 @@ def test_scores_of_smollm2_equal_the_published_formulas(tmp_path):
   reference = Reference(folder, tokens_BT)
   compare_states_and_gradients(model, batches, reference, 7)
 
-  # ppl computes what the first step of sleb does, and gets it from there: a minute less. Later steps: the test above.
+  # ppl reuses the result of sleb's first step, which is the same: this saves a minute. The test above has later steps.
   steps, compute = [], _loss_without_each
 
   def once(*args):
@@ -192,7 +192,7 @@ def test_scores_of_smollm2_equal_the_published_formulas(tmp_path):
 
 @pytest.fixture(scope='module')
 def deep(tmp_path_factory) -> pathlib.Path:
-  """A tiny Llama of nine layers: Shortened LLaMA keeps six of them."""
+  """A tiny Llama with nine layers, six of which Shortened LLaMA never removes."""
   return write_tiny_llama(tmp_path_factory.mktemp('deep'), num_hidden_layers=L)
 
 

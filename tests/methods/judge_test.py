@@ -1,4 +1,4 @@
-"""--method=auto: candidates, their judgement, and whole runs with it."""
+"""--method=auto: its candidates, their losses, and whole runs."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ CHOICES = {'a': [4, 2], 'b': [3, 4], 'c': [2, 4], 'd': [1, 2]}
 
 
 def plain_loss(model: Decoder) -> float:
-  """Mean over the held-out tokens of −log p, from whole logits."""
+  """Returns the mean of −log p over the held-out tokens, from the full logits."""
   nll = []
   for tokens_BT in HELD_OUT:
     logit_BTV = np.asarray(logits_of(model, forward(model, tokens_BT)[0]), np.float64)
@@ -41,12 +41,12 @@ def plain_loss(model: Decoder) -> float:
 
 
 @pytest.mark.parametrize('block', ['pre', 'sandwich', 'post'])
-def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
+def test_candidates_are_judged_by_the_held_out_loss_after_absorb(block):
   model = tiny_decoder(block=block)
   begun = jax.tree.map(np.asarray, jax.tree.leaves(model))
   said = []
   candidates = auto.judge(model, CHOICES, FIT, HELD_OUT, Mode(), said.append)
-  assert [c.method for c in said] == ['a', 'b', 'd']  # what c chooses is what a chooses
+  assert [c.method for c in said] == ['a', 'b', 'd']  # c chooses the same layers as a
   assert {c.method: c.removed for c in candidates} == {m: CHOICES[m] for m in 'abd'}
   assert [c.loss for c in candidates] == sorted(c.loss for c in candidates)
   for c in candidates:
@@ -59,7 +59,7 @@ def test_candidates_are_judged_by_the_loss_that_absorbing_leaves(block):
   chex.assert_trees_all_equal(jax.tree.map(np.asarray, jax.tree.leaves(model)), begun)
 
 
-def test_a_loss_that_is_not_finite_is_told(monkeypatch):
+def test_a_loss_that_is_not_finite_is_an_error(monkeypatch):
   monkeypatch.setattr(losses, 'batch_nll', lambda *_: (np.float32(np.nan), np.float32(1)))
   with pytest.raises(InputError, match='method=auto: some losses are not finite'):
     auto.judge(tiny_decoder(), CHOICES, FIT, HELD_OUT, Mode())
@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
 @pytest.mark.parametrize(
   'num_sequences, batch_size, score_steps, expected', [(64, 4, 4, 4), (128, 4, 8, 8), (12, 4, 8, 1), (8, 4, 1, 1)]
 )
-def test_as_many_batches_are_held_out_as_are_read(num_sequences, batch_size, score_steps, expected):
+def test_as_many_batches_are_held_out_as_fitted(num_sequences, batch_size, score_steps, expected):
   assert auto.num_fitted(score_steps, num_sequences // batch_size) == expected
 
 
@@ -80,12 +80,12 @@ def test_as_many_batches_are_held_out_as_are_read(num_sequences, batch_size, sco
     (2, 1, ['cosine_block', 'shortgpt']),
   ],
 )
-def test_methods_that_have_too_few_layers_are_no_candidates(num_layers, num_remove, expected):
+def test_methods_that_cannot_remove_enough_layers_are_no_candidates(num_layers, num_remove, expected):
   candidates = {name: methods.METHODS[name] for name in auto.PARTS}
   assert list(auto.usable(candidates, config_of(), num_layers, num_remove)) == expected
 
 
-def test_only_elder_is_bound_by_the_protected_ends():
+def test_protected_layers_limit_elder_but_not_auto():
   settings = dict(num_remove=6, protect_first=3, protect_last=4)
   assert count_removed(config_of(method='auto', **settings), tiny_decoder().spec, 10, 'float32') == [6]
   with pytest.raises(InputError, match='--protect_first=3'):
@@ -96,13 +96,13 @@ def test_only_elder_is_bound_by_the_protected_ends():
 
 @pytest.fixture
 def deep(settings, tmp_path) -> dict:
-  """Settings of a whole run by auto on ten layers, whose methods do not choose the same."""
+  """Settings of a whole run with auto on ten layers, where the candidates choose different layers."""
   model = tmp_path / 'deep'
   write_tiny_llama(model, num_hidden_layers=10)
   return settings | dict(model=str(model), method='auto', recipe='absorb', compare=[], score_steps=1)
 
 
-def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
+def test_a_run_exports_the_best_candidate_and_reports_all(deep, tmp_path):
   report = pipeline.run(config_of(**deep))
   choice, work = report['choices'][0], pathlib.Path(deep['workdir'])
   assert json.loads((work / 'report.json').read_text())['choices'] == report['choices']
@@ -114,14 +114,14 @@ def test_a_run_exports_the_best_candidate_and_tells_of_all(deep, tmp_path):
   )
   assert f'{candidates[1]["method"]} {sorted(candidates[1]["removed"])}' in (work / 'report.md').read_text()
   assert f'chosen by auto ({candidates[0]["method"]})' in (work / 'export/README.md').read_text()
-  for c in candidates:  # each is what its method alone would choose
+  for c in candidates:  # each method alone chooses the same
     alone = pipeline.run(config_of(**deep | dict(method=c['method'], workdir=str(tmp_path / c['method']))))
     assert alone['removed'] == sorted(c['removed']) and alone['choices'][0]['scores'] == c['scores']
     if c is candidates[0]:
       assert alone['rows'][0]['ppl'] == report['rows'][0]['ppl']
 
 
-def test_what_is_judged_on_was_neither_fitted_nor_scored_on(deep, monkeypatch):
+def test_held_out_batches_are_neither_fitted_nor_scored_on(deep, monkeypatch):
   seen = {'scored': set()}
 
   def rows(batches):
@@ -144,14 +144,14 @@ def test_what_is_judged_on_was_neither_fitted_nor_scored_on(deep, monkeypatch):
   assert not seen['fit'] & seen['held_out']
 
 
-def test_text_that_is_one_batch_is_refused(deep, no_text):
+def test_a_text_of_a_single_batch_is_refused(deep, no_text):
   with pytest.raises(InputError) as caught:
     pipeline.prepare(config_of(**deep | dict(batch_size=8)))
   said = caught.value.for_command()
   assert all(flag in said for flag in ('--num_sequences=8', '--batch_size=8', '--method=cosine_block'))
 
 
-def test_each_depth_of_a_sweep_is_judged_anew(deep):
+def test_each_depth_of_a_sweep_is_judged_on_its_own(deep):
   report = pipeline.run(config_of(**deep | dict(num_remove=None, ratio='0.2,0.3,0.6')))
   assert [len(c['chosen']) for c in report['choices']] == [2, 3, 6]
   assert all(c['candidates'] for c in report['choices'])

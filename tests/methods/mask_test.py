@@ -1,4 +1,4 @@
-"""--method=mask: the draw, its gradient, what it learns, and that it resumes."""
+"""--method=mask: the draw, its gradient, what it learns, and resuming."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def test_the_gradient_is_that_of_the_soft_mask():
   np.testing.assert_allclose(found_L, -weight_L * soft_L * (1 - soft_L) / t, rtol=1e-4)
 
 
-def test_the_temperature_falls_and_a_draw_follows_from_seed_and_step():
+def test_the_temperature_falls_and_a_draw_depends_on_seed_and_step_only():
   config = settings_of()
   assert mask.terms(L, config, 0)['temperature'] == 1
   assert mask.terms(L, config, 39)['temperature'] == pytest.approx(mask.COLDEST)
@@ -66,12 +66,12 @@ def test_the_temperature_falls_and_a_draw_follows_from_seed_and_step():
 
 @pytest.mark.parametrize('loss', ['kl', 'lm'])
 def test_layers_without_effect_are_found(loss):
-  """Layers 2 and 4 add nothing; with the dense model's own predictions all others are missed."""
+  """Layers 2 and 4 add nothing. Removing any other layer changes the predictions."""
   model = tiny_decoder()
   for weight in (model.layers.wo, model.layers.w_down):
     weight.set_value(weight.get_value().at[jnp.array([2, 4])].set(0))
   text = BATCHES
-  if loss == 'lm':  # text that the model can predict: its own most probable tokens
+  if loss == 'lm':  # text that the model predicts well: its own most probable tokens
     forward = jax.jit(losses.forward)
     text = []
     for tokens_BT in BATCHES:
@@ -88,7 +88,7 @@ def test_layers_without_effect_are_found(loss):
   assert choice.scores[2] == max(choice.scores) or choice.scores[4] == max(choice.scores)
 
 
-def test_a_run_that_is_stopped_goes_on_exactly(settings, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_exactly(settings, tmp_path, monkeypatch):
   settings |= dict(method='mask', mask_steps=6, recipe='none', compare=[], checkpoint_every=2, num_sequences=32)
   straight = pipeline.run(config_of(**settings | dict(workdir=str(tmp_path / 'straight'))))
   stop_at_batch(monkeypatch, 3, settings)
@@ -97,7 +97,7 @@ def test_a_run_that_is_stopped_goes_on_exactly(settings, tmp_path, monkeypatch):
   assert pruning.kept_layers(6, report['removed']) == report['kept']
 
 
-def test_each_depth_of_a_sweep_is_learned_anew(settings, tmp_path):
+def test_each_depth_of_a_sweep_learns_its_own_mask(settings, tmp_path):
   settings |= dict(method='mask', mask_steps=4, recipe='none', compare=[], num_remove=None, mask_lr=1.0)
   both = pipeline.run(config_of(**settings | dict(ratio='0.5,0.2')))
   for choice, ratio in zip(both['choices'], ('0.5', '0.2')):
@@ -106,7 +106,7 @@ def test_each_depth_of_a_sweep_is_learned_anew(settings, tmp_path):
   assert both['choices'][0]['scores'] != both['choices'][1]['scores']
 
 
-def test_eight_devices_learn_what_one_does(eight_devices):
+def test_eight_devices_learn_the_same_mask_as_one(eight_devices):
   def learn(model, batches):
     return mask.choose(Context(model, batches, settings_of(mask_steps=8), Mode()), 2)
 

@@ -1,4 +1,4 @@
-"""Attention: blocks of queries, each head's own keys, and cuDNN on a GPU."""
+"""Attention: blocks of queries, grouped key/value heads, and cuDNN on a GPU."""
 
 import functools
 
@@ -17,7 +17,7 @@ from elder_jax.model.attention import attention
   'dtype, head_dim, expected',
   [('bfloat16', 64, 'cudnn'), ('bfloat16', 6, 'xla'), ('bfloat16', 256, 'xla'), ('float32', 64, 'xla')],
 )
-def test_on_a_gpu_cudnn_is_asked_for_what_it_has(dtype, head_dim, expected, monkeypatch):
+def test_on_a_gpu_cudnn_is_used_where_it_supports_the_inputs(dtype, head_dim, expected, monkeypatch):
   asked = []
   monkeypatch.setattr(model_lib.sharding, 'platform', lambda: 'gpu')
   monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda *_, implementation, **__: asked.append(implementation))
@@ -26,7 +26,7 @@ def test_on_a_gpu_cudnn_is_asked_for_what_it_has(dtype, head_dim, expected, monk
 
 
 @pytest.mark.parametrize('length, kv_heads', [(5, 2), (8, 2), (16, 4), (21, 1)])
-def test_blocks_of_queries_equal_the_whole_square(length, kv_heads, monkeypatch):
+def test_blocks_of_queries_equal_full_attention(length, kv_heads, monkeypatch):
   monkeypatch.setitem(QUERY_BLOCK, 'cpu', 8)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
   random = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def test_blocks_of_queries_equal_the_whole_square(length, kv_heads, monkeypatch)
 
 
 def test_query_head_reads_its_own_key_value_head():
-  """Query head n reads key/value head n // (N/K), as Hugging Face's repeat_kv has it."""
+  """Query head n reads key/value head n // (N/K), like Hugging Face's repeat_kv."""
   random = np.random.default_rng(0)
   q, k, v = (jnp.array(random.normal(size=(B, 7, n, 6)), jnp.float32) for n in (4, 2, 2))
   repeated = (jnp.array(np.repeat(a, 2, axis=2)) for a in (k, v))

@@ -1,4 +1,4 @@
-"""Gated delta-nets: against the recurrence token by token, on a mesh, with padding, and beside attention layers."""
+"""Gated delta-nets: against the recurrence token by token, on a mesh, with padding, and mixed with attention layers."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def inputs(B: int, T: int) -> dict:
 
 
 def by_the_formula(given: dict) -> tuple[np.ndarray, np.ndarray]:
-  """Token by token, in float64: (o_BTMU, the last state)."""
+  """Computes (o_BTMU, the last state) token by token, in float64."""
   x, beta, g, kernel = (
     np.asarray(given[n], np.float64) for n in ('channels_BTC', 'beta_BTM', 'decay_BTM', 'kernel_CW')
   )
@@ -64,7 +64,7 @@ def test_chunks_compute_the_recurrence(T):
   np.testing.assert_allclose(state.state_BMAU, last, atol=2e-5)
 
 
-def test_a_token_goes_on_where_a_padded_text_ends():
+def test_tokens_continue_after_a_padded_text():
   given, lengths = inputs(3, 80), np.array([1, 33, 70])
   whole, _ = delta.of_text(SIZES, given, jax.nn.silu)
   _, state = delta.of_text(SIZES, given, jax.nn.silu, jnp.asarray(lengths))
@@ -75,7 +75,7 @@ def test_a_token_goes_on_where_a_padded_text_ends():
     np.testing.assert_allclose(out[:, 0], np.asarray(whole)[np.arange(3), at], atol=2e-5)
 
 
-def test_a_mesh_computes_what_one_device_does():
+def test_a_mesh_computes_the_same_as_one_device():
   model = tiny_decoder(4, **MIXED)
 
   def run(model, batches):
@@ -90,7 +90,7 @@ def test_a_mesh_computes_what_one_device_does():
 
 
 @pytest.mark.parametrize('kept', [[0, 2, 3], [1], [0, 1]])
-def test_what_is_left_keeps_its_kind(kept):
+def test_kept_layers_keep_their_mixer(kept):
   model = tiny_decoder(4, **MIXED)
   pruned = pruning.prune(model, [l for l in range(4) if l not in kept])
   assert pruned.spec.mixer_L == tuple(MIXED['mixer_L'][l] for l in kept)
@@ -98,7 +98,7 @@ def test_what_is_left_keeps_its_kind(kept):
   np.testing.assert_allclose(forward(pruned, TOKENS)[0], skipped, atol=1e-5)
 
 
-def test_no_weight_is_counted_that_a_layer_does_not_read():
+def test_weights_that_a_layer_does_not_read_are_not_counted():
   model = tiny_decoder(4, **MIXED)
   attention = 3 * 16 * 16 + 2 * 16 * 2 * 4 - 16 * 16 + 2 * 4  # wq, gate; wk, wv; norms
   net = 16 * (48 + 16 + 4 + 4) + 48 * 3 + 4 + 4 + 4
@@ -106,7 +106,7 @@ def test_no_weight_is_counted_that_a_layer_does_not_read():
   assert pruning.num_params(model) == attention + 3 * net + 4 * shared + 40 * 16 + 16
 
 
-def test_lora_changes_its_projections():
+def test_lora_wraps_the_projections():
   model = tiny_decoder(4, **MIXED)
   wrapped = lora.attach(model, 2, 4.0, 0)
   assert isinstance(wrapped.layers.w_delta, lora.Lora) and isinstance(wrapped.layers.w_delta_gate, lora.Lora)
@@ -114,8 +114,8 @@ def test_lora_changes_its_projections():
 
 
 @pytest.mark.parametrize('removed', [[1], [2]])
-def test_absorbing_helps_with_either_kind_before_the_run(removed):
-  told = []
-  absorb.absorb(tiny_decoder(4, **MIXED), removed, [TOKENS], Mode(), lambda *about: told.append(about))
-  ((_, _, before, after),) = told
+def test_absorb_lowers_the_error_with_either_mixer_before_the_gap(removed):
+  reports = []
+  absorb.absorb(tiny_decoder(4, **MIXED), removed, [TOKENS], Mode(), lambda *about: reports.append(about))
+  ((_, _, before, after),) = reports
   assert after < 0.9 * before

@@ -1,4 +1,4 @@
-"""Mixtures of experts: against plain NumPy, on a mesh, with LoRA, and absorbed in closed form."""
+"""Mixture of experts: against plain NumPy, on a mesh, with LoRA, and with absorb."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (8, 12), np.int32)
 
 
 def mixed(**features):
-  """A small decoder with experts, its biases and sinks not 0."""
+  """A small decoder with experts and with random biases and sinks."""
   model = tiny_decoder(4, **features)
   for i, name in enumerate(('router_bias', 'b_gate', 'b_up', 'b_down', 'sinks')):
     if (param := getattr(model.layers, name)) is not None:
@@ -61,8 +61,8 @@ def test_the_sum_over_a_tokens_experts(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_mesh_computes_what_one_device_does(kind):
-  """Experts, tokens and width over the devices; a batch that does not divide lies whole."""
+def test_a_mesh_computes_the_same_as_one_device(kind):
+  """Experts, tokens and width are sharded. A batch that cannot be divided is not."""
   model = mixed(**KINDS[kind])
 
   def run(model, batches):
@@ -79,8 +79,8 @@ def test_a_mesh_computes_what_one_device_does(kind):
     np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(a).max()))
 
 
-def test_no_two_rows_of_an_expert_are_swapped():
-  """Each expert gives its own number: a token's sum is that of its own experts."""
+def test_rows_of_experts_are_not_swapped():
+  """Each expert outputs its own number, so a token's sum shows which experts it used."""
   spec = mixed(**FEW).spec
   weights = dict(w_gate=None, w_up=jnp.zeros((4, 16, 24)), w_down=jnp.zeros((4, 24, 16)), b_gate=None, b_up=None)
   weights['b_down'] = jnp.tile(jnp.arange(4.0)[:, None], 16)
@@ -90,7 +90,7 @@ def test_no_two_rows_of_an_expert_are_swapped():
   np.testing.assert_allclose(out_BTD[0, :, 0], [1.5, 1.5, 4.0])
 
 
-def test_lora_leaves_experts_as_they_are():
+def test_lora_does_not_wrap_experts():
   model = mixed(**FEW)
   wrapped = lora.attach(model, 2, 4.0, 0)
   assert isinstance(wrapped.layers.wq, lora.Lora) and not isinstance(wrapped.layers.w_up, lora.Lora)
@@ -98,10 +98,10 @@ def test_lora_leaves_experts_as_they_are():
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_absorbing_changes_all_experts_alike_and_helps(kind):
-  model, told = mixed(**KINDS[kind]), []
-  result = absorb.absorb(model, [2], [TOKENS], Mode(), lambda *about: told.append(about), after=0)
-  ((layer, end, before, after),) = told
+def test_absorb_applies_the_same_change_to_all_experts_and_lowers_the_error(kind):
+  model, reports = mixed(**KINDS[kind]), []
+  result = absorb.absorb(model, [2], [TOKENS], Mode(), lambda *about: reports.append(about), after=0)
+  ((layer, end, before, after),) = reports
   assert (layer, end) == (1, 3) and after < 0.9 * before
   w, new = (np.asarray(m.layers.w_down[...][1], np.float64) for m in (model, result))
   maps = [np.linalg.lstsq(w[e], new[e], rcond=None)[0] for e in range(4)]

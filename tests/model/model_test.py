@@ -1,4 +1,4 @@
-"""The network against transformers; what reads what; types."""
+"""The network against transformers, causality, independence of batch rows, and dtypes."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ TORCH_CASES = {
 
 
 @pytest.mark.parametrize('config', TORCH_CASES.values(), ids=TORCH_CASES)
-def test_logits_equal_those_of_torch(config, tmp_path):
+def test_logits_equal_those_of_transformers(config, tmp_path):
   import torch
   import transformers
 
@@ -60,7 +60,7 @@ def test_logits_equal_those_of_torch(config, tmp_path):
   chex.assert_type(logits_BTV, jnp.float32)
   assert np.std(expected_BTV) > 0.1
   np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=0, atol=1e-5)
-  # The setting under test must matter at this length: positions by default rotation give other logits.
+  # The setting must matter at this length: with default RoPE the logits differ.
   if 'rope_parameters' in config:
     H = source.spec.head_dim
     default_H = tuple(float(10000.0 ** (-i / H)) for i in range(0, H, 2))
@@ -82,23 +82,23 @@ def test_causality(t, gate):
   after[:, t] = (after[:, t] + 1) % SPEC.vocab_size
   a, b = (np.asarray(forward_jit(model, x, mode=mode)[2]) for x in (before, after))
   np.testing.assert_array_equal(a[:, :t], b[:, :t])
-  assert np.all(np.max(np.abs(a - b), -1)[:, t:] > 1e-6)  # each later token reads it
+  assert np.all(np.max(np.abs(a - b), -1)[:, t:] > 1e-6)  # every later token depends on it
 
 
-def test_rows_of_a_batch_do_not_see_each_other():
+def test_rows_of_a_batch_are_independent():
   both = forward_jit(decoder(), tokens())[2]
   for b in range(B):
     np.testing.assert_allclose(forward_jit(decoder(), tokens()[b : b + 1])[2][0], both[b], rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_is_near_float32_and_its_logits_are_float32():
+def test_bfloat16_is_close_to_float32_and_its_logits_are_float32():
   model, half = decoder(), Mode(dtype='bfloat16')
   x_BTD, delta_L, logits_BTV = forward_jit(model, tokens(), mode=half)
   assert (x_BTD.dtype, delta_L.dtype, logits_BTV.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
   exact_BTD, exact_L, exact_BTV = forward_jit(model, tokens())
   np.testing.assert_allclose(logits_BTV, exact_BTV, atol=0.15)
   np.testing.assert_allclose(delta_L, exact_L, rtol=0.03)
-  # Weights that are stored in bfloat16 and those that are rounded on use are the same network.
+  # Weights stored in bfloat16 give the same result as float32 weights that are rounded on use.
   stored = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
   stored.gate_L.set_value(model.gate_L[...])
   np.testing.assert_array_equal(forward_jit(stored, tokens(), mode=half)[2], logits_BTV)

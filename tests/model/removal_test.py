@@ -1,4 +1,4 @@
-"""Gates of 0 and 1, skipped layers and removed ones are the same network; forward is a loop over the layers."""
+"""Gates of 0, skipped layers and removed layers are equivalent; forward equals a plain loop over the layers."""
 
 from absl.testing import parameterized
 import chex
@@ -28,7 +28,7 @@ from elder_jax.model.spec import Mode
 from elder_jax.training.penalty import measure_of
 
 
-def test_gate_zero_is_the_removed_layer():
+def test_a_gate_of_zero_equals_a_removed_layer():
   model, tokens_BT = decoder(), tokens()
   gated_x, _, gated = forward_jit(with_gates(model, [1, 0, 1, 0, 1]), tokens_BT)
   pruned_x, _, pruned = forward_jit(pruning.prune(model, [1, 3]), tokens_BT)
@@ -38,7 +38,7 @@ def test_gate_zero_is_the_removed_layer():
 
 
 def _ungated(block, x_BTD, gate, rope, mode, window, mixer):
-  """The layer of the paper's dense network; no gate anywhere."""
+  """A layer of the dense network, without gates."""
   del gate, mode, window, mixer
   h_BTD = rms_norm(x_BTD, block.attn_norm.scale[...], SPEC.norm_eps)
   q_BTNH, k_BTKH, v_BTKH = (jnp.einsum('BTD,DNH->BTNH', h_BTD, w[...]) for w in (block.wq, block.wk, block.wv))
@@ -67,7 +67,7 @@ SUBSETS = ([0], [4], [3], [1, 2], [3, 0], [0, 1, 2, 3], [4, 2, 0], [])
 
 
 @pytest.mark.parametrize('gate, removed', [*(('residual', s) for s in SUBSETS), ('output', [0]), ('output', [1, 2])])
-def test_skipped_is_pruned_bit_for_bit(gate, removed):
+def test_skipping_equals_pruning_bit_for_bit(gate, removed):
   model, tokens_BT, mode = decoder(), tokens(), Mode(gate=gate)
   pruned = pruning.prune(with_gates(model, [0.3] * LAYERS), removed)  # prune sets the gates back to 1
   kept = pruning.kept_layers(LAYERS, removed)
@@ -81,7 +81,7 @@ def test_skipped_is_pruned_bit_for_bit(gate, removed):
   assert not np.asarray(skipped_L)[sorted(removed)].any()
 
 
-def test_prune_and_with_gates_leave_their_argument_alone():
+def test_prune_and_with_gates_do_not_change_their_argument():
   model = with_gates(decoder(), [0.1, 0.2, 0.3, 0.4, 0.5])
   before = jax.tree.map(np.array, model)
   pruning.prune(model, [2])
@@ -99,11 +99,11 @@ def test_prune_keeps_the_order_of_the_layers():
 
 
 class ForwardTest(chex.TestCase):
-  """forward with and without jit: the gates' two forms and the norms of the updates."""
+  """forward with and without jit: both forms of gates, and the norms of the updates."""
 
   @chex.variants(with_jit=True, without_jit=True)
   @parameterized.parameters(('output', 'l2', 'token'), *(('residual', *norm) for norm in ALL_NORMS))
-  def test_forward_is_a_loop_over_the_layers(self, *mode):
+  def test_forward_equals_a_loop_over_the_layers(self, *mode):
     mode = Mode(*mode)
     model = with_gates(decoder(), [0.9, 0.4, -0.3, 1.2, 0.7])
     alive_L = alive_without(3)
@@ -116,13 +116,13 @@ class ForwardTest(chex.TestCase):
     assert delta_L[3] == 0 and np.all(np.delete(np.asarray(delta_L), 3) > 0.1)
 
   @chex.variants(with_jit=True, without_jit=True)
-  def test_without_alive_all_layers_run(self):
+  def test_without_alive_L_all_layers_run(self):
     run = self.variant(lambda m, t, a: forward(m, t, a))
     all_alive = run(decoder(), tokens(), jnp.ones(LAYERS, bool))
     chex.assert_trees_all_equal(self.variant(lambda m, t: forward(m, t))(decoder(), tokens()), all_alive)
 
 
-def test_gate_forms_differ_where_the_gate_is_not_one():
+def test_the_forms_of_gates_differ_for_gates_other_than_one():
   model = with_gates(decoder(), [0.5] * LAYERS)
   a, b = (forward_jit(model, tokens(), mode=Mode(gate=g))[0] for g in ('residual', 'output'))
   assert np.max(np.abs(a - b)) > 1e-2

@@ -1,4 +1,4 @@
-"""Layers that are skipped cost nothing; gradients with remat, and of the gates."""
+"""Skipped layers cost nothing; gradients do not depend on remat; gradients of the gates."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def test_a_skipped_layer_is_not_read(remat):
   assert np.isnan(forward_jit(broken, tokens(), alive_without(), mode)[2]).any()
   expected = forward_jit(model, tokens(), alive_without(2), mode)
   chex.assert_trees_all_equal(forward_jit(broken, tokens(), alive_without(2), mode), expected)
-  # A select in place of a branch would pass the lines above, but not this: 0 · NaN.
+  # If both branches were computed and one selected, the lines above would pass, but the gradient would be 0 · NaN.
   grad = jax.jit(jax.grad(lambda m: jnp.sum(forward_jit(m, tokens(), alive_without(2), mode)[2] ** 2)))
   chex.assert_tree_all_finite(grad(broken))
   chex.assert_trees_all_equal(grad(broken), grad(model))
@@ -45,7 +45,7 @@ def test_a_skipped_layer_is_not_computed():
   calls = []
 
   def counted(*args):
-    jax.debug.callback(lambda: calls.append(1))  # when the program runs, not when it is traced
+    jax.debug.callback(lambda: calls.append(1))  # called when the program runs, not when it is traced
     return delta_norm(*args, 'l2', 'token')
 
   run = jax.jit(lambda m, t, a: forward(m, t, a, measure=counted))
@@ -85,9 +85,9 @@ def test_remat_changes_no_gradient():
 
 
 def test_remat_recomputes():
-  """Else three times 'none' would pass the test above."""
+  """Without this, a remat that does nothing would pass the test above."""
 
-  def kept(remat):  # numbers that the forward pass leaves for the backward pass
+  def kept(remat):  # the number of values that the forward pass saves for the backward pass
     def run(m):
       return forward(m, tokens(), None, Mode(remat=remat))[0]
 
@@ -98,7 +98,7 @@ def test_remat_recomputes():
 
 @pytest.mark.parametrize('gate', ['residual', 'output'])
 def test_gradient_of_the_gates(gate):
-  """By differences: the gates are all that stage 1 learns."""
+  """Against finite differences. Stage 1 trains only the gates."""
   gates, mode = np.array([0.9, 0.4, 0.3, 1.2, 0.7]), Mode(gate=gate)
 
   def loss(m):

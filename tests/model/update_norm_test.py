@@ -1,4 +1,4 @@
-"""The norm of what a layer adds, with its gradient, against numpy."""
+"""The norm of a layer's update and its gradient, against NumPy."""
 
 import chex
 import jax
@@ -30,7 +30,7 @@ def test_delta_norm_at_zero(penalty, scale):
   value, gradient = jax.value_and_grad(delta_norm)(jnp.zeros_like(x_BTD), x_BTD, penalty, scale)
   assert value == 0
   np.testing.assert_array_equal(gradient, 0)
-  # One token of zeros among others, and x of zeros, which `relative` divides by.
+  # One token is zero and others are not; x, which `relative` divides by, is zero.
   some = x_BTD.at[0, 3].set(0)
   _, gradients = jax.value_and_grad(delta_norm, (0, 1))(some, jnp.zeros_like(x_BTD), penalty, scale)
   chex.assert_tree_all_finite(gradients)

@@ -1,4 +1,4 @@
-"""Removal in closed form where both projections are refitted, and the layers behind the gap."""
+"""absorb with both projections and the layers after the gap refitted, against plain NumPy."""
 
 from absorption import BATCHES
 from absorption import L
@@ -21,7 +21,7 @@ from elder_jax.recipes import absorb
 
 
 def of_layer(model, l):
-  """(x, attention's features, the stream after attention, the MLP's features, what is written) of all tokens."""
+  """Returns the input, attention's features, the stream after attention, the MLP's features and the output of layer l."""
   found = []
   for tokens_BT in BATCHES:
     x_BTD = run_layers(model, embed(model, tokens_BT), inputs=True)[2][l]
@@ -35,7 +35,7 @@ def of_layer(model, l):
 
 
 def ridge(features: list, r_SD, target_SD, strength: float) -> list:
-  """The change of the projection of each group of features, by least squares of stacked rows."""
+  """Ridge regression as least squares with stacked rows. Returns the change of the projection per group of features."""
   w_S1 = 1 / np.linalg.norm(target_SD, axis=1, keepdims=True)
   penalties = [np.sqrt(strength * np.mean(np.sum((w_S1 * f) ** 2, 0))) * np.ones(f.shape[1]) for f in features]
   rows = np.concatenate([w_S1 * np.concatenate(features, 1), np.diag(np.concatenate(penalties))])
@@ -51,7 +51,7 @@ def add(model, name: str, l: int, change):
 
 
 def plain_around(model, removed, after: int) -> Decoder:
-  """Both projections of the layer before the run and of `after` layers behind it, step by step."""
+  """Refits both projections of the layer before the removed block and of `after` layers after it, step by step."""
   parallel = model.spec.block == 'parallel'
   kept, end = pruning.kept_layers(L, removed), max(removed) + 1
   p, place = pruning.prune(model, removed), kept.index(min(removed) - 1)
@@ -81,7 +81,7 @@ def plain_around(model, removed, after: int) -> Decoder:
 
 @pytest.mark.parametrize('block', ['pre', 'parallel'])
 @pytest.mark.parametrize('after', [1, slow(5)])
-def test_both_projections_and_the_layers_behind_are_the_formula(block, after):
+def test_both_projections_and_the_layers_after_the_gap_equal_the_formula(block, after):
   model = tiny_decoder(block=block)
   pruned = absorb.absorb(model, [1, 2], BATCHES, Mode(), after=after)
   expected = plain_around(model, [1, 2], after)
@@ -94,8 +94,8 @@ def test_both_projections_and_the_layers_behind_are_the_formula(block, after):
   jax.tree.map(np.testing.assert_array_equal, model, tiny_decoder(block=block))
 
 
-def test_layers_behind_one_run_end_before_the_next():
-  """Between runs after layers 0 and 2 stands one layer, which is the next run's: each layer is refitted once."""
+def test_every_layer_is_refitted_once_even_between_two_gaps():
+  """Layer 2 is the only layer between the two gaps. It is refitted as the layer before the second one."""
   model, seen = tiny_decoder(), []
   pruned = absorb.absorb(model, [1, 3], BATCHES, Mode(), lambda *a: seen.append(a[:2]), after=1)
   assert seen == [(0, 2), (2, 4)]

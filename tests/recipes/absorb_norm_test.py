@@ -1,4 +1,4 @@
-"""Removal in closed form where what a layer adds goes through a norm, as in Gemma."""
+"""absorb for blocks with a norm after the MLP, as in Gemma, against plain NumPy."""
 
 from absorption import BATCHES
 from absorption import ONE_MATRIX
@@ -21,7 +21,7 @@ from elder_jax.recipes import normed
 
 
 def gemma_like() -> Decoder:
-  """Gemma's kind of block; the channels of what its MLP adds are of unlike sizes, one of the other sign."""
+  """A model with Gemma's kind of block. The channels of the MLP's update differ in size, and one has the other sign."""
   model = tiny_decoder(norm='rms1', block='sandwich')
   scale_LD = 0.3 * np.random.default_rng(1).normal(size=(L, 16)) + np.geomspace(0.1, 3, 16) - 1
   scale_LD[:, 3] -= 2
@@ -30,7 +30,7 @@ def gemma_like() -> Decoder:
 
 
 def normed_parts(model, removed, l, end):
-  """(f, r, 1 / ‖target‖²) of all tokens, with what the MLP of layer l of the dense model adds."""
+  """Returns f, r, the update of the MLP of layer l in the dense model, and 1 / ‖target‖², for all tokens."""
   features_SF, wanted_SD, targets_SD, added_SD = [], [], [], []
   scale_D = 1 + np.asarray(model.layers.post_mlp_norm.scale[...][l], np.float64)
   for tokens_BT in BATCHES:
@@ -50,12 +50,12 @@ def unit(u_SD):
 
 
 @pytest.mark.parametrize('removed, l', [([2, 3], 1), ([5], 4)])
-def test_before_a_norm_it_is_the_formula_and_changes_nothing_else(removed, l):
+def test_the_refit_equals_the_formula_and_changes_nothing_else(removed, l):
   model, seen = gemma_like(), []
   pruned = ONE_MATRIX(model, removed, BATCHES, Mode(), lambda *a: seen.append(a))
   f, r, y, w = normed_parts(model, removed, l, max(removed) + 1)
   scale = 1 + np.asarray(model.layers.post_mlp_norm.scale[...][l], np.float64)
-  first = slice(0, BATCHES[0].size)  # of three batches, a quarter is one
+  first = slice(0, BATCHES[0].size)  # a quarter of three batches, rounded up to one
   kappa = np.sqrt((w * r * r)[first].sum(0) / w[first].sum())
   W = w_down(model, l) * (scale / kappa)
   for part in (first, slice(None)):
@@ -80,10 +80,10 @@ def test_before_a_norm_it_is_the_formula_and_changes_nothing_else(removed, l):
     same = weight(expected).get_value()
     weight(expected).set_value(same.at[place].set(weight(pruned).get_value()[place]))
   jax.tree.map(np.testing.assert_array_equal, pruned, expected)
-  jax.tree.map(np.testing.assert_array_equal, model, gemma_like())  # what was given stands
+  jax.tree.map(np.testing.assert_array_equal, model, gemma_like())  # the argument is unchanged
 
 
-def test_before_a_norm_a_channel_that_no_layer_writes_to_stays_so():
+def test_a_channel_that_no_layer_writes_to_stays_constant():
   model = gemma_like()
   for norm in (model.layers.post_attn_norm, model.layers.post_mlp_norm):
     norm.scale.set_value(norm.scale.get_value().at[:, 5].set(-1))  # the factor is 1 + scale
@@ -92,7 +92,7 @@ def test_before_a_norm_a_channel_that_no_layer_writes_to_stays_so():
   assert np.isfinite(streams(pruned, BATCHES[0])).all()
 
 
-def test_where_the_stream_is_normed_there_is_nothing_to_fold_into():
+def test_families_that_cannot_be_refitted_are_refused():
   normed_block, normed_stream = gemma_like().spec, tiny_decoder(block='post').spec
   assert not RECIPES['absorb_then_train'].refuses(normed_block)
   for spec, recipe in ((normed_block, 'replace_linear'), (normed_stream, 'absorb'), (normed_stream, 'replace_linear')):

@@ -1,4 +1,4 @@
-"""Removal in closed form where one projection is refitted, against plain numpy."""
+"""absorb and replace_linear with one refitted projection, against plain NumPy."""
 
 from absorption import BATCHES
 from absorption import ONE_MATRIX
@@ -57,7 +57,7 @@ def plain_replace(model, l, end) -> np.ndarray:
 
 @pytest.mark.parametrize('refit, plain', [(ONE_MATRIX, plain_absorb), (replaced, plain_replace)])
 @pytest.mark.parametrize('removed, l', [([2, 3], 1), slow([5], 4), ([3, 1, 2], 0)])
-def test_one_run_is_the_formula_and_changes_nothing_else(refit, plain, removed, l):
+def test_one_removed_block_equals_the_formula_and_changes_nothing_else(refit, plain, removed, l):
   model = tiny_decoder()
   pruned = refit(model, removed, BATCHES, Mode())
   expected = pruning.prune(model, removed)
@@ -67,11 +67,11 @@ def test_one_run_is_the_formula_and_changes_nothing_else(refit, plain, removed, 
     assert (w_down(pruned, i) == w_down(expected, i)).all() == (i != kept.index(l))
   expected.layers.w_down.set_value(pruned.layers.w_down.get_value())
   jax.tree.map(np.testing.assert_array_equal, pruned, expected)
-  jax.tree.map(np.testing.assert_array_equal, model, tiny_decoder())  # what was given stands
+  jax.tree.map(np.testing.assert_array_equal, model, tiny_decoder())  # the argument is unchanged
 
 
-def test_a_second_run_is_fitted_on_the_stream_that_the_first_leaves():
-  """Runs after layers 0 and 3. The second's target is the dense stream, what it lacks that of the pruned one."""
+def test_a_second_block_is_fitted_on_the_output_of_the_first_refit():
+  """Removes layers 1 and 4. The target of the second refit is the dense stream, its input that of the refitted model."""
   model, seen = tiny_decoder(), []
   pruned = ONE_MATRIX(model, [1, 4], BATCHES, Mode(), lambda *a: seen.append(a))
   assert [a[:2] for a in seen] == [(0, 2), (3, 5)]
@@ -87,7 +87,7 @@ def test_a_second_run_is_fitted_on_the_stream_that_the_first_leaves():
   gram = weighted.T @ f
   delta = np.linalg.solve(gram + absorb.RIDGE * gram.trace() / 24 * np.eye(24), weighted.T @ r)
   np.testing.assert_allclose(w_down(pruned, 2), w_down(first, 2) + delta, atol=3e-4)
-  # What it reports is what it did: the relative squared error, before and after.
+  # The reported relative squared errors, before and after, are the actual ones.
   weight = 1 / (t * t).sum(1, keepdims=True)
   np.testing.assert_allclose(seen[1][2], (weight * r**2).sum() / len(t), rtol=1e-3)
   np.testing.assert_allclose(seen[1][3], (weight * (r - f @ delta) ** 2).sum() / len(t), rtol=1e-3)
@@ -95,9 +95,9 @@ def test_a_second_run_is_fitted_on_the_stream_that_the_first_leaves():
 
 
 @pytest.mark.parametrize('refit', [ONE_MATRIX, replaced])
-def test_a_layer_that_is_linear_in_the_features_is_absorbed_whole(refit, monkeypatch):
-  """Layer 2 reads what layer 1 reads and adds 1,000 times as much: layer 1 has to learn layer 2's projection."""
-  monkeypatch.setattr(absorb, 'RIDGE', 1e-6)  # what the ridge takes is no part of the question
+def test_a_layer_that_is_linear_in_the_features_is_absorbed_completely(refit, monkeypatch):
+  """Layer 2 has the features of layer 1 and an update 1,000 times as large: layer 1 must get layer 2's projection."""
+  monkeypatch.setattr(absorb, 'RIDGE', 1e-6)  # so small that the solution is that of least squares
   model, errors = tiny_decoder(), []
   layers = model.layers
   layers.wo.set_value(layers.wo.get_value().at[2].set(0))
@@ -106,13 +106,13 @@ def test_a_layer_that_is_linear_in_the_features_is_absorbed_whole(refit, monkeyp
   wanted = w_down(model, 2)
   layers.w_down.set_value(layers.w_down.get_value().at[1].set(1e-3 * wanted))
   pruned = refit(model, [2], BATCHES, Mode(), lambda *a: errors.append(a[2:]))
-  for before, after in errors:  # replace_linear tells none
+  for before, after in errors:  # replace_linear reports none
     assert before > 1e-3 and after < 1e-4 * before  # there was something to absorb
   np.testing.assert_allclose(w_down(pruned, 1), wanted, atol=0.02 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize('refit', [ONE_MATRIX, absorb.absorb, replaced])
-def test_the_stream_comes_nearer_to_the_dense_one(refit):
+def test_hidden_states_get_closer_to_the_dense_ones(refit):
   model, removed = tiny_decoder(), [2, 3]
 
   def distance(m):
@@ -121,7 +121,7 @@ def test_the_stream_comes_nearer_to_the_dense_one(refit):
   assert distance(refit(model, removed, BATCHES, Mode())) < 0.8 * distance(pruning.prune(model, removed))
 
 
-def test_a_run_at_the_bottom_has_no_layer_before_it():
+def test_a_block_that_starts_at_layer_0_is_removed_without_a_refit():
   model, seen = tiny_decoder(), []
   pruned = absorb.absorb(model, [0, 1], BATCHES, Mode(), lambda *a: seen.append(a))
   assert seen == []
@@ -137,7 +137,7 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize('recipe', ['absorb', slow('ghosted'), slow('prune_comp'), slow('replace_linear')])
-def test_eight_devices_make_what_one_does(eight_devices, recipe):
+def test_eight_devices_give_the_same_model_as_one(eight_devices, recipe):
   def make(model, batches):
     context = Context(model, batches, config_of(num_sequences=12, batch_size=4, seq_len=16))
     result = RECIPES[recipe].start(context, Choice([1, 3]))
@@ -150,7 +150,7 @@ def test_eight_devices_make_what_one_does(eight_devices, recipe):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, eight)
 
 
-def test_streams_that_wait_in_the_memory_of_the_hosts_are_the_same(monkeypatch):
+def test_hidden_states_moved_to_host_memory_give_the_same_result(monkeypatch):
   expected, moved = absorb.absorb(tiny_decoder(), [1, 3], BATCHES, Mode()), []
   move = streams_lib._moved
   monkeypatch.setattr(streams_lib, '_waits_apart', lambda: True)

@@ -1,4 +1,4 @@
-"""The other closed forms, each against its published formula in plain NumPy."""
+"""linear_patch, ghosted and prune_comp against their published formulas in plain NumPy."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def start(recipe: str, model: Decoder, removed) -> Decoder:
 
 
 def streams(model, tokens_BT) -> np.ndarray:
-  """What each layer reads and the last writes, [L + 1, B, T, D]."""
+  """Returns the input of each layer and the output of the last, [L + 1, B, T, D]."""
   x_BTD, _, x_LBTD = run_layers(model, embed(model, tokens_BT), inputs=True)
   return np.concatenate([x_LBTD, x_BTD[None]]).astype(np.float64)
 
@@ -49,7 +49,7 @@ def before_and_after(model, first, end):
 
 
 def with_maps(model, tokens_BT, removed, map_of: dict) -> np.ndarray:
-  """The last stream of the model without `removed`; what layer l writes times map_of[l]."""
+  """Returns the output of the layers without `removed`, with the output of layer l multiplied by map_of[l]."""
   x_BTD = embed(model, tokens_BT)
   for l in pruning.kept_layers(L, removed):
     x_BTD = run_layers(model, x_BTD, np.arange(L) == l)[0]
@@ -71,7 +71,7 @@ def plain_ghosted(x_BTD, y_BTD) -> np.ndarray:
 
 @pytest.mark.parametrize('features', BLOCKS)
 @pytest.mark.parametrize('recipe, plain', [('linear_patch', plain_linear_patch), ('ghosted', plain_ghosted)])
-def test_a_matrix_at_each_cut_is_the_formula(recipe, plain, features):
+def test_the_matrix_at_each_gap_equals_the_formula(recipe, plain, features):
   model, removed = tiny_decoder(**features), [1, 3, 4]
   patched = start(recipe, model, removed)
   maps = {l: plain(*before_and_after(model, l + 1, end)) for l, end in ((0, 2), (2, 5))}
@@ -83,7 +83,7 @@ def test_a_matrix_at_each_cut_is_the_formula(recipe, plain, features):
   jax.tree.map(np.testing.assert_array_equal, model, tiny_decoder(**features))
 
 
-def test_generation_sees_the_matrices():
+def test_generation_uses_the_matrices():
   model = start('ghosted', tiny_decoder(), [2, 3])
   tokens_BT = BATCHES[0]
   all_BTV = logits_of(model, forward(model, tokens_BT)[0])
@@ -95,8 +95,8 @@ def test_generation_sees_the_matrices():
 
 @pytest.mark.parametrize('features', [*BLOCKS, dict(norm='layer', mlp_bias=True, out_bias=True, num_positions=16)])
 @pytest.mark.parametrize('tied', [True, False])
-def test_rescaling_is_a_factor_on_the_stream_at_each_cut(features, tied):
-  features |= dict(tied=tied, norm_eps=1e-12)  # a larger epsilon does not scale with the stream
+def test_prune_comp_multiplies_the_residual_stream_at_each_gap(features, tied):
+  features |= dict(tied=tied, norm_eps=1e-12)  # norms cancel the factor only if epsilon is negligible
   model, removed = tiny_decoder(**features), [1, 3, 4]
   rescaled = start('prune_comp', model, removed)
   alphas, x = {}, [embed(model, tokens_BT) for tokens_BT in BATCHES]
@@ -115,7 +115,7 @@ def test_rescaling_is_a_factor_on_the_stream_at_each_cut(features, tied):
     wanted = with_maps(model, tokens_BT, removed, maps)
     x_BTD = run_layers(rescaled, embed(rescaled, tokens_BT))[0]
     np.testing.assert_allclose(x_BTD, wanted, atol=1e-4 * np.abs(wanted).max())
-    # And the head reads what it would read.
+    # The logits are those of the plainly rescaled hidden states, too.
     logits = logits_of(model, model.final_norm(jnp.asarray(wanted)))
     np.testing.assert_allclose(logits_of(rescaled, forward(rescaled, tokens_BT)[0]), logits, atol=1e-3)
 
@@ -128,8 +128,8 @@ def test_hadamard_matrices(d):
 
 
 @pytest.mark.parametrize('d', [3, 6, 92, 25])
-def test_an_order_without_one_is_refused(d):
-  """92 has one, but not by these constructions."""
+def test_an_order_without_a_hadamard_matrix_is_refused(d):
+  """There is one of order 92, but not by these constructions."""
   with pytest.raises(ValueError, match=f'order {d}'):
     hadamard(d)
   spec = dataclasses.replace(tiny_decoder().spec, d_model=d)
@@ -137,7 +137,7 @@ def test_an_order_without_one_is_refused(d):
 
 
 def test_rows_of_a_run(settings, tmp_path):
-  """What has a matrix of its own is a row and cannot be exported; tuning changes the matrices alone."""
+  """Recipes that leave a matrix are rows of the table and cannot be exported."""
   league = ('prune_comp', 'linear_patch', 'linear_patch_tuned', 'ghosted', 'ghosted_then_train')
   report = pipeline.run(config_of(**settings | dict(recipe='absorb', compare=league, train_steps=4, lr=1e-2)))
   ppl = {row['recipe']: row['ppl'] for row in report['rows']}
@@ -147,7 +147,7 @@ def test_rows_of_a_run(settings, tmp_path):
       config_of(**settings | dict(recipe=recipe))
 
 
-def test_tuning_trains_nothing_but_the_matrices_at_the_cuts():
+def test_linear_patch_tuned_trains_only_the_matrices_at_the_gaps():
   model = start('linear_patch', tiny_decoder(), [2, 3])
   settings = TrainSettings(steps=3, lr=1e-2, only='patch', lora_rank=2)
   tuned = train(model, [], settings, Mode(), BATCHES)

@@ -1,4 +1,4 @@
-"""Everything that reads the whole text, method or recipe, tells how far it is and comes to its end."""
+"""Every method and recipe that reads text reports its progress up to the end."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ BLOCKS = {
 }
 
 
-class Told(Log):
-  """Keeps what each progress was called with."""
+class RecordingLog(Log):
+  """Records the calls of each progress function."""
 
   def __init__(self):
     self.calls: list[tuple[str, list[tuple[int, int]]]] = []
@@ -41,7 +41,7 @@ def context(log: Log, **block) -> Context:
   return Context(tiny_decoder(num_layers=L, **block), BATCHES, config_of(**settings), log=log)
 
 
-def assert_told(log: Told, part: str):
+def assert_progress(log: RecordingLog, part: str):
   found = [calls for what, calls in log.calls if what.startswith(part)]
   assert found
   for calls in found:
@@ -53,28 +53,28 @@ def assert_told(log: Told, part: str):
 @pytest.mark.parametrize('removed', [[3, 4, 7], [0, 8], [1, 3, 5]], ids=str)
 @pytest.mark.parametrize('block', BLOCKS)
 @pytest.mark.parametrize('recipe', [name for name, r in RECIPES.items() if r.reads_text and not r.trains])
-def test_a_recipe_tells_its_passes_and_knows_their_number(recipe, block, removed, monkeypatch):
-  told, passes = Told(), []
-  begin = context(told, **BLOCKS[block])
+def test_a_recipe_reports_its_passes_and_predicts_their_number(recipe, block, removed, monkeypatch):
+  log, passes = RecordingLog(), []
+  begin = context(log, **BLOCKS[block])
   if RECIPES[recipe].refuses(begin.model.spec):
     return
   end = streams.Passes.end
   monkeypatch.setattr(streams.Passes, 'end', lambda self: (passes.append((self._done, self._of)), end(self)))
   RECIPES[recipe].start(begin, Choice(removed))
-  assert_told(told, 'fitting')
+  assert_progress(log, 'fitting')
   [(done, of)] = passes
   assert of - 1 < done + 1e-6 and done <= of + 1e-6
 
 
 @pytest.mark.parametrize('method', [name for name, m in METHODS.items() if m.reads_text])
-def test_a_method_tells_how_far_it_is(method):
-  told = Told()
-  METHODS[method].choose(context(told), 3)
+def test_a_method_reports_its_progress(method):
+  log = RecordingLog()
+  METHODS[method].choose(context(log), 3)
   parts = {'elder': 'stage 1', 'mask': 'learning', 'laco': 'merging', 'swaps': 'swapping'}
-  assert_told(told, parts.get(method, 'scoring'))
+  assert_progress(log, parts.get(method, 'scoring'))
 
 
-def test_rounds_of_scoring_are_known():
-  told = Told()
-  METHODS['sleb'].choose(context(told), 3)
-  assert told.calls == [('scoring layers', [(i + 1, 6) for i in range(6)])]
+def test_the_progress_of_sleb_counts_all_rounds():
+  log = RecordingLog()
+  METHODS['sleb'].choose(context(log), 3)
+  assert log.calls == [('scoring layers', [(i + 1, 6) for i in range(6)])]

@@ -1,4 +1,4 @@
-"""Closed forms where what layers add is multiplied (Granite): the same model as with the factor in the weights."""
+"""Closed forms with a residual multiplier (Granite): same result as with the multiplier folded into the weights."""
 
 import jax
 import numpy as np
@@ -11,13 +11,13 @@ from elder_jax.recipes import RECIPES
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 
-SCALE = 0.25  # exact in every type
+SCALE = 0.25  # exact in every dtype
 BATCHES = list(np.random.default_rng(0).integers(0, 40, (3, 4, 16), np.int32))
 PROJECTIONS = ('wo', 'w_down')
 
 
 def both():
-  """(a model with the factor, one with the factor in its weights)."""
+  """Returns (a model with the multiplier, one with the multiplier folded into its weights)."""
   factor, folded = tiny_decoder(residual_scale=SCALE), tiny_decoder()
   for name in PROJECTIONS:
     weight = getattr(folded.layers, name)
@@ -25,13 +25,13 @@ def both():
   return factor, folded
 
 
-def test_the_two_models_are_one():
+def test_both_models_compute_the_same():
   a, b = (forward(model, BATCHES[0])[0] for model in both())
   np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize('recipe', ['absorb', 'replace_linear', 'prune_comp', 'none'])
-def test_a_closed_form_finds_the_same(recipe):
+def test_a_recipe_gives_the_same_result_for_both(recipe):
   config = config_of(num_sequences=12, batch_size=4, seq_len=16)
   starts = [RECIPES[recipe].start(Context(model, BATCHES, config), Choice([2, 3])) for model in both()]
   with jax.default_matmul_precision('highest'):

@@ -84,6 +84,6 @@ def test_what_is_no_entry_is_refused(own, changes, sentence):
 
 
 def test_a_method_that_reads_text_has_a_plan():
-  with pytest.raises(ValueError, match='has programs'):
+  with pytest.raises(ValueError, match='needs .programs.'):
     Method(choose_middle, 'no plan')
   assert jax.devices()
