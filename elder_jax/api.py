@@ -97,7 +97,7 @@ def load(name: str, *, dtype: str = 'float32', mesh: Sequence[int] = (-1, 1, 1),
     remat: what the backward pass computes again: none, dots, dots_no_batch or full.
 
   Raises:
-    InputError.
+    InputError: the model cannot be read, or a setting is not valid.
   """
   Config.of(dtype=dtype, remat=remat)  # checks them
   scratch = tempfile.TemporaryDirectory()
@@ -119,7 +119,7 @@ def batches(
   seed: int = 0,
   text_column: str = 'text',
   bos: str = 'auto',
-  **settings,
+  **settings: Any,
 ) -> Batches:
   """Batches [batch_size, seq_len] of tokens, drawn with `seed` from a text: a file, a folder or a hub id.
 
@@ -205,7 +205,8 @@ def train(
     validation: batches to measure the loss on every settings.validate_every steps, which `log` gets; never trained on.
 
   Raises:
-    InputError, NonFiniteLoss.
+    InputError: a setting is not valid, or needs a teacher or validation batches.
+    NonFiniteLoss: the loss or its gradient became NaN or infinite.
   """
   _check_layers(model, penalise)
   if teacher is model:
@@ -250,7 +251,8 @@ def export(model: Model, folder: str, *, dtype: str = '', shard_gb: float = 5.0,
     The largest difference of a logit, as verify.check has it.
 
   Raises:
-    InputError, ExportMismatch.
+    InputError: the folder exists, or a setting is not valid.
+    ExportMismatch: the folder does not compute what the model computes.
   """
   output = Config.of(export_dtype=dtype, shard_gb=shard_gb).output
   final = user_path(folder)

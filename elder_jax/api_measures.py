@@ -30,7 +30,7 @@ def perplexity(
     tokens: of the text that are used, from its start; 0: all.
 
   Raises:
-    InputError.
+    InputError: the text cannot be read, or is shorter than a window.
   """
   rule, first = data.bos_rule(bos, getattr(model.source.family, 'BOS_FIRST', False), model.tokenizer)
   corpus = data.tokenise('text', text, text_column, model.tokenizer, rule == 'tokenizer')

@@ -1,7 +1,8 @@
 """The method auto: of the layers that several methods choose, those that the rest can best do without.
 
 No one method chooses well for every model and depth. What tells them apart is the loss after `absorb`, on text that it
-did not read: it ranks choices as training does, which the loss after bare removal does not (docs/decisions.md).
+did not read: it ranks choices as training does, which the loss after bare removal does not
+(docs/decisions/choosing.md).
 """
 
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 
 # One method that chooses a contiguous block and three that choose single layers, and what part of the text they read: ppl
-# runs half of the model for every layer, and chooses the same or nearly so by a quarter of the text (docs/decisions.md).
+# runs half of the model for every layer, and chooses the same or nearly so by a quarter of the text
+# (docs/decisions/choosing.md).
 PARTS = {'cosine_block': 1.0, 'shortgpt': 1.0, 'taylor': 1.0, 'ppl': 0.25}
 
 

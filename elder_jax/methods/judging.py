@@ -1,7 +1,7 @@
 """What a choice of layers costs: the loss on text held out, after the rest has absorbed what it can.
 
-The loss after bare removal would mislead (docs/decisions.md). Choices that begin high up share what lies below them: the
-streams there are computed once.
+The loss after bare removal would mislead (docs/decisions/choosing.md). Choices that begin high up share what lies below
+them: the streams there are computed once.
 """
 
 from collections.abc import MutableMapping

@@ -37,7 +37,7 @@ from elder_jax.recipes.streams import stream_programs
 from elder_jax.recipes.streams import walk
 from elder_jax.recipes.streams import weights
 
-# Chosen by trials on validation text: docs/decisions.md.
+# Chosen by trials on validation text: docs/decisions/absorb.md.
 RIDGE = 0.3  # times the mean diagonal of a Gram matrix
 AFTER = 2  # layers that are refitted after a run
 

@@ -7,7 +7,7 @@ depth is not num_hidden_layers; `ROPE_KEYS`, if what rope_parameters holds has h
 the name there of the base of layers with a window; `ONLY`, which tensors only one kind of layer has. The first row of
 WEIGHTS is the embedding; files may leave the first part of its name out of all names. For GGUF: `GGUF_ARCHITECTURE`,
 `GGUF_NAMES`, `config_from_gguf`, `from_gguf`, `to_gguf`, and `GGUF_DERIVED` for a tensor that only config_from_gguf
-looks at. Only family modules know Hugging Face's and llama.cpp's names. docs/families.md says how to add one.
+looks at. Only family modules know Hugging Face's and llama.cpp's names. docs/adding_a_family.md says how to add one.
 """
 
 from elder_jax.hf.families import apertus
