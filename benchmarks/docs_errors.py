@@ -27,7 +27,11 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-  """setting: the flag that it is about, without dashes; empty: none, or one that differs. text: with HOLE where it is filled."""
+  """A message.
+
+  setting: the flag that it is about, without dashes; empty: none, or one that differs.
+  text: with HOLE where it is filled.
+  """
 
   module: str
   setting: str
@@ -97,9 +101,8 @@ def _constants() -> dict[str, str]:
   found = {}
   for path in PACKAGE.rglob('*.py'):
     for node in ast.parse(path.read_text(encoding='utf-8')).body:
-      if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
-        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-          found[node.targets[0].id] = node.value.value
+      if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        found[ast.unparse(node.targets[0])] = node.value.value
   return found
 
 

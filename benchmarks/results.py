@@ -63,6 +63,7 @@ _TASKS_DIR = flags.DEFINE_string('tasks_dir', '', 'Folder of local task files; e
 _TASKS = flags.DEFINE_string('tasks', 'piqa,social_iqa', 'Zero-shot tasks.')
 _TASK_LIMIT = flags.DEFINE_integer('task_limit', 0, 'Questions per task; 0: all.')
 
+
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
   """WikiText-2 valid cut in two at a line: (training text, validation text)."""
   text = (folder / 'valid.txt').read_text(encoding='utf-8')

@@ -1,4 +1,4 @@
-"""The figure of docs/results.md: perplexity over layers kept, a line for each recipe, from the rows of benchmarks/results.py."""
+"""The figure of docs/results.md, from the rows of benchmarks/results.py: perplexity over layers kept, a line per recipe."""
 
 import io
 import statistics
@@ -88,13 +88,10 @@ def _draw(axes, corpus: str, of: dict[str, dict[int, float]]):
     axes.plot(
       list(of[label]), list(of[label].values()), marker='o', color=colour, label=label, linewidth=2.5 if bold else 1.5
     )
-  ticks = [tick for tick in (25, 50, 100, 200, 400, 800) if dense / 1.3 < tick < 1.1 * max(map(max, map(_values, of.values())))]
+  most = max(ppl for points in of.values() for ppl in points.values())
+  ticks = [tick for tick in (25, 50, 100, 200, 400, 800) if dense / 1.3 < tick < 1.1 * most]
   axes.set(title=corpus, xlabel='layers kept, of 30', ylabel='perplexity', yscale='log', xticks=[20, 23, 26])
   axes.set_yticks(ticks, [str(tick) for tick in ticks])
   axes.set_yticks([], minor=True)
   axes.invert_xaxis()
   axes.grid(alpha=0.8)
-
-
-def _values(points: dict[int, float]) -> list[float]:
-  return list(points.values())

@@ -36,7 +36,10 @@ SMOLLM2 = {
     f'{_SEARCH}/replace_linear_then_train, lr 0.0001',
   ),
   '**absorb, then train**': ('final/absorb_then_train', f'{_SEARCH}/absorb_then_train, lr 0.0001'),
-  '**the same, distilled**': ('final/absorb_then_train, distilled', f'{_SEARCH}/absorb_then_train, distilled, lr 0.0001'),
+  '**the same, distilled**': (
+    'final/absorb_then_train, distilled',
+    f'{_SEARCH}/absorb_then_train, distilled, lr 0.0001',
+  ),
 }
 GEMMA_ROWS = {
   'dense': 'dense',
@@ -104,7 +107,9 @@ def document(found: dict[str, dict], searched: bool) -> str:
   """A table for each section of each budget: of the rows by which something was chosen, or of all others."""
   groups, text = by_seed(found), ''
   for title, (prefix, budget) in BUDGETS.items():
-    own = {name.removeprefix(prefix): members for name, members in groups.items() if name.startswith(PASS) == bool(prefix)}
+    own = {
+      name.removeprefix(prefix): members for name, members in groups.items() if name.startswith(PASS) == bool(prefix)
+    }
     text += tables(title, own, searched) + about([row for members in own.values() for row in members], budget) + '\n\n'
   return text.rstrip() + f'\n\nLearning rates of the small budget: {BEST_LR}; of Gemma {GEMMA_LR}.\n'
 

@@ -44,7 +44,7 @@ def code_and_paragraphs(text: str) -> tuple[list[str], list[str]]:
 def _read(paragraph: str) -> str:
   text = re.sub(r'`[^`]+`', 'Code', paragraph)  # inline code counts as a word
   text = re.sub(r'!?\[([^\]]*)\]\([^)]*\)', r'\1', text)
-  return re.sub(r'\*\*|<[^>]+>', '', text).strip()
+  return re.sub(r'\*+|<[^>]+>', '', text).strip()
 
 
 def sentences(paragraph: str) -> list[str]:
