@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all lint wheel assets results clean
+.PHONY: demo test test-all lint docs wheel assets results clean
 
 demo: $(VENV)/demo assets
 	$(BIN)/python -m elder_jax prune --config=smollm2_135m_demo
@@ -18,7 +18,7 @@ test: $(VENV)/test lint assets
 test-all: $(VENV)/test lint assets
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-lint: $(VENV)/test
+lint: $(VENV)/test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
@@ -29,6 +29,10 @@ wheel: $(VENV)/test
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
+
+# The site, into site/; a broken link or anchor fails. The generated parts of docs/ are written by python -m benchmarks.docs.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets
@@ -53,5 +57,9 @@ $(VENV)/test: $(VENV)/demo setup.py
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[demo,test]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/test setup.py
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -e '.[demo,test,docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,13 +1,13 @@
-"""The results table, docs/results.md: ways of choosing layers × recipes on one model, a row at a time.
+"""The rows of docs/results.md: ways of choosing layers × recipes on one model, a row at a time.
 
-  python -m benchmarks.results --model=MODEL --wikitext=FOLDER --news=FILE --workdir=runs/results --out=docs/results.md
+  python -m benchmarks.results --model=MODEL --wikitext=FOLDER --news=FILE --workdir=runs/results
 
 FOLDER holds WikiText-2's valid.txt and test.txt. Training sees the first 80% of valid.txt, hyper-parameters are judged on
-its rest (the column "validation"), test.txt and FILE give the figures. Rows are kept in docs/results.jsonl and not done
-again: the command can be killed and started again, on another machine too. --only=PREFIX does some rows, --table writes
-the document from the rows that are there. With --tasks_dir (see benchmarks/tasks.py) some rows are also evaluated on
-zero-shot tasks. --part=I/N does every N-th row: several processes can share an accelerator that one of them does not
-fill, as benchmarks/results_shared.sh has them do.
+its rest (the column "validation"), test.txt and FILE give the figures. Rows are kept in benchmarks/results.jsonl and not
+done again: the command can be killed and started again, on another machine too. The pages are written at its end, and by
+python -m benchmarks.docs. --only=PREFIX does some rows. With --tasks_dir (see benchmarks/tasks.py) some rows are also
+evaluated on zero-shot tasks. --part=I/N does every N-th row: several processes can share an accelerator that one of them
+does not fill, as benchmarks/results_shared.sh has them do.
 
 Two budgets: a sixteenth of the paper's text, which a CPU can do, and "one pass" over all of the training text, whose rows
 are done where there is an accelerator, or where --only asks for them.
@@ -25,6 +25,7 @@ from absl import flags
 from absl import logging
 import jax
 
+from benchmarks import docs
 from benchmarks import one_row
 from benchmarks import results_rows
 from benchmarks import results_table
@@ -53,18 +54,14 @@ _WIKITEXT = flags.DEFINE_string('wikitext', None, "Folder with WikiText-2's vali
 _NEWS = flags.DEFINE_string('news', None, 'Text of the second corpus, not trained on.', required=True)
 _GEMMA = flags.DEFINE_string('gemma', '', 'Gemma 3 270M, for the rows of a second model; empty: no such rows.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Where texts and choices of layers are kept.')
-_ROWS = flags.DEFINE_string('rows', 'docs/results.jsonl', 'Where rows are kept, one a line.')
-_OUT = flags.DEFINE_string('out', 'docs/results.md', 'The document; its part between the two marks is replaced.')
+_ROWS = flags.DEFINE_string('rows', str(results_table.ROWS), 'Where rows are kept, one a line.')
 _ONLY = flags.DEFINE_list('only', [''], 'Rows to do, by the beginnings of their names; empty: all.')
 _PART = flags.DEFINE_string(
   'part', '0/1', 'I/N: of the rows, counted from 0, those whose number leaves I when divided by N.'
 )
-_TABLE = flags.DEFINE_boolean('table', False, 'Only write the document.')
 _TASKS_DIR = flags.DEFINE_string('tasks_dir', '', 'Folder of local task files; empty: no zero-shot tasks.')
 _TASKS = flags.DEFINE_string('tasks', 'piqa,social_iqa', 'Zero-shot tasks.')
 _TASK_LIMIT = flags.DEFINE_integer('task_limit', 0, 'Questions per task; 0: all.')
-
-BEGIN, END = '<!-- results: begin -->\n', '<!-- results: end -->\n'
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
@@ -236,33 +233,21 @@ def main(argv):
   work = pathlib.Path(_WORKDIR.value)
   work.mkdir(parents=True, exist_ok=True)
   kept = pathlib.Path(_ROWS.value)
-  if _TASKS_DIR.value and not _TABLE.value:  # now, and not at the first row that has tasks
+  if _TASKS_DIR.value:  # now, and not at the first row that has tasks
     zero_shot.load_tasks(_TASKS.value.split(','), _TASKS_DIR.value)
-  lines = map(json.loads, kept.read_text(encoding='utf-8').splitlines() if kept.exists() else [])
-  found = {row.pop('name'): row for row in lines}
+  found = results_table.read(kept)
   one_pass = jax.default_backend() != 'cpu' or any(only.startswith(results_rows.PASS) for only in _ONLY.value)
   for i, (name, settings) in enumerate(results_rows.rows(found, _GEMMA.value, one_pass)):
-    asked = not _TABLE.value and i % parts == part and name.startswith(tuple(_ONLY.value))
-    if asked and not _kept(name, found):
+    asked = i % parts == part and name.startswith(tuple(_ONLY.value))
+    if asked and not results_table.kept_name(name, found):
       log(f'row {name}')
       config = config_of(name, settings, work)
       found[name] = same(config, found) or do(config, name, work)
       append(kept, {'name': name, **found[name]}, work)
       jax.clear_caches()
       log(f'{name}: {found[name]["ppl"]}')
-  if parts > 1:
-    return  # the others' rows are not here
-  keys = [_kept(name, found) for name, _ in results_rows.rows(found, gemma='any', one_pass=True)]
-  done = {key: found[key] for key in keys if key}
-  out = pathlib.Path(_OUT.value)
-  text = out.read_text(encoding='utf-8') if out.exists() else BEGIN + END
-  head, tail = text.split(BEGIN)[0], text.split(END)[1]
-  write_whole(out, head + BEGIN + results_table.document(done) + END + tail)
-
-
-def _kept(name: str, found: dict[str, dict]) -> str | None:
-  """The name under which a row is kept: its own, or that of the row of all seeds where only that is."""
-  return next((key for key in (name, name.split(', seed ')[0]) if key in found), None)
+  if parts == 1 and kept.resolve() == results_table.ROWS.resolve():  # else the others' rows are not here
+    docs.write()
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The rows of one pass over the text (benchmarks/results.py), by N processes that share one accelerator:
-#   benchmarks/results_shared.sh N --model=… --wikitext=… --news=… [--workdir=… --rows=… --out=… --tasks_dir=…]
-# First the search for learning rates, then what needs its outcome, then the document. Rows that are done are not done again.
+#   benchmarks/results_shared.sh N --model=… --wikitext=… --news=… [--workdir=… --rows=… --tasks_dir=…]
+# First the search for learning rates, then what needs its outcome, then the pages. Rows that are done are not done again.
 set -euo pipefail
 parts=$1
 shift

@@ -3,8 +3,8 @@
   python -m benchmarks.scale [--row=NAME] [--again]
 
 Compiles the steps that a run would take (elder_jax/run/plan) for TPU slices and writes what the compiler says to
-docs/scale.jsonl, a line per row, and the tables into docs/scale.md. A row that is there is not compiled again unless
---again asks for it. Needs pip install 'elder_jax[tpu]', minutes and a few GB of memory per row.
+benchmarks/scale.jsonl, a line per row, and the tables into docs/results/scale.md. A row that is there is not compiled
+again unless --again asks for it. Needs pip install 'elder_jax[tpu]', minutes and a few GB of memory per row.
 """
 
 import collections
@@ -35,7 +35,8 @@ from elder_jax.run.tables import markdown_table
 
 _ROWS = flags.DEFINE_multi_string('row', [], 'Row to compile, by name; repeatable; none: all that are missing.')
 _AGAIN = flags.DEFINE_boolean('again', False, 'Compile rows that are there already, too.')
-DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+KEPT = pathlib.Path(__file__).parent / 'scale.jsonl'
+PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'results' / 'scale.md'
 BEGIN, END = '<!-- benchmarks/scale.py begins -->\n', '<!-- benchmarks/scale.py ends -->\n'
 
 LLAMA = dict(
@@ -173,17 +174,15 @@ def of_collectives(found: list[hlo.Collective], program: Program, num_layers: in
 
 
 def read() -> dict[str, dict]:
-  path = DOCS / 'scale.jsonl'
-  lines = path.read_text().splitlines() if path.exists() else []
+  lines = KEPT.read_text().splitlines() if KEPT.exists() else []
   return {row['name']: row for row in map(json.loads, lines)}
 
 
 def write(results: dict[str, dict]):
   order = [name for name in rows() if name in results]
-  (DOCS / 'scale.jsonl').write_text(''.join(json.dumps(results[name]) + '\n' for name in order))
-  text = (DOCS / 'scale.md').read_text(encoding='utf-8')
-  head, _, rest = text.partition(BEGIN)
-  (DOCS / 'scale.md').write_text(head + BEGIN + tables(results) + END + rest.partition(END)[2], encoding='utf-8')
+  KEPT.write_text(''.join(json.dumps(results[name]) + '\n' for name in order))
+  head, _, rest = PAGE.read_text(encoding='utf-8').partition(BEGIN)
+  PAGE.write_text(head + BEGIN + tables(results) + END + rest.partition(END)[2], encoding='utf-8')
 
 
 def table(cells: list[list[str]]) -> list[str]:

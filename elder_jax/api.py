@@ -125,7 +125,7 @@ def batches(
   seed: int = 0,
   text_column: str = 'text',
   bos: str = 'auto',
-  **settings,
+  **settings: Any,
 ) -> Batches:
   """Returns batches of tokens, int32 [batch_size, seq_len], drawn from a text with the tokenizer of `model`.
 

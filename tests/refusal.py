@@ -7,6 +7,7 @@ import re
 import pytest
 from tiny import config_of
 
+from benchmarks import docs_errors
 from elder_jax.errors import InputError
 from elder_jax.run import pipeline
 
@@ -26,6 +27,7 @@ def refused(settings, *parts, **more) -> str:
 def one_sentence(message: str, *parts):
   assert re.fullmatch(r'[^\r\n]+\.', message), message
   assert len(message) < 700, message
+  assert any(sentence.matches(message) for sentence in docs_errors.sentences()), f'not in docs/errors.md: {message}'
   for part in parts:
     assert str(part) in message, message
 

@@ -1,7 +1,7 @@
 """The method auto: runs several methods and keeps the choice with the lowest held-out loss after `absorb`.
 
 No single method is best for every model and depth. The held-out loss after `absorb` ranks the choices like the loss after
-training; the loss after plain removal does not (docs/decisions.md).
+training; the loss after plain removal does not (docs/decisions/choosing.md).
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from elder_jax.recipes.context import Context
 
 # Candidate -> the fraction of the calibration data that it reads. One chooses a contiguous block, three choose single
 # layers. ppl runs half of the model per layer, and its choice from a quarter of the data is the same or almost the same
-# (docs/decisions.md).
+# (docs/decisions/choosing.md).
 PARTS = {'cosine_block': 1.0, 'shortgpt': 1.0, 'taylor': 1.0, 'ppl': 0.25}
 
 

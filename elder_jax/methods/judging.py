@@ -1,6 +1,6 @@
 """The cost of removing given layers: the held-out loss after `absorb`.
 
-The loss after plain removal ranks choices differently from the loss after training (docs/decisions.md). Choices that
+The loss after plain removal ranks choices differently from the loss after training (docs/decisions/choosing.md). Choices that
 leave the lowest layers unchanged share their hidden states there, which are computed once.
 """
 

@@ -38,7 +38,7 @@ from elder_jax.recipes.streams import stream_programs
 from elder_jax.recipes.streams import walk
 from elder_jax.recipes.streams import weights
 
-# Chosen on validation text: docs/decisions.md.
+# Chosen on validation text: docs/decisions/absorb.md.
 RIDGE = 0.3  # ridge strength, as a multiple of the mean diagonal of a Gram matrix
 AFTER = 2  # number of layers to refit after a removed block
 

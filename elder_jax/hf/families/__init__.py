@@ -15,7 +15,7 @@ and, where needed,
   GGUF_ARCHITECTURE, GGUF_NAMES, config_from_gguf, from_gguf, to_gguf
   GGUF_DERIVED      a GGUF tensor that only config_from_gguf reads
 
-Only family modules know the names of Hugging Face and llama.cpp. docs/families.md explains how to add one.
+Only family modules know the names of Hugging Face and llama.cpp. docs/adding_a_family.md explains how to add one.
 """
 
 from elder_jax.hf.families import apertus

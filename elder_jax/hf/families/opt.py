@@ -3,7 +3,7 @@
 from elder_jax.hf.families.fields import Fields
 from elder_jax.model.spec import Spec
 
-MODELS = 'OPT, all but one size (docs/families.md)'
+MODELS = 'OPT, all but one size (docs/adding_a_family.md)'
 _LAYER = 'model.decoder.layers.{l}.'
 WEIGHTS = {
   'model.decoder.embed_tokens.weight': ('embed', 'V,D->VD'),
