@@ -1,7 +1,7 @@
 """The cost of removing given layers: the held-out loss after `absorb`.
 
-The loss after plain removal ranks choices differently from the loss after training (docs/decisions/choosing.md). Choices that
-leave the lowest layers unchanged share their hidden states there, which are computed once.
+The loss after plain removal ranks choices differently from the loss after training (docs/decisions/choosing.md).
+Choices that leave the lowest layers unchanged share their hidden states there, which are computed once.
 """
 
 from collections.abc import MutableMapping
