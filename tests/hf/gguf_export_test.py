@@ -68,7 +68,7 @@ def test_the_file_is_the_folder(kind, tmp_path, capsys):
       name = f'blk.{[0, 2, 3, 5, 6, 7][int(l)]}.{rest}'
     assert tensor.data.tobytes() == before[name].data.tobytes() and tensor.tensor_type == before[name].tensor_type
   derived = sum(name == 'rope_freqs.weight' for name in after)
-  assert f'{len(after) - derived} tensors as in --like, octet for octet' in capsys.readouterr().out
+  assert f'{len(after) - derived} tensors copied from --like, byte for byte' in capsys.readouterr().out
   assert header.read_raw(made)[1].keys() - header.read_raw(path)[1].keys() <= {
     'gemma3.attention.sliding_window_pattern'
   }
@@ -95,7 +95,7 @@ def test_what_was_changed_is_written_in_the_type_that_it_had(tmp_path, capsys, m
   change(folder, 'model.layers.1.mlp.up_proj.weight', 1.01)
   made = tensors(export_to(folder, tmp_path / 'a.gguf', path))
   told = capsys.readouterr().out
-  assert f'{len(made) - 1} tensors as in --like' in told and 'in place of' not in told
+  assert f'{len(made) - 1} tensors copied from --like' in told and 'instead of' not in told
   assert made['blk.1.ffn_up.weight'].tensor_type == Type.Q4_1
   new = gguf.dequantize(made['blk.1.ffn_up.weight'].data, Type.Q4_1)
   np.testing.assert_allclose(
@@ -104,7 +104,7 @@ def test_what_was_changed_is_written_in_the_type_that_it_had(tmp_path, capsys, m
   monkeypatch.setattr(export, '_can_write', lambda kind: kind != Type.Q4_1)
   made = tensors(export_to(folder, tmp_path / 'b.gguf', path))
   assert made['blk.1.ffn_up.weight'].tensor_type == Type.Q8_0 and made['blk.0.ffn_up.weight'].tensor_type == Type.Q4_1
-  assert 'Q8_0 in place of Q4_1, which cannot be written here' in capsys.readouterr().out
+  assert 'wrote Q8_0 instead of Q4_1; use llama-quantize' in capsys.readouterr().out
 
 
 def test_a_folder_of_which_the_layers_are_not_known_keeps_the_types(tmp_path, capsys):
