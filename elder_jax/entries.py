@@ -31,6 +31,6 @@ def find_entry(setting: str, name: str, table: dict, kind: type):
     raise InputError(
       setting,
       name,
-      f'is a {type(entry).__name__}, not a {kind.__module__}.{kind.__name__}; give an entry of that type.',
+      f'has type {type(entry).__name__}, not {kind.__module__}.{kind.__name__}; give an entry of that type.',
     )
   return entry

@@ -16,7 +16,6 @@ import re
 
 from absl import flags
 
-from elder_jax.errors import InputError
 from elder_jax.errors import as_text
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
@@ -289,10 +288,3 @@ def _of_json(name: str, text: str) -> list[str]:
     elif value is not None:
       found.append(f'--{key}={as_text(value)}')
   return found
-
-
-def require(settings: dict, *names: str):
-  """Raises InputError for a setting that is missing or empty."""
-  for name in names:
-    if not settings.get(name):
-      raise InputError(name, '', 'is missing; give it.')

@@ -89,7 +89,7 @@ def run_config(parsed: Parsed, settings: dict) -> int | None:
     raise
   if hosts.is_leader():
     print(markdown(report))
-    print(f'The model: {config.path() / "export"}')
+    print(f'Exported model: {config.path() / "export"}')
   return None
 
 

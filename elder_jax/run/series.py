@@ -82,7 +82,7 @@ def _publish(config: Config, report: dict):
   write_json(work / 'report.json', report)
 
 
-# ---- how deep ----
+# ---- the search for the number of layers ----
 
 
 def _search(config: Config) -> dict:

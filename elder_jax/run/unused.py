@@ -39,17 +39,17 @@ _READERS: tuple[tuple[str, str, Callable[[Config], bool]], ...] = (
   (
     'lr warmup_ratio lr_schedule lr_final weight_decay trainable optimizer moment_dtype lora_rank lora_alpha distill '
     'distill_hidden',
-    'nothing trains',
+    'no recipe trains',
     _trains,
   ),
-  ('export', 'nothing trains', _trains),
+  ('export', 'no recipe trains', _trains),
   ('validation_sequences', '--validate_every is 0', lambda c: c.training.validate_every > 0),
   ('num_sequences', '--train_tokens replaces it', lambda c: c.data.train_tokens is None),
   ('decay_ratio', '--lr_schedule=wsd is not used', lambda c: _trains(c) and c.training.lr_schedule == 'wsd'),
   ('temperature', '--distill is not used', lambda c: _trains(c) and c.training.distils),
   ('kept_layers', '--distill_hidden is 0', lambda c: _trains(c) and c.training.distill_hidden > 0),
-  ('teacher', 'nothing distils', lambda c: _trains(c) and c.training.taught),
-  ('grad_clip grad_accum track', 'nothing trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
+  ('teacher', '--distill and --distill_hidden are 0', lambda c: _trains(c) and c.training.taught),
+  ('grad_clip grad_accum track', 'no recipe trains', lambda c: _trains(c) or _chosen_by('grad_clip')(c)),
   ('eval_seq_len eval_tokens', '--eval_data is empty', lambda c: bool(c.evaluation.eval_data)),
   (
     'eval_batch_size',

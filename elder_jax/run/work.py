@@ -187,7 +187,6 @@ def take_choice(run: Run, stage, result: dict):
 
 
 def choose(run: Run, stage, most: int) -> dict:
-  log(f'choosing layers by {stage.method}')
   context = Context(
     run.dense.get(),
     run.job.batches if run.job.batches is not None else (),
@@ -220,7 +219,7 @@ def _score(task: str, values: dict) -> float:
   return values[metric]
 
 
-# ---- treating ----
+# ---- applying recipes ----
 
 
 def treat(run: Run, stage):

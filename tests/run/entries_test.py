@@ -70,10 +70,10 @@ def test_a_sweep_is_stopped_and_resumed(own, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'changes, sentence',
   [
-    (dict(method=(f'{__name__}:no_entry',)), 'is a int, not a elder_jax.methods.method.Method'),
+    (dict(method=(f'{__name__}:no_entry',)), 'has type int, not elder_jax.methods.method.Method'),
     (dict(method=(f'{__name__}:absent',)), 'cannot be imported'),
     (dict(recipe='no.such.module:X'), 'cannot be imported'),
-    (dict(recipe=f'{__name__}:middle'), 'not a elder_jax.recipes.recipe.Recipe'),
+    (dict(recipe=f'{__name__}:middle'), 'not elder_jax.recipes.recipe.Recipe'),
     (dict(recipe=f'{__name__}:row_only'), 'no standard checkpoint can hold'),
     (dict(recipe='middle'), 'or give your own as package.module:NAME'),
   ],
