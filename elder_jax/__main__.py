@@ -1,4 +1,4 @@
-"""`python -m elder_jax VERB …` is `elder_jax VERB …`."""
+"""`python -m elder_jax` is the same as `elder_jax`."""
 
 from elder_jax.commands import main
 

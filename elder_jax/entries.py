@@ -1,4 +1,4 @@
-"""Entries of the tables METHODS and RECIPES, by name; or of the user's own, by package.module:NAME."""
+"""Finds an entry of METHODS or RECIPES by its name, or the user's own by package.module:NAME."""
 
 import importlib
 import os
@@ -9,10 +9,10 @@ from elder_jax.errors import reason
 
 
 def find_entry(setting: str, name: str, table: dict, kind: type):
-  """The entry of `table`, or the object NAME of an importable module; the current folder counts as importable.
+  """Returns an entry of `table`, or the object NAME of an importable module. The current folder is importable.
 
   Raises:
-    InputError: there is none, or it is not of the `kind` that the table holds.
+    InputError: the entry does not exist, or its type is not `kind`, the type of the table's entries.
   """
   if name in table:
     return table[name]
@@ -25,12 +25,12 @@ def find_entry(setting: str, name: str, table: dict, kind: type):
     sys.path.append(os.getcwd())
   try:
     entry = getattr(importlib.import_module(module), attribute)
-  except Exception as e:  # the module is the user's: of any kind  # noqa: BLE001
+  except Exception as e:  # the user's module may raise anything  # noqa: BLE001
     raise InputError(setting, name, f'cannot be imported ({reason(e)}); check the module and the name.') from e
   if not isinstance(entry, kind):
     raise InputError(
       setting,
       name,
-      f'is a {type(entry).__name__}, not a {kind.__module__}.{kind.__name__}; give an entry of that type.',
+      f'has type {type(entry).__name__}, not {kind.__module__}.{kind.__name__}; give an entry of that type.',
     )
   return entry

@@ -1,22 +1,23 @@
-"""What can go wrong: bad input, as one sentence; exit statuses; how to recognise a full disk."""
+"""Errors: bad input reported in one sentence, exit statuses, and how to recognise a full disk."""
 
 import errno
 import os
 import pathlib
 
-# Exit statuses of the commands; 75 is EX_TEMPFAIL of sysexits.h, the others are the shells' own.
+# Exit statuses of the commands. 75 is EX_TEMPFAIL of sysexits.h; 130 and 141 are those that shells use for signals.
 FAILED, BAD_INPUT, DOES_NOT_FIT, PREEMPTED, CTRL_C, CLOSED_PIPE = 1, 2, 3, 75, 130, 141
 
 
 class InputError(Exception):
   """Bad input, reported in one sentence that names the setting, file or tensor and the fix.
 
-  InputError(setting, value, why) is about a setting; a command writes it as --setting=value. InputError(sentence) is
-  about anything else. What does not print, a newline say, is escaped: names out of damaged files can hold anything.
+  InputError(setting, value, why) is about a setting, which a command prints as --setting=value. InputError(sentence) is
+  about anything else. Unprintable characters such as newlines are escaped, because names in damaged files can contain
+  any of them.
 
   Attributes:
-    setting, value: None where the error is not about a setting.
-    why: the sentence, without the setting.
+    setting, value: None if the error is not about a setting.
+    why: the sentence without the setting.
   """
 
   def __init__(self, setting_or_sentence: str, value=None, why: str = ''):
@@ -25,7 +26,7 @@ class InputError(Exception):
     super().__init__(self._written(''))
 
   def for_command(self) -> str:
-    """The sentence with the setting written as a flag."""
+    """Returns the sentence with the setting written as a flag."""
     return self._written('--')
 
   def _written(self, dashes: str) -> str:
@@ -35,7 +36,7 @@ class InputError(Exception):
 
 
 def as_text(value) -> str:
-  """A setting's value as it is written on the command line."""
+  """Returns a setting's value as it is written on the command line."""
   if value is None:
     return ''
   if isinstance(value, bool):
@@ -46,7 +47,7 @@ def as_text(value) -> str:
 
 
 def short(sentence: str) -> str:
-  """In one line of at most 1000 characters: a value out of a flag or a file may have thousands."""
+  """Shortens a sentence to one line of at most 1000 characters. Values from flags or files may have thousands."""
   line = _printable(sentence)
   return line if len(line) <= 1000 else f'{line[:500]} … {line[-500:]}'
 
@@ -56,34 +57,34 @@ def _printable(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-  """What a library said, in one line of at most 300 characters that an InputError can quote."""
+  """Returns a library's error message in one line of at most 300 characters, for an InputError to quote."""
   text = str(error)
   if isinstance(error, OSError) and error.strerror:
     text = f'{error.strerror}: {error.filename}' if error.filename else str(error.strerror)
-  elif isinstance(error, KeyError):  # says the key and nothing else
+  elif isinstance(error, KeyError):  # its message is the key alone
     text = f'KeyError: {text}'
   text = ' '.join(text.split()).rstrip('.') or type(error).__name__
   return text if len(text) <= 300 else text[:299] + '…'
 
 
 def shown(value, most: int = 80) -> str:
-  """A value out of a file as an InputError can quote it: a config.json may hold a list of thousands."""
+  """Returns a value from a file for an InputError to quote, shortened: a config.json may hold a list of thousands."""
   text = repr(value)
   return text if len(text) <= most else f'{text[: most - 1]}…'
 
 
 def user_path(name: str) -> pathlib.Path:
-  """A path as the user typed it; unlike Path.expanduser, a ~name that is nobody's home stays as it is."""
+  """Returns a path with ~ expanded. Unlike Path.expanduser, leaves a ~name that has no home folder unchanged."""
   return pathlib.Path(os.path.expanduser(name))
 
 
 def cache_folder() -> pathlib.Path:
-  """Where what can be made again is kept between runs."""
+  """Returns the folder for files that are kept between runs and can be created again."""
   return user_path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'elder_jax'
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-  """Whether a write failed for want of space or quota. TensorStore says so in its own error's text only."""
+  """Whether a write failed for lack of space or quota. TensorStore reports this only in the text of its own error."""
   full = (errno.ENOSPC, errno.EDQUOT)
   while error is not None:
     if getattr(error, 'errno', None) in full or any(os.strerror(number) in str(error) for number in full):

@@ -1,4 +1,4 @@
-"""`python -m elder_jax.main --flagfile=configs/….flags` is `elder_jax prune`."""
+"""`python -m elder_jax.main` is the same as `elder_jax prune`."""
 
 from elder_jax.commands import run_verb
 

@@ -1,10 +1,11 @@
-"""Settings as fields of frozen dataclasses: default, bounds, choices and help stand in the field.
+"""Settings as fields of frozen dataclasses. A field holds the default, bounds, choices and help.
 
     @dataclasses.dataclass(frozen=True)
     class Training(settings.Settings):
       lr: float = setting(3e-4, 'Peak learning rate.', least=0.0)
 
-A field is checked when the object is made, from Python as from the command line (commands/flags.py makes the flags).
+Values are checked when the object is created, both from Python and from the command line. commands/flags.py turns the
+fields into flags.
 """
 
 import dataclasses
@@ -31,14 +32,15 @@ def setting(
   colon: bool = False,
   rare: bool = False,
 ) -> Any:
-  """A dataclass field.
+  """Returns a dataclass field.
 
   Args:
-    flag: the name on the command line, in config.json and in errors, where it is not the field's.
-    least, most, above, below: bounds of a number, the last two exclusive; without them a number need only be finite.
-    repeats: of a tuple: on the command line each element is a flag of its own, commas are part of it.
-    colon: several numbers may be written with a colon between them, as in 0.9:0.5, as well as with commas.
-    rare: the short --help has its name alone.
+    flag: the name on the command line, in config.json and in errors, if it differs from the field's name.
+    least, most: inclusive bounds of a number.
+    above, below: exclusive bounds of a number. Every number must be finite, with or without bounds.
+    repeats: for a tuple: each element is a flag of its own, and commas are part of the element.
+    colon: several numbers may be separated by colons, as in 0.9:0.5, as well as by commas.
+    rare: the short --help lists only the name.
   """
   bounds = {'least': least, 'most': most, 'above': above, 'below': below}
   metadata = {'help': help, 'flag': flag, 'choices': tuple(choices), 'repeats': repeats, 'colon': colon, 'rare': rare}
@@ -49,10 +51,10 @@ def setting(
 
 
 class Settings:
-  """Base of dataclasses whose fields are made by `setting`."""
+  """Base class of dataclasses whose fields are created by `setting`."""
 
   def __post_init__(self):
-    """Raises InputError for a value of another type, out of bounds, or not among the choices."""
+    """Raises InputError for a value of the wrong type, out of bounds, or not among the choices."""
     for field in fields(self):
       value = _normal(getattr(self, field.name))
       object.__setattr__(self, field.name, value)
@@ -60,7 +62,7 @@ class Settings:
 
 
 def fields(settings) -> list[dataclasses.Field]:
-  """Those made by `setting`."""
+  """The fields that were created by `setting`."""
   return [field for field in dataclasses.fields(settings) if 'help' in field.metadata]
 
 
@@ -74,7 +76,7 @@ def default_of(field: dataclasses.Field):
 
 
 def types_of(field: dataclasses.Field) -> tuple:
-  """The types that a field may have, None apart: of `int | None` (int,)."""
+  """The types that a field may have, without None: (int,) for `int | None`."""
   union = isinstance(field.type, types.UnionType)
   return tuple(t for t in (field.type.__args__ if union else (field.type,)) if t is not types.NoneType)
 
@@ -104,9 +106,9 @@ def _check_bounds(name: str, value, number: float, bounds):
   inside &= (least is None or number >= least) and (most is None or number <= most)
   inside &= (above is None or number > above) and (below is None or number < below)
   if not inside:
-    told = [f'at least {least}' if least is not None else '', f'above {above}' if above is not None else '']
-    told += [f'at most {most}' if most is not None else '', f'below {below}' if below is not None else '']
-    raise InputError(name, value, f'must be {" and ".join(filter(None, told)) or "finite"}.')
+    limits = [f'at least {least}' if least is not None else '', f'above {above}' if above is not None else '']
+    limits += [f'at most {most}' if most is not None else '', f'below {below}' if below is not None else '']
+    raise InputError(name, value, f'must be {" and ".join(filter(None, limits)) or "finite"}.')
 
 
 def _is_of(value, wanted) -> bool:

@@ -1,4 +1,4 @@
-"""`elder_jax chat`: talk with a model, by its chat template."""
+"""`elder_jax chat`: chats with a model, using its chat template."""
 
 from collections.abc import Iterator
 import pathlib
@@ -17,19 +17,25 @@ from elder_jax.model.spec import Mode
 from elder_jax.text import data
 from elder_jax.text import generation
 
-_ROOM = 512  # new tokens of an answer, where --max_new_tokens is not given
+_ROOM = 512  # default of --max_new_tokens
 
 
 class Chat:
-  """A model and the turns so far."""
+  """A model and the conversation so far."""
 
   def __init__(self, model: Decoder, tokenizer, settings: GenerateSettings, ends: tuple[int, ...], context: int | None):
-    """tokenizer: of transformers, with a chat template; context: positions that the model has, None: any number."""
+    """Starts an empty conversation.
+
+    Args:
+      tokenizer: of transformers, with a chat template.
+      ends: ids of the tokens that end an answer.
+      context: number of positions of the model; None: unlimited.
+    """
     self._model, self._tokenizer, self._settings = model, tokenizer, settings
     self._ends, self._context, self._turns = ends, context, []
 
   def answer(self, text: str) -> Iterator[str]:
-    """What the model says to a turn, piece by piece. Raises InputError where the talk has become too long."""
+    """Yields the model's answer in pieces. Raises InputError if the conversation has become too long."""
     self._turns.append({'role': 'user', 'content': text})
     made = self._tokenizer.apply_chat_template(
       self._turns, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -48,19 +54,19 @@ class Chat:
     for token in stream:
       tokens.append(token)
       text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-      if not text.endswith('\ufffd'):  # half a character: the next token brings the rest
+      if not text.endswith('\ufffd'):  # an incomplete character: the next token completes it
         yield text[len(shown) :]
         shown = text
     self._turns.append({'role': 'assistant', 'content': shown})
 
 
 def open_chat(settings: GenerateSettings) -> Chat:
-  """Raises InputError for a model without a chat template, before its weights are read."""
+  """Loads the model. Raises InputError for one without a chat template, before reading its weights."""
   with tempfile.TemporaryDirectory() as scratch:
     source = open_source(settings.model, pathlib.Path(scratch))
     tokenizer = data.load_tokenizer(settings.tokenizer or str(source.files))
     if not tokenizer.chat_template:
-      raise InputError('model', settings.model, 'has no chat template; use elder_jax generate, or another --tokenizer.')
+      raise InputError('model', settings.model, 'has no chat template; use elder_jax generate or another --tokenizer.')
     ends = generation.eos_ids(source)
     log(f'loading {settings.model}, {source.num_layers} layers, in {settings.dtype}')
     return Chat(load_model(source, settings.dtype), tokenizer, settings, ends, source.context_length)
@@ -81,7 +87,7 @@ def run(parsed: Parsed):
 
 COMMAND = Command(
   'chat',
-  'Talk with a model by its chat template: a turn each line, answers as they are made. Ctrl-D ends it.',
+  'Chat with a model, using its chat template. Each line is a message; answers are streamed. Ctrl-D exits.',
   run,
   {'Model and sampling': GenerateSettings},
   ('elder_jax chat --model=runs/mine/export --temperature=0.7',),

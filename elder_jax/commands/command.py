@@ -1,16 +1,17 @@
-"""A command: its flags, its help, and how it ends: with an exit status and one sentence."""
+"""A command: its flags, its help, and its ending with an exit status and one sentence."""
 
 from collections.abc import Callable
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import pathlib
 import sys
 import textwrap
 import traceback
 
-from absl import logging
+from absl import logging as absl_logging
 
 from elder_jax import errors
 from elder_jax.commands.flags import BadFlags
@@ -26,29 +27,39 @@ from elder_jax.settings import default_of
 from elder_jax.settings import fields
 from elder_jax.settings import name_of
 
-TRACEBACK = 'ELDER_JAX_TRACEBACK'  # set in the environment: an unexpected error also shows where it came from
+TRACEBACK = 'ELDER_JAX_TRACEBACK'  # environment variable; if set, an unexpected error prints its traceback
 HELP = ('-h', '-help', '--h', '--help', '--helpshort', '--helpfull')
-WIDTH = 118  # of a line of help
+WIDTH = 118  # of a line of help, in characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """run: (what was given) -> an exit status, None is 0. groups: {title: dataclass of settings}."""
+  """A verb of the command line.
+
+  run: (parsed arguments) -> exit status; None is 0.
+  groups: {title: dataclass of settings}.
+  operand: name of the positional arguments; '' if there are none.
+  operands: least and largest number of positional arguments.
+  configs: whether it accepts --config.
+  hidden: titles of groups that the help leaves out.
+  """
 
   name: str
   summary: str
   run: Callable[[Parsed], int | None]
   groups: dict[str, type] = dataclasses.field(default_factory=dict)
   examples: tuple[str, ...] = ()
-  operand: str = ''  # the name of the arguments that are no flags; empty: there are none
-  operands: tuple[int, int] = (1, 1)  # least and most of them
-  configs: bool = False  # it takes --config
+  operand: str = ''
+  operands: tuple[int, int] = (1, 1)
+  configs: bool = False
   hidden: tuple[str, ...] = ()
 
   def main(self, args: list[str]):
-    """Runs it and ends the process, unless it ends with status 0."""
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell their inner life at INFO
+    """Runs the command. Exits the process unless the status is 0."""
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and JAX log internals at INFO
+    for name in ('huggingface_hub', 'datasets'):  # their own handlers print already; absl's would repeat each line
+      logging.getLogger(name).propagate = False
     if isinstance(sys.stdout, io.TextIOWrapper):
       sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that is not UTF-8 is no reason to fail
     try:
@@ -57,9 +68,9 @@ class Command:
           sys.exit(status)
       finally:
         if sys.stdout is not None:
-          sys.stdout.flush()  # here, because what fails when the interpreter ends is not caught
-    except (Exception, KeyboardInterrupt) as e:  # of any kind: people who run a command get a sentence  # noqa: BLE001
-      if isinstance(e, OSError) and not e.filename:  # stdout itself, perhaps: it would fail again at the end
+          sys.stdout.flush()  # here, because an error at interpreter exit could not be caught
+    except (Exception, KeyboardInterrupt) as e:  # every error is reported in one sentence  # noqa: BLE001
+      if isinstance(e, OSError) and not e.filename:  # perhaps stdout, which would fail again at exit
         _drop_output()
       if isinstance(e, BrokenPipeError):
         sys.exit(errors.CLOSED_PIPE)
@@ -75,14 +86,14 @@ class Command:
       fail(errors.BAD_INPUT, f'{e} (see --help)')
     least, most = self.operands
     if self.operand and not least <= len(parsed.operands) <= most:
-      several = f'{self.operand} and nothing else' if most == 1 else f'at least one {self.operand}'
-      fail(errors.BAD_INPUT, f'give one {several} (see --help)' if most == 1 else f'give {several} (see --help)')
+      count = 'exactly one' if most == 1 else 'at least one'
+      fail(errors.BAD_INPUT, f'give {count} {self.operand} (see --help)')
     if not self.operand and parsed.operands:
-      fail(errors.BAD_INPUT, f'{parsed.operands[0]!r} is no flag: every setting is given as --name=value (see --help)')
+      fail(errors.BAD_INPUT, f'{parsed.operands[0]!r} is not a flag; give settings as --name=value (see --help)')
     return self.run(parsed)
 
   def help(self, full: bool = False) -> str:
-    """Its flags in groups; full: each with its whole text."""
+    """Returns the flags in groups. full: each with its complete text."""
     usage = (
       f'elder_jax {self.name}'
       + (f' {self.operand}' if self.operand else '')
@@ -97,10 +108,10 @@ class Command:
       if rare := [f'--{name_of(field)}' for field in fields(kind) if field not in shown]:
         lines += textwrap.wrap(f'also {", ".join(rare)}', WIDTH, initial_indent='  ', subsequent_indent='    ')
     if self.groups:
-      lines += ['', f'{"--flagfile=FILE":<30} flags from a file, one on each line']
+      lines += ['', f'{"--flagfile=FILE":<30} reads flags from a file, one per line']
       if self.configs:
-        lines.append(f'{"--config=NAME or FILE":<30} a config that comes with elder_jax, or the config.json of a run')
-      lines += [] if full else [f'{"--helpfull":<30} the whole text of each flag']
+        lines.append(f'{"--config=NAME or FILE":<30} reads a built-in config, a flag file, or the config.json of a run')
+      lines += [] if full else [f'{"--helpfull":<30} shows the complete text of each flag']
     return '\n'.join(lines)
 
 
@@ -117,7 +128,7 @@ def _line(field: dataclasses.Field, full: bool) -> str:
 
 
 def ending(error: BaseException) -> tuple[int, str]:
-  """The exit status and the sentence for an exception that ends a command."""
+  """Returns the exit status and the sentence for an exception that ends a command."""
   if isinstance(error, InputError):
     return errors.BAD_INPUT, error.for_command()
   if isinstance(error, KeyboardInterrupt):
@@ -127,34 +138,35 @@ def ending(error: BaseException) -> tuple[int, str]:
   if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
     return (
       errors.DOES_NOT_FIT,
-      f'not enough memory ({reason(error)}); use a smaller model, batch or length, or --dtype=bfloat16',
+      f'not enough memory ({reason(error)}); use a smaller model, batch size or length, or --dtype=bfloat16',
     )
   if isinstance(error, OSError) and error.filename:
     return errors.BAD_INPUT, f'{error.filename}: {error.strerror}; check the path and its permissions'
   if os.environ.get(TRACEBACK):
     traceback.print_exception(error)
   where = ' with '.join(['', *getattr(error, '__notes__', [])])
-  fault = f'this is a fault of elder_jax, please report it{where} ({TRACEBACK}=1 shows where)'
+  fault = f'this is a bug in elder_jax, please report it{where} ({TRACEBACK}=1 prints the traceback)'
   return errors.FAILED, f'{type(error).__name__}: {reason(error)}; {fault}'
 
 
 def fail(status: int, sentence: str):
+  """Prints the sentence to stderr and exits with the status."""
   print(f'elder_jax: {short(sentence)}', file=sys.stderr)
   sys.exit(status)
 
 
 def out_file(name: str) -> pathlib.Path | None:
-  """The path of --out, None where it is not given. A file can be written there, which is tried before any long work.
+  """Returns the path of --out, or None if it is not given. Tests by writing that the path is writable.
 
   Raises:
-    InputError.
+    InputError: no file can be written there.
   """
   if not name:
     return None
   path = user_path(name)
   if os.path.lexists(path) and not os.path.isfile(path) or not os.path.isdir(path.parent):
-    raise InputError('out', name, 'is no file, or in no folder that exists; give a file, as in --out=figures.json.')
-  tried = path.with_name(f'{path.name}.partial')  # as log.write_whole does later
+    raise InputError('out', name, 'is not a file in an existing folder; give one, as in --out=results.json.')
+  tried = path.with_name(f'{path.name}.partial')  # the name that log.write_whole will use
   try:
     tried.write_bytes(b' ' * 2**16)
     tried.unlink()
@@ -166,5 +178,5 @@ def out_file(name: str) -> pathlib.Path | None:
 
 
 def _drop_output():
-  with contextlib.suppress(OSError, AttributeError):  # no file is behind it
+  with contextlib.suppress(OSError, AttributeError):  # stdout is not a file
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

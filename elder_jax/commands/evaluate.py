@@ -34,28 +34,32 @@ from elder_jax.text import zero_shot
 
 @dataclasses.dataclass(frozen=True)
 class TaskSettings(Settings):
-  """A model, and what it is asked."""
+  """A model, and the tasks to run."""
 
-  model: str = setting('', 'Model: a Hugging Face folder, such as an export, a hub id or a .gguf file.')
-  tokenizer: str = setting('', "Folder or hub id of the tokenizer, where it is not the model's own.")
+  model: str = setting('', 'Model: a Hugging Face folder such as an export, a hub id, or a .gguf file.')
+  tokenizer: str = setting('', "Folder or hub id of the tokenizer. Unset: the model's own.")
   tasks: tuple[str, ...] = setting(
     zero_shot.TASKS,
     'Tasks of lm-evaluation-harness, or of --tasks_dir. quick: lambada_openai, piqa, arc_easy, hellaswag, winogrande, and '
     'gsm8k by generation.',
   )
-  tasks_dir: str = setting('', "Folder of local task files (.yaml), which go before the harness's own of a name.")
-  limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0)
+  tasks_dir: str = setting(
+    '', "Folder of local task files (.yaml). They override the harness's own tasks of the same name."
+  )
+  limit: int = setting(0, 'Questions to use from the start of each task; 0: all.', least=0)
   batch_size: int = setting(16, 'Requests per step.', least=1)
   dtype: str = setting('float32', 'Type of weights and computation.', choices=('float32', 'bfloat16'))
-  mesh: tuple[int, ...] = setting((-1, 1, 1), 'Devices for data, fsdp and tensor parallelism, as in elder_jax prune.')
-  out: str = setting('', 'File for the figures (JSON).')
+  mesh: tuple[int, ...] = setting(
+    (-1, 1, 1), 'Devices for data, fsdp and tensor parallelism; -1: all remaining devices.'
+  )
+  out: str = setting('', 'JSON file for the results.')
 
 
 def evaluate_model(settings: TaskSettings) -> dict:
-  """Loads a model and evaluates it; what goes into --out.
+  """Loads a model, evaluates it, and returns what --out contains.
 
   Raises:
-    InputError.
+    InputError: bad settings, model or tasks.
   """
   out = out_file(settings.out)
   mesh = sharding.make_mesh(settings.mesh)
@@ -88,7 +92,7 @@ def evaluate_model(settings: TaskSettings) -> dict:
 
 
 def table(figures: dict[str, dict[str, float | None]]) -> str:
-  """Markdown: a row per task, all that it measures with standard errors; fractions of right answers in percent."""
+  """Returns a Markdown table: a row per task with its metrics and standard errors. Accuracies are in percent."""
   metrics = list(dict.fromkeys(m for values in figures.values() for m in task_metrics(values)))
   rows = []
   for task, values in figures.items():
@@ -105,11 +109,11 @@ def run(parsed: Parsed):
 
 COMMAND = Command(
   'eval',
-  'Zero-shot tasks of lm-evaluation-harness, without torch. Needs pip install "elder_jax[eval]".',
+  'Run zero-shot tasks of lm-evaluation-harness, without torch. Needs pip install "elder_jax[eval]".',
   run,
   {'Model and tasks': TaskSettings},
   (
     'elder_jax eval --model=runs/mine/export --tasks=piqa,arc_easy',
-    'elder_jax eval --model=FOLDER --tasks=mine --tasks_dir=tasks   (where no hub is reached)',
+    'elder_jax eval --model=FOLDER --tasks=mine --tasks_dir=tasks   (local task files, without the hub)',
   ),
 )

@@ -1,4 +1,4 @@
-"""`elder_jax export-gguf FOLDER`: an exported folder as a file for llama.cpp and Ollama."""
+"""`elder_jax export-gguf FOLDER`: writes an exported folder as a GGUF file for llama.cpp and Ollama."""
 
 import dataclasses
 import os
@@ -23,16 +23,16 @@ from elder_jax.settings import setting
 
 @dataclasses.dataclass(frozen=True)
 class GgufSettings(Settings):
-  """The file."""
+  """The GGUF file to write."""
 
   like: str = setting(
-    '', 'A .gguf file of the original model: the metadata, the tokenizer and --type=source are from it.'
+    '', 'A .gguf file of the original model. It provides the metadata, the tokenizer, and the types of --type=source.'
   )
   out: str = setting('', 'The file to write.')
   type: str = setting(
     gguf.LIKE,
-    'Type of the matrices. source: each as in --like, octet for octet where it was not changed; where that type cannot be '
-    'written, Q8_0.',
+    'Type of the matrices. source: the type in --like, or Q8_0 if that cannot be written. Unchanged tensors are copied '
+    'byte for byte.',
     choices=gguf.CHOICES,
   )
 
@@ -41,9 +41,9 @@ def run(parsed: Parsed):
   settings = GgufSettings(**parsed.settings)
   for name in ('like', 'out'):
     if not getattr(settings, name):
-      raise InputError(name, '', 'is missing; give a .gguf file.')
+      raise InputError(name, '', 'is missing; give the path of a .gguf file.')
   extras.require('gguf', 'a .gguf file', 'like', settings.like)
-  from elder_jax.hf.gguf import cut  # here: they need that package
+  from elder_jax.hf.gguf import cut  # not at the top: they need the package gguf
   from elder_jax.hf.gguf import export
 
   like, out = user_path(settings.like), out_file(settings.out)
@@ -51,10 +51,12 @@ def run(parsed: Parsed):
     raise InputError('like', settings.like, 'there is no such file; check the path.')
   assert out is not None
   if out.exists() and out.samefile(like):
-    raise InputError('out', settings.out, 'is --like itself; give another name.')
+    raise InputError('out', settings.out, 'is --like itself; give another path.')
   model = parsed.operands[0]
   if model_folder.is_gguf(model):
-    raise InputError('model', model, 'is a .gguf file already; elder_jax prune --export_format=gguf cuts its layers.')
+    raise InputError(
+      'model', model, 'is a .gguf file already; cut its layers with elder_jax prune --export_format=gguf.'
+    )
   with tempfile.TemporaryDirectory() as scratch:
     source = open_source(model, pathlib.Path(scratch))
     depth = cut.open_file(like).depth
@@ -70,9 +72,9 @@ def run(parsed: Parsed):
   kinds = ', '.join(f'{count} {kind}' for kind, count in made.kinds.items())
   print(f'{out}: {source.num_layers} layers, {out.stat().st_size / 1e6:.0f} MB, tensors: {kinds}')
   if settings.type == gguf.LIKE:
-    print(f'{made.untouched} tensors as in --like, octet for octet')
+    print(f'{made.untouched} tensors copied from --like, byte for byte')
   if made.replaced:
-    print(f'Q8_0 in place of {", ".join(made.replaced)}, which cannot be written here; llama-quantize can')
+    print(f'wrote Q8_0 instead of {", ".join(made.replaced)}; use llama-quantize for these types')
 
 
 COMMAND = Command(

@@ -1,8 +1,10 @@
-"""Flags of all commands: settings dataclasses in, their values out. Absl parses; its own flags stay out of sight.
+"""Parses the flags of all commands: from dataclasses of settings to their values. Uses absl, but hides absl's own flags.
 
-In addition to absl: a name may have dashes (--num-remove); a single-valued flag given twice with two values is refused,
-except that the command line overrides a file; flag files are UTF-8 with or without a byte order mark; --config takes the
-name of a config that comes with elder_jax, a flag file, or the config.json of a run.
+In addition to absl:
+  A name may contain dashes (--num-remove).
+  A flag with a single value must not be given twice with different values, but the command line overrides a file.
+  Flag files are UTF-8, with or without a byte order mark.
+  --config accepts the name of a built-in config, a flag file, or the config.json of a run.
 """
 
 import dataclasses
@@ -14,7 +16,6 @@ import re
 
 from absl import flags
 
-from elder_jax.errors import InputError
 from elder_jax.errors import as_text
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
@@ -29,24 +30,24 @@ CONFIGS = (pathlib.Path(__file__).parent.parent / 'configs', pathlib.Path(__file
 
 
 class BadFlags(Exception):
-  """What is wrong with the arguments, in one sentence."""
+  """The arguments are wrong; the message is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-  """Arguments of a command: the settings that were given, operands, and what there is to say of them."""
+  """The parsed arguments of a command."""
 
-  settings: dict
+  settings: dict  # only those that were given
   operands: list[str]
-  note: str = ''
-  typed: frozenset[str] = frozenset()  # of the settings, those that no file gave
+  note: str = ''  # which flags were overridden; one line each
+  typed: frozenset[str] = frozenset()  # names of settings that were given on the command line, not in a file
 
 
 def parse(kinds: list[type], args: list[str]) -> Parsed:
-  """The settings of these dataclasses that the arguments give, by their names outside Python.
+  """Parses arguments into the settings of these dataclasses, by their external names.
 
   Raises:
-    BadFlags.
+    BadFlags: an unknown flag, or a bad value or file.
   """
   values = flags.FlagValues()
   for field in [field for kind in kinds for field in fields(kind)]:
@@ -66,9 +67,9 @@ def parse(kinds: list[type], args: list[str]) -> Parsed:
   notes = []
   if replaced:
     winner = next(name for name in HOW_MUCH if name in given)
-    notes.append(f'{" and ".join(replaced)}: not used, since --{winner}={as_text(given[winner])} was given later')
+    notes.append(f'not used: {", ".join(replaced)}, because --{winner}={as_text(given[winner])} was given later')
   if dropped:
-    notes.append(f'not used: {", ".join(dropped)}, since later ones replace them')
+    notes.append(f'not used: {", ".join(dropped)}, because later flags replace them')
   return Parsed(given, rest, '\n'.join(notes), frozenset(arguments.typed))
 
 
@@ -78,7 +79,7 @@ def _unknown(values: flags.FlagValues, error: flags.UnrecognizedFlagError) -> st
   return f'--{error.flagname}: there is no such flag ({error.flagname!r}){hint}'
 
 
-# ---- one flag ----
+# ---- a single flag ----
 
 
 def _define(values: flags.FlagValues, field: dataclasses.Field):
@@ -90,7 +91,7 @@ def _define(values: flags.FlagValues, field: dataclasses.Field):
 
 
 class _Parser(flags.ArgumentParser):
-  """Text -> the value of a setting."""
+  """Converts text to the value of a setting."""
 
   def __init__(self, field: dataclasses.Field):
     self._field = field
@@ -100,11 +101,11 @@ class _Parser(flags.ArgumentParser):
 
 
 class _Setting(flags.Flag):
-  """A flag that makes a setting. Of the ways to say how much, the last one takes the place of the others."""
+  """The flag of a setting. Among the flags of HOW_MUCH, the last one given replaces the others."""
 
   def __init__(self, values: flags.FlagValues, field: dataclasses.Field):
-    self._repeats = isinstance(default_of(field), dict)  # its own, and those of files: they add up
-    self._lists = field.metadata['repeats']  # likewise, but the command line's take the place of a file's
+    self._repeats = isinstance(default_of(field), dict)  # values of files and of the command line add up
+    self._lists = field.metadata['repeats']  # values add up, but the command line's replace a file's
     super().__init__(_Parser(field), flags.ArgumentSerializer(), name_of(field), None, field.metadata['help'])
     self._values, self.value = values, None
     self.replaced: list[str] = []
@@ -127,17 +128,17 @@ class _Setting(flags.Flag):
         other.unparse()
 
   def _merge(self, before: dict, argument: str):
-    """Adds to what was given before; an empty argument drops that."""
+    """Adds to the values given before. An empty argument drops them."""
     gone = before if not argument else {k: v for k, v in before.items() if k in self.value and self.value[k] != v}
     self.dropped += [f'--{self.name}={name}={source}' for name, source in gone.items()]
     self.value = (before if argument else {}) | self.value
 
 
 def value_of(field: dataclasses.Field, text: str):
-  """A setting's value out of its text on the command line.
+  """Converts a setting's text on the command line to its value.
 
   Raises:
-    ValueError: in a few words, what it must be.
+    ValueError: the message is what the value must be, in a few words.
   """
   kind = types_of(field)[0]
   if field.metadata['repeats']:
@@ -165,16 +166,16 @@ def _scalar(kind: type, text: str):
     text = str(decimal.Decimal(match[1]) / 100)
   try:
     return kind(text if text.isascii() else 'x')
-  except ValueError as e:  # also for thousands of digits
-    raise ValueError(f'must be {what}, with commas where there are several') from e
+  except ValueError as e:  # also raised for thousands of digits
+    raise ValueError(f'must be {what}, separated by commas') from e
 
 
 def _range(part: str) -> list[int]:
-  """12-18 as well as a single number."""
+  """Parses a single number or a range such as 12-18."""
   if match := re.fullmatch(r'(\d{1,9})-(\d{1,9})', part, re.ASCII):
     first, last = int(match[1]), int(match[2])
     if not first <= last < first + 100_000:
-      raise ValueError(f'{part} is no range of layers; give the lower number first')
+      raise ValueError(f'{part} is not a range; give the lower number first')
     return list(range(first, last + 1))
   return [_scalar(int, part)]
 
@@ -183,14 +184,19 @@ def _range(part: str) -> list[int]:
 
 
 class _Arguments:
-  """Arguments in the one form --name=value, files replaced by what they hold."""
+  """Normalises arguments to --name=value and replaces files by their contents."""
 
   def __init__(self, values: flags.FlagValues):
     self._values = values
     self.typed: set[str] = set()
 
   def of(self, args: list[str], file: str = '', above: tuple = ()) -> list[str]:
-    """file: where they come from, '' the command line; above: paths of the files that include it, its own last."""
+    """Returns the normalised arguments.
+
+    Args:
+      file: the file that they come from; '' for the command line.
+      above: paths of the files that include it, its own path last.
+    """
     found, given, operands, rest = [], {}, [], iter(args)
     for arg in rest:
       if arg == '--':
@@ -201,17 +207,17 @@ class _Arguments:
       flag, value = self._flag_and_value(name, value, arg, rest)
       text = f'--{name}={value}' if value is not None else arg
       if not text.isascii() and re.search('[\ud800-\udfff]', text):
-        raise flags.Error(f'{text[:100]}: holds bytes that are not UTF-8; give it in UTF-8')
+        raise flags.Error(f'{text[:100]}: contains bytes that are not UTF-8; encode it in UTF-8')
       if name in ('flagfile', 'config'):
         found += [(arg, True) for arg in self._file(name, value, above)] if value else []
       elif flag is None:
-        found.append((arg, False))  # an operand, or what absl refuses
+        found.append((arg, False))  # an operand, or a flag that absl refuses
       else:
         before = given.setdefault(flag.name, value)
         if before != value and not (getattr(flag, '_repeats', False) or getattr(flag, '_lists', False)):
           where = f' in {file}' if file else ''
           raise flags.Error(
-            f'--{flag.name}: is given twice{where}, as {before[:80]!r} and {value[:80]!r}; give it once'
+            f'--{flag.name}: is given twice{where}, as {before[:80]!r} and {value[:80]!r}; give it only once'
           )
         found.append((f'--{flag.name}={value}', False))
         self.typed |= set() if file else {flag.name}
@@ -219,7 +225,7 @@ class _Arguments:
     return [arg for arg, of_file in found if not (of_file and arg.startswith(own))] + operands
 
   def _flag_and_value(self, name: str, value: str | None, arg: str, rest):
-    """(the flag, or None where there is none; its value, taken from the next argument where it stands there)."""
+    """Returns (the flag or None, its value, which may be the next argument)."""
     flag, negated = self._flag(name), self._flag(re.sub('^no_?', '', name))
     if flag is None and value is None and negated is not None and negated.boolean:
       flag, value = negated, 'false'
@@ -243,7 +249,7 @@ class _Arguments:
     except UnicodeDecodeError:
       text = '\0'
     if '\0' in text:
-      raise flags.Error(f'--{flag}={name}: is not a UTF-8 text file; give one with a flag on each line')
+      raise flags.Error(f'--{flag}={name}: is not a UTF-8 text file; give one with one flag per line')
     if flag == 'config' and path.suffix == '.json':
       return _of_json(name, text)
     lines = [line.strip() for line in text.split('\n')]
@@ -251,7 +257,7 @@ class _Arguments:
 
 
 def _path_of(flag: str, name: str, above: tuple) -> pathlib.Path:
-  """A file that is named in another one may lie beside it; --config also names a config that comes with elder_jax."""
+  """Finds a file, also next to the file that includes it. --config accepts the name of a built-in config as well."""
   path = user_path(name)
   if above and not path.is_file() and (beside := above[-1].parent / name).is_file():
     return beside
@@ -260,17 +266,19 @@ def _path_of(flag: str, name: str, above: tuple) -> pathlib.Path:
     if name in names:
       return names[name]
     near = difflib.get_close_matches(name, list(names), n=2)
-    hint = f'did you mean {" or ".join(near)}?' if near else f'those that come with elder_jax: {", ".join(names)}'
-    raise flags.Error(f'--config={name}: is no file and no name of a config; {hint}')
+    hint = f'did you mean {" or ".join(near)}?' if near else f'the built-in configs are: {", ".join(names)}'
+    raise flags.Error(f'--config={name}: is neither a file nor a built-in config; {hint}')
   return path
 
 
 def _of_json(name: str, text: str) -> list[str]:
-  """The flags of a run's config.json."""
+  """Returns the flags of a run's config.json."""
   try:
     settings = settings_of_json(json.loads(text))
   except (ValueError, AttributeError, TypeError, RecursionError) as e:
-    raise flags.Error(f'--config={name}: is no config.json of a run ({reason(e)}); give one') from e
+    raise flags.Error(
+      f'--config={name}: is not the config.json of a run ({reason(e)}); give one from a work folder'
+    ) from e
   found = []
   for key, value in settings.items():
     if isinstance(value, dict):
@@ -280,10 +288,3 @@ def _of_json(name: str, text: str) -> list[str]:
     elif value is not None:
       found.append(f'--{key}={as_text(value)}')
   return found
-
-
-def require(settings: dict, *names: str):
-  """Raises InputError for a setting that is not given."""
-  for name in names:
-    if not settings.get(name):
-      raise InputError(name, '', 'is missing; give it.')

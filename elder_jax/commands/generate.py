@@ -1,4 +1,4 @@
-"""`elder_jax generate`: what follows a prompt."""
+"""`elder_jax generate`: continues a prompt."""
 
 import dataclasses
 import pathlib
@@ -22,15 +22,15 @@ from elder_jax.text.generation import generate
 
 @dataclasses.dataclass(frozen=True)
 class GenerateSettings(Settings):
-  """A model, and how tokens are drawn from it."""
+  """A model, and how to sample tokens from it."""
 
-  model: str = setting('', 'Model: a Hugging Face folder, an export, a hub id or a .gguf file.')
-  tokenizer: str = setting('', "Folder or hub id of the tokenizer, where it is not the model's own.")
-  max_new_tokens: int = setting(64, 'Largest number of new tokens.')
-  temperature: float = setting(0.0, 'Temperature of the sampling; 0: always the most probable token.')
-  top_k: int = setting(0, 'Sample from the k most probable tokens; 0: from all.')
-  top_p: float = setting(1.0, 'Sample from the most probable tokens that together reach this.')
-  seed: int = setting(0, 'Seed of the sampling.')
+  model: str = setting('', 'Model: a Hugging Face folder such as an export, a hub id, or a .gguf file.')
+  tokenizer: str = setting('', "Folder or hub id of the tokenizer. Unset: the model's own.")
+  max_new_tokens: int = setting(64, 'Maximum number of new tokens.')
+  temperature: float = setting(0.0, 'Sampling temperature; 0: greedy, always the most probable token.')
+  top_k: int = setting(0, 'Sample only from the k most probable tokens; 0: from all tokens.')
+  top_p: float = setting(1.0, 'Sample only from the most probable tokens whose probabilities add up to this.')
+  seed: int = setting(0, 'Random seed of the sampling.')
   dtype: str = setting('float32', 'Type of computation and of weights.', choices=('float32', 'bfloat16'))
 
   def __post_init__(self):
@@ -44,13 +44,17 @@ class GenerateSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings(Settings):
-  """What goes before the new tokens."""
+  """The text to continue."""
 
-  prompt: str = setting('', 'Text to continue, as it stands: no chat template.')
+  prompt: str = setting('', 'Text to continue. No chat template is applied.')
 
 
 def continue_text(settings: GenerateSettings, prompt: str) -> str:
-  """The text after the prompt. Raises InputError."""
+  """Returns the text that the model generates after the prompt.
+
+  Raises:
+    InputError: bad settings, model or prompt.
+  """
   with tempfile.TemporaryDirectory() as scratch:
     source = open_source(settings.model, pathlib.Path(scratch))
     tokenizer = data.load_tokenizer(settings.tokenizer or str(source.files))
@@ -59,7 +63,6 @@ def continue_text(settings: GenerateSettings, prompt: str) -> str:
     if not tokens:
       raise InputError('prompt', '', 'is missing or empty; give some text.')
     context = source.context_length
-    # Before the weights are read.
     check_prompts([tokens], source.spec.vocab_size, settings.max_new_tokens, context)
     model = load_model(source, settings.dtype)
   new = generate(
@@ -83,7 +86,7 @@ def run(parsed: Parsed):
 
 COMMAND = Command(
   'generate',
-  'Print what a model writes after a prompt.',
+  'Print the text that a model generates after a prompt.',
   run,
   {'Prompt': PromptSettings, 'Model and sampling': GenerateSettings},
   ("elder_jax generate --model=runs/mine/export --prompt='Once upon a time'",),

@@ -1,4 +1,4 @@
-"""`elder_jax heal`: train a model that was pruned before."""
+"""`elder_jax heal`: trains a pruned model."""
 
 from elder_jax.commands import prune
 from elder_jax.commands.command import Command
@@ -19,7 +19,7 @@ def run(parsed: Parsed) -> int | None:
     raise InputError(typed[0], given[typed[0]], 'heal removes no layers; leave it out, or use elder_jax prune.')
   if dropped := sorted(_NOT_HERE & given.keys()):
     log(
-      f'not used: {", ".join(f"--{name}={as_text(given.pop(name))}" for name in dropped)}, since heal removes no layers'
+      f'not used: {", ".join(f"--{name}={as_text(given.pop(name))}" for name in dropped)}, because heal removes no layers'
     )
   if given.get('teacher') and 'distill' not in given:
     given['distill'] = 0.5
@@ -28,7 +28,7 @@ def run(parsed: Parsed) -> int | None:
 
 COMMAND = Command(
   'heal',
-  'Train a model that was pruned before, with --teacher on the predictions of the dense one as well (--distill=0.5).',
+  'Train a pruned model. With --teacher it is also distilled from the dense model (--distill=0.5).',
   run,
   prune.GROUPS,
   (
@@ -36,5 +36,5 @@ COMMAND = Command(
     '    --train_data=more.jsonl --train_tokens=20M --validate_every=100 --eval_data=news=news.txt',
   ),
   configs=True,
-  hidden=('How much goes, and what', 'Method elder', 'Method mask', 'Method swaps'),
+  hidden=('Which layers to remove, and how', 'Method elder', 'Method mask', 'Method swaps'),
 )

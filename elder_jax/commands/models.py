@@ -1,4 +1,4 @@
-"""`elder_jax models`: what can be read, and what can be done with it. docs/models.md holds what this prints."""
+"""`elder_jax models`: prints which models are supported and what works for each. docs/models.md contains this table."""
 
 from elder_jax.commands.command import Command
 from elder_jax.commands.flags import Parsed
@@ -10,7 +10,7 @@ from elder_jax.recipes import RECIPES
 
 _RECIPES = ('absorb', 'replace_linear', 'prune_comp', 'linear_patch')
 _SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
-# config.json of a small model, by the names that families have for its sizes.
+# config.json of a small model. Families differ in the names of its sizes.
 _SMALL = (
   _SIZES | dict(intermediate_size=48, num_key_value_heads=2),
   _SIZES | dict(intermediate_size=48),
@@ -21,7 +21,7 @@ _SMALL = (
 
 
 def table() -> str:
-  """A row for each model_type, in Markdown."""
+  """Returns a Markdown table with a row per model_type."""
   lines = [
     ['Models', '`model_type`', *(f'`{name}`' for name in _RECIPES), 'training', 'GGUF in and out', 'real weights']
   ]
@@ -34,7 +34,7 @@ def table() -> str:
 
 
 def _what(kind: str, gguf: bool = True) -> list[str]:
-  """The columns from the recipes to GGUF."""
+  """The cells from the recipes to GGUF."""
   spec, family = _spec(kind), FAMILIES[kind]
   recipes = ['' if RECIPES[name].refuses(spec) else 'yes' for name in _RECIPES]
   trained = 'without LoRA on experts' if spec.experts else 'yes'
@@ -42,7 +42,7 @@ def _what(kind: str, gguf: bool = True) -> list[str]:
 
 
 def _spec(kind: str) -> Spec:
-  """Of a small model with the family's defaults."""
+  """The Spec of a small model with the family's defaults."""
   why = None
   for config in _SMALL:
     try:
@@ -57,6 +57,4 @@ def run(parsed: Parsed):
   print(table())
 
 
-COMMAND = Command(
-  'models', 'The models that can be read, and what can be done with them.', run, {}, ('elder_jax models',)
-)
+COMMAND = Command('models', 'Print the supported models, and what works for each.', run, {}, ('elder_jax models',))

@@ -1,4 +1,4 @@
-"""`elder_jax plan`: what a run would take of each device, before anything is loaded."""
+"""`elder_jax plan`: prints the memory and time that a run needs, before anything is loaded."""
 
 from elder_jax.commands import prune
 from elder_jax.commands.command import Command
@@ -11,12 +11,12 @@ def run(parsed: Parsed) -> int | None:
 
 COMMAND = Command(
   'plan',
-  'Print bytes on each device, FLOPs and least time of every stage of a run. Exit status 3 where it does not fit.',
+  'Print memory per device, FLOPs and least time of every stage of a run. Exit status 3 if it does not fit.',
   run,
   prune.GROUPS,
   (
     'elder_jax plan --config=llama7b',
-    'elder_jax plan --config=llama70b --topology=v5p:4x4x4   (TPUs that need not be there; pip install libtpu)',
+    'elder_jax plan --config=llama70b --topology=v5p:4x4x4   (needs no TPU, only pip install libtpu)',
   ),
   configs=True,
 )

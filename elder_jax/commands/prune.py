@@ -1,8 +1,13 @@
-"""`elder_jax prune`, which is `python -m elder_jax.main`: a whole run.
+"""`elder_jax prune`, the same as `python -m elder_jax.main`: a whole run.
 
-Exit status: 0 done; 1 a loss that is not finite, an export that is not the model, a full disk; 2 bad input; 3 it does
-not fit (--plan, or a run without --force); 75 stopped by SIGTERM or a notice of preemption, 130 by Ctrl-C, both saved.
-After 75, 130, and after 1 for a full disk, the same command resumes.
+Exit statuses:
+  0: done.
+  1: the loss is not finite, the export differs from the model, or the disk is full.
+  2: bad input.
+  3: the run does not fit (--plan, or a run without --force).
+  75: stopped by SIGTERM or a preemption notice, and saved.
+  130: stopped by Ctrl-C, and saved.
+After 75, 130 and a full disk, rerun the same command to resume.
 """
 
 import traceback
@@ -39,10 +44,10 @@ from elder_jax.training.loop import NonFiniteLoss
 from elder_jax.training.settings import TrainSettings
 
 GROUPS = {
-  'What goes in and out': PathSettings,
-  'How much goes, and what': RemovalSettings,
+  'Inputs and work folder': PathSettings,
+  'Which layers to remove, and how': RemovalSettings,
   'Training text': DataSettings,
-  'Training, of every recipe that trains': TrainSettings,
+  'Training, for every recipe that trains': TrainSettings,
   'Method elder': GateSettings,
   'Method mask': MaskSettings,
   'Method swaps': SwapSettings,
@@ -58,13 +63,16 @@ def run(parsed: Parsed) -> int | None:
 
 
 def run_config(parsed: Parsed, settings: dict) -> int | None:
-  """A run of these settings, and its end: every process says why it ends in one sentence.
+  """Executes a run. On an error, every process prints one sentence and exits.
 
   Args:
-    parsed: what the command line has to say of the flags, and the settings of hosts.Launch.
-    settings: by name; those of hosts.Launch are passed over.
+    parsed: the parsed arguments, for their note and the settings of hosts.Launch.
+    settings: by name; those of hosts.Launch are ignored here.
+
+  Returns:
+    The exit status; None is 0.
   """
-  logging.get_absl_logger().setLevel('CRITICAL')  # Orbax: by tracebacks, what it raises in the main thread as well
+  logging.get_absl_logger().setLevel('CRITICAL')  # Orbax also logs, with tracebacks, the errors that it raises
   config = None
   try:
     config = Config.of(**{name: value for name, value in settings.items() if name in PLACES})
@@ -81,12 +89,12 @@ def run_config(parsed: Parsed, settings: dict) -> int | None:
     raise
   if hosts.is_leader():
     print(markdown(report))
-    print(f'The model: {config.path() / "export"}')
+    print(f'Exported model: {config.path() / "export"}')
   return None
 
 
 def _leave(error: BaseException, config: Config | None):
-  """Ends this process as the error asks for; returns for a fault of elder_jax, with a note of where it was kept."""
+  """Exits with the status of the error. For a bug it returns instead, after adding the path of failed.txt as a note."""
   if isinstance(error, InputError):
     hosts.leave(errors.BAD_INPUT, error.for_command())
   if isinstance(error, NonFiniteLoss | verify.ExportMismatch):
@@ -107,20 +115,20 @@ def _leave(error: BaseException, config: Config | None):
 
 
 def _keep_programs():
-  """What the plan compiles is what the run needs, and a run that resumes needs it again: it is compiled once.
+  """Keeps compiled programs in a cache, so that the plan, the run and a resumed run compile each only once.
 
-  Not on a CPU, where programs are small and those of another CPU may not run, and not by several processes, which share
-  the work of compiling. Whoever has set JAX_COMPILATION_CACHE_DIR has their own way.
+  Not on a CPU, where programs are small and may not run on another CPU. Not with several processes, which share the work
+  of compiling. Not if JAX_COMPILATION_CACHE_DIR is set.
   """
   if jax.default_backend() == 'cpu' or jax.process_count() > 1 or jax.config.values['jax_compilation_cache_dir']:
     return
   jax.config.update('jax_compilation_cache_dir', str(cache_folder() / 'programs'))
-  jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; what was not used for longest goes first
+  jax.config.update('jax_compilation_cache_max_size', 2**31)  # bytes; evicts the least recently used
 
 
 COMMAND = Command(
   'prune',
-  'Choose layers, fold what they do into the ones that stay, remove them, train, and export.',
+  'Choose layers, fold their function into the remaining layers, remove them, train, and export.',
   run,
   GROUPS,
   (

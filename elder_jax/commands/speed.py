@@ -1,4 +1,4 @@
-"""`elder_jax speed`: how much faster a pruned model is."""
+"""`elder_jax speed`: measures the speed-up of a pruned model."""
 
 import jax
 
@@ -12,7 +12,7 @@ from elder_jax.run.timing import SpeedSettings
 
 
 def markdown(result: dict) -> str:
-  """The table, and where it was measured."""
+  """Returns the table and a description of the measurement, in Markdown."""
   absolute = ['dense', 'pruned'] if 'unit' in result['rows'][0] else []
   rows = []
   for row in result['rows']:
@@ -24,8 +24,8 @@ def markdown(result: dict) -> str:
     [
       markdown_table(['what', *absolute, 'ratio', 'L/(L − n)', 'ratio / ideal'], rows),
       '',
-      f'{layers["dense"]} → {layers["pruned"]} layers, {settings["dtype"]}, medians of {settings["repeats"]}, '
-      f'alternating. Device: {result["device"]}.',
+      f'{layers["dense"]} → {layers["pruned"]} layers, {settings["dtype"]}. Medians of {settings["repeats"]} alternating '
+      f'measurements. Device: {result["device"]}.',
       f'Versions: {versions}.',
     ]
   )
@@ -36,7 +36,7 @@ def run(parsed: Parsed):
   settings.check()
   out = out_file(settings.out)
   if settings.torch:
-    jax.config.update('jax_platforms', 'cpu')  # else JAX takes the GPU's memory
+    jax.config.update('jax_platforms', 'cpu')  # otherwise JAX would reserve the GPU's memory
   result = timing.measure(settings, out=out)
   if jax.process_index() == 0:
     print(markdown(result))
@@ -44,7 +44,7 @@ def run(parsed: Parsed):
 
 COMMAND = Command(
   'speed',
-  'Time a dense and a pruned model alternating: prompt processing and generation.',
+  'Measure how much faster a pruned model is than the dense one: prompt processing and generation.',
   run,
   {'Models and lengths': SpeedSettings},
   (

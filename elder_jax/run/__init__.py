@@ -1,6 +1,6 @@
-"""One run, top to bottom: config, prepare, stages, pipeline, report; and the plan of it.
+"""A run from start to end: config, prepare, stages, pipeline, report; and its plan.
 
-The package can be called: elder_jax.run is this folder as well as the function `run` of the library (api.py).
+The package is callable: elder_jax.run is both this folder and the library's function `run` (api.py).
 """
 
 import sys
@@ -9,7 +9,7 @@ import types
 
 class _CallablePackage(types.ModuleType):
   def __call__(self, config) -> dict:
-    from elder_jax import api  # above this package, so only when it is called
+    from elder_jax import api  # api imports this package, so it is imported only when called
 
     return api.run(config)
 

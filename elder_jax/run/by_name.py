@@ -1,4 +1,7 @@
-"""A run that only takes given layers out of a model that the decoder does not know, or whose weights are quantised."""
+"""Cuts given layers from a model by the names of its tensors, without loading it.
+
+For models that the decoder does not support and for quantised weights.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -41,17 +44,17 @@ from elder_jax.text.identity import of_files
 
 @dataclasses.dataclass(frozen=True)
 class Cutter:
-  """A checkpoint of one format, opened by its headers.
+  """A checkpoint in one format, of which only the headers have been read.
 
-  depth: its number of layers.
-  files: the folder that it is in.
-  sha256: of what is read.
-  params: its elements are its parameters.
-  at: the list of layers, by its name.
-  prepare: (layers kept) -> why PyTorch was not asked about the result, or ''; raises InputError where they cannot be cut.
-  size: (layers kept) -> (octets, elements) of their tensors and of those of no layer.
+  depth: the number of layers.
+  files: the folder that holds it.
+  sha256: of the files that are read.
+  params: whether the number of elements is the number of parameters; not so for quantised weights.
+  at: the name of the list of layers.
+  prepare: (layers kept) -> why PyTorch does not check the result, or ''. Raises InputError if the layers cannot be cut.
+  size: (layers kept) -> (bytes, elements) of the export's tensors.
   write: (layers kept, folder, progress) -> {file: sha256}.
-  check: (layers kept, folder) -> number of tensors; raises ValueError for one that is not the original's.
+  check: (layers kept, folder) -> number of tensors. Raises ValueError for a tensor that differs from the original.
   """
 
   depth: int
@@ -66,20 +69,22 @@ class Cutter:
 
 
 def why(config: Config) -> str:
-  """Why this run goes by the names of tensors; empty where the decoder knows the model, or the run does more than cut.
+  """Returns why this run cuts layers by the names of tensors, or '' if it does not.
+
+  It does not if the decoder supports the model, or if the run does more than cut layers.
 
   Raises:
-    InputError: --layers_at or --export_format=gguf in a run that does more.
+    InputError: --layers_at or --export_format=gguf in a run that does more than cut layers.
   """
   removal, at, to_gguf = config.removal, config.removal.layers_at, config.output.export_format == 'gguf'
   reads = config.evaluation.eval_data or config.evaluation.tasks or config.validates()
   only_cuts = removal.remove_layers is not None and config.recipes() == ['none'] and not reads
   is_gguf = model_folder.is_gguf(config.paths.model)
-  how = 'with --remove_layers, --recipe=none, --compare= and nothing to measure.'
+  how = 'use it with --remove_layers, --recipe=none, --compare= and nothing to measure.'
   if at and (not only_cuts or is_gguf):
-    raise InputError('layers_at', at, f'is read where layers are only cut from a Hugging Face folder: {how}')
+    raise InputError('layers_at', at, f'only applies when layers are cut from a Hugging Face folder; {how}')
   if to_gguf and not (only_cuts and is_gguf):
-    raise InputError('export_format', 'gguf', f'is for layers that are only cut from a .gguf file: {how}')
+    raise InputError('export_format', 'gguf', f'only applies when layers are cut from a .gguf file; {how}')
   if to_gguf:
     return '--export_format=gguf'
   if not only_cuts or is_gguf:
@@ -94,7 +99,7 @@ def _why_not_decoder(model: str) -> str:
   try:
     architecture(model, config)
   except InputError as e:
-    return f'the decoder does not know it ({e.why})'
+    return f'the decoder does not support it ({e.why})'
   return ''
 
 
@@ -102,14 +107,14 @@ def run(config: Config, reason: str) -> dict:
   """Cuts the layers, checks the result and returns the report.
 
   Args:
-    reason: of `why`.
+    reason: what `why` returned.
   """
   with workdir.held(config):
     hosts.leader_first(lambda: workdir.claim_workdir(config) if hosts.is_leader() else None)
     if report := workdir.finished(config):
-      log(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
+      log(f'{config.path()} holds a finished run; printing its report without reading the inputs again')
       return report
-    log(f'--model={config.paths.model}: {reason}; layers are cut by the names of the tensors, from file to file')
+    log(f'--model={config.paths.model}: {reason}; cutting layers by the names of the tensors, from file to file')
     return hosts.broadcast_json(hosts.leader_first(lambda: _cut(config) if hosts.is_leader() else None))
 
 
@@ -117,10 +122,12 @@ def _cut(config: Config) -> dict:
   begun = time.monotonic()
   if config.output.export_dtype:
     raise InputError(
-      'export_dtype', config.output.export_dtype, 'is for models that are read; tensors are copied as they are here.'
+      'export_dtype',
+      config.output.export_dtype,
+      'does not apply to this run, which copies tensors unchanged; leave the flag out.',
     )
   if config.output.text_only:
-    raise InputError('text_only', True, 'is for models that are read; every tensor is copied here. Leave the flag out.')
+    raise InputError('text_only', True, 'does not apply to this run, which copies every tensor; leave the flag out.')
   cutter = _of_gguf(config) if config.output.export_format == 'gguf' else _of_folder(config)
   removed = list(config.removal.remove_layers or ())
   check_given(removed, cutter.depth)
@@ -131,8 +138,8 @@ def _cut(config: Config) -> dict:
     raise InputError(
       'workdir',
       config.paths.workdir,
-      f'the export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or choose another '
-      'folder.',
+      f'the export needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; free some space or choose '
+      'another folder.',
     )
   read = {inputs.named('model', config.paths.model): cutter.sha256}
   inputs.check(config.path(), read)
@@ -146,7 +153,7 @@ def _of_folder(config: Config) -> Cutter:
   tokenizer = None
   if config.paths.tokenizer:
     tokenizer = model_folder.find('tokenizer', config.paths.tokenizer, 'tokenizer')
-  model_folder.small_files(checkpoint.files, tokenizer)  # what the export needs can be read
+  model_folder.small_files(checkpoint.files, tokenizer)  # raises for a file that cannot be read
 
   def cut(kept: list[int]) -> dict:
     return keys.cut_config(checkpoint.config, checkpoint.layers, kept, checkpoint.name)
@@ -168,7 +175,7 @@ def _of_folder(config: Config) -> Cutter:
     at=checkpoint.layers.prefix.removesuffix('.'),
     prepare=prepare,
     size=lambda kept: by_name.size_left(checkpoint, kept),
-    write=lambda kept, folder, told: by_name.write(checkpoint, kept, cut(kept), folder, told, tokenizer),
+    write=lambda kept, folder, progress: by_name.write(checkpoint, kept, cut(kept), folder, progress, tokenizer),
     check=lambda kept, folder: by_name.check(checkpoint, kept, folder),
   )
 
@@ -176,9 +183,9 @@ def _of_folder(config: Config) -> Cutter:
 def _of_gguf(config: Config) -> Cutter:
   path = user_path(config.paths.model)
   if config.paths.tokenizer:
-    raise InputError('tokenizer', config.paths.tokenizer, 'a .gguf file holds its own tokenizer; leave it out.')
+    raise InputError('tokenizer', config.paths.tokenizer, 'a .gguf file has its own tokenizer; leave the flag out.')
   extras.require('gguf', 'a .gguf file', 'model', config.paths.model)
-  from elder_jax.hf.gguf import cut as gguf_cut  # here: it needs that package
+  from elder_jax.hf.gguf import cut as gguf_cut  # not at the top: they need the package gguf
   from elder_jax.hf.gguf.source import parts_of
 
   opened = gguf_cut.open_file(path)
@@ -202,7 +209,7 @@ def _of_gguf(config: Config) -> Cutter:
     at='blk',
     prepare=prepare,
     size=size,
-    write=lambda kept, folder, told: {name(kept): gguf_cut.write(opened, kept, folder / name(kept), told)},
+    write=lambda kept, folder, progress: {name(kept): gguf_cut.write(opened, kept, folder / name(kept), progress)},
     check=lambda kept, folder: gguf_cut.check(opened, kept, folder / name(kept)),
   )
 
@@ -230,7 +237,7 @@ def _export(config: Config, cutter: Cutter, kept: list[int], unchecked: str, beg
 
 
 def _report(config: Config, cutter: Cutter, kept: list[int], verified: dict) -> dict:
-  """report.json as every run has it; nothing was measured."""
+  """The contents of report.json, with the same keys as for any run; nothing was measured."""
   depth, removed = cutter.depth, sorted(config.removal.remove_layers or ())
   sizes = [cutter.size(layers) for layers in (list(range(depth)), kept)]
   params = dict(zip(('dense', 'pruned'), (elements if cutter.params else None for _, elements in sizes)))
@@ -258,7 +265,7 @@ def _report(config: Config, cutter: Cutter, kept: list[int], verified: dict) -> 
     'answers': [],
     'corpora': {},
     'params': params,
-    'gigabytes': dict(zip(('dense', 'pruned'), (octets / 1e9 for octets, _ in sizes))),
+    'gigabytes': dict(zip(('dense', 'pruned'), (size / 1e9 for size, _ in sizes))),
     'lineage': [*lineage.of_folder(cutter.files), lineage.step_of(config, depth, removed)],
     'steps': 0,
     'tokens_per_step': 0,

@@ -1,4 +1,4 @@
-"""What is tried at the start of a run because it would only fail later: the export, and a teacher's streams."""
+"""Checks at the start of a run for what would fail much later: the export, and distillation of hidden states."""
 
 import shutil
 
@@ -18,18 +18,18 @@ from elder_jax.run.config import Config
 
 
 def check_export(config: Config, source: Source, num_remove: int):
-  """Raises InputError where the export could not be read back, or where there is no room for it."""
+  """Raises InputError if the export could not be read back, or if the disk has no room for it."""
   kept = list(range(source.num_layers - num_remove))
   spec = source.spec.with_layers(kept)
   output = config.output
   if output.text_only and source.whole is None:
-    raise InputError('text_only', True, f'{config.paths.model} is a language model by itself; leave the flag out.')
+    raise InputError('text_only', True, f'{config.paths.model} is a text-only model already; leave the flag out.')
   written = config_of(source, kept, output.export_dtype, output.text_only)
   if architecture(config.paths.model, multimodal.language_config(written)) != (spec, len(kept)):
     raise InputError(
       'model',
       config.paths.model,
-      f'its config.json cannot be cut to {len(kept)} layers; please report this with the file.',
+      f'its config.json cannot be cut to {len(kept)} layers; please report this and attach the file.',
     )
   params = pruning.num_params(abstract_decoder(spec, len(kept)))
   needed = params * jnp.dtype(output.export_dtype or source.dtype).itemsize
@@ -38,13 +38,13 @@ def check_export(config: Config, source: Source, num_remove: int):
     raise InputError(
       'workdir',
       config.paths.workdir,
-      f'the export needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space or choose another '
-      'folder.',
+      f'the export needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free; free some space or choose '
+      'another folder.',
     )
 
 
 def check_streams(config: Config, source: Source, teacher: Source):
-  """Raises InputError where --distill_hidden cannot compare the streams of the model and of --teacher."""
+  """Raises InputError if --distill_hidden cannot compare the residual streams of the model and of --teacher."""
   weight = config.training.distill_hidden
   if not weight or not any(map(config.trains, config.recipes())):
     return
@@ -52,20 +52,24 @@ def check_streams(config: Config, source: Source, teacher: Source):
     raise InputError(
       'distill_hidden',
       weight,
-      f'compares streams of one width, that of the model is {source.spec.d_model}, that of --teacher '
-      f'{teacher.spec.d_model}; leave it out, --distill compares none.',
+      f'needs residual streams of the same width, but the model has {source.spec.d_model} and --teacher has '
+      f'{teacher.spec.d_model}; leave it out and use --distill.',
     )
   if lineage.kept_layers(config, source, teacher) is None:
     raise InputError(
       'distill_hidden',
       weight,
-      f"which of the {teacher.num_layers} layers of --teacher the model's {source.num_layers} are is not known; give them "
-      'by --kept_layers, or leave it out: --distill needs no map.',
+      f"it is not known which of the {teacher.num_layers} layers of --teacher the model's {source.num_layers} layers "
+      'are; give --kept_layers, or leave it out and use --distill.',
     )
 
 
 def checks_in_torch(config: Config, source: Source, num_remove: int) -> bool:
-  """Whether the export is checked in PyTorch, after that was tried on the config.json that it will have."""
+  """Whether the export is checked in PyTorch. Tries first if transformers accepts its config.json.
+
+  Raises:
+    InputError: with --verify=torch, if transformers does not.
+  """
   kept = list(range(source.num_layers - num_remove))
   params = pruning.num_params(abstract_decoder(source.spec.with_layers(kept), len(kept)))
   if not verify.use_torch(config.output.verify, params):
@@ -73,7 +77,7 @@ def checks_in_torch(config: Config, source: Source, num_remove: int) -> bool:
   output = config.output
   why = verify.why_torch_cannot(config_of(source, kept, output.export_dtype, output.text_only))
   if why and config.output.verify == 'torch':
-    raise InputError('verify', 'torch', f'transformers cannot make the pruned model ({why}); use --verify=jax.')
+    raise InputError('verify', 'torch', f'transformers cannot build the pruned model ({why}); use --verify=jax.')
   if why:
-    log(f'the check in PyTorch is left out: transformers cannot make the pruned model ({why})')
+    log(f'skipping the check in PyTorch: transformers cannot build the pruned model ({why})')
   return not why

@@ -1,4 +1,4 @@
-"""All settings of a run, in groups. Every field is a flag with one line of help; config.json has the same names."""
+"""All settings of a run, in groups. Every field is a flag with a help text and has the same name in config.json."""
 
 import dataclasses
 import decimal
@@ -27,26 +27,26 @@ from elder_jax.text import zero_shot
 from elder_jax.text.settings import DataSettings
 from elder_jax.training.settings import TrainSettings
 
-# Tokens that a closed form is fitted on at most: 35 for each of the 30,000 features that a layer of the largest models has.
+# Maximum number of tokens to fit a closed form on: 35 for each of the 30,000 features of the largest models' layers.
 FITTED = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class PathSettings(Settings):
-  """What goes in, and where results go."""
+  """Inputs, and where results go."""
 
   model: str = setting('', 'Model to prune: a Hugging Face folder, a hub id (owner/name) or a .gguf file.')
-  tokenizer: str = setting('', "Folder or hub id of the tokenizer, where it is not the model's own.")
+  tokenizer: str = setting('', "Folder or hub id of the tokenizer. Unset: the model's own.")
   teacher: str = setting(
-    '', 'Model to distil from (--distill, --distill_hidden), where it is not --model itself before the removal.'
+    '', 'Model to distil from with --distill or --distill_hidden. Unset: --model before the removal.'
   )
   kept_layers: tuple[int, ...] | None = setting(
     None,
-    'Layers of --teacher that --model still has, 0-based, as in 0-11,19-29, for --distill_hidden; read from the files of '
-    'folders that elder_jax or mergekit wrote.',
+    'Layers of --teacher that --model still has, 0-based, as in 0-11,19-29; for --distill_hidden. Unset: read from the '
+    'model folder, if elder_jax or mergekit wrote it.',
     least=0,
   )
-  workdir: str = setting('', 'Folder for results; made if missing. A run started again in it resumes.')
+  workdir: str = setting('', 'Folder for results, created if missing. A run that is started again in it resumes.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,39 +55,42 @@ class ComputeSettings(Settings):
 
   dtype: str = setting(
     'float32',
-    'Type of computation and of frozen weights; what is trained is kept in float32.',
+    'Type of computation and of frozen weights; trained weights are kept in float32.',
     choices=('float32', 'bfloat16'),
   )
   remat: str = setting(
     'dots',
-    'What the backward pass computes again, to save memory: none; dots, all but matrix products; dots_no_batch, '
-    "attention's products as well, which grow with the square of --seq_len; full.",
+    'What the backward pass recomputes to save memory: none; dots, everything but matrix products; dots_no_batch, also '
+    'the products of attention, which grow with the square of --seq_len; full, whole layers.',
     choices=('none', 'dots', 'dots_no_batch', 'full'),
   )
   mesh: tuple[int, ...] = setting(
-    (-1, 1, 1), 'Devices for data, fsdp and tensor parallelism, e.g. 1,8,1; -1: all that remain.'
+    (-1, 1, 1), 'Devices for data, fsdp and tensor parallelism, as in 1,8,1; -1: all remaining devices.'
   )
   plan: bool = setting(
     False,
-    'Only print what the run would take of each device and how long its steps would take at least, as reported by the '
-    'compiler; a config.json is enough of a model. Exit status 3 where it does not fit.',
+    'Only print the memory and the least time of each stage, as reported by the compiler. Of the model, config.json is '
+    'enough. Exit status 3 if the run does not fit.',
   )
   force: bool = setting(
-    False, 'Start a run that does not fit by its plan; else it ends with exit status 3 before loading.'
+    False, 'Start a run even if its plan does not fit. Without it, such a run exits with status 3 before loading.'
   )
-  topology: str = setting('', 'With --plan: TPUs to compile for that need not be there, as in v5e:4x4 (pip: libtpu).')
+  topology: str = setting(
+    '',
+    'With --plan: TPU slice to compile for, as in v5e:4x4. The TPUs need not be available; libtpu must be installed.',
+  )
   checkpoint_every: int = setting(
-    100, 'Steps between checkpoints in a stage; 0: at the borders of stages only.', least=0
+    100, 'Steps between checkpoints within a stage; 0: only at the end of a stage.', least=0
   )
   checkpoint_minutes: float = setting(
     0.0,
-    'Minutes after which a checkpoint is written in any case; 0: never by time.',
+    'Maximum number of minutes between checkpoints; 0: no limit.',
     least=0,
     rare=True,
   )
   keep_checkpoints: int = setting(
     2,
-    'Checkpoints of a stage that stay; where the newest is damaged the one before is used.',
+    'Checkpoints of a stage to keep. If the newest is damaged, the one before it is used.',
     least=1,
     rare=True,
   )
@@ -95,12 +98,12 @@ class ComputeSettings(Settings):
   def __post_init__(self):
     super().__post_init__()
     if self.topology and not self.plan:
-      raise InputError('topology', self.topology, 'is only compiled for; add --plan.')
+      raise InputError('topology', self.topology, 'can only be planned for; add --plan.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A run. `Config.of` makes one from settings by name, whatever their group."""
+  """All settings of a run. `Config.of` creates one from settings by name, whatever their group."""
 
   paths: PathSettings = PathSettings()
   removal: RemovalSettings = RemovalSettings()
@@ -114,18 +117,18 @@ class Config:
   output: OutputSettings = OutputSettings()
 
   def __post_init__(self):
-    """Raises InputError for settings that exclude each other. What depends on the model is checked in prepare.py."""
+    """Raises InputError for settings that exclude each other. prepare.py checks what depends on the model."""
     data = self.data
     if data.train_tokens is not None and self.training.steps is not None:
       raise InputError(
-        'train_tokens', data.train_tokens, 'and --train_steps both say how long to train; leave out one.'
+        'train_tokens', data.train_tokens, 'and --train_steps both set the length of the training; leave out one.'
       )
     by = self.removal.judge_by
     if by != 'loss' and ':' not in by and by not in zero_shot.expand(self.evaluation.tasks):
       raise InputError(
         'judge_by',
         by,
-        'is not among the tasks of this run; name it in --tasks too, or use loss or package.module:NAME.',
+        'is not one of --tasks; add it there, or use loss or package.module:NAME.',
       )
     if data.batch_size % self.training.grad_accum:
       raise InputError(
@@ -134,7 +137,7 @@ class Config:
 
   @classmethod
   def of(cls, **settings) -> 'Config':
-    """Of settings by their names outside Python (settings.name_of). Raises InputError for one that is not known."""
+    """Creates one from settings by their external names (settings.name_of). Raises InputError for an unknown name."""
     groups: dict[str, dict] = {}
     for name, value in settings.items():
       if name not in PLACES:
@@ -146,28 +149,28 @@ class Config:
 
   @classmethod
   def of_json(cls, text: str) -> 'Config':
-    """From the text of a run's config.json, of earlier versions as well."""
+    """Creates one from the text of a run's config.json, which an earlier version may have written."""
     return cls.of(**settings_of_json(json.loads(text)))
 
   def flat(self) -> dict[str, Any]:
-    """{name outside Python: value} of all settings."""
+    """{external name: value} of all settings."""
     return {name: getattr(getattr(self, group), field) for name, (group, field) in PLACES.items()}
 
   def to_json(self) -> dict[str, Any]:
-    """`flat` as JSON has it."""
+    """`flat` with JSON types."""
     return json.loads(json.dumps(self.flat()))
 
   def replace(self, **settings) -> 'Config':
     return Config.of(**(self.flat() | settings))
 
-  # ---- what follows from several settings ----
+  # ---- derived from several settings ----
 
   def recipes(self) -> list[str]:
-    """The recipes to run; the one that is exported last."""
+    """The recipes to run; the last one is exported."""
     return [r for r in dict.fromkeys(self.removal.compare) if r != self.removal.recipe] + [self.removal.recipe]
 
   def methods(self) -> list[str]:
-    """The ways of choosing to run; the first is that of the exported model. Empty where the layers are given."""
+    """The methods to run; the first one is for the exported model. Empty if the layers are given."""
     return [] if self.removal.remove_layers is not None else list(dict.fromkeys(self.removal.method))
 
   def trains(self, recipe: str) -> bool:
@@ -175,26 +178,26 @@ class Config:
 
   @property
   def one_pass(self) -> int:
-    """Batches in a pass over the training sequences."""
+    """Number of batches in one pass over the training sequences."""
     return self.data.sequences // self.data.batch_size
 
   @property
   def fitted_steps(self) -> int:
-    """Batches that closed forms read: those of the training's first pass, up to FITTED tokens."""
+    """Number of batches that closed forms read: the first pass of the training, up to FITTED tokens."""
     most = -(-FITTED // (self.data.batch_size * self.data.seq_len))
     return min(self.steps() or self.one_pass, self.one_pass, most)
 
   def steps(self) -> int:
-    """Of the training."""
+    """Number of training steps."""
     return self.one_pass if self.training.steps is None else self.training.steps
 
   def train_settings(self, recipe: str = '') -> TrainSettings:
-    """The settings of a recipe's training, unset the exported one's, with what is left to follow from others."""
+    """The settings of a recipe's training, completed from other settings. Unset: the exported recipe."""
     only = find_recipe(recipe or self.removal.recipe).only
     return dataclasses.replace(self.training, steps=self.steps(), seed=self.data.seed, only=only)
 
   def validates(self) -> bool:
-    """Whether sequences are held out of the training text, and all models measured on them."""
+    """Whether sequences are held out of the training text to measure all models on."""
     return self.training.validate_every > 0
 
   def mode(self) -> Mode:
@@ -206,7 +209,7 @@ class Config:
     return user_path(self.paths.workdir)
 
   def counts(self, num_layers: int) -> list[int]:
-    """How many layers go, of the exported model first; rounded half up. Bounds are prepare.py's business."""
+    """Numbers of layers to remove, rounded half up; the first is for the exported model. prepare.py checks bounds."""
     removal = self.removal
     if removal.remove_layers is not None:
       return [len(removal.remove_layers)]
@@ -222,11 +225,11 @@ def groups() -> dict[str, type[Settings]]:
 
 
 def all_fields() -> dict[str, dataclasses.Field]:
-  """{name outside Python: field} of all settings."""
+  """{external name: field} of all settings."""
   return {name_of(field): field for group in groups().values() for field in fields(group)}
 
 
-# Name of a setting outside Python -> (group, field).
+# External name of a setting -> (group, field).
 PLACES = {name_of(field): (group, field.name) for group, kind in groups().items() for field in fields(kind)}
 
 
@@ -236,9 +239,9 @@ def defaults() -> dict[str, Any]:
 
 
 def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
-  """Settings as `Config.of` takes them, of a config.json that this or an earlier version wrote.
+  """Returns the arguments of `Config.of` from a config.json that this or an earlier version wrote.
 
-  Earlier ones had lists as text with commas, the texts to evaluate on as name=source, and one weight of distillation.
+  Earlier versions wrote lists as text with commas, evaluation texts as name=source, and a single weight of distillation.
   """
   settings = dict(value)
   for name in ('method', 'tasks'):
@@ -247,7 +250,7 @@ def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
   for name, kind in (('ratio', float), ('remove_layers', int), ('mesh', int)):
     if isinstance(settings.get(name), str):
       settings[name] = tuple(kind(part) for part in settings[name].split(',') if part.strip())
-  if isinstance(text := settings.get('train_data'), str):  # there was one, with commas or not
+  if isinstance(text := settings.get('train_data'), str):  # a single source, which may contain commas
     settings['train_data'] = (text,) if text else ()
   if isinstance(settings.get('distill'), int | float):
     settings['distill'] = (settings['distill'],)

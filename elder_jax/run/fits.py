@@ -1,6 +1,6 @@
-"""What a closed form made of the dense model, kept while its row is trained and measured.
+"""Saves the result of a closed-form fit while its row is trained and measured.
 
-A fit reads up to a million tokens through the whole model twice. A run that is killed afterwards does not fit again.
+A fit runs up to a million tokens through the whole model twice. A run that is killed afterwards does not repeat it.
 """
 
 import time
@@ -24,11 +24,11 @@ from elder_jax.training.checkpoints import Checkpoints
 from elder_jax.training.step import TrainState
 from elder_jax.training.step import on_all_devices
 
-WORTH = 60.0  # seconds that a fit takes at least to be kept
+WORTH = 60.0  # seconds; a faster fit is not saved
 
 
 def fit(job: Job, name: str, recipe: Recipe, context: Context, choice: Choice) -> Decoder:
-  """The result of Recipe.start for the row of this name, kept if it took long."""
+  """Returns the result of Recipe.start for the row of this name. Saves it if it took long."""
   begun = time.monotonic()
   model = recipe.start(context, choice)
   if recipe.reads_text and hosts.broadcast_json(time.monotonic() - begun >= WORTH):  # clocks differ
@@ -39,19 +39,19 @@ def fit(job: Job, name: str, recipe: Recipe, context: Context, choice: Choice) -
 
 
 def kept_fit(job: Job, name: str, recipe: Recipe, choice: Choice) -> Decoder | None:
-  """What `fit` kept in an earlier attempt; None where it kept nothing or it cannot be read."""
+  """Returns what `fit` saved in an earlier attempt; None if it saved nothing or the file cannot be read."""
   if not recipe.reads_text:
     return None
   template = _as_state(_abstract(job, recipe, choice))
   found = _kept(job, name).latest(template)
   if found is template:
     return None
-  log(f'{name}: the fit of an earlier attempt goes on')
+  log(f'{name}: using the fit of an earlier attempt')
   return found.trained
 
 
 def sharing(model: Decoder, dense: Decoder) -> Decoder:
-  """The model with the dense one's own embedding, head and the like where they are equal; its copies are given back."""
+  """Replaces arrays of `model` by equal ones of `dense`, such as the embedding and head, and frees the copies."""
   of_dense = {jax.tree_util.keystr(path): a for path, a in jax.tree_util.tree_flatten_with_path(dense)[0]}
 
   def shared(path, a):
@@ -70,7 +70,7 @@ def _equal(a, b):
 
 
 def clear(job: Job, name: str):
-  """Removes what was kept of a row that was measured."""
+  """Removes the saved fit of a row that has been measured."""
   _kept(job, name).clear()
 
 

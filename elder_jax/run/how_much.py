@@ -1,4 +1,4 @@
-"""How many layers go: by a ratio, a number, a list, or a target that the pruned model shall meet."""
+"""How many layers to remove: from a ratio, a number, a list, or a target for the pruned model."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from elder_jax.run.config import Config
 def count_removed(
   config: Config, spec: Spec, num_layers: int, dtype: str, say: Callable[[str], None] = log
 ) -> list[int]:
-  """How many layers go, of the exported model first.
+  """Returns the numbers of layers to remove; the first is for the exported model.
 
   Args:
     dtype: of the model's weights.
 
   Raises:
-    InputError: for what the model or a method has not.
+    InputError: the model has too few layers, or a method cannot choose that many.
   """
   removal = config.removal
   given = removal.remove_layers
@@ -38,7 +38,7 @@ def count_removed(
   for n in counts:
     if n >= num_layers:
       name = 'num_remove' if removal.num_remove is not None else 'ratio'
-      raise InputError(name, getattr(removal, name), f'{n} layers are to be removed of {num_layers}; leave one.')
+      raise InputError(name, getattr(removal, name), f'this removes {n} layers of {num_layers}; keep at least one.')
     for method in config.methods() if n else []:
       methods.check(method, config, num_layers, n)
   return counts
@@ -54,37 +54,41 @@ def _gigabytes(spec: Spec, num_layers: int, dtype: str) -> float:
 
 
 def _read_for_a_token(spec: Spec, num_layers: int, dtype: str) -> float:
-  """Weights that writing a token reads: all but an embedding table that is not the head as well."""
+  """Number of weights that generating a token reads: all, except an embedding table that is not also the head."""
   return _params(spec, num_layers, dtype) - (0 if spec.tied else spec.vocab_size * spec.d_model)
 
 
-# Setting -> (what is measured of a model, what must hold of the dense model's and the pruned one's and the target).
+# Setting -> (measure of a model, condition on (dense, pruned, target), what the measure counts).
 TARGETS = {
   'target_params': (_params, lambda dense, pruned, target: pruned <= target, 'parameters'),
   'target_gb': (_gigabytes, lambda dense, pruned, target: pruned <= target, 'GB of weights'),
   'target_speedup': (
     _read_for_a_token,
     lambda dense, pruned, target: dense / pruned >= target,
-    'weights to read for a token',
+    'weights read per token',
   ),
 }
 
 
 def check_given(given: Sequence[int], num_layers: int):
-  """Raises InputError for --remove_layers that the model does not have, or that leave none."""
+  """Raises InputError if --remove_layers names a layer that the model does not have, or every layer."""
   if wrong := next((l for l in given if not 0 <= l < num_layers), None):
-    raise InputError('remove_layers', given, f'{wrong} is not a layer of this model, which has 0 to {num_layers - 1}.')
+    raise InputError('remove_layers', given, f'the model has no layer {wrong}; give layers from 0 to {num_layers - 1}.')
   if len(given) == num_layers:
-    raise InputError('remove_layers', given, 'names every layer of the model; leave one.')
+    raise InputError('remove_layers', given, 'names every layer of the model; keep at least one.')
 
 
 def _for_target(name: str, target: float, config: Config, spec: Spec, num_layers: int, dtype: str, say) -> int:
-  """The least number of layers with which the target is met."""
+  """The smallest number of layers whose removal meets the target."""
   measure, met, what = TARGETS[name]
   dtype = config.output.export_dtype or dtype
   dense = measure(spec, num_layers, dtype)
   for n in range(num_layers):
     if met(dense, pruned := measure(spec, num_layers - n, dtype), target):
-      say(f'--{name}={as_text(target)}: {n} of {num_layers} layers go, {dense:.4g} {what} become {pruned:.4g}')
+      say(f'--{name}={as_text(target)}: removing {n} of {num_layers} layers ({what}: {dense:.4g} → {pruned:.4g})')
       return n
-  raise InputError(name, target, f'one layer alone has {pruned:.4g} {what}, the whole model {dense:.4g}; ask for less.')
+  raise InputError(
+    name,
+    target,
+    f'even a single layer cannot meet it ({what}: {dense:.4g} → {pruned:.4g}); choose a less strict target.',
+  )

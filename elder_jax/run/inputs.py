@@ -1,4 +1,4 @@
-"""What a run read, remembered by content: a run that is resumed after its text or model changed is refused."""
+"""The sha256 of everything that a run reads. A run is not resumed after its text or model has changed."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from elder_jax.text.identity import of_files
 
 
 def named(setting: str, source: str) -> str:
-  """The key of an input: its setting and where it lies, however that was written."""
+  """Returns the key of an input: its setting and its resolved path."""
   path = user_path(source)
   return f'{setting}={path.resolve() if path.exists() else source}'
 
 
 def of_model(source: Source) -> str:
-  """That of the weights and of what says how to read them."""
+  """The sha256 of a model: its weights, config.json and index."""
   if source.is_gguf:
     from elder_jax.hf.gguf.source import parts_of  # here: it needs the package gguf
 
@@ -28,7 +28,7 @@ def of_model(source: Source) -> str:
 
 
 def of_folder(folder: pathlib.Path) -> str:
-  """The same of a Hugging Face folder."""
+  """The sha256 of a Hugging Face folder: its weights, config.json and index."""
   names = {'config.json', 'model.safetensors', 'model.safetensors.index.json'}
   index = folder / 'model.safetensors.index.json'
   if index.is_file() and not (folder / 'model.safetensors').is_file():
@@ -37,7 +37,7 @@ def of_folder(folder: pathlib.Path) -> str:
 
 
 def of_tasks(loaded, tasks_dir: str) -> str:
-  """sha256 of the questions of the harness's tasks and of local task files."""
+  """The sha256 of the questions of the harness's tasks and of local task files."""
   digest = hashlib.sha256()
   for name, task in sorted(loaded['tasks'].items()):
     digest.update(name.encode())
@@ -50,11 +50,11 @@ def of_tasks(loaded, tasks_dir: str) -> str:
 
 
 def check(work: pathlib.Path, inputs: dict[str, str]):
-  """Raises InputError for an input that is not the one that the run in this folder began with."""
+  """Raises InputError for an input that has changed since the run in this folder started."""
   try:
     before = json.loads((work / 'inputs.json').read_text(encoding='utf-8'))
-    before = {name.removeprefix('--'): sha256 for name, sha256 in before.items()}  # earlier versions had the dashes
-  except (OSError, ValueError):  # a new run, or one that was killed before it had claimed the folder
+    before = {name.removeprefix('--'): sha256 for name, sha256 in before.items()}  # earlier versions wrote dashes
+  except (OSError, ValueError):  # a new run, or one that was killed before it claimed the folder
     return
   for name, sha256 in inputs.items():
     if before.get(name, sha256) != sha256:
@@ -62,6 +62,6 @@ def check(work: pathlib.Path, inputs: dict[str, str]):
       raise InputError(
         setting,
         value,
-        f'is not what the run in {os.fspath(work)} began with (sha256 {sha256[:12]}…, then {before[name][:12]}…); put the '
-        'old content back, or choose another --workdir.',
+        f'has changed since the run in {os.fspath(work)} started (sha256 {before[name][:12]}… then, {sha256[:12]}… now); '
+        'restore the old content, or choose another --workdir.',
       )

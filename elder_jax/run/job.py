@@ -1,4 +1,4 @@
-"""A run that was prepared, and what it has while it works."""
+"""Job, a prepared run; and Run, its state while it works."""
 
 from collections.abc import Callable
 import dataclasses
@@ -23,36 +23,36 @@ from elder_jax.training.batches import Batches
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """All that was checked before the first long step."""
+  """The inputs and settings of a run, checked before any long work."""
 
   config: Config
   source: Source
-  num_removes: list[int]  # the first is that of the exported model
+  num_removes: list[int]  # numbers of layers to remove; the first is for the exported model
   batches: Batches | None  # of the training text
-  held_out: Batches | None  # of the same, never trained on; where --validate_every asks for its loss
+  held_out: Batches | None  # of the same text, never trained on; only with --validate_every
   windows: dict[str, Windows]
-  tokenizer: Any  # of transformers, where the run reads text
+  tokenizer: Any  # of transformers, if the run reads text
   tasks: Any  # the harness's TaskDict, or None
-  prompts: dict[str, list[int]]  # what models answer: {text: its tokens}
+  prompts: dict[str, list[int]]  # {text: its tokens}
   mesh: jax.sharding.Mesh
-  shardings: Decoder  # of the parameters, whatever their number of layers
+  shardings: Decoder  # of the parameters, for any number of layers
   mode: Mode
   log: RunLog
-  torch: bool  # this process checks the export in PyTorch, too
-  checks_source: bool  # and the model as it is
-  tokenizer_folder: pathlib.Path | None  # of --tokenizer, whose files the export has in place of the source's
+  torch: bool  # this process also checks the export in PyTorch
+  checks_source: bool  # and the unpruned model
+  tokenizer_folder: pathlib.Path | None  # of --tokenizer; its files replace the source's in the export
   teacher: Source | None = None  # of --teacher
-  kept_layers: list[int] | None = None  # those of --teacher that the model has; None: as many, or not known
+  kept_layers: list[int] | None = None  # those of --teacher that the model has; None: the same number, or unknown
 
   @property
   def copies(self) -> bool:
-    """Layers are just taken out and nothing is measured: the model need not be in memory."""
+    """Whether layers are only removed and nothing is measured, so that the model need not be loaded."""
     nothing_read = self.batches is None and not self.windows and self.tasks is None
     return nothing_read and self.config.recipes() == ['none']
 
 
 class Dense:
-  """The model as it was loaded, there as long as it is needed; where it is needed once more it is loaded again."""
+  """The loaded model. It is dropped when it is not needed and loaded again when it is."""
 
   def __init__(self, load: Callable[[], Decoder | None]):
     self._load, self._model = load, None
@@ -63,34 +63,34 @@ class Dense:
     return self._model
 
   def take(self) -> Decoder | None:
-    """For a caller who will use the arrays up: nobody else has the model then."""
+    """Hands the model over to a caller that will donate or free its arrays."""
     model, self._model = self.get(), None
     return model
 
   def drop(self):
-    """Nobody needs it for now."""
+    """Frees the model."""
     model, self._model = self._model, None
     memory.free(model)
 
 
 def load(job: Job, source: Source | None = None) -> Decoder:
-  """The model of the run, or another one like it."""
+  """Loads the model of the run, or another source with the same shardings."""
   return load_model(source or job.source, job.config.computation.dtype, job.shardings)
 
 
 class Run:
-  """What a run has while it works: the models that are alive and the results so far."""
+  """The state of a run: the models that are loaded and the results so far."""
 
   def __init__(self, job: Job, describe: Callable[[], str]):
-    """describe: of the devices, for the log."""
+    """describe: returns a description of the devices, for the log."""
     self.job, self._describe = job, describe
     self.dense = Dense(self._load)
     self.teacher = Dense(lambda: load(job, job.teacher) if job.teacher else None)
     self.pruned: Decoder | None = None
     self.choices: dict[tuple[str, int], Choice] = {}
-    self.figures: dict[str, dict] = {}  # by stage, of models that were measured
+    self.figures: dict[str, dict] = {}  # {stage: measurements}
     self.rows: list[dict] = []
-    self.answers: dict[str, list[str] | None] = {}  # of 'dense' and 'pruned' to job.prompts
+    self.answers: dict[str, list[str] | None] = {}  # {'dense' or 'pruned': answers to job.prompts}
     self.verified: dict = {}
     self.load_seconds = 0.0
 

@@ -1,4 +1,4 @@
-"""What a long search has found so far, in a file: one that is killed does not look for it again."""
+"""Saves the intermediate results of a long search, so that a killed search does not repeat them."""
 
 import collections
 import json
@@ -11,7 +11,7 @@ from elder_jax.log import write_whole
 
 
 class Notes(collections.UserDict):
-  """Values that JSON can hold, by name, the same in all processes. Each that is set is on the disk at once."""
+  """JSON values by name, the same in all processes. Setting one writes it to disk at once."""
 
   def __init__(self, path: pathlib.Path):
     super().__init__()
@@ -24,7 +24,7 @@ class Notes(collections.UserDict):
     try:
       return dict(json.loads(self._path.read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError) as e:
-      log(f'{self._path}: cannot be read ({reason(e)}); what it held is found again')
+      log(f'{self._path}: cannot be read ({reason(e)}); computing its values again')
       return {}
 
   def __setitem__(self, key: str, item):

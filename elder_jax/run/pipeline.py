@@ -1,4 +1,4 @@
-"""A run on one page: prepare, plan, the stages one after another, report. Started again, it resumes where it was."""
+"""A run on one page: prepare, plan, run the stages, report. When it is started again, it resumes."""
 
 import functools
 import json
@@ -32,11 +32,11 @@ from elder_jax.run.stages import stages as list_stages
 
 
 def run(config: Config) -> dict:
-  """Does the whole job in the work folder and returns the report."""
+  """Executes a run in its work folder and returns the report."""
   with workdir.held(config):
     hosts.leader_first(lambda: workdir.claim_workdir(config) if hosts.is_leader() else None)
     if report := workdir.finished(config):
-      log(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
+      log(f'{config.path()} holds a finished run; printing its report without reading the inputs again')
       return report
     tracking.check(config.output.track)
     packages.check(config)
@@ -78,12 +78,12 @@ def _do(run: Run, stage: Stage) -> dict:
 
 
 def _is_needless(job: Job, stage: Stage, rest: list[Stage]) -> bool:
-  """Whether a stage makes a model that an earlier attempt has measured, and that is not exported."""
+  """Whether a stage makes a model that is not exported and that an earlier attempt has measured already."""
   return stage.makes_model and not stage.exported and _saved(job, rest[0]) is not None
 
 
 def _saved(job: Job, stage: Stage) -> dict | None:
-  """What an earlier attempt in this work folder has kept of a stage, in all processes."""
+  """Returns the saved result of a stage from an earlier attempt in this work folder, in all processes."""
   path = _path(job, stage)
 
   def read() -> dict | None:
@@ -93,7 +93,7 @@ def _saved(job: Job, stage: Stage) -> dict | None:
       saved = json.loads(path.read_text(encoding='utf-8'))
       return {'result': saved['result'], 'seconds': saved['seconds']}
     except (OSError, ValueError, TypeError, KeyError) as e:
-      log(f'{path}: cannot be read ({reason(e)}); this stage is done again')
+      log(f'{path}: cannot be read ({reason(e)}); running this stage again')
       return None
 
   return hosts.broadcast_json(read() if hosts.is_leader() else None)
@@ -107,7 +107,7 @@ def _finish(run: Run, seconds: dict[str, float]) -> dict:
   job, folder = run.job, run.job.config.path()
   report = make_report(run) | {'verify': run.verified}
   report['seconds'] = {k: round(v, 1) for k, v in (seconds | {'load': run.load_seconds}).items()}
-  report['peak_bytes'] = about.peak_bytes()  # of this process, which may have resumed where another stopped
+  report['peak_bytes'] = about.peak_bytes()  # of this process only, even if it resumed an earlier attempt
   if hosts.is_leader():
     write_reports(job, report, folder)
     write_json(folder / 'report.json', report)

@@ -1,4 +1,4 @@
-"""What a run needs, and whatever can be refused before it: work folder, model, texts, tasks, devices."""
+"""Prepares a run and checks everything that can be checked early: work folder, model, texts, tasks, devices."""
 
 import dataclasses
 import os
@@ -44,9 +44,9 @@ from elder_jax.training.batches import Batches
 
 
 def prepare(config: Config) -> Job:
-  """Refuses whatever can be refused before long work starts, then claims the work folder.
+  """Checks the inputs before any long work, then claims the work folder, which `workdir.held` keeps from other runs.
 
-  `workdir.held` keeps other runs out meanwhile.
+  Raises InputError for anything that the run could not use.
   """
   work = config.path()
   if not config.paths.workdir:
@@ -61,7 +61,7 @@ def prepare(config: Config) -> Job:
       return model_folder.find('tokenizer', config.paths.tokenizer, 'tokenizer')
 
     tokenizer_folder = hosts.leader_first(find)
-  model_folder.small_files(source.files, tokenizer_folder)  # what the export needs can be read
+  model_folder.small_files(source.files, tokenizer_folder)  # raises for a file that cannot be read
   num_removes = count_removed(config, source.spec, source.num_layers, source.dtype)
   check_recipes(config, source.spec, num_removes)
   _check_nothing_removed(config, num_removes)
@@ -106,18 +106,18 @@ def prepare(config: Config) -> Job:
 
 
 def check_recipes(config: Config, spec: Spec, num_removes: list[int]):
-  """Raises InputError for a recipe that cannot work on this model, or with so few steps."""
+  """Raises InputError for a recipe that does not support this model, or needs more steps."""
   for name in config.recipes():
     recipe = find_recipe(name)
     if any(num_removes) and (why := recipe.refuses(spec)):
       raise InputError('recipe', name, why)
-    in_turn = recipe.removes_last and config.training.sequential
-    if in_turn and 0 < config.steps() < max(num_removes):
+    one_by_one = recipe.removes_last and config.training.sequential
+    if one_by_one and 0 < config.steps() < max(num_removes):
       raise InputError(
         'order',
         'sequential',
-        f'{config.steps()} steps are not enough for {max(num_removes)} layers, one after another; give more '
-        '(--train_steps, --num_sequences) or use --order=joint.',
+        f'{config.steps()} steps are too few to treat {max(num_removes)} layers one by one; raise --train_steps or '
+        '--num_sequences, or use --order=joint.',
       )
 
 
@@ -127,25 +127,26 @@ def _check_nothing_removed(config: Config, num_removes: list[int]):
     raise InputError(
       'recipe',
       config.removal.recipe,
-      'no layer is removed, so that the whole model would be trained; use elder_jax heal for that, --recipe=none '
-      '--compare= to copy it, or remove layers (--num_remove, --ratio or --remove_layers).',
+      'no layer is removed, so the recipe would train the whole model; use elder_jax heal to train it, --recipe=none '
+      '--compare= to copy it, or --num_remove, --ratio or --remove_layers to remove layers.',
     )
   if trains and (name := config.training.taught_by) and not config.paths.teacher and not all(num_removes):
     raise InputError(
       name,
       getattr(config.training, name),
-      'where no layer is removed it distils a model from itself; name the dense model by --teacher, or leave out 0.',
+      'no layer is removed, so the model would be distilled from itself; give the dense model as --teacher, or remove at '
+      'least one layer.',
     )
 
 
 def _open_teacher(config: Config, source: Source) -> tuple[Source | None, list[int] | None]:
-  """(--teacher, its layers that the model has), as far as they are given and known."""
+  """Returns (--teacher, its layers that the model still has). Each is None if it is not given or not known."""
   name = config.paths.teacher
   if not name:
     return None, None
   here, there = user_path(name), user_path(config.paths.model)
   if name == config.paths.model or (here.exists() and there.exists() and os.path.samefile(here, there)):
-    raise InputError('teacher', name, 'is --model itself; give the dense model that it was made from.')
+    raise InputError('teacher', name, 'is --model itself; give the dense model that it was pruned from.')
   scratch = config.path() / 'source' / 'teacher'
   try:
     teacher = hosts.leader_first(lambda: open_source(name, scratch))
@@ -155,15 +156,15 @@ def _open_teacher(config: Config, source: Source) -> tuple[Source | None, list[i
     raise InputError(
       'teacher',
       name,
-      f'has a vocabulary of {teacher.spec.vocab_size}, the model one of {source.spec.vocab_size}; give the model that it '
-      'was made from.',
+      f'has a vocabulary of {teacher.spec.vocab_size} tokens, but --model has {source.spec.vocab_size}; give the dense '
+      'model that --model was pruned from.',
     )
   check_streams(config, source, teacher)
   return teacher, kept_layers(config, source, teacher)
 
 
 def check_sizes(config: Config, spec: Spec, num_layers: int, mesh: jax.sharding.Mesh) -> Decoder:
-  """The model of shardings (sharding.for_model). Raises InputError for what the devices do not divide."""
+  """Returns the shardings of the model (sharding.for_model). Raises InputError for sizes that do not divide evenly."""
   abstract, flag = abstract_decoder(spec, num_layers), config.computation.mesh
   shardings = sharding.for_model(abstract, mesh, flag)
   lora.check(abstract, config.training.lora_rank)
@@ -176,7 +177,7 @@ def check_sizes(config: Config, spec: Spec, num_layers: int, mesh: jax.sharding.
 
 @dataclasses.dataclass
 class _Texts:
-  """What a run reads besides the model; `read` has the sha256 of each."""
+  """What a run reads in addition to the model; `read` holds the sha256 of each."""
 
   config: Config
   source: Source
@@ -198,7 +199,7 @@ class _Texts:
   def read_train_data(self, mesh: jax.sharding.Mesh):
     settings = self.config.data
     if not settings.train_data:
-      raise InputError('train_data', '', 'is missing; give a text to choose layers by and to train on.')
+      raise InputError('train_data', '', 'is missing; give a text to choose layers with and to train on.')
     self._load_tokenizer()
     self._check_length('seq_len', settings.seq_len)
     shared = self._shared_cache()
@@ -207,7 +208,7 @@ class _Texts:
       of_model = self._bos_first, self.source.spec.vocab_size
       return training_text.open_text(settings, self.tokenizer, *of_model, self.config.validates(), shared)
 
-    text = hosts.leader_first(read)  # process 0 makes the tokens that the others read
+    text = hosts.leader_first(read)  # process 0 writes the tokens, the others read them
     self.read |= {inputs.named('train_data', source): content for source, content in text.read.items()}
     seed = settings.seed if settings.shuffle else None
     self.batches = Batches(text.rows, settings.batch_size, seed, mesh)
@@ -223,7 +224,7 @@ class _Texts:
     self.read_prompts()
 
   def _shared_cache(self) -> pathlib.Path | None:
-    """The folder of tokens of a run of several processes, which all must see."""
+    """The token folder of a run with several processes, which must all see it. None for a single process."""
     if jax.process_count() == 1:
       return None
     given = self.config.data.token_cache
@@ -259,19 +260,19 @@ class _Texts:
     return getattr(self.source.family, 'BOS_FIRST', False)
 
   def read_prompts(self):
-    """Of those that come with elder_jax a model need not be able to answer any."""
+    """Raises InputError for prompts of the user that the model cannot answer; skips the built-in ones."""
     settings, source = self.config.evaluation, self.source
     if not settings.asks_prompts:
       return
     if self.tokenizer is None:
-      log('no answers to --prompts: this run reads no text, and so loads no model')
+      log('skipping --prompts: this run reads no text and loads no model')
       return
     texts = answers.read_prompts(settings.prompts)
     rows = answers.encode(texts, self.tokenizer, self._bos()[1])
     if why := answers.why_not(rows, settings.answer_tokens, source.spec.vocab_size, source.context_length):
       if settings.prompts:
-        raise InputError('prompts', settings.prompts, f'{why}; give others, or fewer --answer_tokens.')
-      log(f'no answers to prompts: {why}')
+        raise InputError('prompts', settings.prompts, f'{why}; use other prompts or fewer --answer_tokens.')
+      log(f'skipping the prompts: {why}')
       return
     self.prompts = dict(zip(texts, rows))
     if settings.prompts:
@@ -281,14 +282,16 @@ class _Texts:
     return data.bos_rule(self.config.data.bos, self._bos_first, self.tokenizer)
 
   def _check_length(self, setting: str, length: int):
-    """Learned positions end somewhere, and so do tables that depend on the length of a text."""
+    """Raises InputError for a length beyond the model's learned or tabulated positions."""
     if 0 < self.source.spec.most_positions < length:
       raise InputError(
-        setting, length, f'this model has {self.source.spec.most_positions} positions; give at most that many.'
+        setting, length, f'the model has only {self.source.spec.most_positions} positions; use at most that many.'
       )
 
   def _check_tokens(self, rows_NT: np.ndarray, setting: str, text: str):
     if (largest := int(rows_NT.max())) >= (known := self.source.spec.vocab_size):
       raise InputError(
-        setting, text, f'the tokenizer made token {largest}, the model has {known}; give its own by --tokenizer.'
+        setting,
+        text,
+        f"the tokenizer produced token {largest}, but the model has {known} tokens; give the model's own as --tokenizer.",
       )

@@ -1,4 +1,4 @@
-"""How much goes, which layers, and what is done with them: settings."""
+"""Settings of the removal: how many layers, which ones, and by which recipe."""
 
 from collections.abc import Callable
 import dataclasses
@@ -17,7 +17,7 @@ from elder_jax.settings import fields
 from elder_jax.settings import name_of
 from elder_jax.settings import setting
 
-# Of which a run has one.
+# Ways to set how many layers are removed; a run uses one of them.
 HOW_MUCH = (
   'ratio',
   'num_remove',
@@ -28,7 +28,7 @@ HOW_MUCH = (
   'max_ppl_increase',
 )
 DEFAULT_RATIO = (0.25,)
-# By which layers are chosen.
+# Settings that the choice of layers depends on.
 CHOOSING = frozenset({'method', 'score_steps', 'judge_steps', 'judge_by'}).union(
   *(map(name_of, fields(group)) for group in (GateSettings, MaskSettings, SwapSettings))
 )
@@ -36,85 +36,84 @@ CHOOSING = frozenset({'method', 'score_steps', 'judge_steps', 'judge_by'}).union
 
 @dataclasses.dataclass(frozen=True)
 class RemovalSettings(Settings):
-  """How much goes, what, and what is done with it."""
+  """How many layers are removed, which ones, and by which recipe."""
 
   ratio: tuple[float, ...] | None = setting(
     None,
     'Fraction of the layers to remove, rounded half up to a whole number of layers. Several, as in 0.25,0.1,0.4: a '
-    'table and a plot of all; the first is exported. Unset: 0.25. Of this, --num_remove, --remove_layers and the targets '
-    'the one given last counts.',
+    'table and a plot of all; the first is exported. Unset: 0.25. If several of --ratio, --num_remove, --remove_layers '
+    'and the targets are given, the last one is used.',
     least=0,
     below=1,
   )
-  num_remove: int | None = setting(None, 'Number of layers to remove, in place of --ratio.', least=0)
+  num_remove: int | None = setting(None, 'Number of layers to remove, instead of --ratio.', least=0)
   remove_layers: tuple[int, ...] | None = setting(
     None,
-    'Layers to remove by 0-based number, e.g. 3,5 or 12-18, in place of --ratio and --method. Empty (--remove_layers=): '
-    'none.',
+    'Layers to remove, 0-based, as in 3,5 or 12-18, instead of --ratio and --method. Empty (--remove_layers=): none.',
   )
   layers_at: str = setting(
     '',
-    'The list of layers to cut, by its name in the names of the tensors, as in model.language_model.layers; with '
-    '--remove_layers and --recipe=none, for models with several lists.',
+    'For models with several lists of layers: the one to cut, as in model.language_model.layers. Needs --remove_layers '
+    'and --recipe=none.',
     rare=True,
   )
   target_params: int | None = setting(
     None,
-    'Parameters that are to be left at most, as in 6B, in place of --ratio: as few layers go as that takes.',
+    'Largest number of parameters of the pruned model, as in 6B, instead of --ratio. Removes as few layers as possible.',
     least=1,
     rare=True,
   )
   target_gb: float | None = setting(
     None,
-    'GB (1e9 bytes) of weights that the export is to have at most, in place of --ratio.',
+    'Largest size of the exported weights in GB (1e9 bytes), instead of --ratio. Removes as few layers as possible.',
     above=0,
     rare=True,
   )
   target_speedup: float | None = setting(
     None,
-    'How many times faster generation is to be, in place of --ratio; estimated by the weights that are read for each '
-    'token. `elder_jax speed` measures it on a device.',
+    'Factor by which generation must be faster, instead of --ratio. Estimated from the weights read per token; '
+    '`elder_jax speed` measures it on a device.',
     above=1,
     rare=True,
   )
   max_ppl_increase: float | None = setting(
     None,
-    'Most that the perplexity on held-out sequences of the training text may rise before any training, as in 10%, in '
-    'place of --ratio: as many layers go as that allows, which is searched for.',
+    'Largest increase of the perplexity on held-out sequences of the training text, before any training, as in 10%. '
+    'Instead of --ratio: searches for the largest number of layers within this limit.',
     above=0,
     rare=True,
   )
   rounds: int = setting(
-    1, 'Rounds of removing and training; each chooses its layers on what the one before has left.', least=1
+    1, 'Rounds of removing and training. Each round chooses layers of the model from the previous round.', least=1
   )
   method: tuple[str, ...] = setting(
     ('auto',),
-    f'How layers are chosen, of {", ".join(METHODS)}, or your own as package.module:NAME. Several, as in auto,sleb: one '
+    f'How layers are chosen: {", ".join(METHODS)}, or your own as package.module:NAME. Several, as in auto,sleb: one '
     'table of all; the first is exported.',
   )
   score_steps: int = setting(
     8,
-    'Batches of the training text that methods other than elder score the layers on; auto judges by as many more.',
+    'Batches on which methods other than elder score layers. auto judges its candidates on as many more.',
     least=1,
   )
   judge_steps: int = setting(
     0,
-    'Steps of the training after which auto judges the best three of its candidates again; 0: after absorbing alone.',
+    'Training steps after which auto judges its best three candidates again; 0: no training, only absorb.',
     least=0,
     rare=True,
   )
   judge_by: str = setting(
     'loss',
-    'What auto judges the best three by: loss, on text held out; a task of --tasks, by its accuracy; or a function of your '
-    'own, package.module:NAME, of a Decoder and the Context, which gives a number, the lower the better.',
+    'How auto judges its best three candidates. loss: by the loss on held-out text. A task of --tasks: by its accuracy. '
+    'package.module:NAME: by your own function of (Decoder, Context), which returns a number; lower is better.',
     rare=True,
   )
   recipe: str = setting(
     'absorb_then_train',
-    f'What happens to the chosen layers, of {", ".join(RECIPES)}, or your own as package.module:NAME.',
+    f'How layers are removed: {", ".join(RECIPES)}, or your own as package.module:NAME.',
   )
   compare: tuple[str, ...] = setting(
-    ('none',), 'Further recipes, run on the same layers and batches for the report only; empty (--compare=): no others.'
+    ('none',), 'Other recipes to run on the same layers and batches, for the report only. Empty (--compare=): none.'
   )
 
   def __post_init__(self):
@@ -125,7 +124,7 @@ class RemovalSettings(Settings):
       raise InputError(
         given[0],
         getattr(self, given[0]),
-        f'and {others}: say how many layers go in one way only; leave out the others.',
+        f'and {others} all set how many layers are removed; give only one of them.',
       )
     layers = self.remove_layers or ()
     if len(set(layers)) < len(layers):
@@ -136,7 +135,9 @@ class RemovalSettings(Settings):
       find_method(name)
     if not find_recipe(self.recipe).exportable:
       raise InputError(
-        'recipe', self.recipe, 'leaves no stock checkpoint, so it cannot be exported; use --compare for its row.'
+        'recipe',
+        self.recipe,
+        'makes a model that no standard checkpoint can hold, so it cannot be exported; move it to --compare.',
       )
     for name in self.compare:
       find_recipe(name, 'compare')

@@ -1,4 +1,4 @@
-"""Settings of what comes out of a run: figures and answers, the export, trackers."""
+"""Settings of the results of a run: measurements and answers, the export, trackers."""
 
 import dataclasses
 
@@ -11,31 +11,31 @@ from elder_jax.text import answers
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings(Settings):
-  """What all models of a run are measured on."""
+  """What the models of a run are measured on."""
 
   eval_data: dict[str, str] = setting(
     {},
-    'Text to measure perplexity on, name=source; repeatable. An empty one (--eval_data=) drops those given before it.',
+    'Text to measure perplexity on, as name=source; repeatable. An empty --eval_data= drops those before it.',
   )
-  eval_seq_len: int = setting(2048, 'Window of the perplexity, in tokens; windows do not overlap.', least=2)
-  eval_tokens: int = setting(0, 'Tokens of each evaluation text that are used, from its start; 0: all.', least=0)
+  eval_seq_len: int = setting(2048, 'Tokens per perplexity window. Windows do not overlap.', least=2)
+  eval_tokens: int = setting(0, 'Tokens to use from the start of each evaluation text; 0: all.', least=0)
   eval_batch_size: int = setting(4, 'Windows per evaluation step.', least=1, rare=True)
   tasks: tuple[str, ...] = setting(
     (),
     'Tasks of lm-evaluation-harness, as in piqa,arc_easy. quick: lambada_openai, piqa, arc_easy, hellaswag, winogrande, '
-    'and gsm8k by generation; these have thousands of questions, see --task_limit.',
+    'and gsm8k by generation. These have thousands of questions; see --task_limit.',
   )
   tasks_dir: str = setting(
-    '', "Folder of local task files (.yaml), which go before the harness's own of a name.", rare=True
+    '', "Folder of local task files (.yaml). They override the harness's own tasks of the same name.", rare=True
   )
-  task_limit: int = setting(0, 'Questions per task, from the start; 0: all.', least=0, rare=True)
+  task_limit: int = setting(0, 'Questions to use from the start of each task; 0: all.', least=0, rare=True)
   prompts: str = setting(
     '',
-    'Prompts that the dense and the exported model answer for the report: a file with one on each line, or .jsonl with '
-    '"prompt"; none: no answers. Unset: five of elder_jax, where there is --eval_data or --tasks.',
+    'File of prompts that the dense and the exported model answer for the report. One prompt per line, or .jsonl with '
+    '"prompt". none: no answers. Unset: five built-in prompts, if --eval_data or --tasks is given.',
   )
   answer_tokens: int = setting(
-    40, 'Largest number of tokens of an answer to --prompts.', least=1, below=2**31, rare=True
+    40, 'Maximum number of tokens of an answer to --prompts.', least=1, below=2**31, rare=True
   )
 
   def __post_init__(self):
@@ -46,43 +46,41 @@ class EvalSettings(Settings):
 
   @property
   def asks_prompts(self) -> bool:
-    """Whether models answer prompts, in a run that reads text."""
+    """Whether models answer prompts, if the run reads text."""
     return self.prompts != answers.NONE and bool(self.prompts or self.eval_data or self.tasks)
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputSettings(Settings):
-  """The exported folder, and where the metrics of training go as well."""
+  """The export, and trackers that receive the metrics of training."""
 
   export_dtype: str = setting(
     '',
-    "Type of the exported weights; unset: the model's own, of a quantised .gguf file bfloat16.",
+    "Type of the exported weights; unset: the model's own, or bfloat16 for a quantised .gguf file.",
     choices=('', 'float32', 'bfloat16', 'float16'),
   )
   export_format: str = setting(
     'hf',
-    'hf: a Hugging Face folder; gguf: a file for llama.cpp and Ollama, of a model that is one and of which layers are only '
-    'cut.',
+    'hf: a Hugging Face folder. gguf: a file for llama.cpp and Ollama, only if --model is a .gguf file and layers are cut '
+    'without any training.',
     choices=('hf', 'gguf'),
     rare=True,
   )
-  text_only: bool = setting(
-    False, 'Of a model for pictures and text export the language model by itself, without the other parts.', rare=True
-  )
-  shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0, rare=True)
+  text_only: bool = setting(False, 'Export only the language model of a model for pictures and text.', rare=True)
+  shard_gb: float = setting(5.0, 'Maximum size of an exported file, in GB (1e9 bytes).', above=0, rare=True)
   verify: str = setting(
     'auto',
-    'Checks of the exported folder: auto, read back in JAX, and in PyTorch where torch and transformers are installed; '
-    'jax: JAX only; torch: both, an error if they are missing.',
+    'How the export is checked: jax, read back in JAX; torch, also in PyTorch, or an error; auto, also in PyTorch if torch '
+    'and transformers are installed and memory suffices.',
     choices=('auto', 'jax', 'torch'),
   )
   track: tuple[str, ...] = setting(
     (),
-    f'Where the metrics of each step go as well, of {", ".join(TRACKERS)}; several with commas. Files go into the work '
-    'folder. May change when a run resumes.',
+    f'Trackers that also receive the metrics of each step: {", ".join(TRACKERS)}; several with commas. Their files go into '
+    'the work folder. May change when a run resumes.',
   )
 
   def __post_init__(self):
     super().__post_init__()
     if unknown := [name for name in self.track if name not in TRACKERS]:
-      raise InputError('track', unknown[0], f'is not known; choose of: {", ".join(TRACKERS)}.')
+      raise InputError('track', unknown[0], f'is not known; choose from: {", ".join(TRACKERS)}.')

@@ -1,4 +1,4 @@
-"""The training of a row: by the one trainer, with this run's log, checkpoints and held-out rows."""
+"""Trains the model of a row with the run's log, checkpoints and held-out sequences."""
 
 from collections.abc import Callable
 import dataclasses
@@ -22,21 +22,27 @@ from elder_jax.training.trainer import train
 def train_row(
   job: Job, name: str, recipe: Recipe, start: Decoder, choice: Choice, teacher: Decoder | None, free: Callable
 ) -> Decoder:
-  """The model after the training of a recipe.
+  """Returns the model after the training of a recipe.
 
   Args:
     name: of the stage.
-    start: what the recipe made of the dense model.
-    free: of trainer.train.
+    start: the model that the recipe made from the dense one.
+    free: as in trainer.train.
   """
   config = job.config
   settings = dataclasses.replace(config.train_settings(), only=recipe.only)
   tokens = config.data.batch_size * config.data.seq_len
   progress, record = job.log.progress(f'training, {name}', tokens=tokens), job.log.steps(name, tokens)
+  held_out = _validation(job, name, recipe, start, choice)
 
-  def told(step: int, metrics: dict):
+  def report(step: int, metrics: dict):
     record(step, metrics)
-    progress(step + 1, settings.steps, f'loss {metrics["loss"]:.4f}, lm {metrics["lm_loss"]:.4f}')
+    losses = {'loss': metrics['loss']}
+    if settings.taught or penalised:
+      losses['lm'] = metrics['lm_loss']
+    if held_out and held_out.history:
+      losses['held-out'] = held_out.history[-1][1]
+    progress(step + 1, settings.steps, '  '.join(f'{what} {loss:.2f}' for what, loss in losses.items()))
 
   dtype = lora.merged_dtype(config.computation.dtype, config.output.export_dtype or job.source.dtype)
   penalised = choice.removed if recipe.removes_last else []
@@ -46,18 +52,18 @@ def train_row(
     settings,
     job.mode,
     job.batches,
-    told,
+    report,
     checkpoints(job, name, settings.steps),
     teacher,
     dtype,
     free,
-    _validation(job, name, recipe, start, choice),
+    held_out,
     _layers_of_teacher(job, recipe, choice),
   )
 
 
 def _layers_of_teacher(job: Job, recipe: Recipe, choice: Choice) -> list[int] | None:
-  """For each layer that is trained the teacher's that it was; None: both have the same layers, or nobody asks."""
+  """For each trained layer, the teacher's layer that it was. None if --distill_hidden is 0."""
   if not job.config.training.distill_hidden:
     return None
   num_layers = job.source.num_layers
@@ -70,7 +76,7 @@ def _validation(job: Job, name: str, recipe: Recipe, start: Decoder, choice: Cho
     return None
   settings, record = job.config.training, job.log.steps(f'{name}.held_out')
 
-  def told(step: int, loss: float):
+  def report(step: int, loss: float):
     log(f'{name}: held-out loss after step {step}: {loss:.4f}')
     record(step, {'held_out_loss': loss})
 
@@ -78,29 +84,29 @@ def _validation(job: Job, name: str, recipe: Recipe, start: Decoder, choice: Cho
   if recipe.removes_last:
     alive_L = ~np.isin(np.arange(start.num_layers), choice.removed)
   folder, keeps_best = _held_out_folder(job, name), settings.export == 'best'
-  return validation.Validation(job.held_out, settings.validate_every, job.mode, folder, keeps_best, alive_L, told)
+  return validation.Validation(job.held_out, settings.validate_every, job.mode, folder, keeps_best, alive_L, report)
 
 
 def curve(job: Job, name: str) -> list[list]:
-  """[[step, tokens, held-out loss], …] of a training that is over."""
+  """Returns [[step, tokens, held-out loss], …] of a finished training. Losses are in nats per token."""
   tokens = job.config.data.batch_size * job.config.data.seq_len
   return [[step, step * tokens, loss] for step, loss in validation.read_history(_held_out_folder(job, name))]
 
 
 def checkpoints(job: Job, name: str, steps: int) -> Checkpoints:
-  """Those of a stage."""
+  """The checkpoints of a stage with `steps` steps."""
   settings = job.config.computation
   folder = job.config.path() / 'checkpoints' / name
   return Checkpoints(folder, settings.checkpoint_every, steps, settings.checkpoint_minutes, settings.keep_checkpoints)
 
 
 def notes(job: Job, stage: str) -> Notes:
-  """Those of a stage."""
+  """The notes of a stage."""
   return Notes(job.config.path() / 'checkpoints' / stage / 'notes.json')
 
 
 def clear(job: Job, name: str):
-  """Removes what is not needed any more of a row that was measured."""
+  """Removes the checkpoints of a row that has been measured."""
   checkpoints(job, name, 0).clear()
   validation.clear(_held_out_folder(job, name))
 

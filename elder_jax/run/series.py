@@ -1,6 +1,6 @@
-"""Several runs as one: the search for a depth, rounds of removing and training, and several seeds.
+"""Several runs as one: a search for the number of layers, rounds of removing and training, and several seeds.
 
-Each is an ordinary run in a folder of its own within the work folder, `runs/NAME`, and resumes as such.
+Each is an ordinary run in its own folder, `runs/NAME` in the work folder, and resumes like any other.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ ONE = {'seeds': (), 'rounds': 1}
 
 
 def run(config: Config) -> dict:
-  """A run, or a series of them where the settings ask for one; the report. As pipeline.run otherwise."""
+  """Executes one run, or a series of runs if the settings call for one, and returns the report."""
   if why := by_name.why(config):
     return by_name.run(config, why)
   if config.removal.max_ppl_increase is not None:
@@ -43,11 +43,11 @@ def run(config: Config) -> dict:
 
 
 def _series(config: Config, do: Callable[[Config], dict]) -> dict:
-  """Holds the work folder, does the runs, and puts the last one's export and report where a single run has them."""
+  """Holds the work folder, executes the runs, and puts export and report where a single run has them."""
   with workdir.held(config):
     hosts.leader_first(lambda: workdir.claim_workdir(config) if hosts.is_leader() else None)
     if report := workdir.finished(config):
-      log(f'{config.path()} holds a finished run; its report follows, its inputs are not read again')
+      log(f'{config.path()} holds a finished run; printing its report without reading the inputs again')
       return report
     packages.check(config)
     hosts.leader_first(lambda: workdir.record(config, {}) if hosts.is_leader() else None)
@@ -60,7 +60,7 @@ def _series(config: Config, do: Callable[[Config], dict]) -> dict:
 
 
 def _run(config: Config, name: str, **changes) -> dict:
-  """One of the runs, in its folder."""
+  """Executes one of the runs in its own folder."""
   log(f'── {name} ──')
   report = run(config.replace(**changes, workdir=str(_folder(config, name))))
   return report | {'folder': name}
@@ -71,7 +71,7 @@ def _folder(config: Config, name: str):
 
 
 def _publish(config: Config, report: dict):
-  """The export gets its place once the report is whole; killed between the two, the same is done again."""
+  """Moves the export to its place, then writes the report. If killed in between, the same command repeats this."""
   work = config.path()
   made = _folder(config, report['folder']) / 'export'
   if made.exists():
@@ -84,36 +84,36 @@ def _publish(config: Config, report: dict):
   write_json(work / 'report.json', report)
 
 
-# ---- how deep ----
+# ---- the search for the number of layers ----
 
 
 def _search(config: Config) -> dict:
-  """The most layers that may go by --max_ppl_increase, found by halving; then the run itself with that many."""
+  """Finds the largest number of layers within --max_ppl_increase by bisection, then executes the run with it."""
   limit, tried = config.removal.max_ppl_increase, {}
 
   def increase(n: int) -> float:
-    """Of the perplexity on held-out rows, by the recipe without its training."""
+    """Relative increase of the held-out perplexity after the recipe, without its training."""
     if n not in tried:
       dense, pruned = _held_out(config, n)
       tried[n] = math.exp(pruned - dense) - 1
-      log(f'--max_ppl_increase={limit:g}: without {n} layers the held-out perplexity rises by {100 * tried[n]:.1f}%')
+      log(f'--max_ppl_increase={limit:g}: removing {n} layers raises the held-out perplexity by {100 * tried[n]:.1f}%')
     return tried[n]
 
   source = hosts.leader_first(lambda: open_source(config.paths.model, config.path() / 'source'))
-  low, high = 0, _too_many(config, source.num_layers)  # low can be removed, high cannot
+  low, high = 0, _too_many(config, source.num_layers)  # low layers can be removed, high cannot
   while high - low > 1:
     n = (low + high) // 2
     low, high = (n, high) if increase(n) <= limit else (low, n)
   if not low:
     raise InputError(
-      'max_ppl_increase', limit, f'one layer less costs {100 * increase(1):.1f}% already; allow more than that.'
+      'max_ppl_increase', limit, f'removing one layer raises it by {100 * increase(1):.1f}%; allow at least that much.'
     )
   report = _run(config, f'{low}_layers', num_remove=low, max_ppl_increase=None)
   return report | {'search': [[n, tried[n]] for n in sorted(tried)], 'max_ppl_increase': limit}
 
 
 def _too_many(config: Config, num_layers: int) -> int:
-  """The least number of layers that the run's methods cannot choose."""
+  """The smallest number of layers that the run's methods cannot choose."""
   chosen_by = [find_method(name) for name in config.methods()]
   return next(
     n for n in range(1, num_layers + 1) if n == num_layers or any(m.why_not(config, num_layers, n) for m in chosen_by)
@@ -121,7 +121,7 @@ def _too_many(config: Config, num_layers: int) -> int:
 
 
 def _held_out(config: Config, n: int) -> tuple[float, float]:
-  """Held-out losses of the dense model and of the one without n layers, not trained."""
+  """Held-out losses, in nats per token, of the dense model and of the model without n layers before training."""
   changes = ONE | dict(num_remove=n, max_ppl_increase=None, compare=(), eval_data={}, tasks=(), verify='jax')
   changes |= dict(
     num_sequences=config.data.sequences, train_tokens=None, train_steps=0, validate_every=1, export='last'
@@ -136,17 +136,17 @@ def _held_out(config: Config, n: int) -> tuple[float, float]:
 
 
 def _rounds(config: Config) -> dict:
-  """Prunes and trains in turns; the layers and the steps are shared out evenly, the first rounds getting what is over."""
+  """Alternates pruning and training. Layers and steps are divided evenly; the first rounds get the remainder."""
   source = hosts.leader_first(lambda: open_source(config.paths.model, config.path() / 'source'))
   removal, rounds = config.removal, config.removal.rounds
   counts = count_removed(config, source.spec, source.num_layers, source.dtype)
   if removal.remove_layers is not None or len(counts) > 1 or len(removal.method) > 1:
     raise InputError(
-      'rounds', rounds, 'each round chooses its layers anew: give one method and one number of layers (--num_remove).'
+      'rounds', rounds, 'each round chooses its own layers; give one method and one number of layers (--num_remove).'
     )
   total = counts[0]
   if total < rounds:
-    raise InputError('rounds', rounds, f'{total} layers are to go, at least one in a round; ask for fewer rounds.')
+    raise InputError('rounds', rounds, f'each round removes a layer or more, but only {total} go; use fewer rounds.')
   kept, reports, model = list(range(source.num_layers)), [], config.paths.model
   for i in range(rounds):
     last = i == rounds - 1
@@ -170,13 +170,13 @@ def _part(total: int, parts: int, i: int) -> int:
 
 
 def _length(config: Config, i: int) -> dict:
-  """How long round i trains, and on which of the text."""
+  """The settings for how long round i trains, and on which sequences."""
   rounds, batches = config.removal.rounds, config.one_pass
   changes: dict = {'seed': config.data.seed + i}
   if config.training.steps is not None:
     return changes | {'train_steps': _part(config.training.steps, rounds, i)}
   if batches < rounds:
-    raise InputError('rounds', rounds, f'there are {batches} batches to train on; give more text or fewer rounds.')
+    raise InputError('rounds', rounds, f'there are only {batches} batches to train on; give more text or fewer rounds.')
   return changes | {
     'num_sequences': _part(batches, rounds, i) * config.data.batch_size,
     'train_tokens': None,
@@ -184,7 +184,7 @@ def _length(config: Config, i: int) -> dict:
 
 
 def _of_rounds(config: Config, num_layers: int, kept: list[int], reports: list[dict]) -> dict:
-  """The last round's report, told of the dense model: a row for each round, layers by its numbers."""
+  """The last round's report, relative to the dense model: a row per round, with the dense model's layer numbers."""
   report, rows, removed = dict(reports[-1]), [], []
   for i, of_round in enumerate(reports):
     removed = sorted(removed + of_round['removed_here'])
@@ -195,7 +195,7 @@ def _of_rounds(config: Config, num_layers: int, kept: list[int], reports: list[d
   report['params'] = {'dense': first['params']['dense'], 'pruned': reports[-1]['params']['pruned']}
   report['ppl'] = {c: {'dense': v['dense'], 'pruned': reports[-1]['ppl'][c]['pruned']} for c, v in first['ppl'].items()}
   report['tasks'] = {'dense': first['tasks']['dense'], 'pruned': reports[-1]['tasks']['pruned']}
-  report['held_out_loss'] = None  # each round holds out other rows
+  report['held_out_loss'] = None  # each round holds out different sequences
   for row in rows:
     row.pop('held_out', None)
   report['steps'] = sum(of_round['steps'] for of_round in reports)
@@ -206,7 +206,7 @@ def _of_rounds(config: Config, num_layers: int, kept: list[int], reports: list[d
 
 
 def _seeds(config: Config) -> dict:
-  """A run of each seed; the first one's report, with means and deviations of all."""
+  """Executes a run per seed. Returns the first one's report with means and standard deviations of all."""
   reports = [_run(config, f'seed_{seed}', seed=seed, seeds=()) for seed in config.data.seeds]
   for seed in config.data.seeds[1:]:
     shutil.rmtree(_folder(config, f'seed_{seed}') / 'export', ignore_errors=True)
@@ -220,7 +220,7 @@ def _seeds(config: Config) -> dict:
 
 
 def _statistics(values: list[float]) -> dict:
-  """Mean and sample deviation; of one value the deviation is None."""
+  """Mean and sample standard deviation, which is None for a single value."""
   of_many = np.array(values, float)
   return {
     'values': values,

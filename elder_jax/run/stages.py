@@ -1,4 +1,4 @@
-"""The one list of the stages of a run. prepare.py asks it what is read, the plan what it takes, pipeline.py does it."""
+"""The list of stages of a run. prepare.py uses it to find what is read, the plan to cost it, pipeline.py to run it."""
 
 from collections.abc import Callable
 import dataclasses
@@ -28,16 +28,17 @@ from elder_jax.training.programs import training_programs
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A part of a run between two points that it can resume from.
+  """A part of a run between two points from which it can resume.
 
-  name: of its result in stages/, and in the log; one result may serve several stages.
-  title: for people.
-  seconds: its key in the report's seconds.
+  name: of its result in stages/, and in the log. Several stages may share one result.
+  title: printed when it starts.
+  seconds: its key in the report's `seconds`.
   run: (Run, Stage) -> its result as JSON, or None.
-  take: (Run, Stage, result): puts the result where later stages find it.
-  keeps: its result is kept in stages/, so that it is not done again.
-  programs: its heaviest programs.
-  trains_on_text: it reads the training text.
+  take: (Run, Stage, result): stores the result for later stages.
+  keeps: whether its result is saved in stages/, so that it is not run again.
+  programs: returns its heaviest programs.
+  trains_on_text: whether it reads the training text.
+  exported: whether its model is exported, which is the last row's.
   """
 
   name: str
@@ -51,7 +52,7 @@ class Stage:
   method: str = ''
   num_remove: int = 0
   recipe: str = ''
-  exported: bool = False  # the last row's: its model is exported
+  exported: bool = False
 
   @property
   def makes_model(self) -> bool:
@@ -59,11 +60,11 @@ class Stage:
 
 
 def stages(config: Config, num_removes: list[int], checks_source: bool = True) -> list[Stage]:
-  """The stages of a run, in their order.
+  """Returns the stages of a run in order.
 
   Args:
-    num_removes: numbers of layers to remove, that of the exported model first.
-    checks_source: the model is compared with PyTorch's reading of it.
+    num_removes: numbers of layers to remove; the first is for the exported model.
+    checks_source: whether the model is first compared with the same model in PyTorch.
   """
   found = [Stage('load', 'loading the model', 'load', work.load_dense, work.take_nothing, _loading, keeps=False)]
   if checks_source:
@@ -97,11 +98,11 @@ def stages(config: Config, num_removes: list[int], checks_source: bool = True) -
 
 
 def _file_name(name: str) -> str:
-  return re.sub(r'[^\w.-]', '_', name)  # of a user's own entry: package.module:NAME
+  return re.sub(r'[^\w.-]', '_', name)  # a user's own entry has a colon: package.module:NAME
 
 
 def _choosing(method: str, num_remove: int, num_removes: list[int]) -> Stage:
-  """A method whose layers for n are the first of those for more is asked once, for the most."""
+  """The stage in which a method chooses layers. A nested method runs once, for the largest number of layers."""
   if method == work.GIVEN:
     given = {'method': method, 'num_remove': num_remove}
     return Stage('given', 'taking the given layers', 'given', work.take_given, work.take_choice, _nothing, **given)
@@ -121,7 +122,7 @@ def _choosing(method: str, num_remove: int, num_removes: list[int]) -> Stage:
   )
 
 
-# ---- what each takes ----
+# ---- the programs of each stage ----
 
 
 def _nothing(shapes: Shapes) -> list[Program]:
@@ -134,7 +135,7 @@ def _loading(shapes: Shapes) -> list[Program]:
 
 
 def _source(shapes: Shapes) -> list[Program]:
-  """Both readings of 32 tokens, PyTorch's in float32 on the host."""
+  """32 tokens through both models; the one in PyTorch runs in float32 on the host."""
   call, args = verify.program(shapes.dense, shapes.settings.computation.dtype, 32)
   size = device_bytes(args[0])
   jax_side = Program('checking the model', call, args, shapes.flops(tokens=32, seq_len=32), size)
@@ -160,7 +161,7 @@ def _treating(shapes: Shapes, method: str, recipe: str, num_remove: int) -> list
   trains = shapes.settings.trains(recipe)
   whole = entry.removes_last and trains
   own_teacher = trains and shapes.settings.training.taught and not shapes.settings.paths.teacher
-  teacher = device_bytes(dense.layers) if own_teacher else 0  # what is not cut is shared by both
+  teacher = device_bytes(dense.layers) if own_teacher else 0  # the other parameters are shared by both models
   found = entry.programs(shapes) if n else []
   if n and entry.merges and method != work.GIVEN and find_method(method).merges:
     found += merging.programs(shapes)
@@ -175,7 +176,7 @@ def _treating(shapes: Shapes, method: str, recipe: str, num_remove: int) -> list
 
 
 def _start(shapes: Shapes, recipe: str, num_remove: int) -> Decoder:
-  """What a recipe makes of the dense model before any training, the layers removed."""
+  """The model that a recipe makes from the dense one, after removal and before training."""
   start = pruning.cut_shapes(shapes.dense, num_remove)
   return patch.abstract(start) if find_recipe(recipe).patches else start
 
@@ -190,7 +191,7 @@ def _measuring(shapes: Shapes, recipe: str, num_remove: int) -> list[Program]:
 
 
 def evaluation_programs(shapes: Shapes, model: Decoder) -> list[Program]:
-  """Perplexity and tasks of a model; no other one is there."""
+  """The programs for perplexity and tasks of a model, while no other model is loaded."""
   name = f'{model.num_layers} layers' + (', patched' if model.spec.patched else '')
   dtypes = [{a.dtype for a in jax.tree.leaves(m.layers)} for m in (model, shapes.dense)]
   name += ', as trained' if dtypes[0] - dtypes[1] else ''
@@ -203,7 +204,7 @@ def evaluation_programs(shapes: Shapes, model: Decoder) -> list[Program]:
 
 
 def _export(shapes: Shapes) -> list[Program]:
-  """What is written, read back and compared; never two models at a time."""
+  """The export is written, read back and compared; never two models at a time."""
   config = shapes.settings
   pruned = _result(shapes, config.removal.recipe, shapes.num_removes[0])
   evaluation, data = config.evaluation, config.data

@@ -1,8 +1,7 @@
-"""How much faster a pruned model is: prompt processing and generation, the dense model and the pruned one alternating.
+"""Measures the speed-up of a pruned model: prompt processing and generation, alternating with the dense model.
 
-L layers without n of them are ideally L/(L − n)
-times as fast; embedding and head do not shrink, and so a real ratio is a little lower. A CPU's times say nothing about
-another computer's, so on a CPU only the ratios are given.
+Removing n of L layers ideally gives a speed-up of L / (L − n). The measured ratio is a little lower, because embedding and
+head do not shrink. Times on one CPU do not apply to another, so only ratios are reported on a CPU.
 """
 
 from collections.abc import Callable
@@ -43,54 +42,52 @@ from elder_jax.text.decoding import run_prompts
 
 @dataclasses.dataclass(frozen=True)
 class SpeedSettings(Settings):
-  """What is timed, and how often."""
+  """What to time, and how often."""
 
   model: str = setting('', 'The dense model: a Hugging Face folder, a hub id or a .gguf file.')
   pruned: str = setting('', 'The pruned model, such as an export.')
   remove_layers: tuple[int, ...] = setting(
-    (), 'In place of --pruned: layers to remove in memory, by 0-based number, e.g. 3,5 or 12-18.'
+    (), 'Layers to remove in memory, 0-based, as in 3,5 or 12-18, instead of --pruned.'
   )
   prompt_tokens: int = setting(
-    2048, 'Length of the prompt of which the processing is timed, at batch 1.', least=1, below=2**31
+    2048, 'Tokens of the prompt whose processing is timed, at batch size 1.', least=1, below=2**31
   )
-  new_tokens: int = setting(128, 'Tokens to generate per row.', least=1, below=2**31)
-  context: int = setting(64, 'Length of the prompts that they follow.', least=1, below=2**31)
-  batch_sizes: tuple[int, ...] = setting((1, 4, 16, 64), 'Rows that are generated side by side.', least=1, below=2**31)
-  repeats: int = setting(5, 'Times that each is timed; the medians count.', least=1, below=2**31)
+  new_tokens: int = setting(128, 'Tokens to generate per sequence.', least=1, below=2**31)
+  context: int = setting(64, 'Tokens of the prompts for generation.', least=1, below=2**31)
+  batch_sizes: tuple[int, ...] = setting((1, 4, 16, 64), 'Batch sizes for generation.', least=1, below=2**31)
+  repeats: int = setting(5, 'Number of measurements of each; medians are reported.', least=1, below=2**31)
   dtype: str = setting('float32', 'Type of weights and computation.', choices=('float32', 'bfloat16'))
-  torch: bool = setting(False, 'Time transformers in PyTorch in place of JAX; both models as folders.')
-  seed: int = setting(0, 'Seed of the tokens of the prompts.', least=0)
-  out: str = setting('', 'File for the figures (JSON).')
+  torch: bool = setting(False, 'Time transformers in PyTorch instead of JAX. Both models must be folders.')
+  seed: int = setting(0, 'Seed for the random tokens of the prompts.', least=0)
+  out: str = setting('', 'JSON file for the results.')
 
   def check(self):
     """Raises InputError for settings that exclude each other."""
     if not self.batch_sizes:
       raise InputError('batch_sizes', '', 'is empty; give numbers, as in 1,16.')
     if bool(self.pruned) == bool(self.remove_layers):
-      raise InputError('--pruned or --remove_layers: give one of them, the pruned folder or the layers to remove.')
+      raise InputError('give either --pruned, a pruned model, or --remove_layers, the layers to remove.')
     if self.torch:
       if not verify.has_torch():
-        raise InputError('torch', 'true', 'torch is not installed; install it or leave the flag away.')
+        raise InputError('torch', 'true', 'torch is not installed; install it or leave the flag out.')
       if self.remove_layers or any(user_path(name).suffix.lower() == '.gguf' for name in (self.model, self.pruned)):
-        raise InputError(
-          'torch', 'true', 'reads Hugging Face folders only; export both and name them by --model and --pruned.'
-        )
+        raise InputError('torch', 'true', 'reads Hugging Face folders only; give two folders as --model and --pruned.')
 
 
 class Timed(NamedTuple):
-  """What is timed of a model; both return when the device is done, and with a call for whether the logits are finite."""
+  """The timed functions of a model. Both wait for the device and return a function: whether the logits were finite."""
 
-  prompt: Callable  # of tokens_BT: fills a cache and gives the logits of the token after each row
-  generate: Callable  # of tokens_BT and a number: so many new tokens for each row, greedy
+  prompt: Callable  # (tokens_BT): fills a cache and computes the next token's logits of each sequence
+  generate: Callable  # (tokens_BT, n): generates n tokens per sequence, greedily
 
 
 def measure(
   settings: SpeedSettings, clock: Callable[[], float] = time.perf_counter, out: pathlib.Path | None = None
 ) -> dict:
-  """Times both models; the figures, which are also written to `out`.
+  """Times both models by `clock`, in seconds, and returns the results, which are also written to `out`.
 
   Raises:
-    InputError, before any weights are read where it is not for what they hold.
+    InputError: bad settings or models. Only logits that are not finite are found after reading the weights.
   """
   settings.check()
   with tempfile.TemporaryDirectory() as dense_scratch, tempfile.TemporaryDirectory() as pruned_scratch:
@@ -119,7 +116,7 @@ def measure(
     for flag, is_finite in zip(('model', pruned_flag), finite):
       if not is_finite():
         raise InputError(
-          flag, getattr(settings, flag), 'the logits are not finite; check the weights, or use --dtype=float32.'
+          flag, getattr(settings, flag), 'the logits are not finite; check the weights or use --dtype=float32.'
         )
 
   def row(what: str, run: Callable[[Timed], Callable[[], bool]], new_tokens: int = 0):
@@ -150,19 +147,19 @@ def _check_lengths(settings: SpeedSettings, sources: list[Source]):
     limit = source.context_length or math.inf
     if settings.prompt_tokens > limit:
       raise InputError(
-        'prompt_tokens', settings.prompt_tokens, f'{source.name} has {limit} positions; give at most that many.'
+        'prompt_tokens', settings.prompt_tokens, f'{source.name} has {limit} positions; use at most that many.'
       )
     if settings.context + settings.new_tokens > limit:
       raise InputError(
         f'--context={settings.context} and --new_tokens={settings.new_tokens}: {source.name} has {limit} positions; '
-        'give at most that many together.'
+        'use at most that many in total.'
       )
 
 
 def _removed(settings: SpeedSettings, num_layers: int) -> list[int]:
   removed = sorted(settings.remove_layers)
   if not set(removed) < set(range(num_layers)):
-    raise InputError('remove_layers', removed, f'must name some, but not all, of the layers 0 to {num_layers - 1}.')
+    raise InputError('remove_layers', removed, f'must name some of the layers 0 to {num_layers - 1}, but not all.')
   return removed
 
 
@@ -187,7 +184,7 @@ _prefill = jax.jit(prefill, static_argnames=('capacity', 'mode'))
 
 
 def _in_jax(dense: Source, pruned: Source | None, removed: list[int], dtype: str):
-  """([Timed of dense and of pruned], what there is to tell)."""
+  """Returns ([Timed of dense, Timed of pruned], {'absolute', 'device', 'versions'})."""
   mode = Mode(dtype=dtype)
 
   def timed(model: Decoder) -> Timed:
@@ -217,14 +214,14 @@ def _in_jax(dense: Source, pruned: Source | None, removed: list[int], dtype: str
 
 def _in_torch(dense: Source, pruned: Source, dtype: str):
   """As _in_jax."""
-  import torch  # not a requirement of the package
+  import torch  # an optional dependency
 
   @contextlib.contextmanager
   def in_one_sentence():
     try:
       yield
-    except Exception as e:  # of any kind: transformers' own, or a GPU's memory  # noqa: BLE001
-      raise InputError('torch', 'true', f'transformers cannot run a model ({reason(e)}); leave the flag away.') from e
+    except Exception as e:  # transformers' own errors, or an exhausted GPU  # noqa: BLE001
+      raise InputError('torch', 'true', f'transformers cannot run a model ({reason(e)}); leave the flag out.') from e
 
   cuda = torch.cuda.is_available()
   where = torch.device('cuda' if cuda else 'cpu')
@@ -243,7 +240,7 @@ def _in_torch(dense: Source, pruned: Source, dtype: str):
           result = run(torch.tensor(tokens_BT, dtype=torch.long, device=where), *args)
         if cuda:
           torch.cuda.synchronize()
-        return lambda: bool(torch.isfinite(result).all())  # tokens always are: the prompt's logits answer for them
+        return lambda: bool(torch.isfinite(result).all())  # generated tokens always are, so only logits are checked
 
       return call
 
@@ -260,16 +257,17 @@ def _in_torch(dense: Source, pruned: Source, dtype: str):
   return [timed(dense), timed(pruned)], about
 
 
-# ---- the figures ----
+# ---- the results ----
 
 
 def alternate(
   runs: list[Callable], repeats: int, clock: Callable[[], float], check: Callable[[list], None] = lambda results: None
 ) -> list[list[float]]:
-  """Seconds of each call of each of `runs`, alternating, after one untimed call of each that compiles.
+  """Returns the seconds of `repeats` calls of each of `runs`, alternating, after one untimed call each for compilation.
 
   Args:
-    check: of the results of the untimed calls.
+    clock: returns seconds.
+    check: called with the results of the untimed calls.
   """
   check([run() for run in runs])
   seconds = [[] for _ in runs]
@@ -284,11 +282,12 @@ def alternate(
 def figures(
   dense_s: list[float], pruned_s: list[float], dense_layers: int, pruned_layers: int, new_tokens: int, absolute: bool
 ) -> dict:
-  """Speed of pruned over that of dense, by the medians; `ratios` are those of the single pairs, to see the spread.
+  """Returns the speed-up of pruned over dense, by medians. `ratios` has that of each pair, to show the spread.
 
   Args:
-    new_tokens: of all rows together, for tokens/s; 0: milliseconds are given.
-    absolute: give these, too.
+    dense_s, pruned_s: seconds of each call.
+    new_tokens: generated by a call, summed over the batch, for tokens/s; 0: report milliseconds.
+    absolute: also report tokens/s or milliseconds.
   """
   dense, pruned = statistics.median(dense_s), statistics.median(pruned_s)
   ratio, ideal = dense / pruned, dense_layers / pruned_layers

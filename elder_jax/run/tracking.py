@@ -1,7 +1,7 @@
 """`--track`: each step's metrics also go to TensorBoard, Weights & Biases or Trackio, which are optional packages.
 
-Nothing is sent anywhere unless it is asked for. Files go into the work folder, and process 0 alone tracks. Each stage has
-its own curves, named after it, over its own steps. A run that resumes continues them, and no step is there twice.
+Without --track nothing is sent anywhere. Files go into the work folder, and only process 0 tracks. Each stage has its own
+curves, named after it, over its own steps. A resumed run continues them without duplicate steps.
 """
 
 from collections.abc import Callable
@@ -33,22 +33,22 @@ PROJECT = 'elder_jax'
 
 
 class Writer(Protocol):
-  """What one tracker does. It may raise anything: see Trackers."""
+  """A tracker. Its methods may raise any exception; see Trackers."""
 
   def begin(self, stage: str, step: int):
-    """Steps of the stage from `step` on are written again, as they were."""
+    """A stage starts at `step`. If the run resumes, steps from there on may be written a second time."""
 
   def write(self, stage: str, step: int, scalars: dict[str, float]):
-    """scalars: finite."""
+    """Sends a step. scalars: finite."""
 
   def close(self, failed: bool):
-    """The run ended, with an exception where it failed."""
+    """The run ended. failed: with an exception."""
 
 
 class State:
-  """workdir/tracking.json: the id of the run for trackers that have such, and the last step of each stage they were sent.
+  """workdir/tracking.json: the id of the run, and the last step of each stage that was sent to each tracker.
 
-  workdir.record removes it where training begins anew with other settings: those steps are not the ones that were sent.
+  workdir.record removes the file when training restarts with other settings, because its steps differ from those sent.
   """
 
   def __init__(self, work: pathlib.Path):
@@ -56,7 +56,7 @@ class State:
     try:
       before = json.loads(self._path.read_text(encoding='utf-8'))
       self._state = {'id': str(before['id']), 'sent': dict(before['sent'])}
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or half of one
+    except (OSError, ValueError, KeyError, TypeError):  # missing or incomplete
       self._state = {'id': uuid.uuid4().hex[:12], 'sent': {}}
     write_json(self._path, self._state)
 
@@ -65,19 +65,19 @@ class State:
     return self._state['id']
 
   def is_new(self, tracker: str, stage: str, step: int) -> bool:
-    """Whether a step was not sent before; from now on it counts as sent."""
+    """Whether a step has not been sent yet. Marks it as sent."""
     sent = self._state['sent'].setdefault(tracker, {})
     if step <= sent.get(stage, -1):
       return False
     sent[stage] = step
     temporary = self._path.with_name(f'{STATE}.partial')
-    temporary.write_text(json.dumps(self._state))  # not write_whole: a step is no reason to wait for the disk
+    temporary.write_text(json.dumps(self._state))  # not write_whole, which would wait for the disk in every step
     os.replace(temporary, self._path)
     return True
 
 
 class TensorBoard:
-  """workdir/tensorboard/STAGE/: event files, written by tensorboardX's parts that need no thread."""
+  """Event files in workdir/tensorboard/STAGE/, written by the parts of tensorboardX that use no thread."""
 
   def __init__(self, work: pathlib.Path, config: dict, state: State):
     del state
@@ -85,17 +85,17 @@ class TensorBoard:
     self._protos = {name: importlib.import_module(f'tensorboardX.proto.{name}_pb2') for name in ('event', 'summary')}
     self._open_file = importlib.import_module('tensorboardX.event_file_writer').EventsWriter
     self._folder, self._files = work / 'tensorboard', {}
-    for old in self._folder.glob('events.*'):  # the settings of an earlier attempt; TensorBoard forgets no texts
+    for old in self._folder.glob('events.*'):  # settings of an earlier attempt, which TensorBoard would still show
       old.unlink()
     self.begin('', 0)
     rows = '\n'.join(f'| {name} | {json.dumps(value)} |' for name, value in config.items())
     self._add('', 0, summary=summary.text('config', f'| setting | value |\n|---|---|\n{rows}'))
 
   def begin(self, stage: str, step: int):
-    """Tells TensorBoard to forget what an earlier attempt wrote from this step on."""
+    """Makes TensorBoard ignore what an earlier attempt wrote from this step on."""
     folder = self._folder / stage
     folder.mkdir(parents=True, exist_ok=True)
-    # The name has whole seconds, and an existing file would be overwritten.
+    # tensorboardX names files by whole seconds and overwrites existing ones, so the suffix has nanoseconds.
     self._files[stage] = self._open_file(str(folder / 'events'), f'.{time.time_ns()}')
     session = self._protos['event'].SessionLog
     self._add(stage, step, session_log=session(status=session.START))
@@ -115,7 +115,7 @@ class TensorBoard:
 
 
 class Wandb:
-  """A run of Weights & Biases with `STAGE/metric` over `STAGE/step`, its files in workdir/wandb."""
+  """A run of Weights & Biases, with `STAGE/metric` over `STAGE/step`. Its files are in workdir/wandb."""
 
   def __init__(self, work: pathlib.Path, config: dict, state: State):
     wandb = importlib.import_module('wandb')
@@ -128,7 +128,7 @@ class Wandb:
       name=os.environ.get('WANDB_NAME', work.resolve().name),
       resume='allow',
       config=config,
-      settings=wandb.Settings(console='off'),  # a run's lines are its own
+      settings=wandb.Settings(console='off'),  # wandb does not capture stderr
     )
 
   def begin(self, stage: str, step: int):
@@ -143,19 +143,19 @@ class Wandb:
 
 
 class Trackio:
-  """A run of Trackio with `STAGE/metric` over the stage's steps, in workdir/trackio unless TRACKIO_DIR is set."""
+  """A run of Trackio, with `STAGE/metric` over the stage's steps. In workdir/trackio unless TRACKIO_DIR is set."""
 
   def __init__(self, work: pathlib.Path, config: dict, state: State):
-    os.environ.setdefault('TRACKIO_DIR', str((work / 'trackio').resolve()))  # read when it is imported
+    os.environ.setdefault('TRACKIO_DIR', str((work / 'trackio').resolve()))  # read during import
     trackio = importlib.import_module('trackio')
 
     self._state = state
     name = f'{work.resolve().name}-{state.id}'
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is the report's
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the report
       self._run = trackio.init(project=PROJECT, name=name, config=config, resume='allow', embed=False)
 
   def begin(self, stage: str, step: int):
-    """Steps that are there already are not sent again."""
+    """Does nothing: `write` skips steps that were sent before."""
 
   def write(self, stage: str, step: int, scalars: dict[str, float]):
     if self._state.is_new('trackio', stage, step):
@@ -168,7 +168,12 @@ class Trackio:
 
 @dataclasses.dataclass(frozen=True)
 class Tracker:
-  """An entry of TRACKERS: the package it needs, which is also the extra of elder_jax that has it, and how it is opened."""
+  """An entry of TRACKERS.
+
+  package: the package that it imports.
+  extra: the extra of elder_jax that installs this package.
+  open: (work folder, all settings, State) -> Writer.
+  """
 
   package: str
   extra: str
@@ -183,19 +188,19 @@ TRACKERS = {
 
 
 def check(names: tuple[str, ...]):
-  """Raises InputError, in all processes, for a tracker whose package process 0 has not."""
+  """Raises InputError, in all processes, if process 0 lacks the package of a tracker."""
 
   def find():
     for name in names if hosts.is_leader() else ():
       if importlib.util.find_spec(TRACKERS[name].package) is None:
         extra = TRACKERS[name].extra
-        raise InputError('track', name, f"the package is missing; install it with pip install 'elder_jax[{extra}]'.")
+        raise InputError('track', name, f"its package is missing; install it with pip install 'elder_jax[{extra}]'.")
 
   hosts.leader_first(find)
 
 
 class Trackers:
-  """Those of a run, as a log.Listener. One that fails is reported once and not used any more; the run goes on."""
+  """The trackers of a run, as a log.Listener. One that fails is reported and dropped; the run continues."""
 
   def __init__(self, writers: dict[str, Writer]):
     self._writers = dict(writers)
@@ -214,9 +219,9 @@ class Trackers:
     for name, writer in list(self._writers.items()):
       try:
         call(writer)
-      except Exception as e:  # of any kind: it is another package's, over a network perhaps  # noqa: BLE001
+      except Exception as e:  # another package, perhaps over a network, may raise anything  # noqa: BLE001
         del self._writers[name]
-        log(f'--track={name} failed ({reason(e)}); it gets no more of this run, metrics.jsonl has every step')
+        log(f'--track={name} failed ({reason(e)}); dropping it for this run, metrics.jsonl still has every step')
 
 
 def _is_scalar(value) -> bool:
@@ -225,14 +230,14 @@ def _is_scalar(value) -> bool:
 
 @contextlib.contextmanager
 def tracked(run_log: RunLog, names: tuple[str, ...], work: pathlib.Path, config: dict) -> Generator[None]:
-  """Sends what run_log records to trackers as well.
+  """Also sends what run_log records to trackers.
 
   Args:
     names: of TRACKERS.
-    config: all settings, for people.
+    config: all settings, to be shown by the trackers.
 
   Raises:
-    InputError: one cannot be opened, in all processes. Nothing was computed so far.
+    InputError: in all processes, if a tracker cannot be opened. Nothing has been computed at that point.
   """
   trackers = Trackers({})
 
@@ -255,5 +260,5 @@ def tracked(run_log: RunLog, names: tuple[str, ...], work: pathlib.Path, config:
 def _open(name: str, work: pathlib.Path, config: dict, state: State) -> Writer:
   try:
     return TRACKERS[name].open(work, config, state)
-  except Exception as e:  # of any kind: a login that is missing, a host that is not reached  # noqa: BLE001
-    raise InputError('track', name, f'cannot be opened ({reason(e)}); correct that, or leave it out.') from e
+  except Exception as e:  # a missing login, an unreachable host, and so on  # noqa: BLE001
+    raise InputError('track', name, f'cannot be opened ({reason(e)}); fix this or leave the tracker out.') from e

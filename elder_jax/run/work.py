@@ -1,4 +1,4 @@
-"""What the stages of a run do. Each gets the run and the stage; what it returns is kept in stages/ as JSON."""
+"""The work of each stage. A function gets the run and the stage, and its result is saved in stages/ as JSON."""
 
 from collections.abc import Callable
 import dataclasses
@@ -31,11 +31,11 @@ from elder_jax.text import zero_shot
 from elder_jax.text.generation import eos_ids
 from elder_jax.training import validation
 
-GIVEN = 'given'  # in the place of a method: the layers are those of --remove_layers
+GIVEN = 'given'  # stands for a method if --remove_layers gives the layers
 
 
 def take_nothing(run: Run, stage, result):
-  """Stage.take of a stage that only checks, or that has left its result in the run."""
+  """Stage.take of a stage that only checks, or that stored its result in the run itself."""
 
 
 def load_dense(run: Run, stage):
@@ -44,14 +44,14 @@ def load_dense(run: Run, stage):
 
 
 def check_source(run: Run, stage) -> dict:
-  """Compares the model with PyTorch's reading of the same files; of a run that only copies it is loaded for it."""
+  """Compares the model with the same files loaded in PyTorch. A run that only copies loads the model for this."""
   del stage
   job = run.job
   model = load(job) if job.copies else run.dense.get()
   tokens_BT = exporting.some_tokens(job)[:, :32]
   figures = verify.check_source(job.source, model, job.config.computation.dtype, tokens_BT, job.torch)
   if why := figures.get('torch_error'):
-    log(f'the model as it is could not be checked in PyTorch: {why}')
+    log(f'the unpruned model could not be checked in PyTorch: {why}')
   return figures
 
 
@@ -66,7 +66,7 @@ def measure_dense(run: Run, stage) -> dict:
 
 def take_dense(run: Run, stage, result: dict):
   run.figures[stage.name] = result
-  run.answers['dense'] = result.get('answers')  # earlier versions asked nothing
+  run.answers['dense'] = result.get('answers')  # earlier versions saved no answers
 
 
 def measure_teacher(run: Run, stage) -> dict:
@@ -98,7 +98,7 @@ def measure_row(run: Run, stage) -> dict:
 
 
 def _held_out(job: Job, model: Decoder | None, name: str) -> dict:
-  """The loss on the rows that are held out of the training text, where they are asked for."""
+  """{'held_out_loss': nats per token}; empty if no sequences are held out."""
   if job.held_out is None:
     return {}
   loss = validation.held_out_loss(model, job.held_out, job.mode)
@@ -107,10 +107,13 @@ def _held_out(job: Job, model: Decoder | None, name: str) -> dict:
 
 
 def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> dict:
-  """{'ppl': {corpus: perplexity}, 'tasks': as zero_shot.run has it}.
+  """Returns {'ppl': {corpus: perplexity}, 'tasks': the result of zero_shot.run}.
 
   Args:
-    fatal: tasks that fail end the run, since nothing is lost yet; later they cost a row its figures.
+    fatal: a task that fails ends the run, as no work is lost yet. Otherwise the row only has no results of tasks.
+
+  Raises:
+    InputError: a task failed and `fatal` is set.
   """
   figures = {'ppl': _perplexities(job, model, name), 'tasks': {}}
   if job.tasks:
@@ -119,7 +122,7 @@ def measure(job: Job, model: Decoder | None, name: str, fatal: bool = False) -> 
     except InputError as e:
       if fatal:
         raise
-      log(f'{name} has no figures of tasks: {e.for_command()}')
+      log(f'no task results for {name}: {e.for_command()}')
   return figures
 
 
@@ -140,15 +143,15 @@ def _task_figures(job: Job, model: Decoder | None, name: str) -> dict:
 
 
 def _answers(job: Job, model: Decoder | None, name: str) -> dict:
-  """{'answers': a text for each of job.prompts}; empty where nothing is asked, or the model cannot answer."""
+  """{'answers': a text for each of job.prompts}; empty without prompts, or if the model cannot answer."""
   if not job.prompts:
     return {}
-  log(f'answers of {name} to {len(job.prompts)} prompts')
+  log(f'generating answers of {name} to {len(job.prompts)} prompts')
   rows, length = list(job.prompts.values()), job.config.evaluation.answer_tokens
   try:
     return {'answers': answers.answer(model, job.tokenizer, rows, length, eos_ids(job.source), job.mode, _put(job))}
-  except InputError as e:  # the answers are for people, no figure depends on them
-    log(f'{name} has no answers: {e.for_command()}')
+  except InputError as e:  # no measurement depends on the answers
+    log(f'no answers for {name}: {e.for_command()}')
     return {}
 
 
@@ -162,7 +165,7 @@ def _perplexities(job: Job, model: Decoder | None, name: str) -> dict[str, float
 
 
 def _put(job: Job) -> Callable:
-  """A host array onto the devices; before each batch of an evaluation a run that is asked to stop does so."""
+  """Returns a function that puts a host array on the devices, and stops the run there after a signal."""
 
   def put(array):
     preemption.check()
@@ -184,7 +187,6 @@ def take_choice(run: Run, stage, result: dict):
 
 
 def choose(run: Run, stage, most: int) -> dict:
-  log(f'choosing layers by {stage.method}')
   context = Context(
     run.dense.get(),
     run.job.batches if run.job.batches is not None else (),
@@ -199,7 +201,7 @@ def choose(run: Run, stage, most: int) -> dict:
 
 
 def _judge(job: Job, context: Context) -> Callable[[Decoder], float] | None:
-  """Of --judge_by: the lower the better; None: the loss on text held out, which the method takes itself."""
+  """The function of --judge_by; lower is better. None for the held-out loss, which the method computes itself."""
   by = job.config.removal.judge_by
   if by == 'loss':
     return None
@@ -210,32 +212,32 @@ def _judge(job: Job, context: Context) -> Callable[[Decoder], float] | None:
 
 
 def _score(task: str, values: dict) -> float:
-  """The fraction of right answers. Raises InputError for a task that has none."""
+  """The fraction of correct answers. Raises InputError for a task without one."""
   metric = main_metric(values)
   if not is_fraction(metric):
-    raise InputError('judge_by', task, 'has no fraction of right answers; judge by another task, or by loss.')
+    raise InputError('judge_by', task, 'has no fraction of correct answers; use another task, or loss.')
   return values[metric]
 
 
-# ---- treating ----
+# ---- applying recipes ----
 
 
 def treat(run: Run, stage):
-  """Makes run.pruned by the stage's recipe. The dense model is used up: the next row loads it again."""
+  """Creates run.pruned by the stage's recipe. This consumes the dense model; the next row loads it again."""
   choice = run.choices[stage.method, stage.num_remove]
   num_layers = run.job.source.num_layers
   log(f'{stage.name}: removing layers {sorted(choice.removed)} (0-based) of {num_layers}')
-  run.pruned = None  # of the row before: its memory is needed now
+  run.pruned = None  # frees the model of the previous row
   if run.job.copies:
     return
   run.pruned = apply_recipe(run, stage, choice)
 
 
 def apply_recipe(run: Run, stage, choice: Choice) -> Decoder:
-  """The model by a recipe; all recipes see the same steps and batches.
+  """Returns the model by a recipe. All recipes see the same steps and batches.
 
-  Layers that were chosen by laco are merged where the recipe just removes layers, before or without training; the other
-  recipes have their own way of keeping what the layers did, and start from the layers as they were.
+  If laco chose the layers, they are merged only by recipes that otherwise just remove layers, with or without training
+  afterwards. Other recipes compensate for the removed layers themselves and start from the original ones.
   """
   job, recipe = run.job, find_recipe(stage.recipe)
   trains = job.config.trains(stage.recipe)
@@ -243,7 +245,7 @@ def apply_recipe(run: Run, stage, choice: Choice) -> Decoder:
   own_teacher = trains and job.config.training.taught and teacher is None
   start = fits.kept_fit(job, stage.name, recipe, choice)
   model = run.dense.take() if start is None or own_teacher else None
-  spare = model if own_teacher else ()  # a teacher is needed up to the last step
+  spare = model if own_teacher else ()  # the teacher is needed until the last step
   free = functools.partial(memory.free, spare=spare)
   if start is None:
     batches, saved = job.batches if job.batches is not None else (), functools.partial(row_training.checkpoints, job)

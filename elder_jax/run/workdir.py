@@ -1,8 +1,7 @@
-"""The work folder: made, held by one run at a time, and kept to the settings that its run began with.
+"""The work folder. One run at a time holds it, always with the settings that it started with.
 
-What a run leaves in it: config.json and inputs.json (what it began with), stages/ (a small result each), checkpoints/,
-metrics.jsonl, what trackers keep, and at the end export/, report.json and report.md. `failed.txt` says why the last
-attempt ended.
+It contains config.json and inputs.json (settings and inputs), stages/ (small results), checkpoints/, metrics.jsonl, files
+of trackers, and at the end export/, report.json and report.md. `failed.txt` contains the error of the last attempt.
 """
 
 from collections.abc import Generator
@@ -43,15 +42,15 @@ FILES = (
   *(tracking.STATE, LOCK, FAILED),
 )
 FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source', 'tokens', 'runs', *tracking.TRACKERS)
-# What a run that was refused or killed early may have left in a folder that is not claimed yet.
+# Files that a refused or killed run may leave in a folder before claiming it.
 _EARLY = ('source', LOCK, '.writable', 'config.json.partial', 'inputs.json', 'inputs.json.partial')
 
-# What a run may change when it is started again in its work folder.
+# Settings that may change when a run resumes.
 FREE_ON_RESUME = frozenset(
   'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology track'.split()
 )
-# What a run that failed may change as well, and what has to be done again for it; all other settings: everything.
-_EXPORTED = frozenset('export_dtype shard_gb'.split())  # nothing that is kept depends on these
+# After a failure any setting may change. These groups decide which results are kept; any other change drops all of them.
+_EXPORTED = frozenset('export_dtype shard_gb'.split())  # no saved result depends on these
 _MEASURED = frozenset(name_of(field) for field in fields(EvalSettings))
 _TRAINED = frozenset(
   {'recipe', 'compare', 'teacher', *map(name_of, fields(TrainSettings))} - {'grad_clip', 'grad_accum'}
@@ -64,7 +63,7 @@ _CHOSEN = CHOOSING | {*HOW_MUCH}
 
 @contextlib.contextmanager
 def held(config: Config) -> Generator[None]:
-  """Makes the folder and holds it for this run, in all its processes; a refused run leaves nothing of it behind.
+  """Creates the folder and holds it for all processes of this run. A refused run leaves nothing behind.
 
   Raises:
     InputError: the folder cannot be written, or another run holds it.
@@ -87,7 +86,7 @@ def held(config: Config) -> Generator[None]:
 
 
 def make(config: Config):
-  """Makes the folder and sees that it can be written; InputError where it cannot."""
+  """Creates the folder. Raises InputError if it cannot be written."""
   work = config.path()
   try:
     work.mkdir(parents=True, exist_ok=True)
@@ -103,7 +102,7 @@ def make(config: Config):
 
 
 def _lock(work: pathlib.Path, config: Config) -> int | None:
-  """A file descriptor that holds the lock, which the kernel lets go of when this process ends, however it does."""
+  """Returns a file descriptor that holds the lock; the kernel releases it when this process ends in any way."""
   path = work / LOCK
   while True:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -111,20 +110,20 @@ def _lock(work: pathlib.Path, config: Config) -> int | None:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
         break
-      os.close(descriptor)  # the run before removed the file between the two calls
+      os.close(descriptor)  # the previous run removed the file between the two calls
     except BlockingIOError as e:
       holder = os.read(descriptor, 500).decode(errors='replace')
       os.close(descriptor)
       raise InputError(
         'workdir',
         config.paths.workdir,
-        f'a run is going on here ({holder or "just started"}); wait for its end, or choose another folder.',
+        f'another run is using it ({holder or "just started"}); wait until it ends, or choose another folder.',
       ) from e
     except OSError as e:
       os.close(descriptor)
       if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
         raise
-      log(f'{work}: this file system has no locks ({e.strerror}); start no second run in this folder')
+      log(f'{work}: this file system has no locks ({e.strerror}); do not start a second run in this folder')
       return None
   now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
   os.truncate(descriptor, 0)
@@ -133,7 +132,7 @@ def _lock(work: pathlib.Path, config: Config) -> int | None:
 
 
 def _let_go(work: pathlib.Path, lock: int | None, made: list[pathlib.Path]):
-  """Ends `held`: removes the lock and, where the run did not come to claim the folder, what it made there."""
+  """Ends `held`: removes the lock and, if the run never claimed the folder, everything that it created there."""
   claimed = (work / 'config.json').exists()
   if lock is not None:
     if not claimed:
@@ -145,7 +144,7 @@ def _let_go(work: pathlib.Path, lock: int | None, made: list[pathlib.Path]):
     os.close(lock)
   for folder in made:
     if folder == work or folder in work.parents:
-      with contextlib.suppress(OSError):  # not empty: it is in use
+      with contextlib.suppress(OSError):  # not empty, so it is in use
         folder.rmdir()
 
 
@@ -153,17 +152,17 @@ def _let_go(work: pathlib.Path, lock: int | None, made: list[pathlib.Path]):
 
 
 def claim_workdir(config: Config):
-  """Makes sure that the folder is free or this run's own. Writes nothing.
+  """Checks that the folder is free or belongs to this run. Writes nothing.
 
   Raises:
-    InputError: it holds something else, or a run with other settings that has not failed.
+    InputError: the folder contains something else, or a run with other settings that has not failed.
   """
   work = config.path()
   for names, right in ((FILES, pathlib.Path.is_file), (FOLDERS, pathlib.Path.is_dir)):
     if wrong := next((name for name in names if (work / name).exists() and not right(work / name)), None):
       kind = 'file' if names is FILES else 'folder'
       raise InputError(
-        'workdir', config.paths.workdir, f'{wrong} in it is no {kind}, a run needs the name; move it away.'
+        'workdir', config.paths.workdir, f'a run needs the name {wrong} in it for a {kind}; move what is there away.'
       )
   before = _settings(work)
   if before is None:
@@ -172,29 +171,29 @@ def claim_workdir(config: Config):
       raise InputError(
         'workdir',
         config.paths.workdir,
-        f'is not empty and not of an earlier run (it has {foreign}); choose another folder.',
+        f'contains {foreign}, which is not from an earlier run; choose another folder.',
       )
     return
   differ = _differences(before, config)
   if differ and not _may_change(work):
-    told = '; '.join(f'--{key}={_shown(was)}, not {_shown(now)}' for key, (was, now) in differ.items())
+    changes = '; '.join(f'--{key}={_shown(was)}, not {_shown(now)}' for key, (was, now) in differ.items())
     raise InputError(
-      'workdir', config.paths.workdir, f'holds a run with {told}; give what it had or choose another folder.'
+      'workdir', config.paths.workdir, f'holds a run with {changes}; use its settings or choose another folder.'
     )
 
 
 def record(config: Config, inputs: dict[str, str]):
-  """Claims the folder for these settings and inputs; what a failed run with others left is removed where they matter.
+  """Claims the folder for these settings and inputs. Removes results of a failed run that depend on changed settings.
 
   Args:
-    inputs: of inputs.py.
+    inputs: {input: sha256}, see inputs.py.
   """
   work = config.path()
   if before := _settings(work):
     differ = _differences(before, config)
     if differ:
       changed = ', '.join(f'--{key}={as_text(now)}' for key, (_, now) in differ.items())
-      log(f'the run in {work} failed before; it resumes with {changed}')
+      log(f'the run in {work} failed before; resuming it with {changed}')
       _drop(work, set(differ))
   write_json(work / 'inputs.json', inputs)
   write_json(work / 'config.json', config.to_json())
@@ -203,7 +202,7 @@ def record(config: Config, inputs: dict[str, str]):
 
 @contextlib.contextmanager
 def noting_failure(config: Config) -> Generator[None]:
-  """Notes why a run failed, so that it can be looked at and the setting that made it fail can be changed."""
+  """Writes the error of a failed run to failed.txt, after which its settings may be changed."""
   path = config.path() / FAILED
   try:
     yield
@@ -215,7 +214,11 @@ def noting_failure(config: Config) -> Generator[None]:
 
 
 def finished(config: Config) -> dict | None:
-  """The report of the run that ended here; None where there is none, in all processes."""
+  """Returns the report of a finished run in this folder, or None, in all processes.
+
+  Raises:
+    InputError: the report cannot be read.
+  """
   path = config.path() / 'report.json'
 
   def read():
@@ -224,18 +227,18 @@ def finished(config: Config) -> dict | None:
     try:
       return json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
-      raise InputError(f'{path}: cannot be read ({reason(e)}); remove it, and the run writes it anew.') from e
+      raise InputError(f'{path}: cannot be read ({reason(e)}); remove it, and the run will write it again.') from e
 
   return hosts.broadcast_json(hosts.leader_first(lambda: read() if hosts.is_leader() else None))
 
 
 def _settings(work: pathlib.Path) -> dict | None:
-  """Those of the run that claimed the folder; None: none did."""
+  """The settings of the run that claimed the folder; None if none did."""
   try:
     before = json.loads((work / 'config.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):  # missing, or broken
+  except (OSError, ValueError, RecursionError):  # missing or damaged
     return None
-  return before if isinstance(before, dict) and 'workdir' in before else None  # a model has a config.json, too
+  return before if isinstance(before, dict) and 'workdir' in before else None  # a model has a config.json as well
 
 
 def _may_change(work: pathlib.Path) -> bool:
@@ -243,10 +246,10 @@ def _may_change(work: pathlib.Path) -> bool:
 
 
 def _differences(before: dict, config: Config) -> dict[str, tuple]:
-  """{setting: (what it was, what it is now)}."""
-  default = json.loads(json.dumps(defaults()))  # of what that run did not know yet
+  """{setting: (old value, new value)}."""
+  default = json.loads(json.dumps(defaults()))  # of settings that the version of that run did not have
   was, now = default | json.loads(json.dumps(settings_of_json(before))), config.to_json()
-  for settings in (was, now):  # the default is as good as unset, and was written out by earlier versions
+  for settings in (was, now):  # earlier versions wrote the default ratio; it means the same as unset
     if settings['ratio'] == list(DEFAULT_RATIO):
       settings['ratio'] = None
   return {key: (was[key], now[key]) for key in now if key not in FREE_ON_RESUME and not _same(was[key], now[key])}
@@ -257,7 +260,7 @@ def _shown(value) -> str:
 
 
 def _same(before, now) -> bool:
-  """Whether a setting is what it was; a path may be written in another way."""
+  """Whether a setting is unchanged. Two spellings of one path are the same."""
   if isinstance(before, dict) and isinstance(now, dict):
     return list(before) == list(now) and all(_same(before[name], now[name]) for name in now)
   if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
@@ -274,7 +277,7 @@ def _drop(work: pathlib.Path, changed: set[str]):
   if not changed:
     return
   if not changed <= _MEASURED:
-    (work / tracking.STATE).unlink(missing_ok=True)  # trackers begin a new run, the old one's steps are not this one's
+    (work / tracking.STATE).unlink(missing_ok=True)  # trackers start a new run, because the steps differ
   stages = {path.stem: path for path in (work / 'stages').glob('*.json')}
   choices = {name for name in stages if name in ('gates', 'given') or name.startswith('choose-')}
   kept = set()

@@ -130,6 +130,8 @@ class Checkpoints:
       restored, why = self._load(path, state)
       if not hosts.where(restored is None):
         self._newest, self._since = steps[i], time.monotonic()
+        if 0 < steps[i] < self._last:
+          log(f'Resuming training at step {steps[i]} of {self._last}.')
         return restored
       then = f'resuming from step {steps[i - 1]}' if i else f'{self.stage} starts from the beginning'
       log(f'{path}: this checkpoint cannot be read ({why or "by another process"}); {then}')

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: one sentence that names the file or tensor, before weights are read."""
+"""Damaged checkpoints are refused in one sentence that names the file or tensor, before weights are read."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def edit_tensors(folder: pathlib.Path, edit):
 
 @pytest.fixture
 def sharded(model) -> pathlib.Path:
-  """The copy in two files with an index."""
+  """The copy of the model in two files with an index."""
   tensors = safetensors.numpy.load_file(model / 'model.safetensors')
   (model / 'model.safetensors').unlink()
   home = {n: 'a.safetensors' if 'layers.0' in n else 'b.safetensors' for n in tensors}
@@ -41,7 +41,7 @@ def sharded(model) -> pathlib.Path:
   return model
 
 
-def test_what_the_cases_below_damage_is_good(settings, model, sharded):
+def test_the_undamaged_model_is_accepted(settings, model, sharded):
   job = pipeline.prepare(config_of(**settings))
   assert job.source.num_layers == 6 and job.num_removes == [2]
   assert (pathlib.Path(settings['workdir']) / 'config.json').is_file()
@@ -112,10 +112,10 @@ def test_index_that_names_a_missing_file(settings, no_text, sharded):
 
 
 @pytest.mark.parametrize('file', ['../a.safetensors', '{folder}/../a.safetensors', 'sub/a.safetensors', '..', '..\\a'])
-def test_index_that_leads_outside(settings, no_text, sharded, file):
+def test_index_that_points_outside_the_folder(settings, no_text, sharded, file):
   file = file.format(folder=sharded)
   (sharded / 'sub').mkdir()
-  for place in (sharded.parent, sharded / 'sub'):  # it is there, and is not to be opened
+  for place in (sharded.parent, sharded / 'sub'):  # the file exists, but must not be opened
     shutil.copy(sharded / 'a.safetensors', place)
   index = sharded / 'model.safetensors.index.json'
   where = json.loads(index.read_text())['weight_map']
@@ -150,7 +150,7 @@ def test_tensor_in_two_files(settings, no_text, sharded):
   other = safetensors.numpy.load_file(sharded / 'b.safetensors')[Q_PROJ]
   safetensors.numpy.save_file(tensors | {Q_PROJ: other + 1}, sharded / 'a.safetensors')
   refused(settings, sharded / 'b.safetensors', Q_PROJ, 'also in a.safetensors', 'other values')
-  safetensors.numpy.save_file(tensors | {Q_PROJ: other}, sharded / 'a.safetensors')  # the same twice is no harm
+  safetensors.numpy.save_file(tensors | {Q_PROJ: other}, sharded / 'a.safetensors')  # identical duplicates are harmless
   assert open_source(str(sharded), sharded / 'scratch').num_layers == 6
 
 
@@ -165,7 +165,7 @@ def test_missing_tensor(settings, no_text, model):
 @pytest.mark.parametrize(
   'name', ['model.layers.3.self_attn.q_proj.bias', 'model.layers.6.self_attn.q_proj.weight', 'vision.weight', '']
 )
-def test_tensor_left_over(settings, no_text, model, name):
+def test_unexpected_tensor(settings, no_text, model, name):
   edit_tensors(model, lambda tensors: tensors.update({name: np.zeros(32, np.float32)}))
   refused(settings, f'--model={model}', f'the tensor {name} has no place')
 
@@ -182,7 +182,7 @@ def test_untied_model_without_a_head(settings, no_text, model):
 
 
 @pytest.mark.parametrize('dtype', ['int8', 'uint8', 'int32', 'float64', 'float8_e4m3fn'])
-def test_tensor_of_a_type_that_is_not_read(settings, no_text, model, dtype):
+def test_tensor_of_an_unsupported_type(settings, no_text, model, dtype):
   edit_tensors(model, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(jnp.dtype(dtype))}))
   refused(settings, f'--model={model}', Q_PROJ, 'convert' if dtype == 'float64' else 'unquantised')
 

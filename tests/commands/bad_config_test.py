@@ -1,4 +1,4 @@
-"""A config.json that cannot be right: one sentence that names the key, before weights are read."""
+"""A wrong config.json is refused in one sentence that names the key, before weights are read."""
 
 import pytest
 from refusal import edit_json

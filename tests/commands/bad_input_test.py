@@ -1,4 +1,4 @@
-"""Bad settings and work folders: one sentence that names the flag, before any long work."""
+"""Bad settings and work folders are refused in one sentence that names the flag, before any long work."""
 
 import pathlib
 
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures('no_long_work')
     (dict(method='elder,slep'), ['--method=slep', 'is not known', 'sleb']),
     (dict(method='laco', num_remove=5), ['--method=laco', 'not 5']),
     (dict(method='taylor', num_remove=1), ['--method=taylor', '0 of the 6', 'not 1;']),
-    (dict(method='shortgpt', num_remove=6), ['6 layers', 'of 6', 'leave one']),
+    (dict(method='shortgpt', num_remove=6), ['6 layers', 'of 6', 'keep at least one']),
     (dict(order='sequential', train_steps=1), ['--order=sequential', '1 steps', '2 layers', '--order=joint']),
     (dict(lora_rank=-1), ['--lora_rank=-1']),
     (dict(lora_rank=17), ['--lora_rank=17', 'smallest side', 'is 16', 'at most']),
@@ -135,7 +135,7 @@ def test_workdir_that_is_a_file(settings, no_text, tmp_path):
 
 
 def test_workdir_that_cannot_be_written(settings, no_text, tmp_path, monkeypatch):
-  def touch(self, *args, **kwargs):  # root may write everywhere, so the refusal is made up
+  def touch(self, *args, **kwargs):  # simulated, because root may write everywhere
     raise PermissionError(13, 'Permission denied')
 
   monkeypatch.setattr(pathlib.Path, 'touch', touch)
@@ -152,7 +152,7 @@ def test_workdir_of_something_else(settings, no_text):
 
 def test_workdir_that_is_the_model(settings, no_text, model):
   files = sorted(p.name for p in model.iterdir())
-  refused(settings, f'--workdir={model}', 'not of an earlier run', workdir=str(model))
+  refused(settings, f'--workdir={model}', 'not from an earlier run', workdir=str(model))
   assert sorted(p.name for p in model.iterdir()) == files
 
 
@@ -167,7 +167,7 @@ def test_workdir_with_a_broken_record(settings, no_text):
   work = pathlib.Path(settings['workdir'])
   work.mkdir()
   (work / 'config.json').write_text('{"model": ')
-  refused(settings, f'--workdir={work}', 'not of an earlier run', 'config.json')
+  refused(settings, f'--workdir={work}', 'not from an earlier run', 'config.json')
 
 
 def test_a_home_that_does_not_exist(settings, tmp_path, no_text, monkeypatch):

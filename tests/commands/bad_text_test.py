@@ -1,4 +1,4 @@
-"""Bad texts, tokenizers and GGUF files: one sentence that names flag or file, before any long work."""
+"""Bad texts, tokenizers and GGUF files are refused in one sentence that names flag or file, before any long work."""
 
 import json
 import pathlib
@@ -79,13 +79,13 @@ def test_unknown_text_column(settings, tmp_path):
   refused(settings, "'body'", "'text'", '--text_column', train_data=str(tmp_path / 'a.jsonl'), text_column='body')
 
 
-def test_tokenizer_missing_broken_or_of_another_model(settings, model, monkeypatch):
+def test_a_missing_broken_or_wrong_tokenizer(settings, model, monkeypatch):
   monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
   refused(settings, 'no-such-owner/no-such', '--tokenizer', tokenizer='no-such-owner/no-such')
   tokenizer = json.loads((model / 'tokenizer.json').read_text())
   tokenizer['model']['vocab']['e'] = 300
   (model / 'tokenizer.json').write_text(json.dumps(tokenizer))
-  refused(settings, '--train_data', 'made token 300', 'has 263', '--tokenizer')
+  refused(settings, '--train_data', 'produced token 300', 'has 263', '--tokenizer')
   (model / 'tokenizer.json').write_text('{}')
   refused(settings, model, '--tokenizer')
   for path in model.glob('tokenizer*'):
@@ -93,13 +93,13 @@ def test_tokenizer_missing_broken_or_of_another_model(settings, model, monkeypat
   refused(settings, model, '--tokenizer')
 
 
-def test_window_bos_without_such_a_token(settings, model):
+def test_window_bos_without_a_bos_token(settings, model):
   edit_json(model / 'tokenizer_config.json', bos_token=None)
   refused(settings, '--bos=window', bos='window')
 
 
 @pytest.mark.parametrize('kind, first', [('gemma3_text', 7), ('gemma2', 7), ('llama', None), ('qwen3', None)])
-def test_a_family_that_needs_it_has_bos_in_every_window(kind, first):
+def test_bos_is_in_every_window_of_families_that_need_it(kind, first):
   bos_first = getattr(families.FAMILIES[kind], 'BOS_FIRST', False)
   tokenizer = types.SimpleNamespace(bos_token_id=7)
   assert data.bos_rule('auto', bos_first, tokenizer) == ('window' if first else 'tokenizer', first)
@@ -110,7 +110,7 @@ def test_a_family_that_needs_it_has_bos_in_every_window(kind, first):
 
 
 def write_gguf(path: pathlib.Path, architecture='llama', drop=(), fields=(), tensors=(), types=()):
-  """A one-layer model of width 32, or that with changes: fields and tensors dropped, set or added."""
+  """Writes a one-layer model of width 32, with fields and tensors dropped, changed or added."""
   d, f = 32, 64
   values = {
     'llama.context_length': 64,
@@ -158,7 +158,7 @@ def write_gguf(path: pathlib.Path, architecture='llama', drop=(), fields=(), ten
 
 @pytest.fixture
 def small_gguf(tmp_path, settings) -> pathlib.Path:
-  """Where to write a GGUF file to; `settings` point there and need no text."""
+  """The path of a GGUF file to write. `settings` point to it and need no text."""
   settings |= dict(
     model=str(tmp_path / 'small.gguf'),
     num_remove=None,
@@ -171,7 +171,7 @@ def small_gguf(tmp_path, settings) -> pathlib.Path:
   return tmp_path / 'small.gguf'
 
 
-def test_what_the_gguf_cases_damage_is_good(settings, small_gguf):
+def test_the_undamaged_gguf_file_is_accepted(settings, small_gguf):
   write_gguf(small_gguf)
   assert pipeline.prepare(config_of(**settings)).source.num_layers == 1
 

@@ -1,4 +1,4 @@
-"""The command line: flags, flag files, exit status 2 with one sentence and no traceback."""
+"""The command line: flags, flag files, and exit status 2 with one sentence and no traceback."""
 
 import json
 import os
@@ -24,7 +24,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
 def config_from(*args) -> tuple[Config, str]:
-  """(what the arguments of `prune` make, what there is to say of them)."""
+  """Returns (the Config that the arguments of `prune` make, the note about overridden flags)."""
   parsed = parse(list(GROUPS.values()), list(args))
   return Config.of(**{name: value for name, value in parsed.settings.items() if name in PLACES}), parsed.note
 
@@ -56,11 +56,11 @@ def test_command_line(capsys, tmp_path, args, part):
     run_verb('prune', [arg.format(tmp=tmp_path) for arg in args])
   err = capsys.readouterr().err
   assert caught.value.code == 2 and part.format(tmp=tmp_path) in err
-  in_parser = not part.startswith(('--gate', '--recipe'))  # choices are checked with the settings
+  in_parser = not part.startswith(('--gate', '--recipe'))  # the settings check choices, not the parser
   assert re.fullmatch(r'elder_jax: [^\n]+' + (r' \(see --help\)\n' if in_parser else r'\.\n'), err), err
 
 
-def test_flags_after_the_flagfile_win(tmp_path):
+def test_flags_after_the_flagfile_override_it(tmp_path):
   (tmp_path / 'a.flags').write_text('# A comment.\n--seq_len=7\n--lambda1=0.5\n--eval_data=a=a.txt\n--compare=none\n')
   config, _ = config_from('--seed=3', f'--flagfile={tmp_path}/a.flags', '--seq_len=9', '--compare=')
   assert (config.data.seq_len, config.gates.lambda1, config.data.seed, config.removal.compare) == (9, 0.5, 3, ())
@@ -76,7 +76,7 @@ def test_a_weight_may_have_a_start_and_an_end(tmp_path, text, weights):
   assert config_from(f'--config={tmp_path}/config.json')[0] == config
 
 
-def test_a_flag_file_names_another_beside_it(tmp_path):
+def test_a_flag_file_includes_another_next_to_it(tmp_path):
   (tmp_path / 'a.flags').write_text('--flagfile=_shared.flags\n--seq_len=7\n')
   (tmp_path / '_shared.flags').write_text('--seq_len=5\n--batch_size=2\n')
   config, _ = config_from(f'--flagfile={tmp_path}/a.flags')
@@ -84,23 +84,27 @@ def test_a_flag_file_names_another_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'args, wins, told',
+  'args, wins, expected',
   [
-    (['--num_remove=7', '--ratio=0.1,0.2'], ('ratio', (0.1, 0.2)), '--num_remove=7: not used'),
-    (['--ratio=0.1', '--num-remove=7'], ('num_remove', 7), '--ratio=0.1: not used'),
-    (['--num_remove=7', '--remove_layers='], ('remove_layers', ()), '--num_remove=7: not used'),
-    (['--num_remove=7', '--remove_layers=3,12-14'], ('remove_layers', (3, 12, 13, 14)), '--num_remove=7: not used'),
+    (['--num_remove=7', '--ratio=0.1,0.2'], ('ratio', (0.1, 0.2)), 'not used: --num_remove=7,'),
+    (['--ratio=0.1', '--num-remove=7'], ('num_remove', 7), 'not used: --ratio=0.1, because'),
+    (['--num_remove=7', '--remove_layers='], ('remove_layers', ()), 'not used: --num_remove=7,'),
+    (
+      ['--num_remove=7', '--remove_layers=3,12-14'],
+      ('remove_layers', (3, 12, 13, 14)),
+      'not used: --num_remove=7, because',
+    ),
     (['--num_remove=7', '--num_remove=5'], ('num_remove', 5), ''),
     ([], (None, None), ''),
   ],
   ids=lambda v: '',
 )
-def test_of_several_ways_to_say_how_much_the_last_one_counts(tmp_path, args, wins, told):
+def test_the_last_way_to_set_how_many_layers_wins(tmp_path, args, wins, expected):
   (tmp_path / 'a.flags').write_text('\n'.join(args[:1]))
   config, note = config_from(f'--flagfile={tmp_path}/a.flags', *args[1:])
   given = {name: getattr(config.removal, name) for name in HOW_MUCH if getattr(config.removal, name) is not None}
   assert given == ({wins[0]: wins[1]} if wins[0] else {})
-  assert note.startswith(told) and bool(note) == bool(told)
+  assert note.startswith(expected) and bool(note) == bool(expected)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_of_several_ways_to_say_how_much_the_last_one_counts(tmp_path, args, win
   ],
   ids=str,
 )
-def test_a_setting_that_nothing_reads_is_named(settings, named):
+def test_an_unused_setting_is_named(settings, named):
   lines = unused.unused_settings(config_of(**settings))
   assert any(line.startswith('not used: ') and named in line for line in lines), lines
   every = dict(
@@ -134,7 +138,7 @@ def test_a_setting_that_nothing_reads_is_named(settings, named):
 def test_an_empty_eval_data_drops_those_before_it():
   config, note = config_from('--eval_data=a=a.txt', '--eval_data=', '--eval_data=b=b.txt', '--eval_data=c=c.txt')
   assert config.evaluation.eval_data == {'b': 'b.txt', 'c': 'c.txt'}
-  assert note == 'not used: --eval_data=a=a.txt, since later ones replace them'
+  assert note == 'not used: --eval_data=a=a.txt, because later flags replace them'
   config, note = config_from('--eval_data=a=b', '--eval_data=a=a')
   assert config.evaluation.eval_data == {'a': 'a'} and '--eval_data=a=b' in note
 
@@ -169,7 +173,7 @@ def test_exit_status_2_without_a_traceback(tmp_path, args, part):
   'backend, processes, before, kept',
   [('gpu', 1, None, True), ('cpu', 1, None, False), ('tpu', 4, None, False), ('tpu', 1, 'mine', False)],
 )
-def test_compiled_programs_are_kept_where_compiling_takes_long(backend, processes, before, kept, monkeypatch, tmp_path):
+def test_compiled_programs_are_cached_on_accelerators(backend, processes, before, kept, monkeypatch, tmp_path):
   names = ('jax_compilation_cache_dir', 'jax_compilation_cache_max_size')
   found = {name: getattr(jax.config, name) for name in names}
   monkeypatch.setenv('HOME', str(tmp_path))

@@ -1,4 +1,4 @@
-"""Whatever is raised, a command ends in one sentence and with an exit status; the help of each command."""
+"""Any error ends a command with one sentence and an exit status. Also the help of each command."""
 
 import errno
 import importlib
@@ -42,17 +42,17 @@ def raising(error: BaseException) -> Command:
     (PermissionError(errno.EACCES, 'Permission denied', '/a/b'), 2, ['/a/b: Permission denied']),
     (MemoryError('Unable to allocate 3 TiB'), 3, ['not enough memory (Unable to allocate 3 TiB)']),
     (RuntimeError('RESOURCE_EXHAUSTED: Out of memory\n(allocator)'), 3, ['not enough memory']),
-    (KeyError('acc'), 1, ["KeyError: 'acc'", 'a fault of elder_jax', 'ELDER_JAX_TRACEBACK=1']),
+    (KeyError('acc'), 1, ["KeyError: 'acc'", 'a bug in elder_jax', 'ELDER_JAX_TRACEBACK=1']),
     (RuntimeError('two\nlines'), 1, ['RuntimeError: two lines;', 'report it']),
     (RecursionError(), 1, ['RecursionError: RecursionError']),
   ],
   ids=lambda v: type(v).__name__,
 )
-def test_whatever_is_raised_ends_in_one_sentence(command, error, status, parts):
+def test_any_error_ends_in_one_sentence(command, error, status, parts):
   one_sentence(command(raising(error)), status, *parts)
 
 
-def test_a_traceback_is_had_for_the_asking(command, monkeypatch):
+def test_a_traceback_is_printed_on_request(command, monkeypatch):
   monkeypatch.setenv(TRACEBACK, '1')
   status, _, err = command(raising(KeyError('acc')))
   assert status == 1 and 'in run\n' in err and err.splitlines()[-1].startswith('elder_jax: KeyError')
@@ -65,20 +65,38 @@ def process(*args, stdout=subprocess.PIPE):
   return result.returncode, (result.stdout or b'').decode(), result.stderr.decode()
 
 
-def test_a_process_is_given_bytes_that_are_not_utf8():
-  one_sentence(process('generate', '--model=x', b'--prompt=caf\xe9'), 2, '--prompt=caf\\udce9: holds bytes')
+def test_a_process_refuses_bytes_that_are_not_utf8():
+  one_sentence(process('generate', '--model=x', b'--prompt=caf\xe9'), 2, '--prompt=caf\\udce9: contains bytes')
 
 
-def test_a_process_whose_output_nobody_reads_ends_quietly():
+def test_a_process_with_a_closed_pipe_ends_quietly():
   read, write = os.pipe()
   os.close(read)
   assert process('speed', '--helpfull', stdout=write) == (141, '', '')
   os.close(write)
 
 
-def test_a_process_whose_output_has_no_room():
+def test_a_process_whose_output_is_on_a_full_disk():
   with open('/dev/full', 'w') as full:
     one_sentence(process('verify', '--help', stdout=full), 1, 'the disk is full')
+
+
+HUB_WARNING = """
+import logging
+import datasets
+import huggingface_hub
+from elder_jax.commands.command import Command
+def warn(parsed):
+  for name in ('huggingface_hub.utils', 'datasets.utils'):
+    logging.getLogger(name).warning(f'{name}: retrying')
+Command('warn', 'Warns.', warn).main([])
+"""
+
+
+def test_a_warning_of_the_hub_is_printed_once():
+  env = {**os.environ, 'PYTHONPATH': str(REPO), 'JAX_PLATFORMS': 'cpu'}
+  err = subprocess.run([sys.executable, '-c', HUB_WARNING], env=env, capture_output=True, text=True, timeout=120).stderr
+  assert err.count('huggingface_hub.utils: retrying') == err.count('datasets.utils: retrying') == 1, err
 
 
 # ---- help ----
@@ -99,7 +117,7 @@ def test_help(command, verb, flag):
 
 
 def test_help_of_a_process():
-  """Imports bring flags of absl and warnings of their own only where the process is new."""
+  """Imports define absl flags and emit warnings only in a new process."""
   status, out, err = process('prune', '--helpfull')
   assert (status, err) == (0, '') and '--num_remove' in out
   assert not {'undefok', 'alsologtostderr', 'pdb', 'orbax'} & set(re.findall(r'\w+', out))
@@ -121,7 +139,7 @@ def test_the_overview(capsys):
 
 
 @pytest.mark.parametrize(
-  'args, told',
+  'args, expected',
   [
     (['prun'], 'there is no such verb; did you mean prune?'),
     (['zero_shot'], 'there is no such verb; these are: prune, '),
@@ -130,15 +148,15 @@ def test_the_overview(capsys):
     (['heal', '--num_remove=3'], '--num_remove=3: heal removes no layers'),
   ],
 )
-def test_did_you_mean(args, told, capsys):
+def test_did_you_mean(args, expected, capsys):
   with pytest.raises(SystemExit) as caught:
     commands.main(args)
   err = capsys.readouterr().err
-  assert caught.value.code == 2 and told in err and err.count('\n') == 1, err
+  assert caught.value.code == 2 and expected in err and err.count('\n') == 1, err
 
 
 @pytest.mark.parametrize('verb, operand', [('verify', 'FOLDER'), ('report', 'RUN')])
-def test_a_command_of_operands(command, verb, operand):
+def test_a_command_with_operands(command, verb, operand):
   one_sentence(command(verb), 2, operand)
   one_sentence(command(verb, '/nowhere'), 2, 'there is no such')
-  one_sentence(command('verify', 'a', 'b'), 2, 'give one FOLDER')
+  one_sentence(command('verify', 'a', 'b'), 2, 'give exactly one FOLDER')

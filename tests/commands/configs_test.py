@@ -1,4 +1,4 @@
-"""The flag files: each is read by the command's own parser, passes the checks that need no model, and divides its model."""
+"""The flag files: each one parses, passes the checks that need no model, and has a mesh that divides its model."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ CONFIGS = sorted(path for path in FOLDER.glob('*.flags') if not path.name.starts
 
 LLAMA2 = dict(model_type='llama', vocab_size=32000, rms_norm_eps=1e-5)
 OPT = dict(model_type='opt', vocab_size=50272, max_position_embeddings=2048)
-# What the models' own config.json files say of sizes.
+# The sizes in the models' own config.json files.
 LLAMA_7B = dict(
   LLAMA2,
   hidden_size=4096,
@@ -89,7 +89,7 @@ MODELS = {
     use_sliding_window=False,
   ),
 }
-# config: (slice that it is for, its chips). A v4 and a v5p slice is named after its cores, two to a chip.
+# config: (its slice, number of chips). v4 and v5p slices are named after their cores, of which a chip has two.
 SLICES = {
   'llama7b': ('v5e-16', 16),
   'llama13b': ('v5e-32', 32),
@@ -120,7 +120,7 @@ def test_flag_file(path):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.name)
-def test_a_config_is_found_by_its_name_and_given_back_as_json(path, tmp_path, monkeypatch):
+def test_a_config_is_found_by_name_and_read_back_from_json(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   by_name = Config.of(**parse(list(GROUPS.values()), [f'--config={path.stem}']).settings)
   assert by_name == read(path)
@@ -130,7 +130,7 @@ def test_a_config_is_found_by_its_name_and_given_back_as_json(path, tmp_path, mo
 
 
 def test_a_config_json_of_an_earlier_version(tmp_path):
-  """Lists as text with commas, texts as name=source, a setting that is gone."""
+  """It has lists as text with commas, texts as name=source, and a setting that no longer exists."""
   before = dict(num_remove=None, ratio='0.25,0.1', method='auto,sleb', mesh='1,-1,1', compare=['none', 'regularize'])
   before |= dict(eval_data=['a=a.txt', 'b=b=b.txt'], tasks='piqa, arc_easy', remove_layers=None, gone=1, shuffle=False)
   (tmp_path / 'config.json').write_text(json.dumps(before))
@@ -147,23 +147,23 @@ def test_a_config_json_of_an_earlier_version(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'name, told',
+  'name, expected',
   [
     ('llama7', 'did you mean llama7b'),
-    ('nothing_like_it', 'those that come with elder_jax: gemma3_270m_anchor, gemma3_270m_healing, '),
-    ('bad.json', 'is no config.json of a run'),
-    ('_wikitext2', 'those that come with elder_jax'),
+    ('nothing_like_it', 'the built-in configs are: gemma3_270m_anchor, gemma3_270m_healing, '),
+    ('bad.json', 'is not the config.json of a run'),
+    ('_wikitext2', 'the built-in configs are'),
   ],
 )
-def test_a_config_that_there_is_not(name, told, tmp_path, monkeypatch):
+def test_an_unknown_or_damaged_config(name, expected, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'bad.json').write_text('[1]')
-  with pytest.raises(BadFlags, match=told):
+  with pytest.raises(BadFlags, match=expected):
     parse(list(GROUPS.values()), [f'--config={name}'])
 
 
 def mesh_of(config: Config, chips: int) -> AbstractMesh:
-  """The mesh without devices; -1 is what remains, as on real ones."""
+  """The mesh without devices; -1 is replaced as on real devices."""
   made = sharding.make_mesh(config.computation.mesh, [None] * chips)
   return AbstractMesh(tuple(made.shape.values()), tuple(made.shape), axis_types=made.axis_types)
 
@@ -177,9 +177,9 @@ def test_mesh_fits_slice_and_model(name):
   about = MODELS[config.paths.model]
   spec, num_layers = families.FAMILIES[about['model_type']].spec_from_config(about)
   assert config.removal.num_remove == num_layers // 4
-  if name != 'paper_llama7b':  # which takes the number of devices that there is
+  if name != 'paper_llama7b':  # uses all available devices
     assert min(config.computation.mesh) > 0
-  mesh = mesh_of(config, chips)  # refuses sizes that do not multiply to the chips
+  mesh = mesh_of(config, chips)  # raises if the product of the sizes is not the number of chips
   sharding.for_model(abstract_decoder(spec, num_layers), mesh, config.computation.mesh)
   for what in (config.data.batch_size // config.training.grad_accum, config.evaluation.eval_batch_size):
     sharding.check_batch(mesh, config.computation.mesh, what, 'batch')
@@ -189,8 +189,8 @@ def test_mesh_fits_slice_and_model(name):
     assert max(config.data.seq_len, config.evaluation.eval_seq_len) <= spec.num_positions
 
 
-def test_meshes_that_do_not_fit_are_seen():
-  """That the test above can fail."""
+def test_meshes_that_do_not_fit_are_refused():
+  """Shows that the test above can fail."""
   spec, num_layers = families.FAMILIES['llama'].spec_from_config(MODELS['meta-llama/Llama-2-70b-hf'])
   model = abstract_decoder(spec, num_layers)
   mesh = AbstractMesh((1, 4, 16), sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)

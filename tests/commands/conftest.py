@@ -1,4 +1,4 @@
-"""How these tests run a command in their own process."""
+"""Runs commands in the process of the tests."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from elder_jax.commands.command import Command
 
 @pytest.fixture
 def command(capsys):
-  """Runs a verb, or a Command: (exit status, stdout, stderr without progress)."""
+  """Returns a function that runs a verb or a Command and returns (exit status, stdout, stderr)."""
 
   def run(what, *args):
     status = 0

@@ -1,4 +1,4 @@
-"""How flags are written, on the command line and in files of flags, and which are refused."""
+"""How flags are parsed, on the command line and in flag files, and which are refused."""
 
 import dataclasses
 
@@ -69,7 +69,7 @@ def test_flags(command, tmp_path, args, values):
     (['--flagfile'], ['Missing value for flag --flagfile']),
     (['--promt=x'], ["'promt'", 'prompt']),
     (['--seed=1\n2'], ['--seed=1']),
-    (['--layers=5-3'], ['--layers=5-3', 'no range']),
+    (['--layers=5-3'], ['--layers=5-3', 'not a range']),
     (['--data=a'], ['--data=a', 'name=source']),
     (['--seed=x'], ['--seed=x', 'whole numbers']),
   ],

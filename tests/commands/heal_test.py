@@ -1,4 +1,4 @@
-"""heal, chat and report: what a pruned folder is for."""
+"""The verbs heal, report and chat, on a pruned folder."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ from elder_jax.training.terms import loss_terms
 
 @pytest.fixture
 def pruned(settings, tmp_path) -> str:
-  """A folder without two of the six layers."""
+  """An exported folder with four of the six layers."""
   more = dict(recipe='none', compare=(), num_remove=None, remove_layers=(2, 3), workdir=str(tmp_path / 'pruned'))
   pipeline.run(config_of(**settings | more))
   return str(tmp_path / 'pruned' / 'export')
@@ -33,7 +33,7 @@ def healing(settings, pruned, tiny) -> dict:
   return settings | more | dict(distill=0.5, train_steps=6, method='auto')
 
 
-def test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage(healing, tiny, monkeypatch):
+def test_heal_trains_on_the_teachers_predictions_and_reports_the_lineage(healing, tiny, monkeypatch):
   teachers, train = [], trainer.run_steps
   monkeypatch.setattr(
     trainer, 'run_steps', lambda s, state, fixed, *a: teachers.append(fixed[1]) or train(s, state, fixed, *a)
@@ -82,15 +82,15 @@ def test_what_heal_refuses(healing, changes, parts, no_long_work, no_text):
   refused(healing, *parts, **changes)
 
 
-def test_a_teacher_of_another_vocabulary(healing, tmp_path, no_long_work, no_text):
+def test_a_teacher_with_another_vocabulary(healing, tmp_path, no_long_work, no_text):
   other = tiny_lib.write_tiny_llama(tmp_path / 'other', vocab_size=300)
   refused(healing, '--teacher=', 'a vocabulary of 300', teacher=str(other))
 
 
 @pytest.mark.parametrize(
-  'other, part', [(dict(hidden_size=48), 'is 32, that of --teacher 48'), (dict(num_hidden_layers=5), 'the 5 layers')]
+  'other, part', [(dict(hidden_size=48), 'has 32 and --teacher has 48'), (dict(num_hidden_layers=5), 'the 5 layers')]
 )
-def test_a_teacher_whose_streams_are_not_the_models(settings, other, part, tmp_path, no_long_work, no_text):
+def test_a_teacher_whose_streams_cannot_be_compared(settings, other, part, tmp_path, no_long_work, no_text):
   teacher = str(tiny_lib.write_tiny_llama(tmp_path / 'other', **other))
   refused(settings, '--distill_hidden=0.5', part, 'leave it out', teacher=teacher, distill_hidden=0.5)
 
@@ -121,12 +121,12 @@ slices:
 
 
 @pytest.mark.parametrize('how', ['elder_jax.json', 'mergekit_config.yml', '--kept_layers'])
-def test_heal_compares_the_streams_of_the_layers_that_are_left(healing, monkeypatch, how):
+def test_heal_compares_the_streams_of_the_remaining_layers(healing, monkeypatch, how):
   maps, folder = [], pathlib.Path(healing['model'])
   monkeypatch.setattr(trainer, 'loss_terms', lambda *args: maps.append(args[-1]) or loss_terms(*args))
   if how != 'elder_jax.json':
     (folder / 'elder_jax.json').unlink()
-    with pytest.raises(InputError, match='distill_hidden=0.5.*is not known; give them by --kept_layers'):
+    with pytest.raises(InputError, match='distill_hidden=0.5.*is not known which.*give --kept_layers'):
       pipeline.run(config_of(**healing | dict(distill_hidden=0.5)))
   if how == 'mergekit_config.yml':
     (folder / how).write_text(MERGEKIT)

@@ -1,4 +1,4 @@
-"""`elder_jax models`, and the page that holds what it prints."""
+"""`elder_jax models`, and the page that contains its output."""
 
 import pathlib
 
@@ -14,7 +14,7 @@ def rows() -> dict[str, list[str]]:
   return {line[1].strip('`'): line for line in lines[2:]}
 
 
-def test_the_page_holds_what_is_printed(capsys):
+def test_the_page_contains_the_printed_table(capsys):
   models.run(None)
   assert capsys.readouterr().out in (DOCS / 'models.md').read_text()
 
@@ -24,7 +24,7 @@ def test_every_model_type_has_a_row():
   assert all(row[0] and len(row) == 9 for row in rows().values())
 
 
-def test_a_cell_is_what_a_run_would_say():
+def test_cells_agree_with_what_recipes_refuse():
   found, names = (
     rows(),
     [name.strip('`') for name in models.table().splitlines()[0].strip('|').replace(' ', '').split('|')],

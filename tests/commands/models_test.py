@@ -1,4 +1,4 @@
-"""What generate, eval, speed and verify refuse: bad flags, too long texts, logits that are not finite."""
+"""What generate, eval, speed and verify refuse: bad flags, texts that are too long, logits that are not finite."""
 
 import pathlib
 
@@ -27,8 +27,8 @@ QUICK = ('--prompt_tokens=24', '--new_tokens=3', '--context=5', '--batch_sizes=1
   'verb, args, part',
   [
     ('generate', [], '--prompt=: is missing'),
-    ('generate', ['--prompt', 'caf\udce9'], '--prompt=caf\\udce9: holds bytes that are not UTF-8'),
-    ('generate', ['caf\udce9'], 'caf\\udce9: holds bytes'),
+    ('generate', ['--prompt', 'caf\udce9'], '--prompt=caf\\udce9: contains bytes that are not UTF-8'),
+    ('generate', ['caf\udce9'], 'caf\\udce9: contains bytes'),
     ('generate', ['--prompt=a', '--max_new_tokens=0'], '--max_new_tokens=0'),
     ('generate', ['--prompt=a', f'--max_new_tokens={2**31}'], f'--max_new_tokens={2**31}'),
     ('generate', ['--prompt=a', '--seed=' + '9' * 30], '--seed=999'),
@@ -36,7 +36,7 @@ QUICK = ('--prompt_tokens=24', '--new_tokens=3', '--context=5', '--batch_sizes=1
     ('generate', ['--prompt=a', '--tokenizer=/nowhere'], '--tokenizer=/nowhere: there is no such folder'),
     ('generate', ['--prompt=' + 'a' * 5000], 'prompt 0 has 5000 tokens'),
     ('generate', ['--prompt'], 'Missing value for flag --prompt'),
-    ('speed', [], '--pruned or --remove_layers'),
+    ('speed', [], 'give either --pruned'),
     ('speed', ['--remove_layers=1'], '--prompt_tokens=2048'),
     ('speed', ['--remove_layers=1', *QUICK[1:], '--prompt_tokens=257'], '--prompt_tokens=257'),
     ('speed', ['--remove_layers=1', *QUICK[:1], '--context=250', '--new_tokens=7'], '--context=250 and --new_tokens=7'),
@@ -44,7 +44,7 @@ QUICK = ('--prompt_tokens=24', '--new_tokens=3', '--context=5', '--batch_sizes=1
     ('speed', ['--remove_layers=1', '--batch_sizes=²'], '--batch_sizes=²'),
     ('speed', ['--remove_layers=1', '--batch_sizes=' + '9' * 5000], '--batch_sizes=999'),
     ('speed', ['--remove_layers=1', f'--batch_sizes={10**30}'], '--batch_sizes=1000'),
-    ('speed', ['--remove_layers=1', '--out=/dev/null'], '--out=/dev/null: is no file'),
+    ('speed', ['--remove_layers=1', '--out=/dev/null'], '--out=/dev/null: is not a file'),
     ('speed', ['--remove_layers=1', '--out=/proc/x'], '--out=/proc/x: cannot be written'),
     ('speed', ['--remove_layers=1', '--out=' + 'x' * 300], 'cannot be written'),
     ('speed', ['--torch', '--pruned=a.GGUF'], '--torch=true: reads Hugging Face folders only'),
@@ -60,11 +60,11 @@ def test_bad_input(command, tiny, monkeypatch, verb, args, part):
 
 
 @pytest.mark.parametrize('folder', ['/nowhere', '/dev/null', 'x' * 5000])
-def test_a_folder_that_is_none(command, folder):
+def test_a_folder_that_does_not_exist(command, folder):
   one_sentence(command('verify', folder), 2, 'there is no such folder')
 
 
-def test_an_export_that_is_damaged_has_its_own_status(command, tiny, tmp_path):
+def test_a_damaged_export_exits_with_1(command, tiny, tmp_path):
   one_sentence(command('verify', tiny), 1, 'has no readable SHA256SUMS')
 
 
@@ -73,7 +73,7 @@ def test_an_export_that_is_damaged_has_its_own_status(command, tiny, tmp_path):
 
 @pytest.fixture(scope='module', params=['GPT2', 'OPT'])
 def learned(request, tmp_path_factory) -> pathlib.Path:
-  """A model of 100 learned positions."""
+  """A model with 100 learned positions."""
   import torch
   import transformers
 
@@ -90,7 +90,7 @@ def learned(request, tmp_path_factory) -> pathlib.Path:
   return folder
 
 
-def test_learned_positions_are_a_limit(command, learned, monkeypatch):
+def test_learned_positions_limit_the_length(command, learned, monkeypatch):
   for module in (generate_command, evaluate, timing):
     monkeypatch.setattr(module, 'load_model', lambda *args: pytest.fail('weights were read'))
   text = 'one two three four five six seven eight nine ten ' * 2  # 98 tokens
@@ -113,9 +113,9 @@ def test_padding_beyond_the_positions_changes_nothing(learned):
   assert generate(model, [prompt], 30, capacity=100) == [expected.tolist()]
 
 
-def test_nan_at_a_later_token_is_no_text(learned):
+def test_nan_at_a_later_token_is_refused(learned):
   model = tiny_lib.load(learned)
-  prompts = [[5 + i % 250 for i in range(length)] for length in (64, 50)]  # the longer is not padded
+  prompts = [[5 + i % 250 for i in range(length)] for length in (64, 50)]  # the longer one is not padded
   offset = model.spec.position_offset
   model.positions.set_value(model.positions[...].at[offset + 75].set(float('nan')))
   assert [len(new) for new in generate(model, prompts, 12)] == [12, 12]
@@ -123,7 +123,7 @@ def test_nan_at_a_later_token_is_no_text(learned):
     generate(model, prompts, 13)
 
 
-def test_tokens_that_are_none_are_not_timed(tiny, monkeypatch):
+def test_logits_that_are_not_finite_are_detected(tiny, monkeypatch):
   source, prompt_BT = open_source(str(tiny), tiny), np.zeros((1, 8), np.int32)
   (model, _), _ = timing._in_jax(source, None, [2], 'float32')
   assert model.generate(prompt_BT, 2)()
@@ -132,7 +132,7 @@ def test_tokens_that_are_none_are_not_timed(tiny, monkeypatch):
 
 
 def overflow(folder: pathlib.Path):
-  """All weights are finite, no logit is."""
+  """Changes the model so that all weights are finite, but no logit is."""
   path = folder / 'model.safetensors'
   tensors = safetensors_numpy.load_file(path)
   tensors['model.norm.weight'][:] = 3e38
@@ -140,7 +140,7 @@ def overflow(folder: pathlib.Path):
 
 
 @pytest.mark.parametrize('sampling', [(), ('--temperature=1',)])
-def test_nan_is_no_text(command, model, sampling):
+def test_nan_is_not_decoded(command, model, sampling):
   overflow(model)
   ended = command('generate', f'--model={model}', '--prompt=Hello', *sampling)
   assert ended[1] == ''
@@ -160,7 +160,7 @@ def test_nan_is_not_timed(model, tmp_path, flag, torch):
 
 
 @pytest.mark.filterwarnings('ignore')  # of transformers
-def test_whatever_transformers_raises_is_one_sentence(command, tiny, tmp_path, monkeypatch):
+def test_any_error_of_transformers_is_one_sentence(command, tiny, tmp_path, monkeypatch):
   import transformers
 
   fewer = tiny_lib.write_tiny_llama(tmp_path / 'fewer', num_hidden_layers=3)
@@ -175,5 +175,5 @@ def test_whatever_transformers_raises_is_one_sentence(command, tiny, tmp_path, m
     monkeypatch.setattr(owner, name, fails)
     ended = command('speed', '--torch', f'--model={tiny}', f'--pruned={fewer}', *QUICK)
     assert ended[0] == 2 and ended[2].endswith(
-      'elder_jax: --torch=true: transformers cannot run a model (index out of range in self); leave the flag away.\n'
+      'elder_jax: --torch=true: transformers cannot run a model (index out of range in self); leave the flag out.\n'
     )

@@ -106,11 +106,11 @@ def test_layers_at_chooses_among_several_lists(tmp_path, no_decoder):
   with pytest.raises(InputError, match=r'layers_at=nothing.*give one of .*language_model.model.layers \(7\)'):
     cut(source, tmp_path / 'other', [1], layers_at='nothing')
   settings = dict(model=str(source), workdir=str(tmp_path / 'third'), layers_at='x', remove_layers=[1], compare=())
-  with pytest.raises(InputError, match='layers_at=x.*only cut'):
+  with pytest.raises(InputError, match='layers_at=x.*only applies when layers are cut'):
     series.run(config_of(**settings))
-  with pytest.raises(InputError, match='export_dtype=bfloat16.*copied as they are'):
+  with pytest.raises(InputError, match='export_dtype=bfloat16.*copies tensors unchanged'):
     cut(source, tmp_path / 'fourth', [1], export_dtype='bfloat16')
-  with pytest.raises(InputError, match='text_only.*every tensor is copied'):
+  with pytest.raises(InputError, match='text_only.*copies every tensor'):
     cut(source, tmp_path / 'fourth', [1], text_only=True)
   with pytest.raises(InputError, match='remove_layers.*9 is not a layer'):
     cut(source, tmp_path / 'fifth', [9])

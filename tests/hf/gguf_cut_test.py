@@ -153,13 +153,13 @@ def test_metadata_that_cannot_describe_the_remaining_layers_is_refused(architect
 
 def test_refusals_of_the_command(tmp_path, monkeypatch):
   path = make('llama', tmp_path / 'model')
-  with pytest.raises(InputError, match='export_format=gguf.*only cut from a .gguf file'):
+  with pytest.raises(InputError, match='export_format=gguf.*cut from a .gguf file'):
     run(path, tmp_path / 'work', [1], recipe='absorb', train_data=('x',))
-  with pytest.raises(InputError, match='export_format=gguf.*only cut from a .gguf file'):
+  with pytest.raises(InputError, match='export_format=gguf.*cut from a .gguf file'):
     run(tmp_path / 'model', tmp_path / 'work', [1])
-  with pytest.raises(InputError, match='remove_layers.*8 is not a layer of this model, which has 0 to 7'):
+  with pytest.raises(InputError, match='remove_layers.*the model has no layer 8; give layers from 0 to 7'):
     run(path, tmp_path / 'work', [8])
-  with pytest.raises(InputError, match='tokenizer=x: a .gguf file holds its own'):
+  with pytest.raises(InputError, match='tokenizer=x: a .gguf file has its own'):
     run(path, tmp_path / 'work', [1], tokenizer='x')
   assert not (tmp_path / 'work').exists()
   monkeypatch.setattr(

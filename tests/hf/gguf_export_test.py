@@ -68,7 +68,7 @@ def test_the_file_holds_the_model_of_the_folder(kind, tmp_path, capsys):
       name = f'blk.{[0, 2, 3, 5, 6, 7][int(l)]}.{rest}'
     assert tensor.data.tobytes() == before[name].data.tobytes() and tensor.tensor_type == before[name].tensor_type
   derived = sum(name == 'rope_freqs.weight' for name in after)
-  assert f'{len(after) - derived} tensors as in --like, octet for octet' in capsys.readouterr().out
+  assert f'{len(after) - derived} tensors copied from --like, byte for byte' in capsys.readouterr().out
   assert header.read_raw(made)[1].keys() - header.read_raw(path)[1].keys() <= {
     'gemma3.attention.sliding_window_pattern'
   }
@@ -95,7 +95,7 @@ def test_a_changed_tensor_keeps_its_type(tmp_path, capsys, monkeypatch):
   change(folder, 'model.layers.1.mlp.up_proj.weight', 1.01)
   made = tensors(export_to(folder, tmp_path / 'a.gguf', path))
   printed = capsys.readouterr().out
-  assert f'{len(made) - 1} tensors as in --like' in printed and 'in place of' not in printed
+  assert f'{len(made) - 1} tensors copied from --like' in printed and 'instead of' not in printed
   assert made['blk.1.ffn_up.weight'].tensor_type == Type.Q4_1
   new = gguf.dequantize(made['blk.1.ffn_up.weight'].data, Type.Q4_1)
   np.testing.assert_allclose(
@@ -104,7 +104,7 @@ def test_a_changed_tensor_keeps_its_type(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(export, '_can_write', lambda kind: kind != Type.Q4_1)
   made = tensors(export_to(folder, tmp_path / 'b.gguf', path))
   assert made['blk.1.ffn_up.weight'].tensor_type == Type.Q8_0 and made['blk.0.ffn_up.weight'].tensor_type == Type.Q4_1
-  assert 'Q8_0 in place of Q4_1, which cannot be written here' in capsys.readouterr().out
+  assert 'wrote Q8_0 instead of Q4_1; use llama-quantize' in capsys.readouterr().out
 
 
 def test_a_folder_without_known_layers_keeps_the_types(tmp_path, capsys):

@@ -231,7 +231,7 @@ def test_text_only_exports_the_language_model_alone(folder, tmp_path, text):
 def test_text_only_of_a_text_model_is_refused(tiny, tmp_path, text):
   with pytest.raises(InputError) as e:
     prune(tiny, tmp_path / 'work', text, recipe='absorb', method='shortgpt', text_only=True)
-  one_sentence(e.value.for_command(), '--text_only', 'by itself')
+  one_sentence(e.value.for_command(), '--text_only', 'text-only model already')
 
 
 PUBLISHED = json.loads((DATA / 'published_multimodal_configs.json').read_text())

@@ -130,7 +130,7 @@ def test_dynamic_scaling_limits_the_length(folder):
     texts._check_length('seq_len', 1000)
     return
   texts._check_length('seq_len', 64)
-  with pytest.raises(InputError, match='seq_len=65: this model has 64 positions; give at most that many'):
+  with pytest.raises(InputError, match='seq_len=65: the model has only 64 positions; use at most that many'):
     texts._check_length('seq_len', 65)
 
 

@@ -153,8 +153,8 @@ def test_the_users_own_function_decides(deep):
 @pytest.mark.parametrize(
   'changes, sentence',
   [
-    (dict(judge_by='piqa'), 'judge_by=piqa: is not among the tasks of this run'),
-    (dict(judge_by='quick', tasks='quick'), 'judge_by=quick: is not among the tasks'),
+    (dict(judge_by='piqa'), 'judge_by=piqa: is not one of --tasks'),
+    (dict(judge_by='quick', tasks='quick'), 'judge_by=quick: is not one of --tasks'),
     (dict(judge_by='no.such:thing'), 'judge_by=no.such:thing: cannot be imported'),
     (dict(judge_steps=5), 'but only 4 of the 6 batches are left'),
   ],
@@ -172,7 +172,7 @@ def test_a_task_is_judged_by_its_accuracy(values, expected):
   if expected is not None:
     assert work._score('some', values) == expected
     return
-  with pytest.raises(InputError, match='judge_by=some: has no fraction of right answers'):
+  with pytest.raises(InputError, match='judge_by=some: has no fraction of correct answers'):
     work._score('some', values)
 
 

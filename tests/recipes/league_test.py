@@ -143,7 +143,7 @@ def test_rows_of_a_run(settings, tmp_path):
   ppl = {row['recipe']: row['ppl'] for row in report['rows']}
   assert set(ppl) == {'absorb', *league} and len({tuple(p.values()) for p in ppl.values()}) == 6
   for recipe in league[1:]:
-    with pytest.raises(InputError, match='leaves no stock checkpoint'):
+    with pytest.raises(InputError, match='no standard checkpoint can hold'):
       config_of(**settings | dict(recipe=recipe))
 
 

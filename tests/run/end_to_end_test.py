@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: the work folder, resume, determinism, all options."""
+"""Whole runs on a tiny model: the work folder, resuming, determinism, methods and recipes."""
 
 import gc
 import json
@@ -73,7 +73,7 @@ def test_report_and_work_folder(settings):
   ]
 
 
-def test_one_seed_gives_one_report_and_another_seed_another(settings, tmp_path):
+def test_the_report_depends_on_the_seed_only(settings, tmp_path):
   a = run(settings, workdir=str(tmp_path / 'a'))
   b = run(settings, workdir=str(tmp_path / 'b'))
   c = run(settings, workdir=str(tmp_path / 'c'), seed=1)
@@ -84,7 +84,7 @@ def test_one_seed_gives_one_report_and_another_seed_another(settings, tmp_path):
 
 
 @pytest.mark.parametrize('stage', [slow('gates'), 'regularize'])
-def test_a_killed_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage):
+def test_a_killed_run_resumes_exactly(settings, tmp_path, monkeypatch, stage):
   settings |= dict(checkpoint_every=2, train_steps=5)
   straight = run(settings, workdir=str(tmp_path / 'straight'))
 
@@ -121,14 +121,14 @@ def test_a_killed_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage):
   assert lines(settings['workdir']) == lines(tmp_path / 'straight')
 
 
-def test_a_finished_run_is_not_done_again(settings, monkeypatch):
+def test_a_finished_run_is_not_repeated(settings, monkeypatch):
   report = run(settings)
   monkeypatch.setattr(job_module, 'load_model', lambda *args: pytest.fail('the model was loaded again'))
   assert run(settings) == report
 
 
 @pytest.mark.slow
-def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_path):
+def test_one_run_of_several_methods_and_recipes_equals_single_runs(settings, tmp_path):
   settings |= dict(compare=['none'], recipe='prune_then_train')
   together = run(settings, method='shortgpt,laco,random')
   rows = {(row['method'], row['recipe']): row for row in together['rows']}
@@ -137,7 +137,7 @@ def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_
     alone = run(settings, method=method, workdir=str(tmp_path / method))
     assert [rows[method, recipe] for recipe in ('none', 'prune_then_train')] == alone['rows']
   assert len({row['ppl']['text'] for row in together['rows']}) == 6
-  # LaCo's merges are no removal of the same layers.
+  # LaCo merges layers, which differs from removing them.
   layers = ','.join(map(str, rows['laco', 'none']['removed']))
   removed = run(settings, num_remove=None, remove_layers=layers, workdir=str(tmp_path / 'given'))
   assert removed['rows'][0]['ppl'] != rows['laco', 'none']['ppl']
@@ -145,7 +145,7 @@ def test_methods_and_recipes_in_one_run_are_what_single_runs_give(settings, tmp_
 
 
 @pytest.mark.slow
-def test_a_sweep_takes_the_beginning_of_one_order_or_chooses_anew(settings, tmp_path):
+def test_a_sweep_takes_a_prefix_of_one_order_or_chooses_again(settings, tmp_path):
   settings |= dict(compare=[], recipe='none', num_remove=None, gate_steps=1)
   swept = run(settings, ratio='0.33,0.17,0.5', method='elder,cosine_block')
   rows = {(row['method'], len(row['removed'])): row for row in swept['rows']}
@@ -159,7 +159,7 @@ def test_a_sweep_takes_the_beginning_of_one_order_or_chooses_anew(settings, tmp_
   assert '<svg' in (work / 'sweep.svg').read_text() and 'sweep.svg' in (work / 'report.md').read_text()
 
 
-def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
+def test_a_killed_comparison_repeats_no_model(settings, monkeypatch):
   settings |= dict(method='shortgpt,random', compare=['absorb'], recipe='absorb_then_train')
   made, apply = [], work_module.apply_recipe
 
@@ -182,7 +182,7 @@ def test_a_killed_comparison_does_no_model_twice(settings, monkeypatch):
   assert len(before) + len(made) == 4 == len(report['rows'])
 
 
-def test_while_a_model_is_made_the_one_of_the_row_before_is_not_kept(settings, monkeypatch):
+def test_the_model_of_the_previous_row_is_freed(settings, monkeypatch):
   make, made, kept = work_module.apply_recipe, [], []
 
   def apply_recipe(*args, **how):
@@ -202,7 +202,7 @@ def test_given_layers_skip_stage_1(settings):
   assert report['removed'] == [1, 3] and report['gates'] == [] and report['method'] == 'given'
 
 
-def test_no_layers_and_no_text_is_a_round_trip(settings, tiny):
+def test_removing_no_layers_without_text_copies_the_weights(settings, tiny):
   run(settings, num_remove=None, remove_layers='', recipe='none', train_data='', eval_data=())
   source = safetensors.numpy.load_file(tiny / 'model.safetensors')
   result = exported(settings['workdir'])

@@ -1,4 +1,4 @@
-"""The design: a method and a recipe of one entry each, in this file alone, through everything that a run does."""
+"""A method and a recipe, each added by one entry in this file, through everything that a run does."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ def choose_middle(context, num_remove: int) -> Choice:
 
 
 def start_halved(context, choice: Choice):
-  """Removed, and the embedding halved: a start that no other recipe has."""
+  """Removes the layers and halves the embedding, which no other recipe does."""
   model = pruning.prune(context.model, choice.removed)
   model.embed.set_value(model.embed.get_value() / 2)
   return model
@@ -49,7 +49,7 @@ def test_the_plan(own, capsys):
   assert 'training, 5 layers' in out and 'training, 4 layers' in out and 'All stages fit.' in out
 
 
-def test_a_sweep_that_is_stopped_and_resumed(own, tmp_path, monkeypatch):
+def test_a_sweep_is_stopped_and_resumed(own, tmp_path, monkeypatch):
   straight = pipeline.run(config_of(**own | dict(workdir=str(tmp_path / 'straight'))))
   stop_at_batch(monkeypatch, 4, own)
   report = pipeline.run(config_of(**own))
@@ -70,20 +70,20 @@ def test_a_sweep_that_is_stopped_and_resumed(own, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'changes, sentence',
   [
-    (dict(method=(f'{__name__}:no_entry',)), 'is a int, not a elder_jax.methods.method.Method'),
+    (dict(method=(f'{__name__}:no_entry',)), 'has type int, not elder_jax.methods.method.Method'),
     (dict(method=(f'{__name__}:absent',)), 'cannot be imported'),
     (dict(recipe='no.such.module:X'), 'cannot be imported'),
-    (dict(recipe=f'{__name__}:middle'), 'not a elder_jax.recipes.recipe.Recipe'),
-    (dict(recipe=f'{__name__}:row_only'), 'leaves no stock checkpoint'),
+    (dict(recipe=f'{__name__}:middle'), 'not elder_jax.recipes.recipe.Recipe'),
+    (dict(recipe=f'{__name__}:row_only'), 'no standard checkpoint can hold'),
     (dict(recipe='middle'), 'or give your own as package.module:NAME'),
   ],
 )
-def test_what_is_no_entry_is_refused(own, changes, sentence):
+def test_a_wrong_entry_is_refused(own, changes, sentence):
   with pytest.raises(InputError, match=sentence):
     config_of(**own | changes)
 
 
-def test_a_method_that_reads_text_has_a_plan():
+def test_a_method_that_reads_text_needs_programs():
   with pytest.raises(ValueError, match='needs .programs.'):
     Method(choose_middle, 'no plan')
   assert jax.devices()

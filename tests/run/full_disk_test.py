@@ -1,4 +1,4 @@
-"""A full disk: told in one sentence, and old files stay whole."""
+"""A full disk is reported in one sentence and leaves old files intact."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ from elder_jax.log import MetricsFile
 from elder_jax.log import write_whole
 
 pytestmark = [
-  # Of damaged checkpoints Orbax's own threads may complain to an event loop that is closed, after the test is over.
+  # For damaged checkpoints, Orbax's threads may raise errors in a closed event loop after the test.
   pytest.mark.filterwarnings('ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning'),
 ]
 
 
-def test_a_full_disk_is_told_from_other_failures():
+def test_a_full_disk_is_distinguished_from_other_failures():
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   try:
     raise ValueError('wrapped') from full
@@ -42,12 +42,12 @@ def test_a_full_disk_ends_the_command_in_one_sentence(settings, monkeypatch, cap
   monkeypatch.setattr(prune.preemption, 'listen', lambda: None)
   with pytest.raises(SystemExit) as caught:
     prune.run_config(Parsed({}, []), config_of(**settings).flat())
-  told = capsys.readouterr().err
-  assert caught.value.code == 1 and told.count('\n') == 1
-  assert f'--workdir={settings["workdir"]}: the disk is full; free some space' in told
+  err = capsys.readouterr().err
+  assert caught.value.code == 1 and err.count('\n') == 1
+  assert f'--workdir={settings["workdir"]}: the disk is full; free some space' in err
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_intact(tmp_path, monkeypatch):
   path = tmp_path / 'metrics.jsonl'
   log = MetricsFile(path)
   for step in range(3):
@@ -65,6 +65,6 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
       write_whole(tmp_path / 'report.md', 'text')
   assert path.read_text() == before and not (tmp_path / 'report.md').exists()
   with path.open('a') as file:
-    file.write('{"stage": "gates", "st')  # what a full disk leaves of a line
+    file.write('{"stage": "gates", "st')  # an incomplete line, as a full disk leaves it
   log.begin('gates', 1)
   assert path.read_text() == before.splitlines()[0] + '\n'

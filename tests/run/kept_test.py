@@ -1,4 +1,4 @@
-"""What a run that is killed does not do again: closed forms, and the judgements of a search."""
+"""What a killed run does not repeat: closed-form fits, and the judgements of a search."""
 
 import pathlib
 
@@ -22,7 +22,7 @@ from elder_jax.training.batches import Batches
 
 @pytest.fixture
 def counted(monkeypatch) -> list:
-  """A list that grows with each set of streams that starts at the bottom of a model."""
+  """A list that grows with each pass of residual streams that starts at the bottom of a model."""
   begun, at_the_bottom = [], streams.Streams.at_the_bottom.__func__
 
   def counting(cls, *args, **kwargs):
@@ -38,7 +38,7 @@ def tensors(settings: dict) -> dict:
 
 
 def stop_in_training(monkeypatch, settings: dict):
-  """A run that is told to stop when its training has taken three batches after the fit."""
+  """Runs until the third training batch after the fit, where a signal stops it."""
   fit = fits.fit
 
   def then_stop(*args):
@@ -58,7 +58,7 @@ def stop_in_training(monkeypatch, settings: dict):
 
 
 def once(settings: dict, tmp_path) -> dict:
-  """The report of the same run, not stopped."""
+  """Returns the report of the same run without interruption."""
   return pipeline.run(config_of(**settings | dict(workdir=str(tmp_path / 'straight'))))
 
 
@@ -66,9 +66,7 @@ def once(settings: dict, tmp_path) -> dict:
   'recipe, distill',
   [('absorb_then_train', 0.0), *((name, 0.5) for name, r in RECIPES.items() if r.reads_text and r.trains)],
 )
-def test_a_training_that_is_stopped_goes_on_without_another_fit(
-  recipe, distill, settings, tmp_path, monkeypatch, counted
-):
+def test_a_stopped_training_resumes_without_another_fit(recipe, distill, settings, tmp_path, monkeypatch, counted):
   export = RECIPES[recipe].exportable
   row = dict(recipe=recipe, compare=[]) if export else dict(recipe='none', compare=[recipe])
   settings |= dict(method='cosine_block', train_steps=4, checkpoint_every=1, distill=(distill,), num_sequences=16) | row
@@ -103,13 +101,13 @@ def test_a_row_without_training_is_measured_without_another_fit(settings, tmp_pa
   assert pipeline.run(config_of(**settings))['ppl'] == straight['ppl'] and len(counted) == before
 
 
-def test_a_quick_fit_is_not_kept(settings, monkeypatch):
+def test_a_quick_fit_is_not_saved(settings, monkeypatch):
   settings |= dict(method='cosine_block', recipe='absorb_then_train', compare=[], train_steps=4, num_sequences=16)
   stop_in_training(monkeypatch, settings)
   assert not list((pathlib.Path(settings['workdir']) / 'checkpoints').glob('*.fitted'))
 
 
-def test_a_fit_that_cannot_be_read_is_done_again(settings, tmp_path, monkeypatch, capsys, counted):
+def test_an_unreadable_fit_is_repeated(settings, tmp_path, monkeypatch, capsys, counted):
   settings |= dict(method='cosine_block', recipe='absorb_then_train', compare=[], train_steps=4, num_sequences=16)
   monkeypatch.setattr(fits, 'WORTH', 0.0)
   straight, config = once(settings, tmp_path), config_of(**settings)
@@ -131,7 +129,7 @@ def deep(settings, tmp_path) -> dict:
 
 
 @pytest.mark.parametrize('method', ['auto', 'swaps'])
-def test_a_search_that_is_stopped_judges_nothing_twice(method, deep, tmp_path, monkeypatch):
+def test_a_stopped_search_judges_nothing_twice(method, deep, tmp_path, monkeypatch):
   settings = deep | dict(method=method, swap_tries=6)
   absorbed, absorbing = [], absorb.absorb
   monkeypatch.setattr(absorb, 'absorb', lambda *args, **k: absorbed.append(sorted(args[1])) or absorbing(*args, **k))
@@ -142,7 +140,7 @@ def test_a_search_that_is_stopped_judges_nothing_twice(method, deep, tmp_path, m
   assert judged >= 2 and len({str(removed) for removed in absorbed}) == judged
 
   loss = judging.Judge._loss
-  for stops in range(judged - 1):  # each attempt comes one judgement further
+  for stops in range(judged - 1):  # each attempt makes one more judgement
     done = []
 
     def stopping(self, removed, done=done):
@@ -160,7 +158,7 @@ def test_a_search_that_is_stopped_judges_nothing_twice(method, deep, tmp_path, m
   assert report['choices'] == straight['choices']
 
 
-def test_notes_that_cannot_be_read_are_empty(tmp_path, capsys):
+def test_unreadable_notes_are_empty(tmp_path, capsys):
   path = tmp_path / 'stage' / 'notes.json'
   notes = Notes(path)
   notes['a'], notes['b'] = [1, float('inf')], 0.1

@@ -1,4 +1,4 @@
-"""No run dies at its last step: every file that an export takes over or a run writes, in every state that it may have."""
+"""No run fails at its last step, whatever the state of the files that an export copies or a run writes."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from elder_jax.run import pipeline
 
 SMALL = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja', 'LICENSE')
 WRITTEN = ('config.json', 'model.safetensors', 'README.md', 'SHA256SUMS', *SMALL)  # by an export
-LOADED = 'the model was loaded, or more'
+LOADED = 'the model was loaded'
 
 
 def missing(path: pathlib.Path):
@@ -46,7 +46,7 @@ def json_of_another_kind(path: pathlib.Path):
 @pytest.mark.parametrize('state', [missing, folder, link_to_nothing, not_utf8, empty, json_of_another_kind])
 @pytest.mark.parametrize('name', SMALL)
 def test_a_small_file_of_the_source(settings, model, monkeypatch, name, state):
-  """Refused in one sentence before the model is loaded, or a whole export: nothing between."""
+  """A run is either refused in one sentence before the model is loaded, or its export is complete."""
   state(model / name)
   load, loaded = job_module.load_model, []
   monkeypatch.setattr(job_module, 'load_model', lambda *args: loaded.append(1) or load(*args))
@@ -64,8 +64,8 @@ def test_a_small_file_of_the_source(settings, model, monkeypatch, name, state):
 
 
 @pytest.mark.parametrize('name', WRITTEN)
-def test_a_folder_that_an_earlier_attempt_left(settings, name):
-  """export.partial and export of a killed run may hold anything under the names that are written."""
+def test_folders_from_an_earlier_attempt(settings, name):
+  """export.partial and export of a killed run may contain anything under the names that are written."""
   work = pathlib.Path(settings['workdir'])
   settings |= dict(recipe='none', compare=(), method='last')
   pipeline.prepare(config_of(**settings))
@@ -79,7 +79,7 @@ def test_a_folder_that_an_earlier_attempt_left(settings, name):
 @pytest.mark.parametrize(
   'content', [b'', b'\xff\xfe', b'{"stage"', b'NaN\n[]\n3\n"x"\n', b'{"stage": "none"}\n{"step": 1}\n'], ids=str
 )
-def test_a_damaged_line_of_metrics_costs_nothing(settings, content):
+def test_a_damaged_line_of_metrics_is_harmless(settings, content):
   work = pathlib.Path(settings['workdir'])
   settings |= dict(recipe='prune_then_train', compare=(), method='last')
   pipeline.prepare(config_of(**settings))

@@ -1,4 +1,4 @@
-"""What a run holds: limits of control groups, arrays alive at each stage, all programs in the plan; no fit, no run."""
+"""Memory: limits of control groups, live arrays at each stage, all programs in the plan, and runs that do not fit."""
 
 import logging
 import math
@@ -35,7 +35,7 @@ GROUP = '/job/step'
   [
     (f'0::{GROUP}', {'sys/fs/cgroup/job/step/memory.max': '3000\n'}, 3000),
     (f'0::{GROUP}', {'sys/fs/cgroup/job/step/memory.max': 'max\n', 'sys/fs/cgroup/job/memory.max': '5000\n'}, 5000),
-    (f'0::{GROUP}', {'sys/fs/cgroup/memory.max': '7000\n'}, 7000),  # a container's own top
+    (f'0::{GROUP}', {'sys/fs/cgroup/memory.max': '7000\n'}, 7000),  # a container's root group
     (f'5:cpu:/x\n4:memory:{GROUP}', {'sys/fs/cgroup/memory/job/step/memory.limit_in_bytes': '4000\n'}, 4000),
     (f'4:cpu,memory:{GROUP}\n0::/', {'sys/fs/cgroup/memory/memory.limit_in_bytes': '6000\n'}, 6000),
     ('5:cpu:/a', {'sys/fs/cgroup/memory/a/memory.limit_in_bytes': '4000\n'}, 8000),
@@ -43,7 +43,7 @@ GROUP = '/job/step'
     (None, {}, 8000),
   ],
 )
-def test_the_least_of_machine_and_control_groups(lines, files, expected, tmp_path, monkeypatch):
+def test_memory_is_the_minimum_of_machine_and_control_groups(lines, files, expected, tmp_path, monkeypatch):
   monkeypatch.setattr(memory.os, 'sysconf', lambda name: {'SC_PAGE_SIZE': 8, 'SC_PHYS_PAGES': 1000}[name])
   files = files | ({'proc/self/cgroup': lines} if lines else {})
   for name, text in files.items():
@@ -52,13 +52,13 @@ def test_the_least_of_machine_and_control_groups(lines, files, expected, tmp_pat
   assert memory.total(tmp_path) == expected
 
 
-def test_plan_and_verification_go_by_it(monkeypatch):
+def test_plan_and_verification_use_it(monkeypatch):
   monkeypatch.setattr(memory, 'total', lambda: 10**9)
   assert compile_lib._memory(jax.devices()[0]) == 10**9 // jax.local_device_count()
   assert verify.use_torch('auto', 10**8) and not verify.use_torch('auto', 2 * 10**8)
 
 
-def test_free_gives_back_all_but_what_is_spared():
+def test_free_deletes_all_but_the_spared_arrays():
   a, b = jax.numpy.ones(3), jax.numpy.ones(4)
   memory.free({'a': a, 'b': b}, spare=[b])
   assert a.is_deleted() and not b.is_deleted()
@@ -69,7 +69,7 @@ def ids(tree) -> set[int]:
 
 
 def others(known: set[int]) -> list:
-  """Shapes of the arrays that are there besides, tokens and small ones apart."""
+  """Shapes of all other live arrays, except tokens and small ones."""
   return [a.shape for a in jax.live_arrays() if id(a) not in known and a.size > 100 and a.dtype != 'int32']
 
 
@@ -87,7 +87,7 @@ LORA = dict(recipe='absorb_then_train', lora_rank=2)
   ],
   ids=str,
 )
-def test_while_a_model_trains_nothing_else_is_there(settings, options, monkeypatch):
+def test_nothing_else_is_in_memory_during_training(settings, options, monkeypatch):
   fit, before, seen = run_steps, ids(jax.live_arrays()), []
 
   def spy(step_fn, state, fixed, *more):
@@ -101,7 +101,7 @@ def test_while_a_model_trains_nothing_else_is_there(settings, options, monkeypat
   assert seen == [[]] * (1 + ('regularize' in settings['compare'] or 'prune_then_train' in settings['compare']))
 
 
-def test_a_model_that_is_verified_is_alone(settings, monkeypatch):
+def test_nothing_else_is_in_memory_during_verification(settings, monkeypatch):
   before, seen, check = ids(jax.live_arrays()), [], verify._logits
 
   def spy(model, tokens_BT):
@@ -113,10 +113,10 @@ def test_a_model_that_is_verified_is_alone(settings, monkeypatch):
   pipeline.run(
     config_of(**settings | dict(method='last', recipe='prune_then_train', export_dtype='bfloat16', compare=[]))
   )
-  assert seen == [[], [(1, 32, 263)]]  # the second time beside the first one's logits, which on a CPU are not copied
+  assert seen == [[], [(1, 32, 263)]]  # then also the first model's logits, which a CPU does not copy
 
 
-def test_lora_is_merged_in_the_type_of_the_weights_where_it_is_exported_so(settings, tmp_path, monkeypatch):
+def test_lora_is_merged_in_the_export_type(settings, tmp_path, monkeypatch):
   merged, measure = {}, work_module.measure
 
   def spy(job, model, name, **more):
@@ -136,11 +136,11 @@ def test_lora_is_merged_in_the_type_of_the_weights_where_it_is_exported_so(setti
     assert (tensor.bfloat16() == files['bfloat16'][0][name]).all()
 
 
-# ---- every program of a run is in the plan ----
+# ---- the plan contains every program of a run ----
 
 
 class Compiled(logging.Handler):
-  """(name, what it is called with) of each program that jax compiles; those that take a model or more."""
+  """Collects (name, argument shapes) of each program that jax compiles with at least `least` elements as arguments."""
 
   def __init__(self, least: int):
     super().__init__()
@@ -166,7 +166,7 @@ class Compiled(logging.Handler):
     jax.config.update('jax_log_compiles', False)
 
 
-# Of a stage that is in the plan, with no more than its arrays: sums of a training state that is saved, scores of a model.
+# Programs that need only the arrays of a stage in the plan: checksums of a saved training state, scores of a model.
 WITHIN = {'_sums', '_products', '_magnitudes', '_channel_sums', '_middle_sums', '_nll_above'}
 
 
@@ -184,9 +184,9 @@ WITHIN = {'_sums', '_products', '_magnitudes', '_channel_sums', '_middle_sums', 
   ],
   ids=str,
 )
-def test_every_program_of_a_run_is_in_the_plan(settings, options, tmp_path, monkeypatch):
+def test_the_plan_contains_every_program_of_a_run(settings, options, tmp_path, monkeypatch):
   model = write_tiny_llama(tmp_path, num_hidden_layers=8)
-  # Answers to a few short prompts take less than the evaluations: they are not in the plan.
+  # Answers to a few short prompts are not in the plan, because evaluations need more.
   settings |= (
     dict(model=str(model), num_remove=None, order='joint', score_steps=1, gate_steps=1, prompts='none') | options
   )
@@ -210,7 +210,7 @@ def test_every_program_of_a_run_is_in_the_plan(settings, options, tmp_path, monk
   assert set(modes) == modes_of_plan
 
 
-# ---- what does not fit ----
+# ---- runs that do not fit ----
 
 
 @pytest.fixture
@@ -219,24 +219,24 @@ def small(settings, monkeypatch):
   return settings | dict(method='last', recipe='none', compare=[])
 
 
-def test_a_run_that_does_not_fit_is_not_begun(small, monkeypatch, capsys):
+def test_a_run_that_does_not_fit_is_refused(small, monkeypatch, capsys):
   monkeypatch.setattr(prune.hosts, 'start', lambda launch: None)
   monkeypatch.setattr(prune.preemption, 'listen', lambda: None)
   monkeypatch.setattr(job_module, 'load_model', lambda *args: pytest.fail('the model was loaded'))
   with pytest.raises(SystemExit) as end:
     prune.run_config(Parsed({}, []), config_of(**small).flat())
-  said = capsys.readouterr().err
-  assert end.value.code == 3 and 'Options:' in said
-  assert said.splitlines()[-1].startswith('elder_jax: the run does not fit: loading') and '--force' in said
+  err = capsys.readouterr().err
+  assert end.value.code == 3 and 'Options:' in err
+  assert err.splitlines()[-1].startswith('elder_jax: the run does not fit: loading') and '--force' in err
   # The folder is free for settings that fit.
   monkeypatch.setattr(memory, 'total', lambda: 10**12)
   pipeline.prepare(config_of(**small | dict(num_remove=1)))
 
 
-def test_force_goes_on(small):
+def test_force_starts_a_run_that_does_not_fit(small):
   assert pipeline.run(config_of(**small | dict(force=True)))['kept']
 
 
-def test_a_forced_run_may_be_resumed_without(small):
+def test_a_forced_run_may_resume_without_force(small):
   pipeline.prepare(config_of(**small | dict(force=True)))
   pipeline.prepare(config_of(**small))

@@ -1,4 +1,4 @@
-"""Each flag changes what it says it changes: one table, a small run for each line of it, and every setting has a line."""
+"""Each flag changes what it should: a table with a small run per row, and a row for every setting."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @dataclasses.dataclass
 class Outcome:
-  """What a run has left behind."""
+  """The results of a run."""
 
   report: dict
   lines: list[dict]  # metrics.jsonl
@@ -55,7 +55,7 @@ SCORING = dict(method='shortgpt', recipe='prune_then_train')
 
 @pytest.fixture(scope='module')
 def outcomes(tiny, text, tmp_path_factory):
-  """Runs by their settings, each done once."""
+  """Returns a function from settings to the Outcome of a run, which is cached."""
   done = {}
 
   def outcome(**settings) -> Outcome:
@@ -79,7 +79,7 @@ def ppl(outcome: Outcome) -> float:
 
 
 def changed(outcome: Outcome, other: Outcome) -> set[str]:
-  """Tensors in which two exports differ."""
+  """Names of the tensors in which two exports differ."""
   return {n for n in outcome.tensors if not np.array_equal(outcome.tensors[n], other.tensors[n])}
 
 
@@ -88,7 +88,7 @@ def near(a: Outcome, b: Outcome) -> bool:
 
 
 def ratio(a: Outcome, b: Outcome, stage: str, key: str) -> float:
-  """Of a figure of the first step, b's to a's."""
+  """b's value of a metric in the first step, divided by a's."""
   return b.of(stage, key)[0] / a.of(stage, key)[0]
 
 
@@ -97,7 +97,7 @@ def asked(a: Outcome, b: Outcome):
 
 
 def rates(outcome: Outcome) -> list[float]:
-  """Learning rates of the training, as parts of the peak."""
+  """Learning rates of the training, relative to the peak."""
   return [round(float(rate) / 1e-3, 6) for rate in outcome.of('regularize', 'lr')]
 
 
@@ -110,7 +110,7 @@ def dtypes(outcome: Outcome) -> set[str]:
 
 
 MASK = dict(method=('mask',), mask_steps=2)
-# Setting -> (the value, further settings of both runs, what must hold of the run without and the run with it).
+# Setting -> (its value, other settings of both runs, condition on the runs (a) without it and (b) with it).
 TABLE = {
   # Which layers.
   'ratio': ((0.5,), dict(num_remove=None, **SCORING), lambda a, b: len(b.report['removed']) == 3),
@@ -223,12 +223,12 @@ TABLE = {
   'shard_gb': (3e-5, {}, lambda a, b: len([*b.export.glob('*.safetensors')]) > len([*a.export.glob('*.safetensors')])),
   'verify': ('torch', {}, lambda a, b: 'torch' in b.report['verify'] and 'torch' not in a.report['verify']),
 }
-# Settings that change no figure of a run, and the tests that see what they do.
+# Settings that change no measurement of a run, and the tests of their effects.
 ELSEWHERE = {
   'model': 'hf/families_test.py::test_two_layers_less',
   'tokenizer': 'hf/export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
-  'teacher': 'commands/heal_test.py::test_heal_trains_on_the_teachers_predictions_and_tells_the_lineage',
-  'kept_layers': 'commands/heal_test.py::test_heal_compares_the_streams_of_the_layers_that_are_left',
+  'teacher': 'commands/heal_test.py::test_heal_trains_on_the_teachers_predictions_and_reports_the_lineage',
+  'kept_layers': 'commands/heal_test.py::test_heal_compares_the_streams_of_the_remaining_layers',
   'train_on': 'text/training_text_test.py::test_of_a_conversation_the_assistants_tokens_count',
   'documents': 'text/training_text_test.py::test_the_boundary_of_documents_is_kept',
   'validation_sequences': 'text/training_text_test.py::test_held_out_rows_come_first_from_each_source',
@@ -240,9 +240,9 @@ ELSEWHERE = {
   'target_params': 'run/series_test.py::test_targets_of_size',
   'target_gb': 'run/series_test.py::test_targets_of_size',
   'target_speedup': 'run/series_test.py::test_target_of_speed',
-  'max_ppl_increase': 'run/series_test.py::test_as_many_layers_go_as_the_limit_allows',
-  'rounds': 'run/series_test.py::test_two_rounds_are_two_runs_one_after_the_other',
-  'seeds': 'run/series_test.py::test_seeds_have_a_mean_and_a_deviation',
+  'max_ppl_increase': 'run/series_test.py::test_the_search_removes_as_many_layers_as_the_limit_allows',
+  'rounds': 'run/series_test.py::test_two_rounds_equal_two_runs',
+  'seeds': 'run/series_test.py::test_seeds_have_mean_and_deviation',
   'judge_steps': 'methods/contest_test.py::test_the_best_three_are_judged_after_training',
   'judge_by': 'methods/contest_test.py::test_the_users_own_function_decides',
   'workdir': 'run/end_to_end_test.py::test_report_and_work_folder',
@@ -250,10 +250,10 @@ ELSEWHERE = {
   'tasks_dir': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
   'task_limit': 'text/zero_shot_test.py::test_accuracies_equal_the_hf_backend',
   'mesh': 'run/signals_test.py::test_from_8_devices_to_2_to_1_by_sigterm',
-  'plan': 'run/plan_test.py::test_a_config_is_enough_and_what_fits_ends_with_0',
-  'force': 'run/memory_test.py::test_force_goes_on',
+  'plan': 'run/plan_test.py::test_a_config_is_enough_and_a_fitting_plan_exits_with_0',
+  'force': 'run/memory_test.py::test_force_starts_a_run_that_does_not_fit',
   'topology': 'run/plan_test.py::test_refusals',
-  'checkpoint_every': 'run/resume_test.py::test_stage_1_goes_on_exactly',
+  'checkpoint_every': 'run/resume_test.py::test_stage_1_resumes_exactly',
   'checkpoint_minutes': 'training/checkpoints_test.py::test_due_by_time_since_the_last_one',
   'track': 'run/tracking_test.py::test_tensorboard_has_every_step_once_when_a_run_resumes',
   'keep_checkpoints': 'training/checkpoints_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
@@ -261,7 +261,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize('name', TABLE)
-def test_a_flag_changes_what_it_says(outcomes, name):
+def test_a_flag_has_its_effect(outcomes, name):
   value, both, holds = TABLE[name]
   without = {'ratio': dict(num_remove=2), 'remove_layers': dict(num_remove=2)}.get(name, {})
   given = dict(num_remove=None) if name in ('ratio', 'remove_layers') else {}

@@ -1,4 +1,4 @@
-"""The plan of a run: its bytes against the arrays of a real one, FLOPs, what does not fit. As a script: the worker."""
+"""The plan of a run: its bytes compared with real arrays, FLOPs, and runs that do not fit."""
 
 import dataclasses
 import gc
@@ -61,7 +61,7 @@ CONFIG = config_of(
 
 
 def live_bytes() -> list[int]:
-  """Of all arrays, on each device."""
+  """Bytes of all live arrays on each device."""
   on = dict.fromkeys(jax.devices(), 0)
   for array in jax.live_arrays():
     for shard in array.addressable_shards:
@@ -73,8 +73,8 @@ def live_bytes() -> list[int]:
   'sizes, changes',
   [((1, 2, 2), {}), ((4, 1, 1), {'dtype': 'bfloat16', 'trainable': 'all'}), ((2, 2, 1), {'lora_rank': 4})],
 )
-def test_the_plans_bytes_are_those_that_the_devices_hold(sizes, changes, eight_devices):
-  """Two steps of training as a run does them, and what the plan has of them."""
+def test_planned_bytes_match_the_devices(sizes, changes, eight_devices):
+  """Compares two training steps, as in a run, with their plan."""
   config = CONFIG.replace(mesh=sizes, **changes)
   mesh = sharding.make_mesh(sizes, eight_devices[:4])
   with jax.set_mesh(mesh):
@@ -123,26 +123,25 @@ def test_formula_and_program_agree_on_flops(changes, one_device):
   ]
   for p in computed:
     traced = compile_lib.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr)
-    head_again = (
-      2 * SPEC.d_model * SPEC.vocab_size * 8 * 32
-    )  # where the head is trained a loss's logits are computed again
+    # If the head is trained, the backward pass recomputes the logits.
+    head_again = 2 * SPEC.d_model * SPEC.vocab_size * 8 * 32
     again = head_again if 'trainable' in changes and 'training' in p.name else 0
     assert traced - again == p.model_flops, p.name
 
 
-def test_what_is_computed_again_counts_in_what_is_done(one_device):
+def test_traced_flops_include_recomputation(one_device):
   at = {remat: programs(one_device, remat=remat)['training, 4 layers'] for remat in ('none', 'full')}
   flops = {remat: compile_lib.traced_flops(p.call.trace(*p.args).jaxpr.jaxpr) for remat, p in at.items()}
   layers, attention, _ = program_lib.forward_flops(SPEC, L, 32)
-  assert flops['full'] - flops['none'] == (layers + attention) * 8 * 32  # once, and the head not
+  assert flops['full'] - flops['none'] == (layers + attention) * 8 * 32  # one more forward pass, without the head
   assert at['full'].model_flops == at['none'].model_flops
 
 
-CHOOSE_BY_STEPS = ('auto', 'swaps', 'mask', 'elder')  # or by what others choose
+CHOOSE_BY_STEPS = ('auto', 'swaps', 'mask', 'elder')  # or by the choices of other methods
 
 
 def test_every_method_and_recipe_has_a_plan(one_device):
-  """Of METHODS and RECIPES whole: a new entry is planned, too."""
+  """Covers all of METHODS and RECIPES, so that a new entry is planned as well."""
   settings = dict(
     protect_first=1, protect_last=1, verify='torch', compare=tuple(RECIPES), recipe='none', num_sequences=16
   )
@@ -171,7 +170,7 @@ def test_every_method_and_recipe_has_a_plan(one_device):
 
 
 @pytest.mark.parametrize('block, refits', [('pre', ['absorb, streams', 'absorb']), ('post', [])])
-def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block, refits):
+def test_the_plan_of_auto_contains_every_candidate(one_device, block, refits):
   config = CONFIG.replace(method=('auto',), recipe='prune_then_train' if block == 'post' else 'absorb_then_train')
   shapes, found = plan_lib.planned(config, dataclasses.replace(SPEC, block=block), 8, [1], one_device)
   choosing = [f'choosing by {method}' for method in ('cosine_block', 'shortgpt', 'taylor', 'ppl')]
@@ -187,11 +186,11 @@ def test_the_default_choice_is_planned_with_all_that_it_tries(one_device, block,
   ]
   taylor = next(stage for stage in found if stage.name == 'choosing by taylor')
   needs = compile_lib.measure(dataclasses.replace(taylor, gradients=1 << 60), one_device, compile_it=False)
-  assert '--method=cosine_block, or ppl: no gradients are needed' in advice(needs, shapes)
+  assert '--method=cosine_block or --method=ppl: need no gradients' in advice(needs, shapes)
 
 
 def test_a_teacher_of_its_own_size(one_device):
-  """heal: the teacher has more layers than the model, and shares nothing with it."""
+  """heal: the teacher has more layers than the model and shares no arrays with it."""
   config = CONFIG.replace(distill=0.5)
   alone = programs(one_device)['training, 4 layers']
   shapes, found = plan_lib.planned(config, SPEC, L, [1], one_device, teacher=(SPEC, 3 * L))
@@ -208,7 +207,7 @@ def test_bytes_of_each_kind(one_device):
   blocks = sum(math.prod(a.shape) for a in jax.tree.leaves(model.layers))
   rest = sum(math.prod(a.shape) for a in jax.tree.leaves(model)) - blocks
   assert (p.params, p.gradients, p.beside) == (4 * (blocks + rest), 4 * blocks, 0)
-  taught = programs(one_device, distill=0.5)['training, 4 layers']  # what is frozen is the teacher's own
+  taught = programs(one_device, distill=0.5)['training, 4 layers']  # the frozen parameters are shared with the teacher
   assert (taught.params, taught.twice) == (p.params + 4 * blocks, 4 * rest)
   hidden = programs(one_device, distill_hidden=0.5)['training, 4 layers']
   assert (hidden.params, hidden.twice) == (taught.params, taught.twice)
@@ -239,13 +238,13 @@ def bare(tmp_path):
   return CONFIG.replace(model=str(tmp_path), method=('random',), mesh=(1, 1, 1))
 
 
-def test_a_config_is_enough_and_what_fits_ends_with_0(bare, capsys):
+def test_a_config_is_enough_and_a_fitting_plan_exits_with_0(bare, capsys):
   assert plan_lib.plan(bare) == 0
   out = capsys.readouterr().out
   assert 'All stages fit.' in out and 'training, 4 layers' in out and 'evaluation' in out and '?' in out
 
 
-def test_of_a_hub_id_only_config_json_is_fetched(bare, capsys, monkeypatch):
+def test_only_config_json_of_a_hub_id_is_fetched(bare, capsys, monkeypatch):
   asked = []
 
   def fetch(hub_id, allow_patterns):
@@ -256,7 +255,7 @@ def test_of_a_hub_id_only_config_json_is_fetched(bare, capsys, monkeypatch):
   assert asked == [('someone/model', ['config.json'])] and 'All stages fit.' in capsys.readouterr().out
 
 
-def test_what_does_not_fit_ends_with_3_and_figures(bare, capsys, monkeypatch):
+def test_a_plan_that_does_not_fit_exits_with_3_and_lists_options(bare, capsys, monkeypatch):
   monkeypatch.setattr(compile_lib, '_memory', lambda device: 1_000_000)
   assert plan_lib.plan(bare) == DOES_NOT_FIT == 3
   out = capsys.readouterr().out
@@ -265,7 +264,7 @@ def test_what_does_not_fit_ends_with_3_and_figures(bare, capsys, monkeypatch):
     assert f'\n  {flag}' in out, out
 
 
-def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
+def test_a_program_that_the_compiler_rejects_does_not_fit(one_device):
   class Refused:
     def trace(self, *args):
       return self
@@ -294,7 +293,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(one_device):
       {'topology': 'v5e:4x4'},
       "--topology=v5e:4x4: the TPU compiler is missing; install it with pip install 'elder_jax",
     ),
-    ({'topology': 'v5e:4x4', 'plan': False}, '--topology=v5e:4x4: is only compiled for; add --plan.'),
+    ({'topology': 'v5e:4x4', 'plan': False}, '--topology=v5e:4x4: can only be planned for; add --plan.'),
     ({'mesh': (3, 1, 1)}, '--mesh=3,1,1: needs 3 devices, there are 1'),
   ],
 )

@@ -1,4 +1,4 @@
-"""A run goes on exactly where it was killed in stage 1, and only with the settings that it had."""
+"""A killed run resumes exactly in stage 1, and only with the same settings."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from elder_jax.training.step import make_step
 from elder_jax.training.step import train_mask
 
 pytestmark = [
-  # Of damaged checkpoints Orbax's own threads may complain to an event loop that is closed, after the test is over.
+  # For damaged checkpoints, Orbax's threads may raise errors in a closed event loop after the test.
   pytest.mark.filterwarnings('ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning'),
 ]
 
@@ -54,8 +54,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize('every, death', [(1, 4), slow(2, 1), slow(2, 5), (3, 3), slow(3, 6), slow(3, 8), (0, 7)])
-def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death):
-  """Death in a round, at its border, before any checkpoint; nine steps in three rounds."""
+def test_stage_1_resumes_exactly(tmp_path, monkeypatch, gate_step, every, death):
+  """Nine steps in three rounds. Killed within a round, between rounds, or before any checkpoint."""
   monkeypatch.setattr(elder, 'make_step', lambda *_: gate_step)
   log, total = [], SETTINGS.steps * 3
 
@@ -84,12 +84,12 @@ def test_stage_1_goes_on_exactly(tmp_path, monkeypatch, gate_step, every, death)
   assert learn(lambda i: BATCHES_SBT[i], tmp_path / 'c') == straight
   first = death // every * every if every else 0
   chex.assert_trees_all_equal(log, whole[first:])
-  # Finished and started again: the answer without a step.
+  # When it is finished, a restart returns the result without a step.
   assert learn(lambda i: pytest.fail('a step was done again'), tmp_path / 'c') == straight and not log
   assert len(set(straight[0])) == 3 and np.shape(straight[1]) == (3, L)
 
 
-def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text, tmp_path, monkeypatch):
+def test_other_settings_are_refused_and_all_listed(settings, tiny, text, tmp_path, monkeypatch):
   settings |= dict(recipe='none', eval_data=(f'text={text}',), num_remove=None, remove_layers='2')
   whole_run(settings)
   message = refused(
@@ -99,7 +99,7 @@ def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text,
   other = tmp_path / 'other.txt'
   other.write_text('a')
   refused(settings, f'--eval_data=text={text}, not text={other}', eval_data=(f'text={other}',))
-  # Cadence, mesh and other ways to write a path are free.
+  # Checkpoint intervals, mesh and the spelling of paths may change.
   monkeypatch.chdir(tmp_path)
 
   def near(path):
@@ -117,17 +117,17 @@ def test_a_run_with_other_settings_is_told_all_differences(settings, tiny, text,
     workdir='work',
   )
   assert whole_run(settings, **free)['removed'] == [2]
-  # A setting that the earlier run's version did not know had its default.
+  # A setting that an earlier version did not have counts as its default.
   record = pathlib.Path(settings['workdir']) / 'config.json'
   record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != 'distill'}))
   whole_run(settings)
   refused(settings, '--distill=0.0, not 0.5', distill=0.5)
-  # Earlier versions wrote one number.
+  # Earlier versions wrote a single number.
   record.write_text(json.dumps(json.loads(record.read_text()) | {'distill': 0.0}))
   whole_run(settings)
 
 
-def test_a_folder_in_which_a_run_had_only_begun_is_not_foreign(settings):
+def test_a_folder_with_files_of_an_unclaimed_run_is_accepted(settings):
   work = pathlib.Path(settings['workdir'])
   work.mkdir()
   for name in ('.writable', 'config.json.partial', '.shared-1-2'):

@@ -1,4 +1,4 @@
-"""Several runs as one: a depth that is searched for, rounds, seeds; and targets that need no run."""
+"""Several runs as one: a search for the number of layers, rounds, and seeds. Also targets, which need no extra run."""
 
 import json
 import pathlib
@@ -57,11 +57,11 @@ def test_target_of_speed(settings, tiny, tmp_path, capsys):
   for target, expected in ((whole / less - 1e-6, 2), (whole / less + 1e-6, 3)):
     config = config_of(**settings | dict(num_remove=None, target_speedup=target))
     assert how_much.count_removed(config, source.spec, 6, 'float32') == [expected]
-  assert f'{expected} of 6 layers go' in capsys.readouterr().err
+  assert f'removing {expected} of 6 layers' in capsys.readouterr().err
 
 
-def test_a_target_that_cannot_be_met(settings):
-  with pytest.raises(InputError, match='target_params=10: one layer alone has'):
+def test_an_impossible_target(settings):
+  with pytest.raises(InputError, match='target_params=10: even a single layer cannot meet it'):
     run(settings, num_remove=None, target_params=10)
 
 
@@ -75,7 +75,7 @@ def test_a_run_with_a_target(settings):
 
 
 @pytest.mark.slow
-def test_as_many_layers_go_as_the_limit_allows(settings):
+def test_the_search_removes_as_many_layers_as_the_limit_allows(settings):
   searched = settings | dict(num_remove=None, validation_sequences=4)
   report = run(searched, max_ppl_increase=0.2)
   tried = dict(report['search'])
@@ -88,9 +88,9 @@ def test_as_many_layers_go_as_the_limit_allows(settings):
   assert held_out['recipe'] == 'absorb_then_train'
 
 
-def test_a_limit_that_nothing_meets(settings, monkeypatch):
+def test_a_limit_below_the_increase_of_one_layer(settings, monkeypatch):
   monkeypatch.setattr(series, '_held_out', lambda config, n: (1.0, 1.5))
-  with pytest.raises(InputError, match=r'max_ppl_increase=1e-09: one layer less costs'):
+  with pytest.raises(InputError, match=r'max_ppl_increase=1e-09: removing one layer raises it by'):
     run(settings, num_remove=None, max_ppl_increase=1e-9, method='shortgpt')
 
 
@@ -98,7 +98,7 @@ def test_a_limit_that_nothing_meets(settings, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_rounds_are_two_runs_one_after_the_other(settings, tmp_path):
+def test_two_rounds_equal_two_runs(settings, tmp_path):
   report = run(settings, rounds=2, num_remove=3, method='shortgpt', distill=0.5)
   first = run(settings, num_remove=2, method='shortgpt', distill=0.5, num_sequences=8, export_dtype='float32',
               workdir=str(tmp_path / 'first'))  # fmt: skip
@@ -124,12 +124,12 @@ def test_two_rounds_are_two_runs_one_after_the_other(settings, tmp_path):
 @pytest.mark.parametrize(
   'more', [dict(num_remove=None, remove_layers='1,2'), dict(method='last,random'), dict(num_remove=1)]
 )
-def test_rounds_that_cannot_be(settings, more):
+def test_rounds_that_are_refused(settings, more):
   with pytest.raises(InputError, match='rounds=2'):
     run(settings, rounds=2, **more)
 
 
-def test_a_series_that_was_stopped_goes_on(settings, tmp_path, monkeypatch):
+def test_a_stopped_series_resumes(settings, tmp_path, monkeypatch):
   whole = run(settings, rounds=2, workdir=str(tmp_path / 'whole'))
   calls = []
 
@@ -143,7 +143,7 @@ def test_a_series_that_was_stopped_goes_on(settings, tmp_path, monkeypatch):
   monkeypatch.undo()
   again = run(settings, rounds=2)
   assert again['ppl'] == whole['ppl'] and again['removed'] == whole['removed']
-  assert run(settings, rounds=2)['ppl'] == whole['ppl']  # finished: the report alone
+  assert run(settings, rounds=2)['ppl'] == whole['ppl']  # finished, so it only returns the report
   with pytest.raises(InputError, match='workdir'):
     run(settings, rounds=1)
 
@@ -152,7 +152,7 @@ def test_a_series_that_was_stopped_goes_on(settings, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_seeds_have_a_mean_and_a_deviation(settings, tmp_path):
+def test_seeds_have_mean_and_deviation(settings, tmp_path):
   report = run(settings, seeds=(0, 3), compare=('none',))
   alone = [run(settings, seed=s, compare=('none',), workdir=str(tmp_path / str(s))) for s in (0, 3)]
   values = [r['ppl']['text']['pruned'] for r in alone]

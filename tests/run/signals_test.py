@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C: what is saved, and that the same command goes on from there, also on fewer devices.
+"""SIGTERM and Ctrl-C: a run is saved, and the same command resumes it, also on fewer devices.
 
-Run as a script, this file is a run that sends itself a signal.
+As a script, this file is a run that sends itself a signal.
 """
 
 import os
@@ -28,13 +28,13 @@ from elder_jax.run import work as work_module
 from elder_jax.training.batches import Batches
 
 pytestmark = [
-  # Of damaged checkpoints Orbax's own threads may complain to an event loop that is closed, after the test is over.
+  # For damaged checkpoints, Orbax's threads may raise errors in a closed event loop after the test.
   pytest.mark.filterwarnings('ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning'),
 ]
 
 
 def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) -> subprocess.CompletedProcess:
-  """`python -m elder_jax.main` that is sent a signal when it takes its n-th batch."""
+  """Runs `python -m elder_jax.main`, which sends itself a signal when it reads its n-th batch."""
   args = [f'--{k}={as_text(v)}' for k, v in settings.items() if k != 'eval_data']
   args += [f'--eval_data={text}' for text in settings['eval_data']]
   env = os.environ | {
@@ -45,15 +45,15 @@ def in_a_process(settings, devices: int, batches: int, number=signal.SIGTERM) ->
     'PYTHONPATH': os.pathsep.join([*map(str, pathlib.Path(__file__).parents[1:3]), os.environ.get('PYTHONPATH', '')]),
     'BATCHES': str(batches),
   }
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in the background ignore it
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
   try:
     return subprocess.run([sys.executable, __file__, *args], env=env, capture_output=True, text=True)
   finally:
     signal.signal(signal.SIGINT, before)
 
 
-def struck():
-  """The script: an ordinary run, but for the signal."""
+def run_with_signal():
+  """The script: an ordinary run that sends itself a signal."""
   left, batch = int(os.environ['BATCHES']), Batches.__getitem__
 
   def counting(self, i):
@@ -71,7 +71,7 @@ def struck():
 def test_from_8_devices_to_2_to_1_by_sigterm(settings, tmp_path):
   settings |= dict(gate_steps=3, train_steps=6, batch_size=8, num_sequences=16, eval_batch_size=8, checkpoint_every=100)
   straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
-  # 6 steps of stage 1, then as many of stage 2; the second process has one of stage 1 left.
+  # Each stage has 6 steps. The second process starts with the last step of stage 1.
   for devices, mesh, stage, step in [(8, '2,4,1', 'gates', 5), (2, '1,2,1', 'regularize', 4)]:
     done = in_a_process(settings | {'mesh': mesh}, devices, batches=5)
     assert done.returncode == preemption.PREEMPTED == 75, done.stderr[-3000:]
@@ -90,9 +90,9 @@ def test_from_8_devices_to_2_to_1_by_sigterm(settings, tmp_path):
 
 
 @pytest.mark.parametrize('stage, step', [slow('gates', 1), ('gates', 3), ('regularize', 2)])
-def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypatch, stage, step):
+def test_sigterm_saves_and_the_run_resumes_exactly(settings, tmp_path, monkeypatch, stage, step):
   straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
-  seen, count = [], {'gates': 0, 'regularize': 4}[stage] + step + 1  # 4 steps of stage 1 go before stage 2
+  seen, count = [], {'gates': 0, 'regularize': 4}[stage] + step + 1  # stage 1 has 4 steps
 
   def batch(self, i):
     seen.append(i)
@@ -113,20 +113,20 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(settings, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_run_goes_on_exactly(settings, tmp_path):
+def test_ctrl_c_saves_and_the_run_resumes_exactly(settings, tmp_path):
   straight = whole_run(settings, workdir=str(tmp_path / 'straight'))
   done = in_a_process(settings, 1, batches=6, number=signal.SIGINT)
   assert done.returncode == CTRL_C == 130, done.stderr[-3000:]
-  told = done.stderr.splitlines()
-  assert told[-1] == 'elder_jax: stopped by Ctrl-C after step 2 of regularize; saved; rerun the same command to resume'
-  assert 'elder_jax: stopping at the next step; press Ctrl-C again to abort at once' in told
+  lines = done.stderr.splitlines()
+  assert lines[-1] == 'elder_jax: stopped by Ctrl-C after step 2 of regularize; saved; rerun the same command to resume'
+  assert 'elder_jax: stopping at the next step; press Ctrl-C again to abort at once' in lines
   assert 'Traceback' not in done.stderr
   mine, whole = left_behind(settings['workdir'], whole_run(settings)), left_behind(tmp_path / 'straight', straight)
   chex.assert_trees_all_equal(mine[1], whole[1])
   assert mine[0] == whole[0] and mine[2] == whole[2]
 
 
-def test_the_second_ctrl_c_aborts_and_a_program_of_its_own_keeps_its_signals(monkeypatch, capfd):
+def test_a_second_ctrl_c_aborts_and_other_handlers_are_kept(monkeypatch, capfd):
   found = signal.getsignal(signal.SIGINT)
   for name in ('_listens', '_signalled', '_by_ctrl_c'):
     monkeypatch.setattr(preemption, name, False)
@@ -141,14 +141,14 @@ def test_the_second_ctrl_c_aborts_and_a_program_of_its_own_keeps_its_signals(mon
     assert preemption.reached() and 'press Ctrl-C again' in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background process of a shell
     preemption.listen_to_ctrl_c()
     signal.raise_signal(signal.SIGINT)
   finally:
     signal.signal(signal.SIGINT, found)
 
 
-def test_sigterm_ends_a_copy_within_a_tensor(settings, monkeypatch):
+def test_sigterm_stops_a_copy_within_a_tensor(settings, monkeypatch):
   settings |= dict(recipe='none', compare=(), num_remove=None, remove_layers='2', train_data='', eval_data=())
   monkeypatch.setattr(safetensors_files, 'PIECE', 1024)
   seen, finite = [], check_finite
@@ -166,7 +166,7 @@ def test_sigterm_ends_a_copy_within_a_tensor(settings, monkeypatch):
   assert whole_run(settings)['removed'] == [2]
 
 
-def test_sigterm_outside_training_ends_the_run_at_the_next_batch(settings, monkeypatch):
+def test_sigterm_outside_training_stops_at_the_next_batch(settings, monkeypatch):
   settings |= dict(eval_tokens=0, recipe='none')
   done, put = [], work_module.sharding.put_batch
 
@@ -182,4 +182,4 @@ def test_sigterm_outside_training_ends_the_run_at_the_next_batch(settings, monke
 
 
 if __name__ == '__main__':
-  struck()
+  run_with_signal()

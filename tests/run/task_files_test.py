@@ -1,4 +1,4 @@
-"""Task files with faults, figures that the harness does not give, and models whose scores are no numbers."""
+"""Faulty task files, metrics that the harness does not report, and models with scores that are not finite."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from elder_jax.hf.source import open_source
 from elder_jax.text import data
 from elder_jax.text import zero_shot
 
-# The harness and what it imports warn of much.
+# The harness and its imports emit many warnings.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 BODY = """
@@ -49,7 +49,7 @@ def write(folder: pathlib.Path, **tasks: str) -> pathlib.Path:
 
 @pytest.fixture
 def local_only(monkeypatch):
-  """The harness reads its own thousands of task files anew each time, which takes seconds."""
+  """Skips the harness's own thousands of task files, which take seconds to read."""
   import lm_eval.tasks
 
   monkeypatch.setattr(
@@ -78,7 +78,7 @@ def rolling(metric: str) -> str:
   ],
   ids=lambda v: v if isinstance(v, str) and v.isalpha() else '',
 )
-def test_a_broken_task_file_gives_the_harness_s_complaint(tmp_path, local_only, name, content, parts):
+def test_a_broken_task_file_reports_the_error_of_the_harness(tmp_path, local_only, name, content, parts):
   folder = write(tmp_path / 'tasks', **{name: content})
   with pytest.raises(InputError) as caught:
     zero_shot.load_tasks([name], str(folder))
@@ -87,13 +87,13 @@ def test_a_broken_task_file_gives_the_harness_s_complaint(tmp_path, local_only, 
 
 
 @pytest.mark.slow
-def test_a_broken_task_file_does_not_give_way_to_the_harness_s_own(tmp_path):
+def test_a_broken_task_file_is_not_replaced_by_the_harness_s_own(tmp_path):
   folder = write(tmp_path / 'tasks', piqa='include: gone.yaml\ntask: piqa\n' + BODY)
   with pytest.raises(InputError, match=r'tasks=piqa: the harness cannot read .*piqa\.yaml .*gone\.yaml'):
     zero_shot.load_tasks(['piqa'], str(folder))
 
 
-def test_a_task_file_under_another_name_is_still_its_task_s(tmp_path, local_only):
+def test_a_task_file_with_another_name_is_found(tmp_path, local_only):
   folder = write(tmp_path / 'tasks', other='task: "mine"\ninclude: gone.yaml\n' + BODY)
   with pytest.raises(InputError, match=r'tasks=mine: the harness cannot read .*other\.yaml'):
     zero_shot.load_tasks(['mine'], str(folder))
@@ -105,14 +105,14 @@ def test_a_task_file_under_another_name_is_still_its_task_s(tmp_path, local_only
 
 
 @pytest.mark.parametrize('name', ['[v1] tasks', 'a*', 'a?', 'a::b'])
-def test_a_folder_that_the_harness_takes_for_a_pattern(tmp_path, local_only, name):
+def test_a_folder_whose_name_is_a_pattern(tmp_path, local_only, name):
   with pytest.raises(InputError, match='tasks_dir=.*pattern'):
     zero_shot.load_tasks(['odd'], str(write(tmp_path / name, odd='task: odd\n' + BODY)))
 
 
 @pytest.mark.slow
-def test_a_hub_id_is_no_folder_of_the_current_one(tmp_path, monkeypatch):
-  """The harness's piqa is baber/piqa on the hub, whatever lies here."""
+def test_a_hub_id_is_not_read_from_the_current_folder(tmp_path, monkeypatch):
+  """The harness's piqa is baber/piqa on the hub, even if that folder exists here."""
   for constants in ('huggingface_hub.constants', 'datasets.config'):
     monkeypatch.setattr(f'{constants}.HF_HUB_OFFLINE', True)
   (tmp_path / 'baber' / 'piqa').mkdir(parents=True)
@@ -124,7 +124,7 @@ def test_a_hub_id_is_no_folder_of_the_current_one(tmp_path, monkeypatch):
     zero_shot.load_tasks(['piqa'])
 
 
-def test_figures_that_the_harness_does_not_give(tmp_path, local_only, loaded_model, capsys):
+def test_metrics_that_the_harness_does_not_report(tmp_path, local_only, loaded_model, capsys):
   folder = write(
     tmp_path / 'tasks',
     odd='task: odd\n' + BODY,
@@ -147,7 +147,7 @@ def test_figures_that_the_harness_does_not_give(tmp_path, local_only, loaded_mod
   assert 'using default' not in capsys.readouterr().err
 
 
-def test_a_task_that_fails_over_its_answers(tmp_path, local_only, loaded_model):
+def test_a_task_that_fails_on_its_answers(tmp_path, local_only, loaded_model):
   folder = write(tmp_path / 'tasks', bad=f'task: bad\nprocess_results: !function f.bad\n{BODY}')
   (folder / 'f.py').write_text('def bad(doc, results):\n  return {"acc": doc["gone"]}\n')
   loaded = zero_shot.load_tasks(['bad'], str(folder))
@@ -156,15 +156,15 @@ def test_a_task_that_fails_over_its_answers(tmp_path, local_only, loaded_model):
   one_sentence(caught.value.for_command(), '--tasks=bad: the harness fails', "KeyError: 'gone'")
 
   def put(array):
-    raise ValueError('a fault of our own')
+    raise ValueError('a bug of elder_jax')
 
-  with pytest.raises(ValueError, match='of our own'):  # is not blamed on the task
+  with pytest.raises(ValueError, match='a bug of elder_jax'):  # not reported as an error of the task
     zero_shot.run(*loaded_model, loaded, max_length=64, put=put)
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 @pytest.mark.parametrize('kind', ['choice', 'rolling', 'generation'])
-def test_scores_that_are_no_numbers_are_no_result(tmp_path, local_only, loaded_model, kind, value):
+def test_scores_that_are_not_finite_are_refused(tmp_path, local_only, loaded_model, kind, value):
   content = {
     'choice': BODY,
     'rolling': rolling('word_perplexity'),
@@ -194,10 +194,10 @@ def test_the_context_of_a_model():
   assert length() == 4096
 
 
-def test_learned_positions_bound_the_context(loaded_model):
+def test_learned_positions_limit_the_context(loaded_model):
   from elder_jax.text.lm_eval_adapter import JaxLM
 
   model, tokenizer = loaded_model
-  for positions, context in ((0, 2048), (64, 64)):  # 0: none are learned
+  for positions, context in ((0, 2048), (64, 64)):  # 0: no learned positions
     spec = types.SimpleNamespace(most_positions=positions)
     assert JaxLM(types.SimpleNamespace(spec=spec), tokenizer, max_length=2048).max_length == context

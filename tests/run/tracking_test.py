@@ -1,4 +1,4 @@
-"""--track: each step once, also when a run resumes; a tracker that fails costs nothing but itself."""
+"""--track: each step is sent once, also when a run resumes. A failing tracker does not affect the run."""
 
 import json
 import pathlib
@@ -19,13 +19,13 @@ from elder_jax.run import workdir
 
 
 def events(folder: pathlib.Path) -> list:
-  """All events of a TensorBoard folder, in its order."""
+  """All events of a TensorBoard folder, in order."""
   from tensorboardX.proto.event_pb2 import Event
 
   found = []
   for path in sorted(folder.glob('events.*')):
     data, start = path.read_bytes(), 0
-    while start < len(data):  # length, its checksum, the event, its checksum
+    while start < len(data):  # a record: length, checksum, event, checksum
       (length,) = struct.unpack('<Q', data[start : start + 8])
       found.append(Event.FromString(data[start + 12 : start + 12 + length]))
       start += 12 + length + 4
@@ -33,7 +33,7 @@ def events(folder: pathlib.Path) -> list:
 
 
 def curves(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
-  """{name: [(step, value)]} as TensorBoard shows it: the start of a session drops the steps from there on."""
+  """{name: [(step, value)]} as TensorBoard shows it: a session start drops later steps of earlier sessions."""
   shown: dict[str, list[tuple[int, float]]] = {}
   for event in events(folder):
     if event.HasField('session_log'):
@@ -44,7 +44,7 @@ def curves(folder: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
 
 
 class Recorder:
-  """A stand-in for the packages wandb and trackio, which are not installed here."""
+  """Replaces the packages wandb and trackio, which the tests do not need."""
 
   def __init__(self):
     self.inits, self.rows, self.finished = [], [], 0
@@ -81,7 +81,7 @@ def test_tensorboard_has_every_step_once_when_a_run_resumes(settings, packages, 
     method='last', recipe='prune_then_train', compare=[], train_steps=5, eval_data=(), checkpoint_every=2
   )
   stop_at_batch(monkeypatch, 4, settings | dict(track='tensorboard,wandb'))
-  # What was not saved is done again: the steps after the newest checkpoint.
+  # Remove the newest checkpoint, so that the resumed run repeats the steps after the one before.
   checkpoints = pathlib.Path(settings['workdir']) / 'checkpoints' / 'prune_then_train'
   newest = max(checkpoints.iterdir(), key=lambda path: int(path.name))
   assert newest.name == '3'
@@ -96,18 +96,18 @@ def test_tensorboard_has_every_step_once_when_a_run_resumes(settings, packages, 
   assert [step for step, _ in shown['loss']] == [0, 1, 2, 3, 4] == [row['step'] for row in rows]
   for (_, loss), row in zip(shown['loss'], rows):
     assert loss == pytest.approx(row['loss'], rel=1e-6)
-  assert 'lr' in shown and 'time' not in shown and len(shown['tokens_per_second']) < 5  # null where it compiles
+  assert 'lr' in shown and 'time' not in shown and len(shown['tokens_per_second']) < 5  # null for a step that compiles
   assert any(b'seq_len' in v.tensor.string_val[0] for e in events(work / 'tensorboard') for v in e.summary.value)
 
   wandb, trackio = packages['wandb'], packages['trackio']
   assert [row['prune_then_train/step'] for row in wandb.rows] == [0, 1, 2, 3, 4]
   assert len({how['id'] for how in wandb.inits}) == 1 and len(wandb.inits) == wandb.finished == 2
   assert wandb.inits[0]['config']['seq_len'] == 32 and wandb.inits[0]['dir'] == work
-  assert [row['step'] for row in trackio.rows] == [2, 3, 4]  # asked for when the run resumed
+  assert [row['step'] for row in trackio.rows] == [2, 3, 4]  # added when the run resumed
   assert {'prune_then_train/loss', 'prune_then_train/lr'} <= set(trackio.rows[0])
 
 
-def test_other_settings_after_a_failure_are_another_run(settings, packages, tmp_path):
+def test_other_settings_after_a_failure_start_another_run(settings, packages, tmp_path):
   work = tmp_path / 'work'
   work.mkdir()
   before = tracking.State(work)
@@ -136,14 +136,14 @@ def test_a_tracker_that_fails_is_reported_once_and_dropped(packages, tmp_path, c
     record = run_log.steps('gates')
     for step in range(3):
       record(step, {'loss': float('nan') if step else 1.0, 'lr': 0.5})
-  told = capsys.readouterr().err
-  assert told.count('--track=wandb failed') == 1 and 'no route to host' in told
+  err = capsys.readouterr().err
+  assert err.count('--track=wandb failed') == 1 and 'no route to host' in err
   assert packages['trackio'].rows[1] == {'gates/lr': 0.5, 'step': 1} and packages['trackio'].finished == 1
   assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 3 and not packages['wandb'].finished
 
 
-def test_one_that_cannot_be_opened_or_is_missing_is_refused(settings, packages, monkeypatch, no_long_work, no_text):
-  with pytest.raises(InputError, match='track=mlflow: is not known; choose of: tensorboard, wandb, trackio'):
+def test_an_unknown_failing_or_missing_tracker_is_refused(settings, packages, monkeypatch, no_long_work, no_text):
+  with pytest.raises(InputError, match='track=mlflow: is not known; choose from: tensorboard, wandb, trackio'):
     config_of(**settings | dict(track='wandb,mlflow'))
 
   def fails(**how):
@@ -154,13 +154,13 @@ def test_one_that_cannot_be_opened_or_is_missing_is_refused(settings, packages, 
     pytest.raises(InputError, match='track=wandb: cannot be opened .*not logged in'),
     tracking.tracked(types.SimpleNamespace(), ('wandb',), pathlib.Path(settings['model']).parent, {}),
   ):
-    pytest.fail('it went on')
+    pytest.fail('the run continued')
   monkeypatch.undo()
   monkeypatch.setattr(tracking.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(InputError, match=r"track=trackio: .*pip install 'elder_jax\[trackio\]'"):
     tracking.check(('trackio',))
 
 
-def test_a_missing_package_is_told_before_any_work(settings, monkeypatch, no_long_work, no_text):
+def test_a_missing_package_is_reported_before_any_work(settings, monkeypatch, no_long_work, no_text):
   monkeypatch.setattr(tracking.importlib.util, 'find_spec', lambda name: None)
   refused(settings, '--track=tensorboard', "pip install 'elder_jax[tensorboard]'", track='tensorboard')

@@ -1,4 +1,4 @@
-"""The work folder: one run at a time, its inputs remembered, and a failure that costs no more than it must."""
+"""The work folder: one run at a time, recorded inputs, and what a failed run keeps."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(settings, **more) -> dict:
 
 @pytest.fixture
 def own_text(settings, text, tmp_path) -> pathlib.Path:
-  """A text that `settings` measure on and that a test may change."""
+  """A copy of the evaluation text of `settings`, which a test may change."""
   path = tmp_path / 'own.txt'
   shutil.copy(text, path)
   settings['eval_data'] = (f'text={path}',)
@@ -64,15 +64,17 @@ with workdir.held(Config.of(workdir=sys.argv[1])):
 """
 
 
-def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_gone(settings):
+def test_a_second_run_is_refused_until_the_first_ends(settings):
   env = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[2]), 'JAX_PLATFORMS': 'cpu'}
   holder = subprocess.Popen(
     [sys.executable, '-c', HOLDER, settings['workdir']], stdout=subprocess.PIPE, env=env, text=True
   )
   assert holder.stdout.readline() == 'held\n'
-  message = refused(settings, f'--workdir={settings["workdir"]}', 'a run is going on here', f'process {holder.pid} on ')
+  message = refused(
+    settings, f'--workdir={settings["workdir"]}', 'another run is using it', f'process {holder.pid} on '
+  )
   assert f'since {time.strftime("%Y")}' in message
-  holder.kill()  # the kernel lets go of the lock, whatever became of the file
+  holder.kill()  # the kernel releases the lock, even though the file remains
   holder.wait()
   assert names(settings['workdir']) == ['.lock']
   assert pipeline.prepare(config_of(**settings)).num_removes == [2]
@@ -89,16 +91,16 @@ def test_a_refused_run_leaves_nothing_behind(settings, tmp_path):
 
 
 @pytest.mark.parametrize('name', workdir.FILES + workdir.FOLDERS)
-def test_a_name_that_is_taken_by_another_kind_is_told_at_once(settings, no_long_work, no_text, name):
+def test_a_folder_in_place_of_a_file_or_the_reverse_is_refused(settings, no_long_work, no_text, name):
   work = pathlib.Path(settings['workdir'])
   work.mkdir()
-  if name == workdir.LOCK:  # opened before all else
+  if name == workdir.LOCK:  # opened before this check
     return
   if name in workdir.FILES:
     (work / name).mkdir()
   else:
     (work / name).touch()
-  refused(settings, f'--workdir={work}', name, 'move it away')
+  refused(settings, f'--workdir={work}', name, 'move what is there away')
 
 
 # ---- inputs ----
@@ -109,7 +111,7 @@ def test_a_resumed_run_refuses_another_text_under_the_old_name(settings, own_tex
   killed_before_training(settings, monkeypatch)
   before = own_text.read_bytes()
   own_text.write_text('Something else. ' * 500)
-  refused(settings, '--eval_data=text=', str(own_text), 'is not what the run', 'began with')
+  refused(settings, '--eval_data=text=', str(own_text), 'has changed since the run', 'started')
   own_text.write_bytes(before)
   assert run(settings)['ppl']['text']['dense'] > 1
 
@@ -118,19 +120,19 @@ def test_a_resumed_run_refuses_another_model_and_tokenizer_under_the_old_name(se
   killed_before_training(settings, monkeypatch)
   config, tokenizer = (model / 'config.json').read_text(), (model / 'tokenizer.json').read_text()
   edit_json(model / 'config.json', rms_norm_eps=1e-3)
-  refused(settings, f'--model={model}', 'is not what the run')
+  refused(settings, f'--model={model}', 'has changed since the run')
   (model / 'config.json').write_text(config)
   vocabulary = json.loads(tokenizer)
   vocabulary['model']['vocab']['a'], vocabulary['model']['vocab']['b'] = (vocabulary['model']['vocab'][c] for c in 'ba')
   (model / 'tokenizer.json').write_text(json.dumps(vocabulary))
-  refused(settings, f'--tokenizer={model}', 'is not what the run')
+  refused(settings, f'--tokenizer={model}', 'has changed since the run')
   (model / 'tokenizer.json').write_text(tokenizer)
-  for path in model.iterdir():  # the same files, fetched again
+  for path in model.iterdir():  # the same contents with other times
     os.utime(path, (1, 1))
   assert run(settings)['num_layers'] == 6
 
 
-def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkeypatch):
+def test_large_files_are_distinguished_by_size_and_samples(tmp_path, monkeypatch):
   monkeypatch.setattr(identity, '_SAMPLE', 16)
   monkeypatch.setattr(identity, '_SAMPLES', 4)
   path = tmp_path / 'a'
@@ -151,7 +153,7 @@ def test_large_files_are_told_apart_by_their_size_and_by_pieces(tmp_path, monkey
 # ---- failures ----
 
 
-def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, monkeypatch):
+def test_a_failed_run_may_change_its_settings(settings, monkeypatch):
   with pytest.raises(NonFiniteLoss):
     run(settings, lr=1e30, train_steps=5)
   work = pathlib.Path(settings['workdir'])
@@ -162,7 +164,7 @@ def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, mo
   assert (work / 'stages' / 'choose-elder-2.json').read_bytes() == chosen and not (work / 'failed.txt').exists()
   alone = run(settings, workdir=f'{work}2')
   assert report['ppl'] == alone['ppl']
-  refused(settings, '--lr=0.001, not 0.002', lr=0.002)  # one that is finished does not let go
+  refused(settings, '--lr=0.001, not 0.002', lr=0.002)  # a finished run may not change them
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_a_run_that_failed_lets_go_of_the_setting_that_made_it_fail(settings, mo
   ],
   ids=str,
 )
-def test_what_does_not_depend_on_a_changed_setting_is_kept(settings, changes, kept):
+def test_results_that_do_not_depend_on_a_changed_setting_are_kept(settings, changes, kept):
   pipeline.prepare(config_of(**settings))
   work = pathlib.Path(settings['workdir'])
   (work / 'stages').mkdir()
@@ -195,7 +197,7 @@ def test_what_does_not_depend_on_a_changed_setting_is_kept(settings, changes, ke
 
 
 @pytest.mark.parametrize('content', [b'', b'{"result"', b'[]', b'{}', b'\xff\xfe'])
-def test_a_stage_that_cannot_be_read_is_done_again(settings, monkeypatch, capsys, content):
+def test_an_unreadable_stage_is_repeated(settings, monkeypatch, capsys, content):
   killed_before_training(settings, monkeypatch)
   path = pathlib.Path(settings['workdir']) / 'stages' / 'dense.json'
   right = json.loads(path.read_text())['result']
@@ -204,7 +206,7 @@ def test_a_stage_that_cannot_be_read_is_done_again(settings, monkeypatch, capsys
   assert f'{path}: cannot be read' in capsys.readouterr().err
 
 
-def test_the_default_ratio_is_as_good_as_unset(settings):
+def test_the_default_ratio_equals_unset(settings):
   settings |= dict(num_remove=None)
   for before, after in (('0.25', None), (None, '0.25')):  # earlier versions wrote it out
     pipeline.prepare(config_of(**settings | dict(ratio=before)))
@@ -212,7 +214,7 @@ def test_the_default_ratio_is_as_good_as_unset(settings):
   refused(settings, '--ratio=unset, not 0.3', ratio='0.3')
 
 
-def test_a_finished_report_that_cannot_be_read_is_told(settings):
+def test_an_unreadable_report_is_refused(settings):
   run(settings, recipe='none')
   path = pathlib.Path(settings['workdir']) / 'report.json'
   path.write_bytes(b'{"schema"')
@@ -225,10 +227,10 @@ def test_a_finished_run_reads_neither_text_nor_model(settings, monkeypatch):
   assert run(settings, recipe='none') == report
 
 
-# ---- nothing is tried for the first time at the end ----
+# ---- what could fail at the end is tried at the start ----
 
 
-def test_a_report_that_cannot_be_made_is_known_before_the_model_is_loaded(settings, monkeypatch, capsys):
+def test_a_report_that_fails_is_found_before_the_model_is_loaded(settings, monkeypatch, capsys):
   def broken(report):
     raise KeyError('acc_stderr')
 
@@ -249,7 +251,7 @@ def test_a_report_that_cannot_be_made_is_known_before_the_model_is_loaded(settin
 
 
 @pytest.mark.parametrize('name', ['markdown', 'model_card', 'plot_sweep'])
-def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
+def test_a_failing_report_does_not_lose_the_export(settings, monkeypatch, capsys, name):
   settings |= dict(recipe='none', compare=(), num_remove=None, ratio='0.33,0.17', method='last', verify='jax')
   function, calls = getattr(results, name), []
 
@@ -269,20 +271,18 @@ def test_nothing_cosmetic_costs_the_export(settings, monkeypatch, capsys, name):
   assert not (work / file).exists() and not (work / 'export' / file).exists()
 
 
-def test_a_disk_without_room_for_the_export_is_known_before_the_text_is_read(
-  settings, no_text, no_long_work, monkeypatch
-):
+def test_a_disk_without_room_is_found_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
   usage = shutil.disk_usage
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(path)._replace(free=100))
-  refused(settings, f'--workdir={settings["workdir"]}', 'the export needs', 'GB are free')
+  refused(settings, f'--workdir={settings["workdir"]}', 'the export needs', 'GB free')
 
 
-def test_a_config_that_is_cut_wrongly_is_known_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
+def test_a_wrongly_cut_config_is_found_before_the_text_is_read(settings, no_text, no_long_work, monkeypatch):
   monkeypatch.setattr(checks, 'config_of', lambda *args: config_of_export(*args) | {'num_hidden_layers': 5})
   refused(settings, '--model=', 'cannot be cut to 4 layers')
 
 
-# ---- what is removed, and how that is said ----
+# ---- settings ----
 
 
 @pytest.mark.parametrize(
@@ -292,23 +292,23 @@ def test_a_config_that_is_cut_wrongly_is_known_before_the_text_is_read(settings,
     (dict(num_remove=None, ratio='0.3,0', distill=0.5), ['--distill=0.5', 'from itself']),
     (dict(num_remove=None, ratio='0.3,0', distill='0.9:0.5'), ['--distill=0.9,0.5', 'from itself']),
     (dict(num_remove=None, ratio='0.3,0', distill_hidden=0.5), ['--distill_hidden=0.5', 'from itself']),
-    (dict(ratio='0.2'), ['--ratio=0.2: and --num_remove', 'one way only']),
-    (dict(remove_layers='2'), ['--num_remove=2: and --remove_layers', 'one way only']),
+    (dict(ratio='0.2'), ['--ratio=0.2: and --num_remove', 'only one']),
+    (dict(remove_layers='2'), ['--num_remove=2: and --remove_layers', 'only one']),
     (dict(optimizer='adam'), ['--optimizer=adam', 'adamw']),
     (dict(bos='windows'), ['--bos=windows', 'tokenizer']),
     (dict(recipe='regularise'), ['--recipe=regularise', 'regularize']),
   ],
 )
-def test_settings_that_contradict_each_other_or_are_misspelt(settings, no_text, no_long_work, more, parts):
+def test_contradictory_or_misspelt_settings(settings, no_text, no_long_work, more, parts):
   refused(settings, *parts, **more)
 
 
-def test_the_record_of_an_input_is_under_its_own_name(tmp_path, monkeypatch):
+def test_an_input_is_recorded_by_its_resolved_path(tmp_path, monkeypatch):
   (tmp_path / 'a.txt').touch()
   monkeypatch.chdir(tmp_path)
   assert inputs.named('x', 'a.txt') == inputs.named('x', f'{tmp_path}/a.txt') == f'x={tmp_path}/a.txt'
   assert inputs.named('x', 'owner/name:train') == 'x=owner/name:train'
   (tmp_path / 'inputs.json').write_text(json.dumps({'x=a': 'a' * 64}))
   inputs.check(tmp_path, {'x=a': 'a' * 64, 'y=b': 'b' * 64})
-  with pytest.raises(InputError, match='x=a: is not what the run'):
+  with pytest.raises(InputError, match='x=a: has changed since the run'):
     inputs.check(tmp_path, {'x=a': 'c' * 64})

@@ -97,7 +97,7 @@ def test_a_model_that_cannot_answer_costs_its_answers_alone(short, monkeypatch, 
   monkeypatch.setattr(answers, 'answer', fails_later)
   report = run(short)
   assert report['answers'][0]['dense'] and report['answers'][0]['pruned'] is None and report['ppl']['text']['pruned']
-  assert "none has no answers: the model's logits are not finite." in capsys.readouterr().err
+  assert "no answers for none: the model's logits are not finite." in capsys.readouterr().err
 
 
 def test_prompts_of_a_file(short, tmp_path):
@@ -128,7 +128,7 @@ def test_prompts_that_cannot_be_answered_are_refused(settings, tmp_path, no_long
 
 def test_prompts_of_elder_jax_need_not_fit(short, capsys):
   assert run(short, answer_tokens=250)['answers'] == []
-  assert 'no answers to prompts: with --answer_tokens=250' in capsys.readouterr().err
+  assert 'skipping the prompts: with --answer_tokens=250' in capsys.readouterr().err
 
 
 def test_a_run_that_measures_nothing_asks_only_what_it_is_told_to(settings, text, tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_a_run_that_measures_nothing_asks_only_what_it_is_told_to(settings, text
   assert run(settings, **copy, workdir=str(tmp_path / 'a'))['answers'] == []
   assert 'prompts' not in capsys.readouterr().err
   assert run(settings, **copy, workdir=str(tmp_path / 'b'), prompts=str(tmp_path / 'p.txt'))['answers'] == []
-  assert 'no answers to --prompts: this run reads no text' in capsys.readouterr().err
+  assert 'skipping --prompts: this run reads no text' in capsys.readouterr().err
   report = run(settings, **copy | dict(recipe='absorb', prompts=str(tmp_path / 'p.txt')))
   assert [a['prompt'] for a in report['answers']] == ['one'] and report['answers'][0]['pruned'] is not None
 

@@ -166,7 +166,7 @@ def test_tasks_that_fail_after_training_cost_a_row_its_figures_alone(tasks_dir, 
   monkeypatch.setattr(zero_shot, 'run', fails_later)
   report = pipeline.run(config_of(**settings))
   assert report['tasks']['dense']['sums']['n'] and report['tasks']['pruned'] == {}
-  assert 'none has no figures of tasks: sums: the model gives nan.' in capsys.readouterr().err
+  assert 'no task results for none: sums: the model gives nan.' in capsys.readouterr().err
   assert '| direct removal (exported) | 4 |' in table(report) and table(report).endswith(' — |')
 
 

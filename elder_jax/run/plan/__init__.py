@@ -1,4 +1,4 @@
-"""What a run will need, before anything is loaded: bytes on each device and time of every stage, and if that fits."""
+"""The plan of a run, before anything is loaded: bytes per device and time of every stage, and whether it fits."""
 
 from collections.abc import Callable
 import importlib.util
@@ -42,11 +42,15 @@ from elder_jax.run.stages import stages as list_stages
 
 
 class DoesNotFit(RuntimeError):
-  """A run that its devices have too little memory for; nothing was loaded."""
+  """The devices have too little memory for a run. Nothing was loaded."""
 
 
 def describe(shapes: Shapes, programs: list[Program], compile_it: bool) -> tuple[str, list[Needs]]:
-  """(text for people, the programs that do not fit)."""
+  """Returns (the plan as text, the programs that do not fit).
+
+  Args:
+    compile_it: compile each program. Without it, activations are unknown.
+  """
   with jax.set_mesh(shapes.mesh):
     needs = [measure(p, shapes.mesh, compile_it) for p in programs]
   if not needs:
@@ -57,19 +61,18 @@ def describe(shapes: Shapes, programs: list[Program], compile_it: bool) -> tuple
     lines.append(f'{n.program.name} needs {gib(n.peak)} GiB, the {where} has {gib(n.limit)}. Options:')
     lines += [f'  {line}' for line in advice(n, shapes)]
   if not too_large:
-    lines.append('All stages fit.' if compile_it else 'What is known fits.')
+    lines.append('All stages fit.' if compile_it else 'All stages fit, not counting activations.')
   return '\n'.join(lines), too_large
 
 
 def check(job: Job, stages: list[Stage], say: Callable[[str], None]) -> dict[int, float]:
-  """Says the plan of a run that is about to load its model. On a CPU, where the compiler would take longer than a small
-  model does, only what is known without it.
+  """Prints the plan of a run that is about to load its model. Does not compile on a CPU, where that takes too long.
 
   Returns:
-    {number of a stage: FLOPs of the model in it}, for the time that is left.
+    {index of a stage: FLOPs of the model in it}, to estimate the time left.
 
   Raises:
-    DoesNotFit: without --force.
+    DoesNotFit: the run does not fit and --force is not given.
   """
   config, source, mesh = job.config, job.source, job.mesh
   teacher = (job.teacher.spec, job.teacher.num_layers) if job.teacher else None
@@ -80,27 +83,27 @@ def check(job: Job, stages: list[Stage], say: Callable[[str], None]) -> dict[int
   say(text)
   if too_large and not config.computation.force:
     names = ', '.join(needs.program.name for needs in too_large)
-    raise DoesNotFit(f'the run does not fit: {names}; change what the plan above lists, or start it anyway by --force')
+    raise DoesNotFit(f'the run does not fit: {names}; use one of the options above, or start it anyway with --force')
   return {i: sum(p.model_flops * p.calls for p in programs) for i, programs in enumerate(by_stage)}
 
 
 def plan(config: Config) -> int:
-  """Prints the plan, and returns the exit status: 0, or DOES_NOT_FIT. Needs no weights: config.json is enough.
+  """Prints the plan and returns the exit status: 0, or DOES_NOT_FIT. Needs no weights; config.json is enough.
 
   Raises:
-    InputError.
+    InputError: bad settings or models.
   """
   if config.computation.topology:
-    jax.config.update('jax_platforms', 'cpu')  # the TPUs are only compiled for
+    jax.config.update('jax_platforms', 'cpu')  # nothing runs on the TPUs
   if why := by_name.why(config):
-    print(f'Nothing is loaded or computed: {why}; layers are copied from file to file.')
+    print(f'Nothing is loaded or computed, and layers are copied from file to file: {why}.')
     return 0
   spec, num_layers, dtype = _architecture(config.paths.model)
   teacher = _architecture(config.paths.teacher)[:2] if config.paths.teacher else None
   num_removes = count_removed(config, spec, num_layers, dtype)
   check_recipes(config, spec, num_removes)
   if config.removal.max_ppl_increase is not None:
-    log(f'how many layers --max_ppl_increase allows is found when the run starts; planned for {num_removes[0]}')
+    log(f'planning for {num_removes[0]} layers; the run itself finds how many layers --max_ppl_increase allows')
   name = config.computation.topology
   mesh = sharding.make_mesh(config.computation.mesh, topology(name) if name else None)
   check_sizes(config, spec, num_layers, mesh)
@@ -119,36 +122,42 @@ def planned(
   source_dtype: str = 'float32',
   teacher: tuple[Spec, int] | None = None,
 ) -> tuple[Shapes, list[Program]]:
-  """What `describe` takes, of a run of these settings."""
+  """Returns the arguments of `describe` for a run with these settings."""
   with jax.set_mesh(mesh):
     shapes = shapes_of(config, spec, num_layers, num_removes, mesh, source_dtype, teacher)
-    # PyTorch's reading of the model is left out: whether it is made depends on the files.
+    # The check of the unpruned model in PyTorch is left out, because it depends on files that may not be there.
     return shapes, heaviest(programs_by_stage(shapes, list_stages(config, num_removes, checks_source=False)))
 
 
 def topology(name: str) -> list:
-  """The devices of a TPU slice that need not be there, by a name such as v5e:4x4."""
+  """Returns the devices of a TPU slice, such as v5e:4x4, which need not be available.
+
+  Raises:
+    InputError: libtpu is missing, or does not support the name.
+  """
   if importlib.util.find_spec('libtpu') is None:
     raise InputError('topology', name, "the TPU compiler is missing; install it with pip install 'elder_jax[tpu]'.")
-  # No questions to a cloud that this machine may not be in, and no lines on what they did not find.
+  # Keeps libtpu from querying a cloud's metadata server, which may not exist, and from logging the failures.
   for variable, value in (
     ('SKIP_MDS_QUERY', '1'),
     ('WORKER_HOSTNAMES', 'localhost'),
     ('ACCELERATOR_TYPE', 'v5litepod-4'),
   ):
     os.environ.setdefault(f'TPU_{variable}', value)
-  # Of v4's two cores a program sees one device, as on the real machine.
+  # The two cores of a v4 chip are one device, as on the real machine.
   options = {'chip_config_name': 'megacore'} if name.startswith('v4') else {}
   try:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)
-  except Exception as e:  # it raises many kinds for a name that it does not know  # noqa: BLE001
+  except Exception as e:  # libtpu raises many types for an unknown name  # noqa: BLE001
     raise InputError(
-      'topology', name, f'cannot be had ({reason(e)}); give a generation and its chips, as in v5e:4x4 or v4:2x2x2.'
+      'topology',
+      name,
+      f'is not available ({reason(e)}); give a TPU generation and its chips, as in v5e:4x4 or v4:2x2x2.',
     ) from e
 
 
 def _architecture(model: str) -> tuple[Spec, int, str]:
-  """(Spec, number of layers, type of the weights)."""
+  """Returns (Spec, number of layers, type of the weights)."""
   if model and user_path(model).suffix != '.gguf':
     found = read_config(model)
     return *architecture(model, found), found.get('dtype') or found.get('torch_dtype') or 'float32'

@@ -1,4 +1,4 @@
-"""What to change where a stage does not fit."""
+"""Options for a stage that does not fit."""
 
 import math
 
@@ -18,26 +18,26 @@ from elder_jax.run.stages import stages
 
 
 def advice(needs: Needs, shapes: Shapes) -> list[str]:
-  """Changes of settings that make a stage take less, the figures from shapes."""
+  """Returns changes of settings that reduce the memory of a stage, with sizes computed from shapes."""
   program, config, mesh = needs.program, shapes.settings, shapes.mesh
   if program.host:
-    return ['--verify=jax: the export is read back without PyTorch']
+    return ['--verify=jax: checks the export without PyTorch']
   cut = mesh.shape['fsdp'] * mesh.shape['tp']
   found = [_change(needs, shapes, **settings) for settings in _smaller(needs, shapes)]
   if program.name.startswith('choosing by ') and program.gradients:
-    found.append('--method=cosine_block, or ppl: no gradients are needed')
+    found.append('--method=cosine_block or --method=ppl: need no gradients')
   elif program.name.startswith(('choosing by ', 'judging')):
-    found.append('--method=cosine_block: one model and one pass')
+    found.append('--method=cosine_block: needs one model and one pass')
   if config.training.lora_rank and config.computation.dtype != 'float32':
     found.append(_change(needs, shapes, export_dtype=config.computation.dtype))
   found += _fewer_rows(needs, shapes)
   if program.state > needs.limit:
-    found.append(f'at least {math.ceil(program.state * cut / needs.limit)} devices of this kind that share the weights')
+    found.append(f'at least {math.ceil(program.state * cut / needs.limit)} devices of this type with sharded weights')
   return [line for line in found if line]
 
 
 def _smaller(needs: Needs, shapes: Shapes) -> list[dict]:
-  """Settings with which parameters, optimiser state or gradients may take less."""
+  """Settings that may reduce parameters, optimiser state or gradients."""
   config, mesh, found = shapes.settings, shapes.mesh, []
   training = config.training
   if mesh.shape['fsdp'] * mesh.shape['tp'] < mesh.size:
@@ -52,7 +52,7 @@ def _smaller(needs: Needs, shapes: Shapes) -> list[dict]:
 
 
 def _change(needs: Needs, shapes: Shapes, **settings) -> str:
-  """What a stage would take without activations; nothing where that is no less, or cannot be."""
+  """Describes the memory of a stage after a change, without activations. '' if it is not smaller, or not possible."""
   mesh, name, state = shapes.mesh, needs.program.name, needs.program.state
   try:
     changed = shapes.settings.replace(**settings)
@@ -66,11 +66,11 @@ def _change(needs: Needs, shapes: Shapes, **settings) -> str:
     return ''
   less = max((p.state for p in found if p.name.split(', as')[0] == name.split(', as')[0]), default=0)
   flags = ' '.join(f'--{k}={as_text(v)}' for k, v in settings.items())
-  return f'{flags}: {gib(less)} instead of {gib(state)} without activations' if less < state else ''
+  return f'{flags}: {gib(less)} GiB instead of {gib(state)}, without activations' if less < state else ''
 
 
 def _fewer_rows(needs: Needs, shapes: Shapes) -> list[str]:
-  """What makes activations smaller."""
+  """Settings that reduce activations."""
   config, mesh, found = shapes.settings, shapes.mesh, []
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   batch_size, eval_batch_size = config.data.batch_size, config.evaluation.eval_batch_size
@@ -79,9 +79,9 @@ def _fewer_rows(needs: Needs, shapes: Shapes) -> list[str]:
   if steps and config.computation.remat != 'full':
     itemsize = jnp.dtype(config.computation.dtype).itemsize
     streams = shapes.num_layers * max(rows, 1) * config.data.seq_len * shapes.spec.d_model * itemsize
-    found.append(f'--remat=full: of each layer only its input is kept, {gib(streams)} in all')
+    found.append(f'--remat=full: keeps only the input of each layer, {gib(streams)} GiB in total')
   if steps and rows > 1 and batch_size % ways == 0:
-    found.append(f'--grad_accum={batch_size // ways}: 1 sequence on a device at a time instead of {rows}')
+    found.append(f'--grad_accum={batch_size // ways}: 1 sequence per device at a time instead of {rows}')
   if needs.program.name.startswith('evaluation') and eval_batch_size > ways:
-    found.append(f'--eval_batch_size={ways}: 1 window on a device at a time instead of {eval_batch_size // ways}')
+    found.append(f'--eval_batch_size={ways}: 1 window per device at a time instead of {eval_batch_size // ways}')
   return found

@@ -1,4 +1,4 @@
-"""What the compiler reports of a program: bytes on each device, FLOPs, and so the least time of a call."""
+"""What the compiler reports about a program: bytes per device and FLOPs, from which the least time of a call follows."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ from elder_jax.model.program import Program
 from elder_jax.model.program import device_bytes
 
 GIB = 2**30
-# Device kind -> (bfloat16 FLOP/s, bytes of memory). TPUs: cloud.google.com/tpu/docs/system-architecture-tpu-vm, the memory
-# what the compiler leaves to a program (of 32, 16, 95 and 32 GiB); GPUs: NVIDIA's data sheets, without sparsity, where
-# the memory is asked of the device.
+# Device kind -> (bfloat16 FLOP/s, bytes of memory). FLOP/s of TPUs: cloud.google.com/tpu/docs/system-architecture-tpu-vm;
+# their memory is what the compiler leaves to a program, of 32, 16, 95 and 32 GiB. FLOP/s of GPUs: NVIDIA's data sheets,
+# without sparsity; their memory is reported by the device.
 DEVICES = {
   'TPU v4': (275e12, 30.75 * GIB),
   'TPU v5 lite': (197e12, 15.75 * GIB),
@@ -32,14 +32,14 @@ DEVICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-  """What a program needs, per device."""
+  """What a program needs on each device."""
 
   program: Program
   limit: float  # bytes that a device has
-  peak: int  # bytes; without the compiler the part that is known without it
-  compiled: Any  # jax.stages.Compiled; None: not asked, or it did not fit
-  flops: float | None  # of one call on all devices, recomputation included; None: not asked
-  least_seconds: float | None  # of one call, model FLOPs at the devices' peak; None: that is not known
+  peak: int  # bytes; if not compiled, only the part that is known without the compiler
+  compiled: Any  # jax.stages.Compiled; None: not compiled, or it did not fit
+  flops: float | None  # of one call on all devices, including recomputation; None: not compiled
+  least_seconds: float | None  # of one call, from model FLOPs at the devices' peak; None: peak unknown
 
   @property
   def fits(self) -> bool:
@@ -47,7 +47,7 @@ class Needs:
 
 
 def measure(program: Program, mesh: Mesh, compile_it: bool = True) -> Needs:
-  """The needs of a program; the mesh must be set."""
+  """Returns what a program needs. The mesh must be set (jax.set_mesh)."""
   device = mesh.devices.flat[0]
   peak_flops, limit = DEVICES.get(device.device_kind, (None, None))
   least = program.model_flops / mesh.size / peak_flops if peak_flops else None
@@ -60,7 +60,7 @@ def measure(program: Program, mesh: Mesh, compile_it: bool = True) -> Needs:
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
-    # The compiler itself refuses what does not fit, and says how much it is.
+    # The compiler refuses a program that does not fit, and reports its size.
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     used = re.search(r'(Used|temporaries) \(?([\d.]+)([KMGT])', str(e))
@@ -73,13 +73,13 @@ def measure(program: Program, mesh: Mesh, compile_it: bool = True) -> Needs:
 
 
 def _memory(device) -> int:
-  if device.platform == 'cpu':  # simulated devices share it
+  if device.platform == 'cpu':  # simulated devices share the host's memory
     return memory.total() // jax.local_device_count()
   return device.memory_stats()['bytes_limit']
 
 
 def traced_flops(jaxpr) -> float:
-  """FLOPs of the matrix products in a jaxpr, all devices together; loops as often as they run, of branches the longest."""
+  """FLOPs of the matrix products in a jaxpr on all devices: loops times their length, the longest branch of each cond."""
   total = 0.0
   for eqn in jaxpr.eqns:
     inner = [traced_flops(j) for j in core.jaxprs_in_params(eqn.params)]

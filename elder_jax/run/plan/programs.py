@@ -1,4 +1,4 @@
-"""The programs of a run's stages, all with abstract arrays: shapes from jax.eval_shape, parts per device by sharding.py."""
+"""The programs of a run's stages, with abstract arrays: shapes from jax.eval_shape, shardings from sharding.py."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def shapes_of(
   source_dtype: str = 'float32',
   teacher: tuple[Spec, int] | None = None,
 ) -> Shapes:
-  """What the programs of a run follow from.
+  """Returns the shapes that determine the programs of a run.
 
   Args:
     source_dtype: hf.source.Source.dtype.
@@ -41,7 +41,7 @@ def shapes_of(
 
 
 def programs_by_stage(shapes: Shapes, stages: list[Stage]) -> list[list[Program]]:
-  """The heaviest programs of each stage; of a run that only copies files none."""
+  """Returns the heaviest programs of each stage; none for a run that only copies files."""
   config = shapes.settings
   reads = any(stage.trains_on_text for stage in stages) or config.evaluation.eval_data or config.evaluation.tasks
   if config.recipes() == ['none'] and not reads:
@@ -50,7 +50,7 @@ def programs_by_stage(shapes: Shapes, stages: list[Stage]) -> list[list[Program]
 
 
 def heaviest(by_stage: list[list[Program]]) -> list[Program]:
-  """One program of each name: what several methods or recipes have in common is one row."""
+  """Returns one program per name. Programs that several methods or recipes share are listed once."""
   found: dict[str, Program] = {}
   for program in [p for of_stage in by_stage for p in of_stage]:
     before = found.get(program.name, program)

@@ -1,4 +1,4 @@
-"""The plan as people read it."""
+"""Prints the plan as a table."""
 
 from jax.sharding import Mesh
 
@@ -11,6 +11,7 @@ _HEAD = 'stage|parameters|optimiser|gradients|other models|activations …|peak|
 
 
 def gib(size: float) -> str:
+  """Bytes in GiB, without the unit."""
   return f'{size / GIB:.3g}' if size < GIB else f'{size / GIB:.2f}'
 
 
@@ -21,13 +22,15 @@ def plan_table(needs: list[Needs], mesh: Mesh) -> str:
   lines = [
     f'{mesh.size} × {kind} with {gib(limit)} GiB each, {sizes}; GiB per device:',
     text_table([_HEAD, *map(_row, needs)]),
-    'TFLOP: of the model in one step, all devices together; done: with what is computed again; least: the first at the '
-    "devices' full speed.",
+    'TFLOP: of the model in one step, on all devices together. done: including recomputation. least s: seconds that TFLOP '
+    "takes at the devices' peak speed.",
   ]
   if any(n.program.host for n in needs):
-    lines.append(f'What is done in PyTorch: in the memory of the host, {gib(memory.total())} GiB.')
+    lines.append(f'PyTorch uses the memory of the host, {gib(memory.total())} GiB.')
   if any(n.flops is None and n.program.call for n in needs):
-    lines.append('--plan asks the compiler for the activations; on a CPU that takes as long as a small run.')
+    lines.append(
+      'To include activations, use --plan. It compiles every program; on a CPU that takes as long as a small run.'
+    )
   return '\n'.join(lines)
 
 
