@@ -240,7 +240,7 @@ def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
 
   Earlier ones had lists as text with commas, the texts to evaluate on as name=source, and one weight of distillation.
   """
-  settings = dict(value)
+  settings = {name: v for name, v in value.items() if name != 'push_to_hub'}  # each upload is asked for
   for name in ('method', 'tasks'):
     if isinstance(settings.get(name), str):
       settings[name] = tuple(part.strip() for part in settings[name].split(',') if part.strip())

@@ -69,6 +69,12 @@ class OutputSettings(Settings):
   text_only: bool = setting(
     False, 'Of a model for pictures and text export the language model by itself, without the other parts.', rare=True
   )
+  push_to_hub: str = setting(
+    '',
+    'Private repository on the hub, as USER/NAME, to upload the export to after the run. Needs a token (hf auth login, or '
+    'HF_TOKEN). May change when a run resumes; a config.json given by --config does not set it.',
+    rare=True,
+  )
   shard_gb: float = setting(5.0, 'Largest size of an exported file, in GB (1e9 bytes).', above=0, rare=True)
   verify: str = setting(
     'auto',

@@ -48,7 +48,7 @@ _EARLY = ('source', LOCK, '.writable', 'config.json.partial', 'inputs.json', 'in
 
 # What a run may change when it is started again in its work folder.
 FREE_ON_RESUME = frozenset(
-  'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology track'.split()
+  'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology track push_to_hub'.split()
 )
 # What a run that failed may change as well, and what has to be done again for it; all other settings: everything.
 _EXPORTED = frozenset('export_dtype shard_gb'.split())  # nothing that is kept depends on these
