@@ -13,7 +13,7 @@ _WEIGHTS = re.compile(r'[^/]+\.(safetensors|bin|gguf)(\.index\.json)?')
 
 
 class PushFailed(Exception):
-  """The hub did not take the upload; why, in a clause without a full stop."""
+  """The upload failed. The message says why, without a full stop."""
 
 
 def check(setting: str, to: str) -> str:
@@ -24,9 +24,13 @@ def check(setting: str, to: str) -> str:
     if to.count('/') != 1:
       raise ValueError('it has no owner')
     huggingface_hub.utils.validate_repo_id(to)
-  except ValueError as e:
+  except ValueError as e:  # HFValidationError is one
     raise InputError(setting, to, f'is no name on the hub ({reason(e)}); give USER/NAME.') from e
-  if not (token := huggingface_hub.get_token()):
+  try:
+    token = huggingface_hub.get_token()
+  except Exception as e:  # one that expired is refreshed first, which may fail in many ways  # noqa: BLE001
+    raise InputError(setting, to, f'the token of the hub cannot be used ({reason(e)}); run hf auth login.') from e
+  if not token:
     raise InputError(setting, to, 'needs a token of the hub; run hf auth login, or set HF_TOKEN.')
   return token
 
@@ -41,7 +45,7 @@ def push(folder: pathlib.Path, to: str, private: bool, setting: str = 'to') -> s
 
   Raises:
     InputError: the folder is no unchanged export, no token is set, or the repository cannot be used.
-    PushFailed: the hub was not reached, or refused.
+    PushFailed: the hub cannot be reached, or refuses.
   """
   token = check(setting, to)
   manifest.check(folder)
@@ -90,4 +94,6 @@ def _why(error: Exception, to: str) -> str:
     return f'the token may not write to {owner}; use one with write access, or another USER'
   if status is not None:
     return f'the hub answered {reason(error)}'
-  return f'the hub was not reached ({reason(error)}); check the network and HF_ENDPOINT'
+  if isinstance(error, ValueError):  # the metadata of an edited card
+    return reason(error)
+  return f'the upload failed ({reason(error)}); check the network and HF_ENDPOINT'

@@ -32,7 +32,7 @@ def _perplexity(report: dict) -> list[str]:
   if not rises:
     return []
   least = min([*rises.values(), *_held_out_rise(report)])
-  worst = sorted(rises, key=rises.get, reverse=True)
+  worst = sorted(rises, key=lambda corpus: rises[corpus], reverse=True)
   told = ', '.join(f'{figure(rises[corpus])} × on {corpus}' for corpus in worst)
   if report.get('train_data') and rises[worst[0]] > UNEVEN * least:
     like = '' if least in rises.values() else f', {figure(least)} × on text held out of the training text'

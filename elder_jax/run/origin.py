@@ -62,7 +62,9 @@ def _of_gguf(path: pathlib.Path) -> dict:
   names = {'license': 'general.license', 'license_name': 'general.license.name', 'license_link': 'general.license.link'}
   found = {key: value for key, field in names.items() if isinstance(value := fields.get(field), str)}
   found['language'] = _texts(fields.get('general.languages'))
-  hub = (re.fullmatch(r'(?:https?://(?:huggingface|hf)\.co/)?([\w.-]+/[\w.-]+)/?', str(fields.get(n))) for n in _REPOSITORY)
+  hub = (
+    re.fullmatch(r'(?:https?://(?:huggingface|hf)\.co/)?([\w.-]+/[\w.-]+)/?', str(fields.get(n))) for n in _REPOSITORY
+  )
   found['base_model'] = next((match[1] for match in hub if match), '')
   return found
 

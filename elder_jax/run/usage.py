@@ -16,6 +16,14 @@ PROMPT, QUESTION = 'The capital of France is', 'What is the capital of France?'
 PERIODS = {'gemma2': 2, 'gemma3_text': 6, 'cohere2': 4, 'gpt_oss': 2, 'smollm3': 4, 'qwen3_5_text': 4}
 _WRITTEN = ('olmo3', 'exaone4')
 _NOT_CONVERTED = ('opt',)
+_OTHER_MODEL = (
+  'Do not use convert_hf_to_gguf.py of llama.cpp: the remaining layers do not alternate as in the original, and it does '
+  'not write which layer is of which kind. The file would be another model.'
+)
+_UNCHECKED = (
+  'This model has several kinds of layers. Whether convert_hf_to_gguf.py of llama.cpp writes which layer is of which kind '
+  'was not checked: compare the outputs before you use such a file.'
+)
 _CONVERT = 'python convert_hf_to_gguf.py FOLDER --outfile model.gguf'
 _EXPORT = 'elder_jax export-gguf FOLDER --like=ORIGINAL.gguf --out=model.gguf'
 _GENERATE = (
@@ -168,11 +176,5 @@ def _why_not_converted(config: dict) -> str:
     return ''
   if period := PERIODS.get(kind):
     regular = [k not in ('full_attention', 0) for k in kinds] == gguf_cut.default_pattern(period, len(kinds))
-    return '' if regular else (
-      'Do not use convert_hf_to_gguf.py of llama.cpp: the remaining layers do not alternate as in the original, and it does '
-      'not write which layer is of which kind. The file would be another model.'
-    )
-  return '' if len({str(k) for k in kinds}) < 2 else (
-    'This model has several kinds of layers. Whether convert_hf_to_gguf.py of llama.cpp writes which layer is of which '
-    'kind was not checked: compare the outputs before you use such a file.'
-  )
+    return '' if regular else _OTHER_MODEL
+  return _UNCHECKED if len({str(k) for k in kinds}) > 1 else ''
