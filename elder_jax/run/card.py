@@ -34,16 +34,16 @@ def model_card(report: dict, config: dict, files: usage.Files = usage.NOTHING) -
   name = lineage.original(report.get('lineage') or [])[0] or lineage.public_name(report['model'])
   short = name.rpartition('/')[2]
   kept, total = _kept(report)
+  gone, by = total - len(kept), f'elder_jax {report["versions"]["elder_jax"]}'
   lines = [
     '---',
     _front_matter(report, files),
     '---',
     '',
-    f'# {short}, {len(kept)} of {total} layers',
+    f'# {short}, {len(kept)} of {total} layers' if gone else f'# {short}',
     '',
     *_warning(report),
-    f'{_linked(name)} without {total - len(kept)} of its {total} layers, made by elder_jax '
-    f'{report["versions"]["elder_jax"]}.',
+    _linked(name) + (f' without {gone} of its {total} layers, made by {by}.' if gone else f', trained by {by}.'),
     '',
     *_how(report, config, kept, total),
     *_sizes(report, files),

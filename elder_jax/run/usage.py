@@ -20,6 +20,10 @@ _OTHER_MODEL = (
   'Do not use convert_hf_to_gguf.py of llama.cpp: the remaining layers do not alternate as in the original, and it does '
   'not write which layer is of which kind. The file would be another model.'
 )
+_NOT_IN_VLLM = (
+  "vLLM's own gpt-oss gives a window to every layer with an even number. In this model other layers have one: use "
+  'transformers.'
+)
 _UNCHECKED = (
   'This model has several kinds of layers. Whether convert_hf_to_gguf.py of llama.cpp writes which layer is of which kind '
   'was not checked: compare the outputs before you use such a file.'
@@ -90,10 +94,16 @@ def section(files: Files) -> list[str]:
     '',
     '### vLLM',
     '',
-    *_block('sh', [f'vllm serve FOLDER{" --trust-remote-code" if _code(files) else ""}']),
+    *_vllm(files),
     '',
     *_by_gguf(files),
   ]
+
+
+def _vllm(files: Files) -> list[str]:
+  if files.config.get('model_type') == 'gpt_oss' and _why_not_converted(files.config):
+    return [_NOT_IN_VLLM]
+  return _block('sh', [f'vllm serve FOLDER{" --trust-remote-code" if _code(files) else ""}'])
 
 
 def _by_gguf(files: Files) -> list[str]:

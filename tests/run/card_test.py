@@ -226,6 +226,8 @@ def test_gguf_commands_only_where_the_file_is_the_same_model():
     assert ('python convert_hf_to_gguf.py FOLDER' in text) == converted and 'elder_jax export-gguf FOLDER' in text
     assert ('The file would be another model' in text) != converted
   assert 'export-gguf' not in '\n'.join(usage.section(kinds('gemma2', near, far)))
+  for of_layers, served in (([near, far], True), ([far, near], False)):
+    assert ('vllm serve' in '\n'.join(usage.section(kinds('gpt_oss', *of_layers)))) == served
   hybrid = [*[linear] * 3, far, linear]
   assert commands(kinds('qwen3_5_text', *hybrid)) and not commands(kinds('qwen3_5_text', *hybrid[1:]))
   assert commands(kinds('olmo3', far, near)) and not commands(kinds('opt')) and not commands(kinds('new', far, near))
