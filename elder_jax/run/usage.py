@@ -139,7 +139,7 @@ def _transformers(files: Files) -> list[str]:
     lines += [
       f"messages = [{{'role': 'user', 'content': '{QUESTION}'}}]",
       'inputs = tokenizer.apply_chat_template(',
-      "  messages, add_generation_prompt=True, return_dict=True, return_tensors='pt'",
+      *('  messages,', '  add_generation_prompt=True,', '  return_dict=True,', "  return_tensors='pt',"),
       ')',
     ]
   else:
