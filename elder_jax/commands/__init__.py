@@ -1,4 +1,4 @@
-"""`elder_jax VERB`: one file per verb, which is imported when it is asked for."""
+"""`elder_jax VERB`: a module per verb, imported when the verb is run."""
 
 import difflib
 import importlib
@@ -11,20 +11,21 @@ from elder_jax import errors
 VERBS = {
   'prune': ('prune', 'choose layers, absorb and remove them, train, export: a whole run'),
   'heal': ('heal', 'train a model that was pruned before'),
-  'plan': ('plan', 'what a run would take, before anything is loaded'),
-  'generate': ('generate', 'what follows a prompt'),
-  'chat': ('chat', 'talk with a model, by its chat template'),
-  'speed': ('speed', 'dense against pruned, timed alternating'),
-  'eval': ('evaluate', 'zero-shot tasks of lm-evaluation-harness'),
-  'verify': ('verify', 'whether an exported folder holds the files that were written'),
-  'export-gguf': ('export_gguf', 'an exported folder as a file for llama.cpp and Ollama'),
-  'report': ('report', 'the tables of finished runs'),
-  'models': ('models', 'the models that can be read'),
+  'plan': ('plan', 'print memory and time of a run before anything is loaded'),
+  'generate': ('generate', 'continue a prompt'),
+  'chat': ('chat', 'chat with a model, by its chat template'),
+  'speed': ('speed', 'time the dense and the pruned model, alternating'),
+  'eval': ('evaluate', 'run zero-shot tasks of lm-evaluation-harness'),
+  'verify': ('verify', 'check the files of an exported folder'),
+  'export-gguf': ('export_gguf', 'write an exported folder as a file for llama.cpp and Ollama'),
+  'push': ('push', 'upload an exported folder to the Hugging Face hub'),
+  'report': ('report', 'print the tables of finished runs'),
+  'models': ('models', 'list the models that can be read'),
 }
 
 
 def main(argv: list[str] | None = None):
-  """Runs a verb; ends the process unless all is well."""
+  """Runs a verb; exits the process unless it succeeds."""
   verb, *args = (sys.argv[1:] if argv is None else argv) or ['--help']
   if verb in ('-h', '-help', '--help', '--helpfull', 'help'):
     print(overview())
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None):
 
 
 def run_verb(verb: str, args: list[str] | None = None):
-  """args: those of the process where they are not given."""
+  """Runs a verb with these arguments, by default those of the process."""
   module = importlib.import_module(f'elder_jax.commands.{VERBS[verb][0]}')
   module.COMMAND.main(sys.argv[1:] if args is None else args)
 

@@ -24,6 +24,7 @@ from elder_jax.errors import InputError
 from elder_jax.errors import cache_folder
 from elder_jax.errors import disk_is_full
 from elder_jax.hf import verify
+from elder_jax.hf.push import PushFailed
 from elder_jax.log import log
 from elder_jax.methods.elder import GateSettings
 from elder_jax.methods.mask import MaskSettings
@@ -97,7 +98,7 @@ def _leave(error: BaseException, config: Config | None):
   """Exits with the status of the error. For a bug it returns instead, after adding the path of failed.txt as a note."""
   if isinstance(error, InputError):
     hosts.leave(errors.BAD_INPUT, error.for_command())
-  if isinstance(error, NonFiniteLoss | verify.ExportMismatch):
+  if isinstance(error, NonFiniteLoss | verify.ExportMismatch | PushFailed):
     hosts.leave(errors.FAILED, str(error))
   if isinstance(error, plan.DoesNotFit):
     hosts.leave(errors.DOES_NOT_FIT, str(error))

@@ -33,8 +33,9 @@ from elder_jax.log import write_whole
 from elder_jax.model import pruning
 from elder_jax.run import inputs
 from elder_jax.run import lineage
+from elder_jax.run import origin
 from elder_jax.run import workdir
-from elder_jax.run.card import model_card
+from elder_jax.run.card import write_card
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import check_given
 from elder_jax.run.report import SCHEMA
@@ -227,7 +228,7 @@ def _export(config: Config, cutter: Cutter, kept: list[int], unchecked: str, beg
   report = _report(config, cutter, kept, {'tensors': tensors} | ({'torch_error': unchecked} if unchecked else {}))
   report['seconds'] = {'cut': round(time.monotonic() - begun, 1)}
   write_json(temporary / lineage.NAME, {'lineage': report['lineage']})
-  write_whole(temporary / 'README.md', model_card(report, config.to_json()))
+  write_card(temporary, report, config.to_json())
   manifest.write(temporary, hashes)
   shutil.rmtree(final, ignore_errors=True)
   os.replace(temporary, final)
@@ -267,6 +268,7 @@ def _report(config: Config, cutter: Cutter, kept: list[int], verified: dict) -> 
     'params': params,
     'gigabytes': dict(zip(('dense', 'pruned'), (size / 1e9 for size, _ in sizes))),
     'lineage': [*lineage.of_folder(cutter.files), lineage.step_of(config, depth, removed)],
+    'origin': origin.read(config.paths.model, cutter.files),
     'steps': 0,
     'tokens_per_step': 0,
     'verify': verified,

@@ -243,7 +243,7 @@ def settings_of_json(value: dict[str, Any]) -> dict[str, Any]:
 
   Earlier versions wrote lists as text with commas, evaluation texts as name=source, and a single weight of distillation.
   """
-  settings = dict(value)
+  settings = {name: v for name, v in value.items() if name != 'push_to_hub'}  # each upload is asked for
   for name in ('method', 'tasks'):
     if isinstance(settings.get(name), str):
       settings[name] = tuple(part.strip() for part in settings[name].split(',') if part.strip())

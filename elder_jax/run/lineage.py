@@ -1,4 +1,4 @@
-"""What was done to a model so far: elder_jax.json in an exported folder, a step for each run that it went through."""
+"""The history of a model: elder_jax.json in an exported folder has a step for each run."""
 
 import json
 import pathlib
@@ -13,21 +13,32 @@ NAME = 'elder_jax.json'
 
 
 def of_folder(folder: pathlib.Path) -> list[dict]:
-  """The steps of the runs that made a checkpoint; none for one that elder_jax has not written."""
+  """The steps of the runs that made a checkpoint; empty for a checkpoint that elder_jax did not write."""
+  path = folder / NAME
+  if not path.is_file():
+    return []
   try:
-    steps = json.loads((folder / NAME).read_text(encoding='utf-8'))['lineage']
-  except FileNotFoundError:
-    return []
+    steps = json.loads(path.read_text(encoding='utf-8'))['lineage']
   except (OSError, ValueError, KeyError, TypeError):
-    log(f'{folder / NAME}: cannot be read; what was done to the model before is not told')
+    steps = None
+  if not isinstance(steps, list) or not all(map(_is_step, steps)):
+    log(f'{path}: cannot be read; the history of the model is lost')
     return []
-  return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+  return steps
+
+
+def _is_step(step) -> bool:
+  if not isinstance(step, dict):
+    return False
+  removed, numbers = step.get('removed', []), (step.get('layers', 0), step.get('tokens', 0))
+  return isinstance(removed, list) and all(isinstance(number, int) for number in (*removed, *numbers))
 
 
 def kept_layers(config: Config, source: Source, teacher: Source | None) -> list[int] | None:
-  """The layers of the teacher that a model has, by 0-based number in its order; None: not known.
+  """The layers of the teacher that a model still has, by 0-based number, in ascending order; None: not known.
 
-  By --kept_layers, by what elder_jax has written into the model's folder, or by a mergekit_config.yml of slices.
+  They come from --kept_layers, else from elder_jax.json in the model's folder, else from the slices of a
+  mergekit_config.yml.
 
   Raises:
     InputError: --kept_layers does not fit the two models.
@@ -52,7 +63,7 @@ def kept_layers(config: Config, source: Source, teacher: Source | None) -> list[
 
 
 def kept_by(steps: list[dict], total: int) -> list[int] | None:
-  """The layers of a model of `total` layers that these steps leave; None where they were made from another one."""
+  """The layers that these steps leave of a model of `total` layers; None if they began with another model."""
   kept = list(range(total))
   for step in steps:
     if step.get('layers') != len(kept) or not isinstance(step.get('removed'), list):
@@ -62,7 +73,7 @@ def kept_by(steps: list[dict], total: int) -> list[int] | None:
 
 
 def _by_mergekit(source: Source) -> list[int] | None:
-  """Of slices of one model, one after another: slices: - sources: - layer_range: [0, 12]."""
+  """From the slices of one model, in order: slices: - sources: - layer_range: [0, 12]."""
   import yaml
 
   try:
@@ -74,13 +85,26 @@ def _by_mergekit(source: Source) -> list[int] | None:
 
 
 def public_name(model: str) -> str:
-  """A hub id as it is; of a path the last part, which says nothing of this machine."""
-  is_hub_id = model.count('/') == 1 and not user_path(model).exists() and not model.startswith(('.', '/', '~'))
-  return model if is_hub_id else pathlib.PurePath(model).name
+  """A hub id, also of a folder in the hub's cache; of any other path the last part, which tells nothing of this machine."""
+  if is_hub_id(model) and not user_path(model).exists():
+    return model
+  path = pathlib.PurePath(model)
+  cached = path.parent.parent.name.split('--', 2) if path.parent.name == 'snapshots' else []
+  return '/'.join(cached[1:]) if len(cached) == 3 and cached[0] == 'models' else path.name
+
+
+def is_hub_id(name: str) -> bool:
+  """Whether a name has the form owner/name."""
+  return name.count('/') == 1 and not name.startswith(('.', '/', '~'))
+
+
+def original(steps: list[dict]) -> tuple[str, int | None]:
+  """(public name, number of layers) of the model that the first step began with."""
+  return (str(steps[0].get('model', '')), steps[0].get('layers')) if steps else ('', None)
 
 
 def step_of(config: Config, num_layers: int, removed: list[int]) -> dict:
-  """What this run does to its model."""
+  """The step that this run adds."""
   trains = config.trains(config.removal.recipe)
   return {
     'model': public_name(config.paths.model),
@@ -93,9 +117,20 @@ def step_of(config: Config, num_layers: int, removed: list[int]) -> dict:
 
 
 def sentence(step: dict) -> str:
-  """A step as people read it."""
+  """A step in words."""
   removed = step.get('removed') or []
-  what = f'{len(removed)} of {step.get("layers")} layers removed {removed}' if removed else 'no layer removed'
+  what = f'{len(removed)} of {step.get("layers")} layers removed ({ranges(removed)})' if removed else 'no layer removed'
   trained = f', trained on {step.get("tokens"):,} tokens' if step.get('tokens') else ''
-  taught = f' with the predictions of {step["teacher"]}' if step.get('teacher') else ''
+  taught = f' with {step["teacher"]} as teacher' if step.get('teacher') else ''
   return f'{step.get("model")}: {what}, recipe {step.get("recipe")}{trained}{taught}'
+
+
+def ranges(layers: list[int]) -> str:
+  """Numbers of layers with contiguous ones joined, as in 3, 12-18."""
+  runs: list[list[int]] = []
+  for l in sorted(layers):
+    if runs and l == runs[-1][-1] + 1:
+      runs[-1].append(l)
+    else:
+      runs.append([l])
+  return ', '.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)

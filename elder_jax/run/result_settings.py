@@ -67,6 +67,12 @@ class OutputSettings(Settings):
     rare=True,
   )
   text_only: bool = setting(False, 'Export only the language model of a model for pictures and text.', rare=True)
+  push_to_hub: str = setting(
+    '',
+    'Private repository on the hub, as USER/NAME, to upload the export to after the run. Needs a token (hf auth login, or '
+    'HF_TOKEN). May change when a run resumes; a config.json given by --config does not set it.',
+    rare=True,
+  )
   shard_gb: float = setting(5.0, 'Maximum size of an exported file, in GB (1e9 bytes).', above=0, rare=True)
   verify: str = setting(
     'auto',

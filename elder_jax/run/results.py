@@ -16,6 +16,7 @@ from elder_jax.recipes import find_recipe
 from elder_jax.recipes.context import Choice
 from elder_jax.run import curve
 from elder_jax.run import lineage
+from elder_jax.run import origin
 from elder_jax.run.card import model_card
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
@@ -55,6 +56,7 @@ def make_report(run: Run) -> dict:
     'corpora': {c: w.about for c, w in job.windows.items()},
     'params': {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)},
     'lineage': [*lineage.of_folder(job.source.files), lineage.step_of(config, num_layers, sorted(removed))],
+    'origin': origin.read(config.paths.model, job.source.files),
     'steps': config.steps() if config.trains(config.removal.recipe) else 0,
     'tokens_per_step': config.data.batch_size * config.data.seq_len,
     'versions': about.package_versions(),

@@ -6,12 +6,15 @@ Each is an ordinary run in its own folder, `runs/NAME` in the work folder, and r
 from collections.abc import Callable
 import math
 import os
+import pathlib
 import shutil
 
 import numpy as np
 
 from elder_jax.devices import hosts
 from elder_jax.errors import InputError
+from elder_jax.hf import manifest
+from elder_jax.hf import push
 from elder_jax.hf.source import open_source
 from elder_jax.log import log
 from elder_jax.log import write_json
@@ -21,16 +24,42 @@ from elder_jax.run import by_name
 from elder_jax.run import packages
 from elder_jax.run import pipeline
 from elder_jax.run import workdir
+from elder_jax.run.card import write_card
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
 from elder_jax.run.removal_settings import HOW_MUCH
 from elder_jax.run.report import markdown
+from elder_jax.run.results import cosmetic
 
 ONE = {'seeds': (), 'rounds': 1}
 
 
 def run(config: Config) -> dict:
-  """Executes one run, or a series of runs if the settings call for one, and returns the report."""
+  """Executes one run, or a series of runs if the settings call for one, and returns the report.
+
+  Raises:
+    PushFailed: the run is finished, but its export was not uploaded. Otherwise as pipeline.run.
+  """
+  to = config.output.push_to_hub
+  if to:
+    hosts.leader_first(lambda: push.check('push_to_hub', to) if hosts.is_leader() else None)
+  report = _run_or_series(config)
+  if to and hosts.is_leader():
+    _upload(config.path() / 'export', to)
+  return report
+
+
+def _upload(export: pathlib.Path, to: str):
+  log(f'uploading {export} to {to}')
+  try:
+    log(f'uploaded to {push.push(export, to, private=True, setting="push_to_hub")}')
+  except (InputError, push.PushFailed) as e:
+    why = e.why if isinstance(e, InputError) else f'{e}.'
+    again = f'To try again: elder_jax push {export} --to={to}'
+    raise push.PushFailed(f'the export {export} is complete, but was not uploaded to {to}: {why} {again}') from e
+
+
+def _run_or_series(config: Config) -> dict:
   if why := by_name.why(config):
     return by_name.run(config, why)
   if config.removal.max_ppl_increase is not None:
@@ -62,7 +91,7 @@ def _series(config: Config, do: Callable[[Config], dict]) -> dict:
 def _run(config: Config, name: str, **changes) -> dict:
   """Executes one of the runs in its own folder."""
   log(f'── {name} ──')
-  report = run(config.replace(**changes, workdir=str(_folder(config, name))))
+  report = run(config.replace(**changes, workdir=str(_folder(config, name)), push_to_hub=''))
   return report | {'folder': name}
 
 
@@ -80,6 +109,8 @@ def _publish(config: Config, report: dict):
   for picture in ('curve.svg', 'sweep.svg'):
     if (drawn := _folder(config, report['folder']) / picture).exists():
       shutil.copy(drawn, work / picture)
+  if (work / 'export').exists():  # the card of its own run knows nothing of the others
+    cosmetic(manifest.CARD, lambda: write_card(work / 'export', report, config.to_json()))
   write_whole(work / 'report.md', markdown(report))
   write_json(work / 'report.json', report)
 

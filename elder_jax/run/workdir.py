@@ -47,7 +47,7 @@ _EARLY = ('source', LOCK, '.writable', 'config.json.partial', 'inputs.json', 'in
 
 # Settings that may change when a run resumes.
 FREE_ON_RESUME = frozenset(
-  'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology track'.split()
+  'workdir checkpoint_every checkpoint_minutes keep_checkpoints verify mesh plan force topology track push_to_hub'.split()
 )
 # After a failure any setting may change. These groups decide which results are kept; any other change drops all of them.
 _EXPORTED = frozenset('export_dtype shard_gb'.split())  # no saved result depends on these

@@ -48,8 +48,9 @@ def test_heal_trains_on_the_teachers_predictions_and_reports_the_lineage(healing
   export = pathlib.Path(healing['workdir']) / 'export'
   assert json.loads((export / 'elder_jax.json').read_text())['lineage'] == report['lineage']
   card = (export / 'README.md').read_text()
-  assert f'- {tiny.name}: 2 of 6 layers removed [2, 3], recipe none.' in card
-  assert f'recipe heal, trained on 768 tokens with the predictions of {tiny.name}.' in card
+  assert f'1. {tiny.name}: 2 of 6 layers removed (2-3), recipe none.' in card
+  assert f'recipe heal, trained on 768 tokens with {tiny.name} as teacher.' in card
+  assert f'# {tiny.name}, 4 of 6 layers' in card and 'Kept: 0-1, 4-5.' in card
   lines = [json.loads(line) for line in (export.parent / 'metrics.jsonl').read_text().splitlines()]
   assert len(lines) == 6 and all(line['kl'] > 0 for line in lines)
   dense = pipeline.run(

@@ -236,6 +236,7 @@ ELSEWHERE = {
   'export': 'training/validation_test.py::test_the_best_state_is_exported',
   'layers_at': 'hf/by_name_test.py::test_a_list_is_named_where_there_are_several',
   'text_only': 'hf/multimodal_test.py::test_text_only_is_the_language_model_by_itself',
+  'push_to_hub': 'run/push_test.py::test_a_run_uploads_its_export_when_it_is_done',
   'export_format': 'hf/gguf_cut_test.py::test_the_cut_file_is_the_pruned_model_to_the_bit',
   'target_params': 'run/series_test.py::test_targets_of_size',
   'target_gb': 'run/series_test.py::test_targets_of_size',

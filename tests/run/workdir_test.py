@@ -18,8 +18,8 @@ from elder_jax.errors import InputError
 from elder_jax.hf import manifest
 from elder_jax.hf.save import config_of as config_of_export
 from elder_jax.methods import elder
+from elder_jax.run import card
 from elder_jax.run import checks
-from elder_jax.run import exporting
 from elder_jax.run import inputs
 from elder_jax.run import job as job_module
 from elder_jax.run import pipeline
@@ -261,7 +261,7 @@ def test_a_failing_report_does_not_lose_the_export(settings, monkeypatch, capsys
       raise ValueError('no such figure')
     return function(*args)
 
-  for module in (results, exporting):
+  for module in (results, card):
     monkeypatch.setattr(module, name, fails_at_the_end, raising=False)
   report = run(settings)
   work = pathlib.Path(settings['workdir'])
