@@ -23,6 +23,7 @@ from elder_jax.log import log
 from elder_jax.methods.elder import GateSettings
 from elder_jax.methods.mask import MaskSettings
 from elder_jax.methods.swaps import SwapSettings
+from elder_jax.run import page
 from elder_jax.run import plan
 from elder_jax.run import series
 from elder_jax.run import workdir
@@ -81,6 +82,8 @@ def run_config(parsed: Parsed, settings: dict) -> int | None:
     raise
   if hosts.is_leader():
     print(markdown(report))
+    if (html := config.path() / page.NAME).exists():
+      print(f'The report: {html}')
     print(f'The model: {config.path() / "export"}')
   return None
 

@@ -15,7 +15,6 @@ from elder_jax.errors import InputError
 from elder_jax.hf.source import open_source
 from elder_jax.log import log
 from elder_jax.log import write_json
-from elder_jax.log import write_whole
 from elder_jax.methods import find_method
 from elder_jax.run import by_name
 from elder_jax.run import pipeline
@@ -23,7 +22,7 @@ from elder_jax.run import workdir
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
 from elder_jax.run.removal_settings import HOW_MUCH
-from elder_jax.run.report import markdown
+from elder_jax.run.results import write_pages
 
 ONE = {'seeds': (), 'rounds': 1}
 
@@ -78,7 +77,7 @@ def _publish(config: Config, report: dict):
   for picture in ('curve.svg', 'sweep.svg'):
     if (drawn := _folder(config, report['folder']) / picture).exists():
       shutil.copy(drawn, work / picture)
-  write_whole(work / 'report.md', markdown(report))
+  write_pages(report, work, config.paths.workdir)
   write_json(work / 'report.json', report)
 
 

@@ -1,8 +1,8 @@
 """The work folder: made, held by one run at a time, and kept to the settings that its run began with.
 
 What a run leaves in it: config.json and inputs.json (what it began with), stages/ (a small result each), checkpoints/,
-metrics.jsonl, what trackers keep, and at the end export/, report.json and report.md. `failed.txt` says why the last
-attempt ended.
+metrics.jsonl, what trackers keep, and at the end export/, report.json, report.md and report.html. `failed.txt` says why
+the last attempt ended.
 """
 
 from collections.abc import Generator
@@ -39,7 +39,7 @@ from elder_jax.training.settings import TrainSettings
 
 LOCK, FAILED = '.lock', 'failed.txt'
 FILES = (
-  *('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'sweep.svg', 'curve.svg'),
+  *('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'report.html', 'sweep.svg', 'curve.svg'),
   *(tracking.STATE, LOCK, FAILED),
 )
 FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source', 'tokens', 'runs', *tracking.TRACKERS)
