@@ -69,7 +69,7 @@ def new_axes(figure, left: float, bottom: float, right: float, top: float, title
   axes = figure.add_axes(
     (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
   )
-  figure.text(4 / width, 1 - (top - 9) / height, title, fontweight='bold')
+  axes.set_title(title, loc='left', x=(4 - left) / (width - left - right), fontsize=11, fontweight='bold')
   return axes
 
 

@@ -163,7 +163,8 @@ def _draw_bars(bars: list[Bar], longest: float, title: str):
   drawn = drawing.new_figure(sum(heights) + above + 4)
   axes = drawing.new_axes(drawn, 4, 2, 2, above, title)
   axes.set_axis_off()
-  axes.set_xlim(0, 1.35 * longest or 1)
+  ends = [min(bar.value, longest) + (bar.error if bar.error == bar.error else 0) for bar in bars]
+  axes.set_xlim(0, 1.4 * max((end for end in ends if end == end), default=1) or 1)
   axes.set_ylim(sum(heights), 0)
   reference = next((bar.value for bar in bars if bar.kind == drawing.DENSE), math.nan)
   if reference <= longest:

@@ -27,11 +27,11 @@ def layers(run: Finished) -> Element | None:
     parts.append(strip(depth, report['removed'], f'{first["method"]} (chosen)'))
   rounds = [row for row in report['rows'] if 'round' in row]
   parts += [strip(depth, row['removed'], f'after round {row["round"]}') for row in rounds[:-1]]
-  parts += [element('p', None, line) for line in _sentences(first, report)]
+  parts += [*_sentences(first), *_search(report)]
   others = [c for c in choices if c is not first and c.get('chosen')]
   if others:
-    strips = [strip(depth, c['chosen'], f'{c["method"]}, {len(c["chosen"])} layers') for c in others]
-    parts.append(folded(f'Other choices ({len(others)})', *strips))
+    strips = [[strip(depth, c['chosen'], f'{c["method"]}, {len(c["chosen"])} layers'), *_sentences(c)] for c in others]
+    parts.append(folded(f'Other choices ({len(others)})', *(part for of_one in strips for part in of_one)))
   return section('Layers removed', *parts, *_scores(choices))
 
 
@@ -84,16 +84,20 @@ def _candidates(depth: int, choice: dict) -> Iterable[Element]:
     yield strip(depth, c['removed'], c['method'] if i or swapped else f'{c["method"]} (chosen)', loss)
 
 
-def _sentences(choice: dict, report: dict) -> Iterable[str]:
+def _sentences(choice: dict) -> Iterable[Element]:
   if merges := choice.get('merges'):
     merged = '; '.join(f'{", ".join(map(str, members))} into {base}' for base, *members in merges)
-    yield f'Merged layers: {merged}.'
+    yield element('p', None, f'Merged layers: {merged}.')
   if swaps := choice.get('swaps'):
     made = '; '.join(f'{out} in place of {back} (loss {figure(loss, 4)})' for back, out, loss in swaps)
-    yield f'Swaps kept, of {choice.get("tried")} tried: {made}.'
+    yield element('p', None, f'Swaps kept, of {choice.get("tried")} tried: {made}.')
+
+
+def _search(report: dict) -> Iterable[Element]:
   if search := report.get('search'):
     tried = '; '.join(f'{n} layers {figure(100 * increase, 1)}%' for n, increase in search)
-    yield f'Increase of held-out perplexity before training, by number of layers removed: {tried}.'
+    about = 'Increase of held-out perplexity before training, by the number of layers removed'
+    yield element('p', None, f'{about}: {tried}.')
 
 
 def _scores(choices: Sequence[dict]) -> Iterable[Element]:

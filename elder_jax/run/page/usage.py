@@ -21,7 +21,7 @@ def usage(run: Finished) -> Element:
 
 
 def _code(code: str, title: str) -> Element:
-  return element('pre', {'tabindex': '0', 'aria-label': title}, element('code', None, code))
+  return element('pre', {'tabindex': '0', 'role': 'region', 'aria-label': title}, element('code', None, code))
 
 
 def _name(run: Finished) -> str:
