@@ -45,7 +45,7 @@ setup(
   # configs/ is at the top of the repository and inside the package of a wheel: --config finds it in both.
   packages=[*find_packages(include=['elder_jax', 'elder_jax.*']), 'elder_jax.configs'],
   package_dir={'elder_jax.configs': 'configs'},
-  package_data={'elder_jax.configs': ['*.flags'], 'elder_jax': ['py.typed']},
+  package_data={'elder_jax.configs': ['*.flags'], 'elder_jax': ['py.typed', 'run/page/style.css']},
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',

@@ -14,6 +14,11 @@ EXTRA_OF = {
 }
 
 
+def is_installed(package: str) -> bool:
+  """Whether the package can be imported. It is not imported."""
+  return importlib.util.find_spec(package) is not None
+
+
 def require(package: str, what: str, *setting):
   """Raises InputError unless the package is installed. It is not imported.
 
@@ -21,6 +26,6 @@ def require(package: str, what: str, *setting):
     what: needs the package; the subject of the sentence.
     setting: name and value of the one that asks for it, if there is one.
   """
-  if importlib.util.find_spec(package) is None:
+  if not is_installed(package):
     install = f"pip install 'elder_jax[{EXTRA_OF[package]}]'"
     raise InputError(*setting, f'{what} needs the package {package}; install it with {install}.')

@@ -29,6 +29,7 @@ from elder_jax.log import log
 from elder_jax.methods.elder import GateSettings
 from elder_jax.methods.mask import MaskSettings
 from elder_jax.methods.swaps import SwapSettings
+from elder_jax.run import page
 from elder_jax.run import plan
 from elder_jax.run import series
 from elder_jax.run import workdir
@@ -90,6 +91,8 @@ def run_config(parsed: Parsed, settings: dict) -> int | None:
     raise
   if hosts.is_leader():
     print(markdown(report))
+    if (html := config.path() / page.NAME).exists():
+      print(f'The report: {html}')
     print(f'Exported model: {config.path() / "export"}')
   return None
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 from elder_jax import errors
+from elder_jax import extras
 from elder_jax.commands.command import Command
 from elder_jax.commands.command import fail
 from elder_jax.commands.flags import Parsed
@@ -11,7 +12,6 @@ from elder_jax.errors import InputError
 from elder_jax.errors import user_path
 from elder_jax.hf import manifest
 from elder_jax.hf.by_name import folder as by_name
-from elder_jax.hf.gguf import cut as gguf_cut
 from elder_jax.hf.source import architecture
 from elder_jax.hf.source import open_source
 from elder_jax.hf.source import read_config
@@ -32,7 +32,10 @@ def run(parsed: Parsed):
 def _open(folder: pathlib.Path) -> tuple[str, int]:
   """(architecture, number of layers), after the headers of all tensors were read."""
   if found := sorted(folder.glob('*.gguf')):
-    opened = gguf_cut.open_file(found[0])
+    extras.require('gguf', f'{found[0]}: a .gguf file')
+    from elder_jax.hf.gguf.cut import open_file  # not at the top: it needs the package gguf
+
+    opened = open_file(found[0])
     return opened.architecture, opened.depth
   config = read_config(str(folder))
   try:

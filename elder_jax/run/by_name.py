@@ -39,7 +39,7 @@ from elder_jax.run.card import write_card
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import check_given
 from elder_jax.run.report import SCHEMA
-from elder_jax.run.report import markdown
+from elder_jax.run.results import write_pages
 from elder_jax.text.identity import of_files
 
 
@@ -232,7 +232,7 @@ def _export(config: Config, cutter: Cutter, kept: list[int], unchecked: str, beg
   manifest.write(temporary, hashes)
   shutil.rmtree(final, ignore_errors=True)
   os.replace(temporary, final)
-  write_whole(work / 'report.md', markdown(report))
+  write_pages(report, work, config.paths.workdir)
   write_json(work / 'report.json', report)
   return report
 

@@ -7,7 +7,6 @@ from elder_jax.errors import InputError
 from elder_jax.errors import reason
 from elder_jax.errors import user_path
 from elder_jax.hf import folder as model_folder
-from elder_jax.hf.gguf import source as gguf_source
 from elder_jax.log import log
 from elder_jax.run import lineage
 
@@ -55,8 +54,10 @@ def _front_matter(path: pathlib.Path) -> dict:
 
 
 def _of_gguf(path: pathlib.Path) -> dict:
+  from elder_jax.hf.gguf.source import read_raw  # not at the top: it needs the package gguf
+
   try:
-    fields = gguf_source.read_raw(path)[0]
+    fields = read_raw(path)[0]
   except InputError:  # reported where the model is opened
     return {}
   names = {'license': 'general.license', 'license_name': 'general.license.name', 'license_link': 'general.license.link'}

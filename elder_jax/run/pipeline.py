@@ -24,6 +24,7 @@ from elder_jax.run.job import Job
 from elder_jax.run.job import Run
 from elder_jax.run.plan import check as check_plan
 from elder_jax.run.prepare import prepare
+from elder_jax.run.results import bytes_on_disk
 from elder_jax.run.results import make_report
 from elder_jax.run.results import rehearse
 from elder_jax.run.results import write_reports
@@ -109,6 +110,7 @@ def _finish(run: Run, seconds: dict[str, float]) -> dict:
   report['seconds'] = {k: round(v, 1) for k, v in (seconds | {'load': run.load_seconds}).items()}
   report['peak_bytes'] = about.peak_bytes()  # of this process only, even if it resumed an earlier attempt
   if hosts.is_leader():
+    report['bytes'] = bytes_on_disk(job)
     write_reports(job, report, folder)
     write_json(folder / 'report.json', report)
     shutil.rmtree(folder / 'checkpoints', ignore_errors=True)

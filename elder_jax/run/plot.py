@@ -1,50 +1,59 @@
-"""The plots of a report."""
+"""curve.svg and sweep.svg: the charts that stand beside report.md."""
 
-import math
-import os
 import pathlib
 
 from elder_jax.recipes import label_of
 from elder_jax.run import curve
-from elder_jax.run.tables import number
+from elder_jax.run import drawing
+
+_HEIGHT = 200  # points of axes with what is around them
 
 
 def plot_sweep(report: dict, path: pathlib.Path):
   """Writes `figure_of` a sweep's report as an SVG."""
-  _write(figure_of(report), path)
+  drawing.save_whole(figure_of(report), path)
 
 
 def plot_curve(report: dict, path: pathlib.Path):
   """Writes curve.figure_of a report as an SVG."""
-  _write(curve.figure_of(report), path)
+  drawing.save_whole(curve.figure_of(report), path)
 
 
-def _write(drawing, path: pathlib.Path):
-  temporary = path.with_name(f'{path.name}.partial')
-  drawing.savefig(temporary, format='svg', metadata={'Date': None})
-  os.replace(temporary, path)
-
-
-def figure_of(report: dict):
-  """Perplexity over the number of layers, axes for each corpus, a line for each way of choosing and recipe."""
-  import matplotlib.figure  # here: it is slow to import, and an extra
-
-  corpora = list(report['ppl'])
-  figure = matplotlib.figure.Figure(figsize=(6 * len(corpora), 4.5), layout='constrained')
+def ways_of(report: dict) -> dict[tuple[str, str], list[dict]]:
+  """{(method, recipe): its rows by depth}, the exported one first."""
   ways: dict[tuple[str, str], list[dict]] = {}
-  for row in report['rows']:
+  for row in [report['rows'][-1], *report['rows'][:-1]]:
     ways.setdefault((row['method'], row['recipe']), []).append(row)
+  return {way: sorted(rows, key=lambda row: -len(row['removed'])) for way, rows in ways.items()}
 
-  def depth(row):
-    return report['num_layers'] - len(row['removed'])
 
-  for corpus, axes in zip(corpora, figure.subplots(1, len(corpora), squeeze=False)[0]):
-    for (method, recipe), rows in sorted(ways.items()):
-      rows = sorted(rows, key=depth)
-      layers = [depth(row) for row in rows] + [report['num_layers']]
-      values = [*(row['ppl'].get(corpus) for row in rows), report['ppl'][corpus].get('dense')]
-      ppl = [value if (value := number(v)) < 1e100 else math.nan for v in values]  # an axis overflows beyond
-      axes.plot(layers, ppl, marker='o', label=f'{method}: {label_of(recipe)}')
-    axes.set(title=corpus, xlabel='layers', ylabel='perplexity', yscale='log')
-    axes.legend()
+@drawing.style()
+def figure_of(report: dict, titles: dict[str, str] | None = None):
+  """Perplexity over the number of layers: axes for each corpus, a line for each method and recipe.
+
+  Args:
+    titles: {corpus: title, which may be empty}; None: all corpora, by their names.
+  """
+  ways = ways_of(report)
+  titles = {corpus: f'Perplexity on {corpus}' for corpus in report['ppl']} if titles is None else titles
+  several = len({method for method, _ in ways}) > 1
+  names = [f'{method}: {label_of(recipe)}' if several else label_of(recipe) for method, recipe in ways]
+  labels = [drawing.wrapped(name if i else f'{name} (exported)') for i, name in enumerate(names)]
+  below = drawing.legend_height([*labels, 'dense']) + 40
+  figure = drawing.new_figure(_HEIGHT * len(titles) + below)
+  for i, (corpus, title) in enumerate(titles.items()):
+    bottom, top = below + _HEIGHT * (len(titles) - 1 - i), _HEIGHT * i + (24 if title else 8)
+    axes = drawing.new_axes(figure, 40, bottom, 10, top, title)
+    dense, every = drawing.drawable(report['ppl'][corpus].get('dense')), []
+    for n, (label, rows) in enumerate(zip(labels, ways.values())):
+      layers = [report['num_layers'] - len(row['removed']) for row in rows]
+      ppl = [drawing.drawable(row['ppl'].get(corpus)) for row in rows]
+      every += ppl
+      look = {'marker': 'o', 'markersize': 4, 'label': label}
+      axes.plot([*layers, report['num_layers']], [*ppl, dense], **look, **drawing.line(n))
+    axes.axhline(dense, color=drawing.DENSE, linestyle=(0, (2, 2)), linewidth=1.4, label='dense')
+    drawing.log_or_linear(axes, [dense, *every])
+    axes.set_xlabel('layers')
+    axes.xaxis.get_major_locator().set_params(integer=True)
+  drawing.legend(figure)
   return figure

@@ -18,7 +18,6 @@ from elder_jax.hf import push
 from elder_jax.hf.source import open_source
 from elder_jax.log import log
 from elder_jax.log import write_json
-from elder_jax.log import write_whole
 from elder_jax.methods import find_method
 from elder_jax.run import by_name
 from elder_jax.run import packages
@@ -28,8 +27,8 @@ from elder_jax.run.card import write_card
 from elder_jax.run.config import Config
 from elder_jax.run.how_much import count_removed
 from elder_jax.run.removal_settings import HOW_MUCH
-from elder_jax.run.report import markdown
 from elder_jax.run.results import cosmetic
+from elder_jax.run.results import write_pages
 
 ONE = {'seeds': (), 'rounds': 1}
 
@@ -111,7 +110,7 @@ def _publish(config: Config, report: dict):
       shutil.copy(drawn, work / picture)
   if (work / 'export').exists():  # the card of its own run knows nothing of the others
     cosmetic(manifest.CARD, lambda: write_card(work / 'export', report, config.to_json()))
-  write_whole(work / 'report.md', markdown(report))
+  write_pages(report, work, config.paths.workdir)
   write_json(work / 'report.json', report)
 
 

@@ -1,19 +1,51 @@
-"""Figures and tables as people read them. A figure may be missing, NaN or infinite: it is shown as a dash."""
+"""Figures and tables for people. A figure that is missing, NaN or infinite is shown as a dash."""
 
+from collections.abc import Iterable
 import math
 
 
 def number(value) -> float:
-  """The value, or NaN for what is no finite number."""
+  """The value, or NaN if it is not a finite number."""
   return value if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
 def figure(value, digits: int = 2, limit: float = 1e4) -> str:
-  """With `digits` after the point; from `limit` on as in 1.2e+05."""
+  """With `digits` decimals; from `limit` on in the form 1.2e+05."""
   value = number(value)
   if math.isnan(value):
     return '—'
   return f'{value:.{digits}f}' if abs(value) < limit else f'{value:.2g}'
+
+
+def compact(value) -> str:
+  """A count in three digits: 16.4k, 512k, 1.5M, 6.74B."""
+  value = number(value)
+  if math.isnan(value):
+    return '—'
+  for unit, name in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+    if abs(value) >= 0.9995 * unit:
+      return f'{value / unit:.3g}{name}' if abs(value) < 999.5 * unit else f'{value / unit:,.0f}{name}'
+  return f'{value:.3g}'
+
+
+def size(count) -> str:
+  """Bytes in three digits: 423 MB, 13.5 GB."""
+  value = number(count)
+  if math.isnan(value):
+    return '—'
+  unit, name = (1e9, 'GB') if value >= 0.9995e9 else (1e6, 'MB')
+  return f'{value / unit:.3g} {name}' if value < 999.5 * unit else f'{value / unit:,.0f} {name}'
+
+
+def ranges(layers: Iterable[int]) -> str:
+  """Layer numbers with contiguous blocks as ranges: 3, 12–18."""
+  blocks: list[list[int]] = []
+  for layer in sorted(layers):
+    if blocks and layer == blocks[-1][1] + 1:
+      blocks[-1][1] = layer
+    else:
+      blocks.append([layer, layer])
+  return ', '.join(str(first) if first == last else f'{first}–{last}' for first, last in blocks)
 
 
 def millions(report: dict, which: str) -> str:
@@ -26,9 +58,9 @@ def task_metrics(values: dict) -> list[str]:
 
 
 def main_metric(values: dict) -> str:
-  """The metric that stands for a task in a table of several; empty where it has none.
+  """The metric that a table of several tasks shows; empty if the task has none.
 
-  Accuracy, of a text that is generated exact_match by its first filter (gsm8k: strict-match), else the first.
+  It is the accuracy; of generated text exact_match by its first filter (gsm8k: strict-match); otherwise the first one.
   """
   metrics = task_metrics(values)
   for wanted in ('acc', 'exact_match'):
@@ -38,7 +70,7 @@ def main_metric(values: dict) -> str:
 
 
 def is_fraction(metric: str) -> bool:
-  """Whether a metric is a fraction of right answers, which is shown in percent."""
+  """Whether a metric is a fraction of correct answers, which is shown in percent."""
   name = metric.partition(',')[0]
   return name.startswith(('acc', 'exact_match', 'pass@')) or name in ('em', 'f1')
 
@@ -48,11 +80,22 @@ def metric_head(metric: str) -> str:
   return name + (f' ({answers})' if answers else '') + (', %' if is_fraction(metric) else '')
 
 
-def metric_figure(values: dict, metric: str, digits: int = 2) -> str:
-  """value ± standard error, as far as there are such; fractions in percent with `digits`, others with two."""
+def task_head(task: str, metric: str) -> str:
+  """The head of a task's column."""
+  return f'{task}, %' if metric == 'acc' else f'{task} {metric_head(metric)}'
+
+
+def metric_values(values: dict, metric: str) -> tuple[float, float]:
+  """(value, standard error), each NaN if missing; a fraction in percent."""
   name, comma, answers = metric.partition(',')
-  scale, digits = (100, digits) if is_fraction(metric) else (1, 2)
-  value, stderr = (scale * number(values.get(key)) for key in (metric, f'{name}_stderr{comma}{answers}'))
+  scale = 100 if is_fraction(metric) else 1
+  return scale * number(values.get(metric)), scale * number(values.get(f'{name}_stderr{comma}{answers}'))
+
+
+def metric_figure(values: dict, metric: str, digits: int = 2) -> str:
+  """value ± standard error, as far as they are known; fractions in percent with `digits` decimals, others with two."""
+  value, stderr = metric_values(values, metric)
+  digits = digits if is_fraction(metric) else 2
   return figure(value, digits) + ('' if math.isnan(value + stderr) else f' ± {figure(stderr, digits)}')
 
 
@@ -63,7 +106,7 @@ def markdown_table(head: list[str], rows: list[list[str]], text_columns: int = 1
 
 
 def text_table(rows: list[list[str]]) -> str:
-  """Columns side by side for a terminal, the first one text, the others figures."""
+  """Columns for a terminal, the first one text, the others figures."""
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = ([c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows)
   return '\n'.join('  '.join(cells) for cells in lines)

@@ -4,11 +4,10 @@ import pathlib
 from typing import NamedTuple
 
 from elder_jax.errors import InputError
+from elder_jax.hf import gguf
 from elder_jax.hf import multimodal
 from elder_jax.hf import safetensors_files
 from elder_jax.hf.families import FAMILIES
-from elder_jax.hf.gguf import cut as gguf_cut
-from elder_jax.hf.gguf import source as gguf_source
 
 PROMPT, QUESTION = 'The capital of France is', 'What is the capital of France?'
 # Families with two kinds of layers, of which llama.cpp of October 2026 assumes that every n-th is of the second kind: its
@@ -52,7 +51,9 @@ def files_of(folder: pathlib.Path) -> Files:
   """Reads config.json and the headers of the weights."""
   sizes: dict[str, int] = {}
   if found := sorted(folder.glob('*.gguf')):
-    fields, _, tensors = gguf_source.read_raw(found[0])
+    from elder_jax.hf.gguf.source import read_raw  # not at the top: it needs the package gguf
+
+    fields, _, tensors = read_raw(found[0])
     for tensor in tensors:
       sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + tensor.data.nbytes
     return Files({}, 'tokenizer.chat_template' in fields, found[0].name, sizes)
@@ -185,6 +186,6 @@ def _why_not_converted(config: dict) -> str:
   if kind in _WRITTEN or not isinstance(kinds, list):
     return ''
   if period := PERIODS.get(kind):
-    regular = [k not in ('full_attention', 0) for k in kinds] == gguf_cut.default_pattern(period, len(kinds))
+    regular = [k not in ('full_attention', 0) for k in kinds] == gguf.default_pattern(period, len(kinds))
     return '' if regular else _OTHER_MODEL
   return _UNCHECKED if len({str(k) for k in kinds}) > 1 else ''

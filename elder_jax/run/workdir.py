@@ -1,7 +1,8 @@
 """The work folder. One run at a time holds it, always with the settings that it started with.
 
 It contains config.json and inputs.json (settings and inputs), stages/ (small results), checkpoints/, metrics.jsonl, files
-of trackers, and at the end export/, report.json and report.md. `failed.txt` contains the error of the last attempt.
+of trackers, and at the end export/, report.json, report.md and report.html. `failed.txt` contains the error of the last
+attempt.
 """
 
 from collections.abc import Generator
@@ -38,7 +39,7 @@ from elder_jax.training.settings import TrainSettings
 
 LOCK, FAILED = '.lock', 'failed.txt'
 FILES = (
-  *('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'sweep.svg', 'curve.svg'),
+  *('config.json', 'inputs.json', 'metrics.jsonl', 'report.json', 'report.md', 'report.html', 'sweep.svg', 'curve.svg'),
   *(tracking.STATE, LOCK, FAILED),
 )
 FOLDERS = ('stages', 'checkpoints', 'export', 'export.partial', 'source', 'tokens', 'runs', *tracking.TRACKERS)

@@ -1,4 +1,4 @@
-"""What a model writes after a few fixed prompts: figures do not show that it has forgotten the capital of France."""
+"""What a model writes after a few fixed prompts: perplexity does not show that it forgot the capital of France."""
 
 from collections.abc import Callable
 import json
@@ -13,7 +13,7 @@ from elder_jax.model.spec import Mode
 from elder_jax.text.generation import generate
 
 NONE = 'none'  # of --prompts
-# A fact of the world and one of nature, prose, code, arithmetic.
+# A fact about the world, one about nature, prose, code, arithmetic.
 PROMPTS = (
   'The capital of France is',
   'Water is made of hydrogen and',
@@ -24,11 +24,11 @@ PROMPTS = (
 
 
 def read_prompts(name: str) -> list[str]:
-  """The prompts of --prompts: PROMPTS where it is empty, else those of a file.
+  """The prompts of --prompts: those of a file, or PROMPTS if it is empty.
 
   Args:
-    name: a text file, a prompt on each line; or a .jsonl file, an object with "prompt" on each line. Empty lines count
-      for nothing.
+    name: a text file with a prompt on each line, or a .jsonl file with an object with "prompt" on each line. Empty lines
+      are skipped.
 
   Raises:
     InputError.
@@ -40,7 +40,7 @@ def read_prompts(name: str) -> list[str]:
     lines = path.read_text(encoding='utf-8-sig').splitlines()
   except (OSError, UnicodeDecodeError) as e:
     why = e.strerror if isinstance(e, OSError) else 'it is not UTF-8'
-    raise InputError('prompts', name, f'cannot be read ({why}); give a text file, a prompt on each line.') from e
+    raise InputError('prompts', name, f'cannot be read ({why}); give a text file with a prompt on each line.') from e
   lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
   if not lines:
     raise InputError('prompts', name, f'has no prompts; give some, or --prompts={NONE}.')
@@ -55,20 +55,28 @@ def _of_json(name: str, number: int, line: str) -> str:
   except (ValueError, TypeError, KeyError, RecursionError):
     prompt = None
   if not (isinstance(prompt, str) and prompt):
-    raise InputError('prompts', name, f'line {number} is no JSON object with a text "prompt"; correct it.')
+    raise InputError('prompts', name, f'line {number} is not a JSON object with a text "prompt"; correct it.')
   return prompt
 
 
 def encode(prompts: list[str], tokenizer, first: int | None) -> list[list[int]]:
-  """Tokens of each prompt. first: a token that must stand at the start (data.bos_rule), None: as the tokenizer has it."""
+  """The tokens of each prompt.
+
+  Args:
+    first: a token that every prompt must begin with (data.bos_rule); None: whatever the tokenizer makes.
+  """
   rows = [list(tokenizer(prompt, verbose=False)['input_ids']) for prompt in prompts]
   return [row if first is None or row[:1] == [first] else [first, *row] for row in rows]
 
 
 def why_not(rows: list[list[int]], new_tokens: int, vocab_size: int, context: int | None) -> str:
-  """Why a model cannot answer these prompts; empty where it can. context: its positions, None: any number."""
+  """Why a model cannot answer these prompts; empty if it can.
+
+  Args:
+    context: the positions that the model has; None: any number.
+  """
   if not all(rows):
-    return 'the tokenizer makes no token of a prompt'
+    return 'the tokenizer makes no tokens of a prompt'
   if (largest := max(map(max, rows))) >= vocab_size:
     return f'the tokenizer makes the token {largest}, the model has {vocab_size}'
   if context is not None and (length := max(map(len, rows)) + new_tokens) > context:
@@ -85,11 +93,11 @@ def answer(
   mode: Mode = Mode(),
   put: Callable = jnp.asarray,
 ) -> list[str]:
-  """What the model writes after each prompt, greedily, at most new_tokens.
+  """What the model writes after each prompt: the most probable tokens, at most new_tokens.
 
   Args:
-    rows: of `encode`; up to 16 are one batch, one program for all.
-    put: brings a host array onto the devices (sharding.put_batch).
+    rows: of `encode`; batches have 16 of them, so that one program serves all.
+    put: puts a host array onto the devices (sharding.put_batch).
 
   Raises:
     InputError: the logits are not finite.
@@ -101,7 +109,7 @@ def answer(
 
 
 def pairs(prompts: list[str], dense: list[str] | None, pruned: list[str] | None) -> list[dict]:
-  """[{'prompt', 'dense', 'pruned'}] of report.json; an answer is None where a model gave none."""
+  """[{'prompt', 'dense', 'pruned'}] of report.json; an answer is None if a model gave none."""
   if not (dense or pruned):
     return []
   none = [None] * len(prompts)

@@ -46,7 +46,7 @@ def test_the_plot_has_each_curve(report, tmp_path):
   assert [line.get_label() for line in axes.lines] == [
     'prune, then train',
     'replaced by a linear map, then train',
-    'absorb, then train',
+    'absorb, then train (exported)',
     'dense',
   ]
   np.testing.assert_array_equal(axes.lines[2].get_xydata(), [[0, 4.0], [1000, 3.0], [2000, 2.8]])

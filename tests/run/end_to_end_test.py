@@ -67,6 +67,7 @@ def test_report_and_work_folder(settings):
     'export',
     'inputs.json',
     'metrics.jsonl',
+    'report.html',
     'report.json',
     'report.md',
     'stages',

@@ -106,19 +106,21 @@ def test_table_of_several_methods_and_depths_with_tasks():
 def test_plot_has_a_line_for_each_way_through_its_points(tmp_path):
   figure = figure_of(sweep())
   lines = {
-    axes.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figure.axes
+    axes.get_title('left'): {line.get_label(): line.get_xydata().tolist() for line in axes.lines[:-1]}
+    for axes in figure.axes
   }
   assert lines == {
-    'wiki': {
+    'Perplexity on wiki': {
+      'sleb: direct removal (exported)': [[4, 31.0], [5, 30.0], [6, 10.126]],
       'laco: direct removal': [[4, 29.0], [5, 28.0], [6, 10.126]],
-      'sleb: direct removal': [[4, 31.0], [5, 30.0], [6, 10.126]],
     },
-    'news': {
+    'Perplexity on news': {
+      'sleb: direct removal (exported)': [[4, 30.0], [5, 31.0], [6, 7.0]],
       'laco: direct removal': [[4, 32.0], [5, 33.0], [6, 7.0]],
-      'sleb: direct removal': [[4, 30.0], [5, 31.0], [6, 7.0]],
     },
   }
-  assert all(axes.get_legend() and axes.get_yscale() == 'log' for axes in figure.axes)
+  assert [axes.lines[-1].get_label() for axes in figure.axes] == ['dense', 'dense'] and figure.legends
+  assert [axes.get_yscale() for axes in figure.axes] == ['log', 'log']
   plot_sweep(sweep(), tmp_path / 'sweep.svg')
   assert '<svg' in (tmp_path / 'sweep.svg').read_text() and [p.name for p in tmp_path.iterdir()] == ['sweep.svg']
 
@@ -147,7 +149,7 @@ def test_markdown():
   report = make()
   text = markdown(report)
   assert text.startswith('# some/model: 6 → 4 layers\n')
-  assert 'numbers of the dense model): [2, 3]. Kept: [0, 1, 4, 5].' in text
+  assert 'numbered as in the dense model): [2, 3]. Kept: [0, 1, 4, 5].' in text
   assert 'Parameters: 12.3 M → 9.3 M (25.0% fewer).' in text
   assert table(report) in text and 'is better than' not in text
   assert f'- wiki: wiki.txt, sha256 {"w" * 16}…, 8 windows of 32 tokens, BOS: tokenizer.' in text

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from elder_jax.errors import InputError
 from elder_jax.errors import shown
+from elder_jax.hf.gguf import default_pattern
 from elder_jax.hf.gguf import source
 from elder_jax.hf.gguf import write as writer
 from elder_jax.hf.gguf.header import Tensor
@@ -138,11 +139,6 @@ def window_pattern(opened: Opened) -> list[bool]:
   if not PERIODS[name] or (name != 'gemma2' and not opened.fields.get(f'{name}.{_WINDOW}')):
     return []
   return default_pattern(given or PERIODS[name], opened.depth)
-
-
-def default_pattern(period: int, depth: int) -> list[bool]:
-  """llama.cpp's rule: the last layer of each period has no window."""
-  return [l % period < period - 1 for l in range(depth)]
 
 
 def _default(architecture: str, depth: int) -> list[bool]:

@@ -14,6 +14,7 @@ import numpy as np
 from elder_jax.errors import InputError
 from elder_jax.hf.gguf import LIKE
 from elder_jax.hf.gguf import cut
+from elder_jax.hf.gguf import default_pattern
 from elder_jax.hf.gguf import source as gguf_source
 from elder_jax.hf.gguf import write as writer
 from elder_jax.hf.gguf.header import Tensor
@@ -180,7 +181,7 @@ def _fields(opened: cut.Opened, source: Source, kind: str) -> dict[str, bytes]:
   pattern = f'{name}.{cut.PATTERN}'
   windows = [bool(window) for window in source.spec.window_L]
   fields.pop(pattern, None)
-  if cut.PERIODS[name] and windows and windows != cut.default_pattern(cut.PERIODS[name], source.num_layers):
+  if cut.PERIODS[name] and windows and windows != default_pattern(cut.PERIODS[name], source.num_layers):
     fields[pattern] = writer.flags(windows)
   if kind != LIKE:
     fields['general.file_type'] = writer.uint32(TYPES[kind][1])
