@@ -29,7 +29,6 @@ from elder_jax.log import RunLog
 from elder_jax.log import in_megabytes
 from elder_jax.log import log
 from elder_jax.log import write_json
-from elder_jax.log import write_whole
 from elder_jax.model import pruning
 from elder_jax.run import inputs
 from elder_jax.run import lineage
