@@ -2,18 +2,14 @@
 
 import math
 
+from elder_jax.run.caveats import caveats
 from elder_jax.run.report import exported_of
 from elder_jax.run.report import reference_of
 from elder_jax.run.report import verdict
 from elder_jax.run.report import verification
-from elder_jax.run.tables import compact
-from elder_jax.run.tables import figure
 from elder_jax.run.tables import number
 from elder_jax.run.tables import size
 
-WORSE = 1.3  # perplexity over that of the dense model
-APART = 1.1  # the largest such ratio of a text over the smallest
-FEW_TOKENS = 1_000_000  # of training
 FEW_QUESTIONS = 200  # of a task
 
 
@@ -29,29 +25,15 @@ def _above_0(value) -> float:
 
 
 def warnings(report: dict) -> list[str]:
-  """Sentences, the most important first."""
-  return [*_perplexity(report), *_training(report), *_questions(report), *_rivals(report), *_export(report)]
+  """Sentences: those of the model card first, then those about the measurements."""
+  return [*_unmeasured(report), *caveats(report), *_questions(report), *_rivals(report), *_export(report)]
 
 
-def _perplexity(report: dict) -> list[str]:
+def _unmeasured(report: dict) -> list[str]:
   if not report['ppl'] and not report['tasks']['dense']:
     return ['Nothing was measured, so this page cannot show what the removal costs. Use --eval_data and --tasks.']
-  found, name = ratios(report), reference_of(report).name
-  lines = [f'Perplexity on {corpus} has no finite value.' for corpus in report['ppl'] if corpus not in found]
-  if worse := {corpus: ratio for corpus, ratio in found.items() if ratio >= WORSE}:
-    listed = ' and '.join(f'{figure(ratio)} × {name} on {corpus}' for corpus, ratio in worse.items())
-    lines.insert(0, f'Perplexity is {listed}.')
-    most, least = max(found, key=found.__getitem__), min(found, key=found.__getitem__)
-    if found[most] >= APART * found[least]:
-      lines[0] += f' The model lost more on {most} than on {least}: measure it on text like yours.'
-  return lines
-
-
-def _training(report: dict) -> list[str]:
-  tokens = (report.get('steps') or 0) * (report.get('tokens_per_step') or 0)
-  if not 0 < tokens < FEW_TOKENS:
-    return []
-  return [f'Trained on {compact(tokens)} tokens: a smoke test. Healing takes millions of tokens.']
+  found = ratios(report)
+  return [f'Perplexity on {corpus} has no finite value.' for corpus in report['ppl'] if corpus not in found]
 
 
 def _questions(report: dict) -> list[str]:
