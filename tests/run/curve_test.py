@@ -1,4 +1,4 @@
-"""The curve of the held-out loss: how many tokens one row needs for what another has at its end."""
+"""The curve of the held-out loss: how many tokens one row needs to reach the final loss of another."""
 
 import numpy as np
 import pytest
@@ -23,11 +23,11 @@ def test_tokens_to_a_loss():
   values = [[0, 0, 4.0], [10, 1000, 3.0], [20, 2000, None], [30, 3000, 2.0]]
   assert curve.tokens_to(values, 4.5) == 0
   assert curve.tokens_to(values, 3.5) == pytest.approx(500)
-  assert curve.tokens_to(values, 2.5) == pytest.approx(2000)  # over what could not be measured
+  assert curve.tokens_to(values, 2.5) == pytest.approx(2000)  # across a measurement that is missing
   assert curve.tokens_to(values, 1.9) is None
 
 
-def test_the_table_tells_how_many_times_fewer_tokens(report):
+def test_the_table_shows_how_many_times_fewer_tokens(report):
   lines = {line.split('|')[1].strip(): line.split('|')[2:-1] for line in curve.table(report)[2].splitlines()}
   cells = {name: [cell.strip() for cell in of_name] for name, of_name in lines.items()}
   assert cells['dense'][0] == '2.0000'

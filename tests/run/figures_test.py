@@ -1,4 +1,4 @@
-"""Figures that may be missing, no numbers, or not finite: every one of every table goes through each."""
+"""Figures that are missing, not numbers, or not finite: each figure of each table is tried as each of these."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ CARD = {'remove_layers': None, 'lr': 1e-3}
 
 
 def report() -> dict:
-  """One with all that a report can hold."""
+  """A report with everything that one can have."""
   tasks = {
     'piqa': {'acc': 0.7, 'acc_stderr': 0.011, 'n': 9},
     'wiki': {'word_perplexity': 20.0, 'word_perplexity_stderr': 0.5, 'n': 3},
@@ -49,7 +49,7 @@ def report() -> dict:
 
 
 def figures(value, path=()):
-  """The paths of all numbers, but for those that number layers or are settings."""
+  """The paths of all numbers, except layer numbers and settings."""
   items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
   for key, v in items:
     if key in SETTINGS:
@@ -157,7 +157,7 @@ def test_a_rival_beats_an_export_without_a_figure():
   assert line.endswith('"regularise, then prune": 21.00 against —.')
 
 
-def test_large_models_and_long_runs_are_told_in_full():
+def test_large_models_and_long_runs_are_written_in_full():
   made = make(params={'dense': 70.6e9, 'pruned': 60.1e9}, seconds={'train': 123456.0}, peak_bytes=70 * 2**30)
   text = markdown(made)
   assert 'Parameters: 70600.0 M → 60100.0 M (14.9% fewer).' in text

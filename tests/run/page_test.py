@@ -139,7 +139,8 @@ def test_what_a_report_lacks_is_left_out():
   cut = shown(make('none', ppl={}, gates=[], corpora={}, rows=rows, choices=[], method='given'))
   assert cut.headings == ['Before you use it', 'Layers removed', 'Use it', 'Details'] and 'svg' not in cut.tags
   assert 'Nothing was measured' in cut.text
-  whole = shown(make('heal', removed=[], kept=list(range(6)), heals=True, rows=[row('heal', 9.0, 6.0, removed=())]))
+  healed = {'heals': True, 'steps': 3, 'tokens_per_step': 8, 'rows': [row('heal', 9.0, 6.0, removed=())]}
+  whole = shown(make('heal', removed=[], kept=list(range(6))) | healed)
   assert 'Layers removed' not in whole.headings and 'before' in whole.text and '0.89 ×' in whole.text
 
 

@@ -1,4 +1,4 @@
-"""What people and programs read of a run: the table, the verdict, metrics.jsonl."""
+"""What a run reports to people and programs: the table, the verdict, metrics.jsonl."""
 
 import json
 import types
@@ -98,7 +98,7 @@ def test_table_of_several_methods_and_depths_with_tasks():
   ]
   text = markdown(sweep())
   assert 'Layers merged by laco, 2 fewer: 1 ← 2, 3.' in text and '![perplexity over layers](sweep.svg)' in text
-  # Only models of the same depth are rivals.
+  # Only models with as many layers are compared.
   (line,) = verdict(sweep())
   assert line.startswith('On wiki, "direct removal, layers chosen by laco"') and '29.00 against 31.00' in line
 
@@ -128,7 +128,7 @@ def test_plot_has_a_line_for_each_way_through_its_points(tmp_path):
 def test_verdict_is_silent_where_the_exported_recipe_wins():
   assert verdict(make()) == []
   tie = make()
-  tie['rows'][0]['ppl']['wiki'] = 20.5  # no better, and first in the file's order it is not
+  tie['rows'][0]['ppl']['wiki'] = 20.5  # no better, although it comes first
   assert verdict(tie) == []
 
 
@@ -172,7 +172,7 @@ def test_versions_and_device():
   assert device_name().startswith(f'{len(jax.devices())} × ')
 
 
-def test_write_json_leaves_no_half(tmp_path):
+def test_write_json_leaves_no_half_file(tmp_path):
   path = tmp_path / 'report.json'
   write_json(path, {'a': [1, 'ü']})
   assert json.loads(path.read_text()) == {'a': [1, 'ü']} and [p.name for p in tmp_path.iterdir()] == ['report.json']
@@ -210,7 +210,7 @@ def test_metrics_begin_drops_what_will_be_written_again(tmp_path):
 
 
 @pytest.mark.parametrize('half', ['{"stage": "gates", "st', '{', '{"stage": "gates", "step": 2, "loss": 1.0}'])
-def test_metrics_begin_mends_a_last_line_that_a_kill_cut_off(tmp_path, half):
+def test_metrics_begin_drops_a_last_line_that_a_kill_cut_off(tmp_path, half):
   path = tmp_path / 'metrics.jsonl'
   metrics = MetricsFile(path)
   for i in range(2):
@@ -223,7 +223,7 @@ def test_metrics_begin_mends_a_last_line_that_a_kill_cut_off(tmp_path, half):
   assert steps(path) == [('gates', 0), ('gates', 1), *whole, ('regularize', 0)]
 
 
-def test_rows_have_the_time_and_the_speed_but_for_the_first_which_compiles(tmp_path, monkeypatch):
+def test_rows_have_the_time_and_the_speed_except_the_first_which_compiles(tmp_path, monkeypatch):
   path, clock = tmp_path / 'metrics.jsonl', iter([10.0, 12.0, 12.5])
   monkeypatch.setattr(log.time, 'monotonic', lambda: next(clock))
   monkeypatch.setattr(log.time, 'time', lambda: 1.7e9)
@@ -243,7 +243,7 @@ def test_rows_have_the_time_and_the_speed_but_for_the_first_which_compiles(tmp_p
   assert heard[0] == ('gates', 0) and heard[2] == (1, {'loss': 1.0, 'tokens_per_second': 50.0, 'round': 0})
 
 
-def test_texts_are_told_where_there_is_something_to_tell():
+def test_training_texts_are_listed_if_there_are_several_or_one_repeats():
   one = {'name': 'a', 'source': 'a', 'weight': 1.0, 'rows': 10, 'tokens': 99, 'times': 1.0}
   report = {'train_data': [one], 'steps': 5, 'tokens_per_step': 100}
   assert about_text(report) == []
@@ -251,4 +251,4 @@ def test_texts_are_told_where_there_is_something_to_tell():
   assert '2.5' in about_text(report)[0]
   report['train_data'] = [one | {'weight': 0.75, 'rows': 30}, one | {'name': 'b', 'weight': 0.25}]
   assert '| a | 0.750 | 375 | 75.00% | 1.0 |' in about_text(report)[0]
-  assert about_text({}) == []  # of an older report
+  assert about_text({}) == []  # as in a report of an earlier version

@@ -1,4 +1,4 @@
-"""The dense model's and the exported model's answers to the same prompts, side by side in the report."""
+"""The answers of the dense and the exported model to the same prompts, in the report."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ from elder_jax.text.generation import generate
 
 @pytest.fixture
 def short(settings) -> dict:
-  """A run that removes two layers and no more."""
+  """A run that only removes two layers."""
   return settings | dict(method='last', recipe='none', compare=(), answer_tokens=6, prompts='')
 
 
@@ -65,7 +65,7 @@ def test_a_resumed_run_takes_answers_from_its_stages_and_an_earlier_version_has_
     return dict(short, workdir=str(work))
 
   resumed, earlier = before_the_export(tmp_path / 'resumed'), before_the_export(tmp_path / 'earlier')
-  monkeypatch.setattr(answers, 'answer', lambda *args: pytest.fail('it was asked again'))
+  monkeypatch.setattr(answers, 'answer', lambda *args: pytest.fail('it answered again'))
   assert run(resumed)['answers'] == whole['answers']
   for path in (tmp_path / 'earlier' / 'stages').glob('*.json'):
     saved = json.loads(path.read_text())
@@ -73,7 +73,7 @@ def test_a_resumed_run_takes_answers_from_its_stages_and_an_earlier_version_has_
     path.write_text(json.dumps(saved))
   report = run(earlier)
   assert report['answers'] == [] and report['ppl'] == whole['ppl'] and 'Answers' not in markdown(report)
-  del report['answers']  # as in a report of that version
+  del report['answers']  # as in a report of an earlier version
   assert markdown(report)
 
 
@@ -126,12 +126,12 @@ def test_prompts_that_cannot_be_answered_are_refused(settings, tmp_path, no_long
   assert 'makes the token 7' in answers.why_not([[1, 7]], 1, 7, None) and answers.why_not([[1], []], 1, 7, None)
 
 
-def test_prompts_of_elder_jax_need_not_fit(short, capsys):
+def test_default_prompts_may_not_fit(short, capsys):
   assert run(short, answer_tokens=250)['answers'] == []
   assert 'skipping the prompts: with --answer_tokens=250' in capsys.readouterr().err
 
 
-def test_a_run_that_measures_nothing_asks_only_what_it_is_told_to(settings, text, tmp_path, capsys):
+def test_a_run_that_measures_nothing_answers_only_given_prompts(settings, text, tmp_path, capsys):
   (tmp_path / 'p.txt').write_text('one\n')
   settings |= dict(num_remove=None, remove_layers='2', prompts='')
   copy = dict(recipe='none', compare=(), eval_data=())
