@@ -256,7 +256,7 @@ ELSEWHERE = {
   'checkpoint_every': 'run/resume_test.py::test_stage_1_goes_on_exactly',
   'checkpoint_minutes': 'training/checkpoints_test.py::test_due_by_time_since_the_last_one',
   'track': 'run/tracking_test.py::test_tensorboard_has_every_step_once_when_a_run_resumes',
-  'keep_checkpoints': 'training/checkpoints_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
+  'keep_checkpoints': 'training/checkpoints_test.py::test_a_damaged_newest_checkpoint_falls_back_to_the_previous_one',
 }
 
 
