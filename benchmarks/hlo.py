@@ -1,8 +1,8 @@
-"""What the text of a compiled TPU program says: its collectives, how often each runs, and the compiler's own cycles.
+"""Parses the text of a compiled TPU program: its collectives, how often each runs, and the compiler's cycle estimate.
 
-XLA's cost_analysis counts the body of a loop once and takes −1 for each custom call that it does not know. So here the
-text is walked instead: a loop's body counts as often as its condition lets it run, and of the instructions the
-compiler's estimated_cycles, which it schedules by, are added up.
+XLA's cost_analysis counts the body of a loop once and takes −1 for each unknown custom call. So this module walks the
+text: it counts a loop's body as often as its condition allows, and sums the estimated_cycles of the instructions, which
+the compiler schedules by.
 """
 
 import collections
@@ -31,11 +31,11 @@ class Collective:
   shape: str  # of the result, without its layout
   elements: int
   runs: int  # in one call of the program
-  received: int  # bytes by each device in one run
+  received: int  # bytes that each device receives in one run
 
 
 def elements(shape: str) -> int:
-  """Of the largest array in a shape, which may be a tuple's."""
+  """Elements of the largest array in a shape, which may be a tuple."""
   return max((math.prod(map(int, filter(None, dims.split(',')))) for _, dims in _ARRAY.findall(shape)), default=0)
 
 
@@ -46,7 +46,7 @@ def _bytes(shape: str) -> int:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """({computation: its instructions}, the entry's name)."""
+  """Returns ({computation: its instructions}, name of the entry computation)."""
   computations, entry, body = {}, '', []
   for line in text.splitlines():
     if head := _HEAD.match(line):
@@ -63,7 +63,7 @@ def _called(instruction: Instruction, attribute: str) -> list[str]:
 
 
 def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
-  """({computation: how often one call of the program runs it}, those that are parts of one fused instruction)."""
+  """Returns ({computation: how often one call of the program runs it}, computations inside a fused instruction)."""
   times, fused = collections.Counter(), set()
 
   def visit(name: str, n: int, inside: bool):
@@ -75,7 +75,7 @@ def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
         condition = computations[_called(i, 'condition')[0]]
         limits = [c for c in condition if c.op == 'constant' and c.shape.startswith(('s32[]', 'u32[]'))]
         visit(_called(i, 'body')[0], n * max(int(c.rest.partition(')')[0]) for c in limits), inside)
-      elif i.op == 'conditional':  # a layer runs or is skipped: the longer branch, as all run
+      elif i.op == 'conditional':  # a layer runs or is skipped: take the longer branch, since all layers run
         branches = _called(i, 'branch_computations')
         visit(max(branches, key=lambda b: sum(_cycles(j) for j in computations[b])), n, inside)
       else:
@@ -87,7 +87,7 @@ def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
 
 
 def collectives(text: str) -> list[Collective]:
-  """One for each channel: an asynchronous one stands in the text as start, parts and end."""
+  """The collectives, one per channel: an asynchronous one appears in the text as start, parts and end."""
   computations, entry = parse(text)
   times, _ = runs(computations, entry)
   found = {}
@@ -99,7 +99,7 @@ def collectives(text: str) -> list[Collective]:
         continue
       operands = re.findall(r'%([\w.\-]+)', i.rest.partition(')')[0])
       read, out = sum(_bytes(shapes.get(o, '')) for o in operands), _bytes(i.shape)
-      if i.op.endswith('-start'):  # its result holds the operand, too
+      if i.op.endswith('-start'):  # its result includes the operand
         out = max(out - read, read) if kind == 'all-gather' else read
       received = {'all-gather': out - read, 'reduce-scatter': read - out, 'all-reduce': 2 * read}.get(kind, read)
       arrays = [f'{t}[{dims}]' for t, dims in _ARRAY.findall(i.shape)]
@@ -117,7 +117,7 @@ def _cycles(instruction: Instruction) -> int:
 
 
 def cycles(text: str) -> int:
-  """The compiler's estimate of the cycles that one core computes in a call; collectives beside it are not in it."""
+  """The compiler's estimate of the cycles of one core in a call, without collectives that run concurrently."""
   computations, entry = parse(text)
   times, fused = runs(computations, entry)
   total = 0

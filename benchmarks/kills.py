@@ -1,18 +1,18 @@
-"""A tiny run that is ended by force again and again must end as the run that was left alone, bit for bit.
+"""Interrupts a tiny run again and again; its result must equal that of an uninterrupted run, bit for bit.
 
   python -m benchmarks.kills --workdir=/tmp/kills [--how=kill] [--times=50] [--seed=0]
 
 --how, several with commas:
   kill       SIGKILL
-  term       SIGTERM: exit status 75 and one sentence, unless Python still imports or is done and ends
-  int        SIGINT, as Ctrl-C: exit status 130 and one sentence, with the same exceptions
-  truncate   SIGKILL, then a random file of the stage's newest checkpoint is cut to a random length
-  disk       the disk, a small tmpfs (root only), is filled: exit status 1, one sentence, nothing half-written; then freed
-  process    SIGKILL of one of two processes of jax.distributed; the other must end as well
-  term_one   SIGTERM to one of two processes; both end with exit status 75
+  term       SIGTERM: exit status 75 and one sentence, unless Python is still importing or already exiting
+  int        SIGINT, like Ctrl-C: exit status 130 and one sentence, with the same exceptions
+  truncate   SIGKILL, then truncates a random file of the stage's newest checkpoint to a random length
+  disk       fills the disk, a small tmpfs (root only): exit status 1, one sentence, no partial files; then frees it
+  process    SIGKILL of one of two processes of jax.distributed; the other must exit too
+  term_one   SIGTERM to one of two processes; both exit with 75
 
-A moment is a phase that is not over yet, drawn at random, and a random part of the time that the phase takes; one start in
-a few is left alone. A run that ends is compared and a new one begun. Needs torch, for the tiny model of the tests.
+Each interruption comes at a random time within a random phase that is not over yet. A few starts are not interrupted. A
+finished run is compared, and a new one started. Needs torch, for the tiny model of the tests.
 """
 
 import collections
@@ -37,12 +37,12 @@ from elder_jax.errors import PREEMPTED
 from elder_jax.hf import manifest
 from tests import tiny
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for model, text and runs; made anew.', required=True)
-_HOW = flags.DEFINE_list('how', ['kill'], 'Ways of ending a run: kill, term, int, truncate, disk, process, term_one.')
-_TIMES = flags.DEFINE_integer('times', 50, 'How often, for each way.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the moments.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for model, text and runs; deleted first.', required=True)
+_HOW = flags.DEFINE_list('how', ['kill'], 'Kinds of interruption: kill, term, int, truncate, disk, process, term_one.')
+_TIMES = flags.DEFINE_integer('times', 50, 'Interruptions of each kind.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the times of interruption.')
 
-# A phase begins with the first line on stderr that holds its mark; before the first mark Python imports and reads text.
+# A phase starts with the first line on stderr that contains its mark. Before the first mark, Python imports and reads text.
 PHASES = {
   'start': '',
   'loading': ': loading /',
@@ -57,7 +57,7 @@ FILES = {
   'dense evaluation': 'dense.json',
   'stage 1': 'choose-elder-2.json',
   'evaluation': 'regularize.json',
-}  # a phase that is over
+}  # written when the phase is over
 FLAGS = [
   '--method=elder',
   '--selection=iterative',
@@ -84,7 +84,7 @@ SIGNALS = {'term': signal.SIGTERM, 'term_one': signal.SIGTERM, 'int': signal.SIG
 
 
 class Run:
-  """One start of the command, in one or more processes. Process 0's stderr tells the phase."""
+  """One start of the command, in one or more processes. The stderr of process 0 shows the phase."""
 
   def __init__(self, root: pathlib.Path, workdir: pathlib.Path, processes: int = 1):
     command = [sys.executable, '-m', 'elder_jax.main', f'--model={root / "model"}', f'--workdir={workdir}', *FLAGS]
@@ -121,7 +121,7 @@ class Run:
     return max(self.began, key=NAMES.index)
 
   def wait_for(self, phase: str, seconds: float) -> bool:
-    """Until `seconds` after the phase, or a later one, has begun. False: the run ended before."""
+    """Waits until `seconds` after the start of the phase or a later one. Returns False if the run ended before."""
     while NAMES.index(self.phase()) < NAMES.index(phase):
       if self.ended():
         return False
@@ -137,7 +137,7 @@ class Run:
     return any(p.poll() is not None for p in self.processes)
 
   def wait(self, timeout: float = 600) -> list[int]:
-    """Exit statuses."""
+    """Waits for all processes, kills them after `timeout` seconds, and returns their exit statuses."""
     end = time.monotonic() + timeout
     for process in self.processes:
       try:
@@ -151,7 +151,7 @@ class Run:
 
 
 def result(workdir: pathlib.Path) -> dict:
-  """All that a run leaves behind, timings apart."""
+  """Everything that a run writes, except timings."""
   report = json.loads((workdir / 'report.json').read_text())
   config = json.loads((workdir / 'config.json').read_text())
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -170,18 +170,18 @@ def result(workdir: pathlib.Path) -> dict:
 def compare(workdir: pathlib.Path, expected: dict):
   got = result(workdir)
   if wrong := [part for part in expected if got[part] != expected[part]]:
-    raise SystemExit(f'{workdir}: differs from the run that was left alone in {", ".join(wrong)}')
+    raise SystemExit(f'{workdir}: differs from the uninterrupted run in {", ".join(wrong)}')
 
 
 def newest_checkpoint(workdir: pathlib.Path) -> pathlib.Path | None:
-  """Of the stage that is under way."""
+  """The newest checkpoint of the current stage, or None."""
   stage = 'regularize' if (workdir / 'stages' / 'choose-elder-2.json').exists() else 'gates'
   steps = [p for p in (workdir / 'checkpoints' / stage).glob('*') if p.name.isdecimal()]
   return max(steps, key=lambda p: int(p.name), default=None)
 
 
 def truncate(newest: pathlib.Path, rng) -> str:
-  """Cuts a file of a checkpoint; returns its name."""
+  """Truncates a random file of a checkpoint; returns its name."""
   files = sorted(p for p in newest.rglob('*') if p.is_file() and p.stat().st_size)
   path = files[rng.integers(len(files))]
   os.truncate(path, int(rng.integers(path.stat().st_size)))
@@ -189,7 +189,7 @@ def truncate(newest: pathlib.Path, rng) -> str:
 
 
 def fill(run: Run, ballast: pathlib.Path):
-  """Leaves no byte free until the run ends, whatever it removes meanwhile."""
+  """Keeps the disk full until the run ends, also when the run deletes files."""
   with ballast.open('ab', buffering=0) as file:
     while not run.ended():
       try:
@@ -206,14 +206,14 @@ def nothing_half_written(workdir: pathlib.Path):
 
 
 def one_sentence(run: Run, start: str, status: list[int]):
-  """The last line is a sentence that has `start` in it, and nothing else is complained of."""
+  """Checks that the last line contains `start`, and that stderr has no traceback, warning or other error."""
   told = [line for line in run.lines if any(w in line for w in ('Traceback', 'Warning', 'Error', 'Exception'))]
   if told or start not in run.lines[-1]:
     raise SystemExit(f'status {status} and on stderr:\n' + '\n'.join(run.lines))
 
 
 class Trial:
-  """One way of ending runs, `times` times."""
+  """Interrupts runs in one way."""
 
   def __init__(self, how: str, root: pathlib.Path, expected: dict, took: dict, rng):
     self.how, self.root, self.expected, self.took, self.rng = how, root, expected, took, rng
@@ -227,7 +227,7 @@ class Trial:
     try:
       while sum(self.phases.values()) < times:
         self.once(self.place / 'run')
-      while (workdir := self.place / 'run').exists():  # until `settle` has compared it
+      while (workdir := self.place / 'run').exists():  # until `settle` has compared and deleted it
         self.settle(Run(self.root, workdir, PROCESSES.get(self.how, 1)), workdir)
     finally:
       if self.how == 'disk':
@@ -235,8 +235,8 @@ class Trial:
     phases = ', '.join(f'{name} {self.phases[name]}' for name in NAMES)
     notes = ''.join(f'; {what} {count}' for what, count in sorted(self.notes.items()))
     print(
-      f'{self.how}: {sum(self.phases.values())} times ({phases}{notes}); slowest end {self.slowest:.1f} s; '
-      f'{self.finished} runs finished, all equal to the one left alone, bit for bit',
+      f'{self.how}: {sum(self.phases.values())} times ({phases}{notes}); slowest exit {self.slowest:.1f} s; '
+      f'{self.finished} runs finished, all equal to the uninterrupted one, bit for bit',
       flush=True,
     )
 
@@ -278,7 +278,7 @@ class Trial:
     if self.how == 'process':
       self.notes[f'exit status {sorted(status)}'] += 1
     if number != signal.SIGKILL:
-      # It imports or reads text, with nothing to save, or all is done and it ends.
+      # Python is still importing or reading text, with nothing to save, or is already exiting.
       python = run.phase() == 'start' or (workdir / 'report.json').exists()
       saved = CTRL_C if number == signal.SIGINT else PREEMPTED
       if set(status) == {saved} and not python:
@@ -291,8 +291,8 @@ class Trial:
       again = Run(self.root, workdir, PROCESSES.get(self.how, 1))
       again.wait_for('evaluation', 0)
       told = any('cannot be read' in line for line in again.lines)
-      self.notes['cut and told' if told else 'cut and of no account'] += 1
-      print(f'cut {cut}: {[line for line in again.lines if "cannot be read" in line]}', flush=True)
+      self.notes['truncated and reported' if told else 'truncated and ignored'] += 1
+      print(f'truncated {cut}: {[line for line in again.lines if "cannot be read" in line]}', flush=True)
       self.settle(again, workdir)
 
   def settle(self, run: Run, workdir: pathlib.Path):
@@ -308,9 +308,9 @@ class Trial:
 
 
 def left_alone(root: pathlib.Path, processes: int) -> tuple[dict, dict[str, float]]:
-  """(`result` of the run that nobody ends, seconds of each phase)."""
+  """(`result` of an uninterrupted run, seconds of each phase)."""
   results = []
-  for name in ('compiled', 'alone'):  # the first one fills the cache of compiled programs
+  for name in ('compiled', 'alone'):  # the first run fills the compilation cache
     workdir = root / f'{name}_{processes}'
     run = Run(root, workdir, processes)
     if any(run.wait()):
@@ -320,17 +320,17 @@ def left_alone(root: pathlib.Path, processes: int) -> tuple[dict, dict[str, floa
   ends = [*list(run.began.values())[1:], time.monotonic()]
   took = {name: end - began for (name, began), end in zip(run.began.items(), ends)}
   print(
-    f'left alone, {processes} process(es): ' + ', '.join(f'{name} {s:.1f} s' for name, s in took.items()), flush=True
+    f'uninterrupted, {processes} process(es): ' + ', '.join(f'{name} {s:.1f} s' for name, s in took.items()), flush=True
   )
   return results[1], took
 
 
 def main(argv):
   del argv
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in the background ignore it
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background commands ignore it
   root = pathlib.Path(_WORKDIR.value).absolute()
   if 'disk' in _HOW.value and os.geteuid():
-    raise SystemExit('--how=disk: mounting a tmpfs needs root; run as root or leave it out.')
+    raise SystemExit('--how=disk: mounting a tmpfs needs root; run as root, or leave disk out.')
   shutil.rmtree(root, ignore_errors=True)
   (root / 'model').mkdir(parents=True)
   tiny.write_tiny_llama(root / 'model')

@@ -1,11 +1,11 @@
-"""Does llama.cpp read what we write? The same prompts, greedily, in llama.cpp and in JAX.
+"""Checks that llama.cpp reads our GGUF files: greedy continuations of the same prompts in llama.cpp and in JAX.
 
   pip install xllamacpp          (wheels of llama.cpp)
   python -m benchmarks.llama_cpp FILE.gguf… [--remove=7,9]
 
-Of each file some layers are cut in two ways: GGUF to GGUF in the file's own types, which llama.cpp has to load, and by a
-folder and export-gguf in float32, whose text has to be the same in both. (In quantised types llama.cpp quantises what the
-matrices are multiplied with as well, so that texts part where two tokens are about as probable.)
+Removes layers from each file in two ways. GGUF to GGUF keeps the file's own types; llama.cpp must load the result. A
+folder and export-gguf give float32; both must then generate the same text. (With quantised types, llama.cpp also
+quantises activations, so the texts diverge where two tokens are about equally probable.)
 """
 
 import json
@@ -17,11 +17,11 @@ import tempfile
 from absl import app
 from absl import flags
 
-_REMOVE = flags.DEFINE_string('remove', '7,9', 'Layers to cut, 0-based.')
+_REMOVE = flags.DEFINE_string('remove', '7,9', 'Layers to remove, 0-based.')
 
 PROMPTS = ('The capital of France is', 'Photosynthesis is the process by which', 'The history of the city of London')
 TOKENS = 16
-# In a process of its own, as llama.cpp writes to stderr whatever it does.
+# Runs in its own process, because llama.cpp always writes to stderr.
 _SCRIPT = """
 import json, sys, xllamacpp
 params = xllamacpp.CommonParams()
@@ -43,7 +43,7 @@ def elder_jax(*args: str) -> str:
 
 
 def in_llama_cpp(path: pathlib.Path) -> list[str]:
-  """What it writes after each prompt. Ends the process where it cannot load the file."""
+  """The continuation of each prompt. Exits if llama.cpp cannot load the file."""
   command = [sys.executable, '-c', _SCRIPT, str(path), str(TOKENS), *PROMPTS]
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
@@ -74,7 +74,7 @@ def main(argv: list[str]):
       pairs = list(zip(in_llama_cpp(plain), in_jax(plain)))
       same = sum(alike(a, b) for a, b in pairs)
       print(
-        f'{pathlib.Path(name).name}: its own types loaded; float32: {same} of {len(pairs)} texts are the same',
+        f'{pathlib.Path(name).name}: loaded in its own types; float32: {same} of {len(pairs)} texts are the same',
         flush=True,
       )
       for a, b in pairs:

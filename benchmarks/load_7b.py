@@ -1,9 +1,9 @@
-"""Loading and writing of a checkpoint with Llama 2 7B's layers, on whatever device JAX finds.
+"""Times loading and saving a checkpoint with the layers of Llama 2 7B, on JAX's default device.
 
   python -m benchmarks.load_7b --workdir=/tmp/load [--layers=3] [--rounds=3]
 
-Writes a folder of random bfloat16 weights once (0.5 GB and 0.4 GB for each layer; 32 are the whole model), then times
-load_model and save_model, each to its end on the device or the disk, SHA-256 included.
+Writes a folder of random bfloat16 weights once (0.5 GB plus 0.4 GB per layer; the whole model has 32). Then times
+load_model until the arrays are on the device, and save_model until the files are on disk, SHA-256 included.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
-"""How far JAX's and PyTorch's float32 logits are apart on real text: python -m benchmarks.logits FOLDER TEXT…
+"""Compares the float32 logits of JAX and PyTorch on real text: python -m benchmarks.logits FOLDER TEXT…
 
-FOLDER is a Hugging Face folder (an export, say). For the first two windows of 512 tokens of each text: the largest and the
-mean difference of JAX from PyTorch, and PyTorch's own largest difference from its float64. Needs torch.
+FOLDER is a Hugging Face folder, such as an export. For the first two windows of 512 tokens of each text, prints the
+largest and the mean difference between JAX and PyTorch, and the largest between PyTorch's float32 and float64. Needs torch.
 """
 
 import pathlib

@@ -1,11 +1,11 @@
-"""One run over every mesh, number of simulated devices and number of real processes: is it the same run?
+"""Checks that a run has the same result on every mesh, number of simulated devices and number of processes.
 
   python -m benchmarks.meshes --workdir=FOLDER [--only=NAME,…]
 
-Makes a tiny random Llama (needs torch), runs both stages of the paper's method on it (gates, choice of layers, regularize,
-removal, export) once on one device and then on each layout, by the ordinary command (several processes: by
-launch/local.sh), and prints how far each layout's losses, gates and exported weights are from the one device's. Exit
-status 1 where any of them is beyond what is allowed.
+Makes a tiny random Llama (needs torch). Runs both stages of the paper's method on it (gates, choice of layers, regularize,
+removal, export) with the ordinary command, first on one device, then on each layout (several processes with
+launch/local.sh). Prints how much the losses, gates and exported weights of each layout differ from those of one device.
+Exits with 1 if a difference exceeds its limit.
 """
 
 import json
@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from elder_jax.run.tables import markdown_table
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where models, runs and logs go; made if missing.', required=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for models, runs and logs; created if missing.', required=True)
 _ONLY = flags.DEFINE_list('only', [], 'Layouts to run, by name; empty: all.')
 
 # Name -> (processes, devices of each, --mesh).
@@ -93,7 +93,7 @@ def make_model(folder: pathlib.Path):
 
 
 def run(name: str, work: pathlib.Path) -> dict:
-  """What is compared of a layout's run: losses of all steps, gates of all rounds, layers, exported weights."""
+  """The results of a layout's run to compare: losses of all steps, gates of all rounds, layers, exported weights."""
   processes, devices, mesh = LAYOUTS[name]
   folder = work / name.replace(' ', '_').replace('×', 'x').replace(',', '')
   shutil.rmtree(folder, ignore_errors=True)
@@ -106,7 +106,7 @@ def run(name: str, work: pathlib.Path) -> dict:
     'PYTHON': sys.executable,
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # most of the time is the compiler's
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # compilation takes most of the time
     'LOGS': f'{folder}.logs',
   }
   log = folder.with_name(f'{folder.name}.log')

@@ -1,4 +1,4 @@
-"""A row of a table without a whole run: layers chosen or given, a recipe, figures. For the other benchmarks."""
+"""Makes a row of a table without a whole run: chosen or given layers, a recipe, figures. Used by other benchmarks."""
 
 import dataclasses
 import shutil
@@ -17,28 +17,28 @@ from elder_jax.training.batches import Batches
 
 
 def begin(config: Config) -> Run:
-  """A run of these settings, of which nothing is done yet."""
+  """A prepared run with these settings."""
   return Run(prepare(config), device_name)
 
 
 def choose(run: Run, num_remove: int, seed: int) -> Choice:
-  """What the first method of the run chooses by the run's sequences, in the order of another seed."""
+  """The choice of the run's first method on the run's sequences, with their order drawn by `seed`."""
   job, dense = run.job, run.dense
   batches = Batches(job.batches.rows, job.batches.batch_size, seed, job.mesh)
   run = Run(dataclasses.replace(job, config=job.config.replace(seed=seed), batches=batches), device_name)
-  run.dense = dense  # loaded once for both
+  run.dense = dense  # shared, so that it is loaded once
   stage = next(stage for stage in stages(job.config, [num_remove]) if stage.method and not stage.recipe)
   with jax.set_mesh(job.mesh):
     return Choice.from_json(stage.run(run, stage))
 
 
 def figures(run: Run, choice: Choice, recipe: str, name: str) -> dict:
-  """{'ppl', 'tasks'} of the model by a recipe; nothing is exported."""
-  run.pruned = None  # of the figures before
+  """Applies a recipe and returns {'ppl', 'tasks'} of the model. Exports nothing."""
+  run.pruned = None  # frees the model of the previous figures
   with jax.set_mesh(run.job.mesh):
     stage = Stage(name, name, name, work.treat, work.take_nothing, lambda shapes: [], recipe=recipe)
     run.pruned = work.apply_recipe(run, stage, choice)
     found = work.measure(run.job, run.pruned, name)
-  # A training ends with a checkpoint; these are of no use once there are figures, and each has a gigabyte or more.
+  # Training ends with a checkpoint of a gigabyte or more, which is not needed once the figures are there.
   shutil.rmtree(run.job.config.path() / 'checkpoints', ignore_errors=True)
   return found

@@ -1,16 +1,17 @@
-"""The rows of docs/results.md: ways of choosing layers × recipes on one model, a row at a time.
+"""Makes the rows of docs/results.md: methods × recipes on one model, row by row.
 
   python -m benchmarks.results --model=MODEL --wikitext=FOLDER --news=FILE --workdir=runs/results
 
-FOLDER holds WikiText-2's valid.txt and test.txt. Training sees the first 80% of valid.txt, hyper-parameters are judged on
-its rest (the column "validation"), test.txt and FILE give the figures. Rows are kept in benchmarks/results.jsonl and not
-done again: the command can be killed and started again, on another machine too. The pages are written at its end, and by
-python -m benchmarks.docs. --only=PREFIX does some rows. With --tasks_dir (see benchmarks/tasks.py) some rows are also
-evaluated on zero-shot tasks. --part=I/N does every N-th row: several processes can share an accelerator that one of them
-does not fill, as benchmarks/results_shared.sh has them do.
+FOLDER holds WikiText-2's valid.txt and test.txt. The first 80% of valid.txt is training text. The rest is the validation
+text, on which hyper-parameters are chosen. The reported figures are from test.txt and FILE.
 
-Two budgets: a sixteenth of the paper's text, which a CPU can do, and "one pass" over all of the training text, whose rows
-are done where there is an accelerator, or where --only asks for them.
+Rows are saved in benchmarks/results.jsonl and not repeated, so the command can be killed and rerun, also on another
+machine. The pages are written at the end, and by python -m benchmarks.docs. --only=PREFIX makes some rows. With --tasks_dir
+(see benchmarks/tasks.py) some rows are also evaluated on zero-shot tasks. --part=I/N makes every N-th row, so that several processes can share an accelerator
+(benchmarks/results_shared.sh).
+
+There are two budgets: a sixteenth of the paper's text, which is feasible on a CPU, and "one pass" over the training text.
+Rows of one pass are made if there is an accelerator, or if --only names them.
 """
 
 import contextlib
@@ -49,23 +50,21 @@ from elder_jax.run.config import defaults
 from elder_jax.run.job import Run
 from elder_jax.text import zero_shot
 
-_MODEL = flags.DEFINE_string('model', None, 'Model, as for elder_jax.main.', required=True)
+_MODEL = flags.DEFINE_string('model', None, 'The model, as --model of elder_jax.', required=True)
 _WIKITEXT = flags.DEFINE_string('wikitext', None, "Folder with WikiText-2's valid.txt and test.txt.", required=True)
 _NEWS = flags.DEFINE_string('news', None, 'Text of the second corpus, not trained on.', required=True)
 _GEMMA = flags.DEFINE_string('gemma', '', 'Gemma 3 270M, for the rows of a second model; empty: no such rows.')
-_WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Where texts and choices of layers are kept.')
-_ROWS = flags.DEFINE_string('rows', str(results_table.ROWS), 'Where rows are kept, one a line.')
-_ONLY = flags.DEFINE_list('only', [''], 'Rows to do, by the beginnings of their names; empty: all.')
-_PART = flags.DEFINE_string(
-  'part', '0/1', 'I/N: of the rows, counted from 0, those whose number leaves I when divided by N.'
-)
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/results', 'Folder for texts and choices of layers.')
+_ROWS = flags.DEFINE_string('rows', str(results_table.ROWS), 'File that rows are saved in, one per line.')
+_ONLY = flags.DEFINE_list('only', [''], 'Prefixes of the names of rows to make; empty: all.')
+_PART = flags.DEFINE_string('part', '0/1', 'I/N: make the rows whose 0-based number is I modulo N.')
 _TASKS_DIR = flags.DEFINE_string('tasks_dir', '', 'Folder of local task files; empty: no zero-shot tasks.')
 _TASKS = flags.DEFINE_string('tasks', 'piqa,social_iqa', 'Zero-shot tasks.')
 _TASK_LIMIT = flags.DEFINE_integer('task_limit', 0, 'Questions per task; 0: all.')
 
 
 def split(folder: pathlib.Path, work: pathlib.Path) -> tuple[str, str]:
-  """WikiText-2 valid cut in two at a line: (training text, validation text)."""
+  """Splits WikiText-2 valid at a line into (training text, validation text); returns their paths."""
   text = (folder / 'valid.txt').read_text(encoding='utf-8')
   cut = text.index('\n', int(0.8 * len(text))) + 1
   paths = work / 'train.txt', work / 'validation.txt'
@@ -81,16 +80,16 @@ def file_name(name: str) -> str:
 
 
 def choose(run: Run, work: pathlib.Path) -> Choice:
-  """The layers of a row, by its method on the batches of seed 0; kept for the other rows and depths."""
+  """The layers of a row, chosen by its method on the batches of seed 0, and saved for other rows and depths."""
   config, n = run.job.config, run.job.num_removes[0]
   if not n:
     return Choice([])
   method = config.removal.method[0]
   gemma = config.paths.model == _GEMMA.value
-  paper = config.gates.gate == 'output'  # its rows are of one depth: rounds for more layers would be for nothing
+  paper = config.gates.gate == 'output'  # its rows have one depth, so rounds for more layers would be wasted
   one_pass = config.data.num_sequences != results_rows.BUDGET['num_sequences']
   anew = not find_method(method).nested or gemma or paper
-  most = n if anew else 10  # the deepest of the rows
+  most = n if anew else 10  # the most layers that a row removes
   special = ''.join(f'-{name}' for name, true in (('paper', paper), ('gemma', gemma), ('pass', one_pass)) if true)
   path = work / 'choices' / f'{method}{special}{f"-{n}" if anew else ""}.json'
   path.parent.mkdir(exist_ok=True)
@@ -104,14 +103,14 @@ def choose(run: Run, work: pathlib.Path) -> Choice:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path):
-  """One process at a time; the lock of a process that ends is free."""
+  """Lets one process at a time in. The lock is released when its process ends."""
   with path.open('w') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
 def teraflops(run: Run, removed: list[int]) -> float:
-  """Multiplications and additions of a recipe with weight matrices, in 1e12; choosing and attention scores apart."""
+  """Multiply and add operations of a recipe with weight matrices, in 1e12, without choosing and attention scores."""
   config, model = run.job.config, run.dense.get()
   L, spec, recipe = model.num_layers, model.spec, find_recipe(config.removal.recipe)
   per_layer = sum(p.get_value().size / L for p in layer_matrices(model.layers).values())
@@ -132,8 +131,10 @@ def teraflops(run: Run, removed: list[int]) -> float:
 
 
 def refitting(recipe: Recipe, spec: Spec, L: int, removed: list[int], per_layer: float) -> float:
-  """Operations a token: both streams up to the last layer that is refitted, and for each matrix its layer again and the
-  sums. Of a recipe that is not absorb, one matrix of D features for each gap.
+  """Operations per token of refitting.
+
+  Both residual streams run up to the last refitted layer. For each refitted matrix, its layer runs again and the sums are
+  accumulated. Recipes other than absorb refit one matrix of D features per gap.
   """
   absorbs, gaps, kept = recipe.start is absorb.start_absorbed, cuts(L, removed), pruning.kept_layers(L, removed)
   if not gaps:
@@ -182,10 +183,10 @@ def config_of(name: str, settings: dict, work: pathlib.Path) -> Config:
 
 
 def changed(config: Config) -> dict:
-  """The settings that are not the defaults, as JSON has them; of files only the names, which mean the same elsewhere."""
+  """The settings that differ from the defaults, as in JSON. Of files only the names, which other machines share."""
   default = defaults()
   settings = {k: v for k, v in config.to_json().items() if v != json.loads(json.dumps(default[k])) and k != 'workdir'}
-  settings['method'] = ','.join(config.removal.method)  # also where it is the default, which was another one
+  settings['method'] = ','.join(config.removal.method)  # even if it is the default, which has changed
   settings |= {k: _file(settings[k]) for k in ('model', 'train_data', 'tasks_dir') if k in settings}
   settings['eval_data'] = [f'{k}={_file(v)}' for k, v in config.evaluation.eval_data.items()]
   return settings
@@ -196,7 +197,7 @@ def _file(path: str) -> str:
 
 
 def same(config: Config, found: dict[str, dict]) -> dict | None:
-  """A row that was run with the same settings: the search's best is the final row of its seed."""
+  """A finished row with the same settings, or None: the best row of the search is the final row of its seed."""
   return next((row for row in found.values() if row.get('settings') == changed(config)), None)
 
 
@@ -209,7 +210,7 @@ def do(config: Config, name: str, work: pathlib.Path) -> dict:
     'settings': changed(config),
     **one_row.figures(run, choice, config.removal.recipe, name),
     'removed': sorted(choice.removed),
-    'candidates': choice.about.get('candidates', []),  # of auto
+    'candidates': choice.about.get('candidates', []),  # of the method auto
     'teraflops': operations,
     'seconds': time.monotonic() - start,
     'device': device_name(),
@@ -218,7 +219,7 @@ def do(config: Config, name: str, work: pathlib.Path) -> dict:
 
 
 def append(path: pathlib.Path, row: dict, work: pathlib.Path):
-  """A line more, whole or not at all."""
+  """Appends a line atomically."""
   temporary = path.with_name(f'{path.name}.partial')
   with locked(work / f'{path.name}.lock'):
     before = path.read_text(encoding='utf-8') if path.exists() else ''
@@ -233,7 +234,7 @@ def main(argv):
   work = pathlib.Path(_WORKDIR.value)
   work.mkdir(parents=True, exist_ok=True)
   kept = pathlib.Path(_ROWS.value)
-  if _TASKS_DIR.value:  # now, and not at the first row that has tasks
+  if _TASKS_DIR.value:  # fail now, not at the first row that has tasks
     zero_shot.load_tasks(_TASKS.value.split(','), _TASKS_DIR.value)
   found = results_table.read(kept)
   one_pass = jax.default_backend() != 'cpu' or any(only.startswith(results_rows.PASS) for only in _ONLY.value)
@@ -246,7 +247,7 @@ def main(argv):
       append(kept, {'name': name, **found[name]}, work)
       jax.clear_caches()
       log(f'{name}: {found[name]["ppl"]}')
-  if parts == 1 and kept.resolve() == results_table.ROWS.resolve():  # else the others' rows are not here
+  if parts == 1 and kept.resolve() == results_table.ROWS.resolve():  # otherwise rows of other parts are missing
     docs.write()
 
 

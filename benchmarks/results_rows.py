@@ -1,4 +1,4 @@
-"""The rows of the results table (benchmarks/results.py): what is compared, at which budget and learning rates."""
+"""The rows of the results table (benchmarks/results.py): methods, recipes, budgets and learning rates."""
 
 from collections.abc import Iterator
 
@@ -7,14 +7,14 @@ from elder_jax.methods import METHODS
 BUDGET = dict(
   seq_len=256, num_sequences=64, batch_size=4, train_steps=16, score_steps=4, eval_seq_len=512, eval_tokens=6144
 )
-# What a row has where its name does not say otherwise; written out, so that the rows do not follow the defaults about.
+# The settings of a row unless its name says otherwise. Written out, so that changed defaults do not change the rows.
 START = dict(
   gate='residual', selection='one_shot', gate_lr=0.005, gate_steps=28, lambda2=1e-3, order='sequential', lr=3e-4
 )
-# The paper's own setting (ELDeR, arXiv 2505.18232); the steps and the rate of the gates are of
+# The paper's settings (ELDeR, arXiv 2505.18232); steps and learning rate of the gates are from
 # configs/paper_smollm2_135m.flags.
 PAPER = dict(gate='output', selection='iterative', gate_lr=0.02, gate_steps=4, lambda2=1e-3, order='joint', lr=1e-4)
-# All of the training text once; tokens of texts and batches of scorers that a GPU takes seconds for.
+# The whole training text once, with evaluation texts and scoring batches that take a GPU seconds.
 PASS = 'one pass'
 PASS_BUDGET = dict(
   seq_len=512,
@@ -26,24 +26,27 @@ PASS_BUDGET = dict(
   eval_tokens=0,
   dtype='bfloat16',
 )
-PASS_START = dict(gate_steps=100)  # gates see what training sees
-PASS_PAPER = dict(gate_steps=14)  # the same for seven rounds
+PASS_START = dict(gate_steps=100)  # gates see as much text as training
+PASS_PAPER = dict(gate_steps=14)  # the same, over seven rounds
 LEARNING_RATES = (1e-4, 3e-4, 6e-4)
-# The best of them on validation text, by recipe: see the rows search/….
+# The best of them on validation text, by recipe (rows search/…).
 BEST_LR = dict(prune_then_train=6e-4, absorb_then_train=3e-4, replace_linear_then_train=6e-4, regularize=6e-4)
 GEMMA = 'Gemma 3 270M'
-# Of Gemma the same, the rows Gemma 3 270M, search/…; of SmolLM2's rates the lowest was the best there, hence a lower one.
+# The same for Gemma (rows Gemma 3 270M, search/…). The lowest of SmolLM2's rates was best there, so a lower one is added.
 GEMMA_RATES = (3e-5, 1e-4, 3e-4)
 GEMMA_LR = dict(prune_then_train=1e-4, absorb_then_train=3e-5, regularize=1e-4)
-GEMMA_CHOICE = 'sleb'  # the best on validation text of the rows Gemma 3 270M/…
-CHOICE = 'cosine_block'  # of the rows in which recipes are compared
+GEMMA_CHOICE = 'sleb'  # the best method on validation text (rows Gemma 3 270M/…)
+CHOICE = 'cosine_block'  # the method of rows that compare recipes
 
 
 def rows(found: dict[str, dict], gemma: str, one_pass: bool) -> Iterator[tuple[str, dict]]:
-  """Pairs of a row's name and its settings that differ from START and, but for one pass, from BUDGET; in the order of
-  running. Rows whose learning rate is searched for follow when the rows of the search have been `found`.
+  """Yields (name, settings) of each row, in running order.
+
+  The settings are those that differ from START and BUDGET. Rows of one pass include their whole budget. Rows that use a
+  searched learning rate follow once `found` has the rows of the search.
 
   Args:
+    found: finished rows by name.
     gemma: the model file of Gemma 3 270M; empty: without its rows.
     one_pass: with the rows of the second budget.
   """
@@ -55,7 +58,7 @@ def rows(found: dict[str, dict], gemma: str, one_pass: bool) -> Iterator[tuple[s
 
 
 def pass_rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
-  """As `rows`; of the second budget."""
+  """Like `rows`, for the second budget."""
 
   def ready(rows):
     return ((f'{PASS}/{name}', PASS_START | how) for name, how in rows.items())
@@ -66,7 +69,7 @@ def pass_rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
     'absorb_then_train': {},
     'replace_linear_then_train': {},
     'regularize': {},
-    # The gates annealed instead of the penalty.
+    # Annealed gates instead of the penalty.
     'regularize, annealed': dict(lambda2=0.0, order='joint', anneal=0.3),
     'prune_then_train, distilled': dict(distill=0.5),
     'absorb_then_train, distilled': dict(distill=0.5),
@@ -89,8 +92,8 @@ def pass_rows(found: dict[str, dict]) -> Iterator[tuple[str, dict]]:
 
 
 def final_rows(how: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
-  """Recipe -> settings and recipe -> rate give the rows of three seeds."""
-  # The multiply-adds that absorbing takes, given to the rival as more training on the same text.
+  """Rows of three seeds. how: recipe -> settings; rates: recipe -> learning rate."""
+  # The rival gets the multiply-adds of absorbing as additional training steps on the same text.
   more_steps = dict(**how['prune_then_train'], train_steps=150)
   how = how | {'prune_then_train, half as many steps more': more_steps}
   rates = rates | {'prune_then_train, half as many steps more': rates['prune_then_train']}
@@ -102,7 +105,7 @@ def final_rows(how: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]
 
 
 def other_choices(how: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
-  """As `final_rows`: at other depths, and with the layers that other methods choose."""
+  """Like `final_rows`, at other depths and with layers chosen by other methods."""
   two = ('prune_then_train', 'absorb_then_train')
   four = (*two, 'replace_linear_then_train', 'regularize')
   choices = (
@@ -122,7 +125,7 @@ def other_choices(how: dict[str, dict], rates: dict[str, float]) -> dict[str, di
 
 
 def best_rate(found: dict[str, dict], prefix: str) -> float | None:
-  """Of the rows 'PREFIX, lr …' the rate with the lowest perplexity on validation text; None where one is missing."""
+  """The learning rate of the rows 'PREFIX, lr …' with the lowest validation perplexity; None if a row is missing."""
   rows = {lr: found.get(f'{prefix}, lr {lr:g}') for lr in LEARNING_RATES}
   return None if None in rows.values() else min(rows, key=lambda lr: rows[lr]['ppl']['validation'])
 
@@ -144,7 +147,7 @@ def untrained_rows(depths: tuple[int, ...]) -> dict[str, dict]:
 
 
 def small_rows() -> dict[str, dict]:
-  """As `rows`; of the first budget, on SmolLM2."""
+  """Like `rows`, for the first budget, on SmolLM2."""
   rows = {'dense': dict(method=CHOICE, num_remove=0, recipe='none')}
   seven = dict(method=CHOICE, num_remove=7)
   rivals = ('prune_then_train', 'absorb_then_train', 'replace_linear_then_train', 'regularize')
@@ -164,7 +167,7 @@ def small_rows() -> dict[str, dict]:
       final(f'{recipe}, distilled', seed, recipe=recipe, lr=3e-4, distill=0.5)
     final('prune_then_train, distilled, lr 0.0006', seed, recipe='prune_then_train', lr=6e-4, distill=0.5)
   for seed in (0, 1, 2):
-    # The multiply-adds that absorbing takes, given to the rival as more training on the same text.
+    # The rival gets the multiply-adds of absorbing as additional training steps on the same text.
     final('prune_then_train, half as many steps more', seed, recipe='prune_then_train', lr=3e-4, train_steps=24)
     final(rivals[2], seed, recipe=rivals[2], lr=BEST_LR[rivals[2]])
     final('replace_linear_then_train, lr 0.0003', seed, recipe=rivals[2], lr=3e-4)
@@ -175,7 +178,7 @@ def small_rows() -> dict[str, dict]:
       for recipe in rivals:
         how = dict(method=CHOICE, num_remove=n, recipe=recipe, lr=BEST_LR[recipe], seed=seed)
         rows[f'other depths/{n} layers, {recipe}, seed {seed}'] = how
-    for recipe in rivals[:2]:  # where long runs of layers are a bad choice
+    for recipe in rivals[:2]:  # long contiguous blocks are a bad choice here
       how = dict(method='sleb', num_remove=10, recipe=recipe, lr=BEST_LR[recipe], seed=seed)
       rows[f'other depths/10 layers, chosen by sleb, {recipe}, seed {seed}'] = how
     for method in ('elder', 'sleb', 'taylor'):
@@ -190,12 +193,12 @@ def small_rows() -> dict[str, dict]:
 
 
 def gemma_rows(model: str) -> dict[str, dict]:
-  """4 of 18 layers. Recipes are compared on the choice that is best on validation text without training."""
+  """Rows that remove 4 of 18 layers. Recipes are compared on the choice with the best untrained validation perplexity."""
   four = dict(model=model, num_remove=4)
   recipes = dict(
     prune_then_train={},
     absorb_then_train={},
-    # The gates annealed, which did better than the penalty above.
+    # Annealed gates, which did better than the penalty on SmolLM2.
     regularize=dict(lambda2=0.0, order='joint', anneal=0.3),
   )
   rows = {f'{GEMMA}/dense': four | dict(method=CHOICE, num_remove=0, recipe='none')}
@@ -213,7 +216,7 @@ def gemma_rows(model: str) -> dict[str, dict]:
       rows[f'{GEMMA}/{recipe}, seed {seed}'] = how
       if recipe != 'regularize':
         rows[f'{GEMMA}/{recipe}, distilled, seed {seed}'] = how | dict(distill=0.5)
-    # The multiply-adds that absorbing takes, given to the rival.
+    # The rival gets the multiply-adds of absorbing.
     more_steps = four | dict(recipe='prune_then_train', lr=GEMMA_LR['prune_then_train'], seed=seed, train_steps=28)
     rows[f'{GEMMA}/prune_then_train, three quarters as many steps more, seed {seed}'] = more_steps
   return rows

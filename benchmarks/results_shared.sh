@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The rows of one pass over the text (benchmarks/results.py), by N processes that share one accelerator:
+# Makes the rows of one pass over the text (benchmarks/results.py) with N processes that share one accelerator:
 #   benchmarks/results_shared.sh N --model=… --wikitext=… --news=… [--workdir=… --rows=… --tasks_dir=…]
-# First the search for learning rates, then what needs its outcome, then the pages. Rows that are done are not done again.
+# First the search for learning rates, then the rows that need its result, then the pages. Finished rows are not repeated.
 set -euo pipefail
 parts=$1
 shift
@@ -16,7 +16,7 @@ for only in 'one pass/final/dense,one pass/search' 'one pass/'; do
   failed=
   for pid in "${pids[@]}"; do wait "$pid" || failed=yes; done
   if [ "$failed" ]; then
-    echo "results_shared: a part failed, see above; mend that and start the same command again." >&2
+    echo "results_shared: a part failed, see above; fix it and rerun the same command." >&2
     exit 1
   fi
 done

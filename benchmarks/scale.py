@@ -1,10 +1,10 @@
-"""Pod jobs, proved by the TPU compiler on a machine without a TPU: memory, collectives and time of steps of both stages.
+"""Checks pod runs with the TPU compiler, on a machine without a TPU: memory, collectives and time of both stages' steps.
 
   python -m benchmarks.scale [--row=NAME] [--again]
 
-Compiles the steps that a run would take (elder_jax/run/plan) for TPU slices and writes what the compiler says to
-benchmarks/scale.jsonl, a line per row, and the tables into docs/results/scale.md. A row that is there is not compiled
-again unless --again asks for it. Needs pip install 'elder_jax[tpu]', minutes and a few GB of memory per row.
+Compiles the steps of a run (elder_jax/run/plan) for TPU slices. Writes what the compiler reports to
+benchmarks/scale.jsonl, one line per row, and the tables to docs/results/scale.md. Rows that exist are compiled again only
+with --again. Needs pip install 'elder_jax[tpu]', and per row minutes and a few GB of memory.
 """
 
 import collections
@@ -33,8 +33,8 @@ from elder_jax.run.plan.compile import measure
 from elder_jax.run.prepare import check_sizes
 from elder_jax.run.tables import markdown_table
 
-_ROWS = flags.DEFINE_multi_string('row', [], 'Row to compile, by name; repeatable; none: all that are missing.')
-_AGAIN = flags.DEFINE_boolean('again', False, 'Compile rows that are there already, too.')
+_ROWS = flags.DEFINE_multi_string('row', [], 'Name of a row to compile; repeatable. Unset: all missing rows.')
+_AGAIN = flags.DEFINE_boolean('again', False, 'Also compile rows that exist already.')
 KEPT = pathlib.Path(__file__).parent / 'scale.jsonl'
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'results' / 'scale.md'
 BEGIN, END = '<!-- benchmarks/scale.py begins -->\n', '<!-- benchmarks/scale.py ends -->\n'
@@ -76,7 +76,7 @@ MODELS = {
     num_key_value_heads=8,
   ),
 }
-# What all rows have: both stages of the paper's method, in bfloat16, trained weights in float32.
+# Settings of all rows: both stages of the paper's method, in bfloat16, trained weights in float32.
 SETTINGS = dict(method=('elder',), recipe='regularize', compare=(), seq_len=2048, dtype='bfloat16', remat='full')
 SLICES = {
   'LLaMA-2-7B, v5e-16': dict(topology='v5e:4x4', mesh='1,16,1', batch_size=16),
@@ -85,15 +85,15 @@ SLICES = {
   'LLaMA-2-70B, v5p-128': dict(topology='v5p:4x4x4', mesh='1,16,4', batch_size=64),
   'LLaMA-2-70B, v5e-256': dict(topology='v5e:16x16', mesh='1,32,8', batch_size=32),
 }
-# A TPU core's cycles per second, as its published peak is that of its matrix units at full occupancy: v4 and v5p two
-# cores of four 128 × 128 units, v5e one; v6e as v5p.
+# Cycles per second of a TPU core, from its published peak with all matrix units busy: v4 and v5p have two cores of four
+# 128 × 128 units, v5e has one; v6e as v5p.
 CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
-# Bytes per second that a chip can receive over all its links: 4 or 6 of 45 GB/s (v5e, v4) or 90 GB/s (v6e, v5p) each way.
+# Bytes per second that a chip receives over all its links: 4 or 6 links of 45 GB/s (v5e, v4) or 90 GB/s (v6e, v5p).
 LINKS = {'TPU v4': 6 * 45e9, 'TPU v5 lite': 4 * 45e9, 'TPU v5': 6 * 90e9, 'TPU v6 lite': 4 * 90e9}
 
 
 def rows() -> dict[str, tuple[str, dict, int]]:
-  """Name -> (stage, settings, layers). Two more are the 70B with a tenth of its layers, for the time to compile."""
+  """Name -> (stage, settings, layers). One more row is the 70B with a tenth of its layers, for its compile time."""
   found = {}
   for name, settings in SLICES.items():
     layers = MODELS[name.partition(',')[0]]['num_hidden_layers']
@@ -108,7 +108,7 @@ def compile_row(name: str) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     config = MODELS[name.partition(',')[0]] | {'num_hidden_layers': layers}
     (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config))
-    mesh = tuple(map(int, settings['mesh'].split(',')))  # as in the flags of the row
+    mesh = tuple(map(int, settings['mesh'].split(',')))
     more = settings | dict(model=folder, plan=True, num_sequences=settings['batch_size'], mesh=mesh)
     config = Config.of(**SETTINGS | more)
     spec, num_layers = architecture(folder, json.loads((pathlib.Path(folder) / 'config.json').read_text()))
@@ -149,17 +149,17 @@ def compile_row(name: str) -> dict:
 
 
 def of_collectives(found: list[hlo.Collective], program: Program, num_layers: int, kind: str) -> dict:
-  """Counts by kind, bytes received, the largest, and whether one gives a whole stack."""
+  """Counts by kind, bytes received, the largest collectives, and those whose result is a whole stack of layers."""
   counts = collections.defaultdict(lambda: [0, 0, 0.0])
   for c in found:
     count = counts[c.kind]
     count[0], count[1], count[2] = count[0] + 1, count[1] + c.runs, count[2] + c.runs * c.received
-  # A stack that was gathered over fsdp has all of its elements, or those that tp leaves to a device.
+  # A stack gathered over fsdp has all of its elements, or the shard that tp leaves on a device.
   state, (frozen, _), *_ = program.args
   stacks = [a for a in jax.tree.leaves((state.trained.layers, frozen.layers)) if a.ndim > 2]
   tp = stacks[0].sharding.mesh.shape['tp']
   sizes = {math.prod(a.shape) // n for a in stacks for n in (1, tp)}
-  # Of all kinds: on a three-dimensional slice the compiler gathers by an all-reduce of zeros and one part.
+  # Of all kinds: on a three-dimensional slice, the compiler gathers with an all-reduce of zeros and one part.
   found = sorted(found, key=lambda c: -c.elements)
   in_layers = [c for c in found if c.runs % num_layers == 0]
   received = sum(c.runs * c.received for c in found)
@@ -255,7 +255,7 @@ def main(argv):
   for name in _ROWS.value or rows():
     if name not in results or _AGAIN.value:
       print(f'compiling {name}', flush=True)
-      results = read()  # another one may have written meanwhile
+      results = read()  # another process may have written rows meanwhile
       results[name] = compile_row(name)
       write(results)
       print({k: v for k, v in results[name].items() if k in ('peak', 'limit', 'compute_s', 'compile_s')}, flush=True)

@@ -1,9 +1,9 @@
-"""A corpus too large for memory: time to the first step, memory, speed of the loader, kills, and two processes.
+"""Measures training on a large corpus: time to the first step, memory, loader speed, kills, and two processes.
 
   python -m benchmarks.stream --model=SmolLM2-135M-Instruct.Q4_1.gguf --workdir=/tmp/stream [--tokens=100] [--files=50]
 
-The corpus is made up: words at random, as files of .jsonl.gz. Memory and speed are of SmolLM2; kills and processes, of a
-random model of four layers with SmolLM2's tokenizer.
+The corpus is synthetic: random words in .jsonl.gz files. Memory and speed are measured with SmolLM2; kills and two
+processes with a random model of four layers and SmolLM2's tokenizer.
 """
 
 import gzip
@@ -29,11 +29,11 @@ from elder_jax.text.settings import DataSettings
 from elder_jax.text.training_text import open_text
 
 _MODEL = flags.DEFINE_string('model', None, "SmolLM2's GGUF.", required=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for corpus and runs; the corpus is kept.', required=True)
-_TOKENS = flags.DEFINE_integer('tokens', 100, 'Millions of tokens of the corpus.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for the corpus and runs; the corpus is reused.', required=True)
+_TOKENS = flags.DEFINE_integer('tokens', 100, 'Size of the corpus, in millions of tokens.')
 _FILES = flags.DEFINE_integer('files', 50, 'Files of the corpus.')
-_KILLS = flags.DEFINE_integer('kills', 5, 'Steps at which a run is killed.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of corpus and kills.')
+_KILLS = flags.DEFINE_integer('kills', 5, 'Number of steps at which a run is killed.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the corpus and the kills.')
 
 STEPS, BATCH, LENGTH = 40, 4, 256
 FLAGS = ['--method=last', '--recipe=prune_then_train', '--compare=', '--verify=jax']
@@ -41,7 +41,7 @@ FLAGS += [f'--batch_size={BATCH}', f'--seq_len={LENGTH}', '--lr=1e-3']
 
 
 def make_corpus(folder: pathlib.Path, tokens: int, files: int):
-  """Random words of a vocabulary of 20,000, in documents of 300."""
+  """Writes random words of a vocabulary of 20,000, in documents of 300 words."""
   if len([*folder.glob('*.jsonl.gz')]) == files:
     return
   folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def peak_bytes(pid: int) -> int:
 
 
 def watched(workdir: pathlib.Path, *args) -> tuple[float, int, list[dict]]:
-  """(seconds to the first step, peak bytes, metrics) of a run that goes to its end."""
+  """Runs to the end. Returns (seconds to the first step, peak bytes, metrics)."""
   began, first, peak = time.monotonic(), None, 0
   process = start(workdir, *args)
   while process.poll() is None:
@@ -131,7 +131,7 @@ def speed_and_memory(root: pathlib.Path, corpus: pathlib.Path):
     figures[name] = watched(runs / name, text, smollm2, *more)
   first, peak, rows = figures['corpus']
   print(
-    f'first step after {first:.0f} s; peak memory {(peak - figures["a file"][1]) / 1e9:+.2f} GB to that with one file'
+    f'first step after {first:.0f} s; peak memory {(peak - figures["a file"][1]) / 1e9:+.2f} GB compared with one file'
   )
   training = np.median([row['tokens_per_second'] for row in rows if row.get('tokens_per_second')])
   tokenizer = data.load_tokenizer(str(root / 'model'))
@@ -147,7 +147,7 @@ def speed_and_memory(root: pathlib.Path, corpus: pathlib.Path):
       text.rows[range(i, i + BATCH)]
     speed = count * LENGTH / (time.monotonic() - began)
     print(
-      f'loader, tokens {name}: {speed:,.0f} tokens/s, {speed / training:,.0f} × those of training ({training:,.0f})'
+      f'loader, tokens {name}: {speed:,.0f} tokens/s, {speed / training:,.0f} × the speed of training ({training:,.0f})'
     )
 
 
@@ -183,7 +183,7 @@ def two_processes(root: pathlib.Path, corpus: pathlib.Path):
   if any(process.wait() for process in processes):
     sys.exit(f'{runs / "two"}.log: a process failed')
   losses = [np.array([row['loss'] for row in rows_of(runs / name)]) for name in ('whole', 'two')]
-  print(f'two processes: losses differ by at most {np.abs(losses[1] / losses[0] - 1).max():.1e} of themselves')
+  print(f'two processes: largest relative difference of losses {np.abs(losses[1] / losses[0] - 1).max():.1e}')
 
 
 def main(argv):

@@ -1,17 +1,17 @@
-"""Local task files for lm-evaluation-harness, for where no model hub is reached.
+"""Writes local task files for lm-evaluation-harness, for machines without access to the model hub.
 
   python -m benchmarks.tasks --out=FOLDER --piqa=FOLDER --bigbench --last_word=TEXT
   elder_jax eval --model=MODEL --tasks_dir=FOLDER --tasks=piqa,social_iqa,winogrande_objects,last_word
 
---piqa names a folder with PIQA's own valid.jsonl and valid-labels.lst. --bigbench fetches the PyPI package bigbench==1.0.0
-(358 MB, not kept) and takes two tasks from it: SocialIQA's 1954 validation questions, and the 9000 sentences about objects
-that WinoGrande was chosen from. The latter are not WinoGrande's validation set: their figures compare models with one
-another, not with published ones. Prompts and choices are those of the harness's tasks piqa, social_iqa and winogrande.
-BIG-bench asks that its data be in no training corpus: do not publish what this writes.
+--piqa names a folder with PIQA's valid.jsonl and valid-labels.lst. --bigbench downloads the PyPI package bigbench==1.0.0
+(358 MB, not kept) and reads two tasks from it: SocialIQA's 1954 validation questions, and the 9000 sentences about objects
+that WinoGrande was selected from. The latter are not WinoGrande's validation set, so their figures are not comparable to
+published ones. Prompts and choices are those of the harness's tasks piqa, social_iqa and winogrande. BIG-bench requires
+that its data be kept out of training corpora: do not publish these files.
 
---last_word makes a task like LAMBADA of any text with a document a line: the model reads some sentences and completes the
-last word of the next one. Only words are asked for that stand in the sentences before, as most of LAMBADA's do. LAMBADA's
-passages were also chosen by people, so these figures compare models with one another, not with published ones.
+--last_word makes a task like LAMBADA from a text with one document per line. The model reads some sentences and completes
+the last word of the next one. The word must occur in those sentences, as in most of LAMBADA. LAMBADA's passages were also
+selected by people, so the figures are not comparable to published ones.
 """
 
 import hashlib
@@ -26,12 +26,14 @@ import tempfile
 from absl import app
 from absl import flags
 
-_OUT = flags.DEFINE_string('out', None, 'Folder for the task files; made if missing.', required=True)
+_OUT = flags.DEFINE_string('out', None, 'Folder for the task files; created if missing.', required=True)
 _PIQA = flags.DEFINE_string('piqa', None, "Folder with PIQA's valid.jsonl and valid-labels.lst.")
-_BIGBENCH = flags.DEFINE_boolean('bigbench', False, 'Fetch SocialIQA and sentences of WinoGrande.')
-_LAST_WORD = flags.DEFINE_string('last_word', None, 'A text, a document a line; best one that no model is trained on.')
+_BIGBENCH = flags.DEFINE_boolean('bigbench', False, 'Download SocialIQA and sentences of WinoGrande.')
+_LAST_WORD = flags.DEFINE_string(
+  'last_word', None, 'A text with one document per line, ideally one that no model was trained on.'
+)
 
-CONTEXT = 4  # sentences before the one that is completed
+CONTEXT = 4  # sentences before the one to complete
 _PACKAGE = 'bigbench==1.0.0'
 _MEMBERS = 'bigbench-1.0.0/bigbench/benchmark_tasks/'
 _SOCIAL_IQA = 'social_iqa/task.json'
@@ -48,7 +50,7 @@ def _metrics(**aggregations: str) -> list[dict]:
 
 
 _CHOICE = {'output_type': 'multiple_choice', 'metric_list': _metrics(acc='mean', acc_norm='mean')}
-# The parts of a task file that are not the same for all.
+# The parts of a task file that differ between tasks.
 TASKS = {
   'piqa': {
     **_CHOICE,
@@ -62,7 +64,7 @@ TASKS = {
     'doc_to_choice': '{{choices}}',
     'doc_to_target': 'label',
   },
-  # Two contexts and one continuation, as in the harness's winogrande: what follows the blank is scored.
+  # Two contexts and one continuation, as in the harness's winogrande: the text after the blank is scored.
   'winogrande_objects': {
     **_CHOICE,
     'doc_to_text': 'label',
@@ -84,7 +86,7 @@ def piqa(folder: pathlib.Path) -> list[dict]:
   questions = (folder / 'valid.jsonl').read_text(encoding='utf-8').splitlines()
   labels = (folder / 'valid-labels.lst').read_text().split()
   if len(questions) != len(labels):
-    sys.exit(f'tasks: {folder} has {len(questions)} questions and {len(labels)} labels; fetch both again.')
+    sys.exit(f'tasks: {folder} has {len(questions)} questions and {len(labels)} labels; download both again.')
   return [json.loads(question) | {'label': int(label)} for question, label in zip(questions, labels)]
 
 
@@ -98,7 +100,7 @@ def social_iqa(task: dict) -> list[dict]:
 
 
 def winogrande_objects(task: dict) -> list[dict]:
-  """Two rows per pair of sentences, which differ in a word, and so in what the blank stands for."""
+  """Two rows per pair of sentences. The sentences differ in one word, and so in the referent of the blank."""
   rows = []
   pair = re.compile(r'Sentence 1: (.*?)\nAnswer1:(.*?)\n\s*Sentence 2: (.*?)\nAnswer2:(.*)', re.DOTALL)
   for example in task['examples']:
@@ -112,7 +114,7 @@ def winogrande_objects(task: dict) -> list[dict]:
 
 
 def last_words(text: str) -> list[dict]:
-  """Passages of CONTEXT sentences and one more without its last word, which is one of theirs: {'passage', 'word'}."""
+  """{'passage': CONTEXT sentences and the next one without its last word, 'word': that word, which occurs in them}."""
   rows = []
   for document in text.splitlines():
     sentences = re.split(r'(?:(?<=[.!?])|(?<=[.!?]")) +(?=[A-Z"])', document.strip())
@@ -126,8 +128,8 @@ def last_words(text: str) -> list[dict]:
 
 
 def fetch() -> dict[str, dict]:
-  """The members of SHA256, by name."""
-  print(f'tasks: fetching {_PACKAGE}, 358 MB', flush=True)
+  """Downloads the files of SHA256. Returns them by name."""
+  print(f'tasks: downloading {_PACKAGE}, 358 MB', flush=True)
   with tempfile.TemporaryDirectory() as scratch:
     command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary=bigbench', '-d', scratch]
     subprocess.run([*command, _PACKAGE], check=True)
@@ -138,12 +140,12 @@ def fetch() -> dict[str, dict]:
           contents[name] = archive.extractfile(member).read()
   for name, expected in SHA256.items():
     if (found := hashlib.sha256(contents.get(name, b'')).hexdigest()) != expected:
-      sys.exit(f'tasks: {name} has sha256 {found}, not {expected}; the package changed, nothing was written.')
+      sys.exit(f'tasks: {name} has sha256 {found}, not {expected}; the package changed, and nothing was written.')
   return {name: json.loads(content) for name, content in contents.items()}
 
 
 def write(folder: pathlib.Path, name: str, rows: list[dict]):
-  """NAME.jsonl and NAME.yaml."""
+  """Writes NAME.jsonl and NAME.yaml."""
   questions = folder / f'{name}.jsonl'
   questions.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
   task = {
@@ -154,7 +156,7 @@ def write(folder: pathlib.Path, name: str, rows: list[dict]):
     **TASKS[name],
     'metadata': {'version': 1.0},
   }
-  # JSON is YAML.
+  # JSON is also valid YAML.
   (folder / f'{name}.yaml').write_text(json.dumps(task, indent=2) + '\n', encoding='utf-8')
   print(f'tasks: {folder / name}.yaml, {len(rows)} questions', flush=True)
 

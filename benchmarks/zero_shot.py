@@ -1,9 +1,9 @@
-"""The harness's adapter against the harness's hf backend, on a real model: log-likelihoods and accuracies.
+"""Compares our adapter of lm-evaluation-harness with its hf backend on a real model: log-likelihoods and accuracies.
 
   python -m benchmarks.zero_shot --model=FOLDER --text=FILE --tasks_dir=FOLDER --tasks=piqa
 
-FOLDER is a Hugging Face folder, such as an export; FILE gives 200 requests of mixed length. Needs lm_eval, torch and
-accelerate.
+FOLDER is a Hugging Face folder, such as an export. 200 requests of various lengths are cut from FILE. Needs lm_eval, torch
+and accelerate.
 """
 
 import json
@@ -32,7 +32,7 @@ _REQUESTS = flags.DEFINE_integer('requests', 200, 'Requests to compare.')
 
 
 def requests(text: str, count: int) -> list:
-  """(context, continuation) pairs of 1 to 400 and 1 to 60 words, from anywhere in the text."""
+  """(context, continuation) pairs of 1 to 400 and 1 to 60 words, from random positions in the text."""
   words, random, made = text.split(), np.random.default_rng(0), []
   for _ in range(count):
     context, continuation = (int(np.exp(random.uniform(0, np.log(most)))) for most in (400, 60))

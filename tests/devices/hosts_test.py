@@ -1,4 +1,4 @@
-"""Several real processes as one run: the same result, and one sentence where they do not fit together."""
+"""Several processes as one run: the same result as one process, and one-sentence errors if they do not match."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_are_the_same_run_as_one(tmp_path):
+def test_two_processes_have_the_same_result_as_one(tmp_path):
   layout = '2 processes × 2 devices, data 2 × tp 2'
   command = [sys.executable, '-m', 'benchmarks.meshes', f'--workdir={tmp_path}', f'--only="{layout}"']
   done = subprocess.run(command, env=environment(1), capture_output=True, text=True, cwd=ROOT)
@@ -50,11 +50,11 @@ def test_two_processes_are_the_same_run_as_one(tmp_path):
   report = json.loads(next(tmp_path.glob('2_processes*/report.json')).read_text())
   assert report['device'] == '4 × cpu, 2 process(es)'
   (lead,), (other,) = tmp_path.glob('2_processes*.log'), tmp_path.glob('2_processes*.logs/1.log')
-  assert 'perplexity' in lead.read_text() and 'perplexity' not in other.read_text()  # process 0 alone speaks
+  assert 'perplexity' in lead.read_text() and 'perplexity' not in other.read_text()  # only process 0 logs
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_shared_is_refused_by_all(tiny, text, tmp_path):
+def test_all_processes_refuse_a_folder_that_is_not_shared(tiny, text, tmp_path):
   flags = [f'--model={tiny}', '--remove_layers=1', '--recipe=none', '--compare=']
   port = free_port()
   both = [start([*flags, f'--workdir={tmp_path / str(i)}'], i, port) for i in range(2)]
@@ -65,7 +65,7 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(tiny, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_input_ends_all_processes_with_the_sentence(tmp_path):
+def test_all_processes_report_bad_input(tmp_path):
   port = free_port()
   both = [start([f'--model={tmp_path / "missing"}', f'--workdir={tmp_path / "w"}'], i, port) for i in range(2)]
   for process in both:
@@ -83,7 +83,7 @@ def test_bad_input_ends_all_processes_with_the_sentence(tmp_path):
     (dict(coordinator='a:1', num_processes=2, process_id=0, distributed='off'), '--distributed=off'),
   ],
 )
-def test_flags_of_processes_that_do_not_fit(launch, named):
+def test_inconsistent_flags_of_processes_are_refused(launch, named):
   with pytest.raises(InputError) as caught:
     Launch(**launch)
   assert named in caught.value.for_command()
@@ -98,11 +98,11 @@ def test_without_a_cluster_on_is_an_error_and_auto_is_one_process(monkeypatch):
   hosts.start(Launch())
   with pytest.raises(InputError, match='distributed=on'):
     hosts.start(Launch(distributed='on'))
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *given: pytest.fail('--distributed=off was not heard'))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *given: pytest.fail('--distributed=off was ignored'))
   hosts.start(Launch(distributed='off'))
 
 
-def test_in_one_process_everybody_agrees():
+def test_broadcasts_in_one_process_return_their_argument():
   assert hosts.broadcast_json({'a': [1, None]}) == {'a': [1, None]} and hosts.is_leader()
   np.testing.assert_array_equal(hosts.broadcast(np.arange(3.0)), np.arange(3.0))
   assert hosts.leader_first(lambda: 3) == 3

@@ -1,4 +1,4 @@
-"""Meshes, and the same training on each of them, on eight simulated devices."""
+"""Meshes, and that training is the same on each of them, on eight simulated devices."""
 
 import functools
 import os
@@ -34,7 +34,7 @@ SPEC = Spec(
   rope_freq_RH=((1.0, 0.1),),
 )
 L = 3
-# Mesh -> remat and grad_accum, which change no number.
+# Mesh -> remat and grad_accum, which do not change any result.
 MESHES = {
   '1,1,1': ('none', 2),
   '8,1,1': ('none', 2),
@@ -43,7 +43,7 @@ MESHES = {
   '1,8,1': ('none', 1),
   '2,2,2': ('none', 2),
 }
-QUICK = ('1,1,1', '1,8,1', '2,2,2')  # make test takes these
+QUICK = ('1,1,1', '1,8,1', '2,2,2')  # make test runs these
 FLAGS = [flag if flag in QUICK else slow(flag) for flag in MESHES]
 CUT = [flag for flag in FLAGS if flag not in ('1,1,1', slow('8,1,1'))]
 
@@ -57,18 +57,18 @@ def sizes_of(flag: str) -> tuple[int, ...]:
 
 
 def lies(state) -> dict:
-  """{leaf: (shape, shape of a device's part)}."""
+  """{leaf: (shape, shape of a device's shard)}."""
   return {k: [[*a.shape], [*a.sharding.shard_shape(a.shape)]] for k, a in named(state).items()}
 
 
-COMPILED: list[str] = []  # jax's own events
+COMPILED: list[str] = []  # events that JAX reports
 jax.monitoring.register_event_duration_secs_listener(
   lambda event, seconds, **more: COMPILED.append(event) if 'backend_compile' in event else None
 )
 
 
 def trained_on(flag: str, folder: pathlib.Path) -> tuple[dict, dict]:
-  """Two steps on a mesh: (losses, how every leaf lies before and after, a resume after the first step …; arrays)."""
+  """Trains two steps on a mesh, and resumes after the first. Returns (losses, shardings and other facts; arrays)."""
   remat, grad_accum = MESHES[flag]
   whole = Decoder(SPEC, L, jax.random.key(0))
   batches = np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 16, 9), np.int32)
@@ -90,7 +90,7 @@ def trained_on(flag: str, folder: pathlib.Path) -> tuple[dict, dict]:
     for i, batch in enumerate([sharding.put_batch(b, mesh) for b in batches]):
       COMPILED.clear()
       state, metrics = step(state, (frozen, None), batch, terms)
-      again = len(COMPILED)  # of the second step, in the end
+      again = len(COMPILED)  # after the loop, of the second step
       losses.append(float(metrics['loss']))
       if not i:
         checkpoints.save(state)
@@ -128,14 +128,14 @@ def result(tmp_path_factory):
 
 
 @pytest.mark.parametrize('flag', FLAGS[1:])
-def test_every_mesh_trains_as_one_device_does(result, flag):
+def test_every_mesh_trains_like_one_device(result, flag):
   facts, arrays = result
   np.testing.assert_allclose(facts[flag]['losses'], facts['1,1,1']['losses'], rtol=1e-5)
   names = [k.partition('/')[2] for k in arrays if k.startswith('1,1,1/')]
   assert len(names) == 22
   for name in names:
     one, many = arrays[f'1,1,1/{name}'], arrays[f'{flag}/{name}']
-    # A mean's first value is the gradient's, times 0.1 and the clipping.
+    # The first value of a mean is the gradient, times 0.1 and the clipping factor.
     np.testing.assert_allclose(many, one, atol=1e-5 * min(1, np.abs(one).max()), err_msg=name)
     assert np.abs(many - arrays.get(f'start/{name}', 0)).max() > 1e-4, name
 
@@ -160,25 +160,25 @@ def test_weights_and_optimiser_state_are_sharded_and_stay_so(result, flag):
 
 @pytest.mark.parametrize('flag', CUT)
 def test_no_device_holds_a_whole_stack(result, flag):
-  """Of weights, gradients, their sum, moments and what the backward pass keeps: nowhere in the compiled step."""
+  """The compiled step has no whole stack of weights, gradients, moments, or residuals of the backward pass."""
   facts = result[0][flag]
   assert facts['stacks'] == 5 and facts['whole_stacks'] == []  # of wq, wk and wv, wo, w_gate and w_up, w_down
   assert facts['gathers'] > 0 and set(result[0]['1,1,1']['whole_stacks']) and not result[0]['1,1,1']['gathers']
 
 
 @pytest.mark.parametrize('flag', FLAGS)
-def test_what_the_host_reads_is_whole_everywhere(result, flag):
+def test_metrics_are_replicated(result, flag):
   assert result[0][flag]['replicated']
 
 
-def test_a_mesh_writes_what_one_device_writes(result):
+def test_generation_on_a_mesh_equals_one_device(result):
   facts, _ = result
   assert [len(tokens) for tokens in facts['2,2,2']['written']] == [5, 5, 5]
   assert facts['2,2,2']['written'] == facts['1,1,1']['written']
 
 
 @pytest.mark.parametrize('flag', FLAGS)
-def test_the_batch_lies_on_data_and_fsdp(result, flag):
+def test_the_batch_is_sharded_over_data_and_fsdp(result, flag):
   data, fsdp, _ = (int(s) for s in flag.split(','))
   assert result[0][flag]['batch'] == [16 // (data * fsdp), 9]
 
@@ -189,7 +189,7 @@ def test_one_compilation_serves_all_steps(result, flag):
 
 
 @pytest.mark.parametrize('flag', FLAGS)
-def test_training_goes_on_from_a_checkpoint_of_a_mesh(result, flag):
+def test_training_resumes_from_a_checkpoint_of_a_mesh(result, flag):
   assert result[0][flag]['resumed']
 
 
@@ -212,7 +212,7 @@ def test_make_mesh_refuses(sizes):
 
 
 def one_device_as(**sizes):
-  """A stand-in for a mesh, of which only the sizes are asked before anything is placed."""
+  """A stand-in for a mesh; only its sizes are read before anything is placed."""
   return type('FakeMesh', (), {'shape': {'data': 1, 'fsdp': 1, 'tp': 1} | sizes})()
 
 
@@ -236,7 +236,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     sharding.check_batch(mesh, (2, 4, 1), 3, '--batch_size')
 
 
-def test_constraints_are_nothing_without_a_mesh():
+def test_constraints_do_nothing_without_a_mesh():
   model, x = Decoder(SPEC, L, jax.random.key(0)), np.ones((4, 2))
   for held, a in (
     (sharding.constrain(x, 'fsdp', 'tp'), x),

@@ -22,9 +22,9 @@ def manifest(*options: str) -> dict:
 
 
 def check_schema(made: dict):
-  """Raises where the JobSet, or the Job in it, is not as its schema has it; a key that it does not know counts."""
+  """Raises if the JobSet or the Job in it violates its schema, which includes unknown keys."""
   known = JobsetV1alpha2JobSet.from_dict(made)
-  assert known.to_dict() == made  # the model drops what it does not know
+  assert known.to_dict() == made  # the model drops unknown keys
   job = made['spec']['replicatedJobs'][0]['template']
   kubernetes_validate.validate(
     {'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'hosts'}, **job},
@@ -81,7 +81,7 @@ def test_manifest(options):
 
 @pytest.mark.slow
 def test_manifest_runs_the_flags_as_given(tmp_path):
-  """What the pod's shell starts, once Kubernetes has replaced $(NAME) and unmasked $$(NAME)."""
+  """Checks the command that the pod's shell starts, after Kubernetes expands $(NAME) and unescapes $$(NAME)."""
   made = manifest(*JOBSET, '--', *FLAGS, r'--prompt=back\slash: #no "comment"')
   container = made['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']['containers'][0]
   expanded = [
@@ -90,7 +90,7 @@ def test_manifest_runs_the_flags_as_given(tmp_path):
   ]
   assert container['command'][:2] == ['bash', '-c'] and expanded[2].startswith('ulimit -l ')
   program(tmp_path, 'python', 'printf "%s\\n" "$@"')
-  expanded[2] = expanded[2].partition('; ')[2]  # the limit is root's to set
+  expanded[2] = expanded[2].partition('; ')[2]  # only root can set the limit
   path = f'{tmp_path}:{os.environ["PATH"]}'
   result = subprocess.run(expanded, env=environment(PATH=path), capture_output=True, text=True)
   assert result.stdout.splitlines() == [
@@ -102,8 +102,8 @@ def test_manifest_runs_the_flags_as_given(tmp_path):
   ]
 
 
-def test_schema_sees_mistakes():
-  """That the check of the manifest can fail."""
+def test_schema_detects_mistakes():
+  """The check of the manifest can fail."""
   made = manifest(*JOBSET, '--', *FLAGS)
   made['spec']['failurePolicy']['maxRestart'] = 3
   with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""launch/local.sh: what it starts, and each way in which its processes end."""
+"""launch/local.sh: the commands that it starts, and each way its processes can end."""
 
 import re
 import signal
@@ -35,8 +35,8 @@ def test_local_dry_run():
   assert len(shown) == 2 and 1024 < int(port) < 65536
 
 
-# Stands where an interpreter would, to end as the test says: process I runs the words of ENDS after the Ith comma. None
-# ends before all are there: the first to end may end the others.
+# A stand-in for the interpreter: process I runs the commands of ENDS after the Ith comma. No process ends before all have
+# started, because the first to end may terminate the others.
 INTERPRETER = r"""
 for arg; do case $arg in --process_id=*) id=${arg#*=} ;; --num_processes=*) n=${arg#*=} ;; esac; done
 echo "process $id: $JAX_PLATFORMS ${XLA_FLAGS:-}"
@@ -53,7 +53,7 @@ eval "${ends[id]}"
 
 @pytest.fixture
 def local(tmp_path):
-  """What starts local.sh with the stand-in above, and its environment."""
+  """The environment in which local.sh starts the stand-in above."""
   python = program(tmp_path / 'bin', 'python-for-test', INTERPRETER)
   return environment(PYTHON=str(python), ARGS=str(tmp_path), LOGS=str(tmp_path / 'logs'), GRACE='2')
 
@@ -64,12 +64,12 @@ def local(tmp_path):
     ('exit 0,exit 0,exit 0', 0, 0),
     ('exit 2,exit 2,exit 2', 2, 0),
     ('exit 3,exit 3,exit 3', 3, 0),
-    ('forever,sleep 0.3; exit 1,exit 0', 1, 0),  # ends the others
+    ('forever,sleep 0.3; exit 1,exit 0', 1, 0),  # terminates the others
     ('forever,kill -KILL $$,exit 0', 1, 0),
     ('exit 75,forever,exit 0', 75, 0),
-    # Process 2 does not hear: it is killed after GRACE.
+    # Process 2 ignores SIGTERM: it is killed after GRACE.
     ('until [[ -e $ARGS/ready-2 ]]; do sleep 0.1; done; exit 75,exit 0,forever', 75, 2),
-    ('exit 0,sleep 1; exit 0,exit 0', 0, 1),  # nothing is ended because of a success
+    ('exit 0,sleep 1; exit 0,exit 0', 0, 1),  # a success does not terminate the others
   ],
 )
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_local_signal_reaches_all(local, tmp_path, sent):
 
 
 @pytest.mark.slow
-def test_local_says_why_another_process_failed(local):
+def test_local_prints_why_another_process_failed(local):
   result = subprocess.run(
     ['bash', 'launch/local.sh', '2', *FLAGS],
     cwd=REPO,

@@ -1,4 +1,4 @@
-"""All scripts of launch/: lint, help, and what they refuse in one sentence."""
+"""All scripts of launch/: lint, help, and bad arguments, which they refuse in one sentence."""
 
 import re
 import shutil
@@ -29,8 +29,8 @@ def test_help(script):
   assert not [option for option in named if option not in result.stdout]
 
 
-def test_no_place_of_ours():
-  """Nothing that names a project, zone, bucket or address stands in the scripts."""
+def test_scripts_name_no_project_or_address():
+  """The scripts do not contain a zone, bucket or IP address."""
   for path in SCRIPTS:
     code = '\n'.join(line for line in path.read_text().splitlines() if not line.lstrip().startswith('#'))
     assert not re.search(r'(us|europe|asia)-[a-z]+\d|gs://[a-z]|\d+\.\d+\.\d+\.\d+', code.replace('127.0.0.1', '')), (
@@ -67,7 +67,7 @@ def test_no_place_of_ours():
   ],
 )
 def test_bad_arguments(tmp_path, script, args, part):
-  """One sentence, exit status 2, and no command was run: there is none to be found but those of the script itself."""
+  """One sentence, exit status 2, and no command has run: PATH has only the programs of the script itself."""
   for name in 'bash basename dirname sed'.split():
     (tmp_path / name).symlink_to(shutil.which(name))
   result = launch(script, *args, PATH=str(tmp_path))

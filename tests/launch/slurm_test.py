@@ -1,4 +1,4 @@
-"""launch/slurm.sh: what it submits, and when the job is queued again."""
+"""launch/slurm.sh: what it submits, and when it requeues the job."""
 
 import os
 
@@ -36,7 +36,7 @@ def test_slurm_dry_run():
 @pytest.mark.parametrize(('status', 'requeued'), [(0, False), (1, False), (2, False), (75, True)])
 @pytest.mark.slow
 def test_slurm_job(tmp_path, status, requeued):
-  """The script as Slurm runs it, a copy elsewhere; sbatch hands it over."""
+  """Runs the script like Slurm: sbatch copies it, and runs the copy."""
   bin_ = tmp_path / 'bin'
   program(bin_, 'sbatch', 'while [[ $1 == -* ]]; do shift; done; cp "$1" "$T/job"; shift; exec bash "$T/job" "$@"')
   program(bin_, 'srun', f'printf "%s\\n" "$@" >"$T/srun"; exit {status}')

@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh and tpu_host.sh: what they run, and each way in which pods and runs end."""
+"""launch/tpu_pod.sh and tpu_host.sh: the commands that they run, and each way pods and runs can end."""
 
 import os
 import shlex
@@ -60,7 +60,7 @@ def test_pod_from_the_environment():
   assert workdir in here.stdout and 'runs/my-pod' not in here.stdout
 
 
-# Each describe takes the next line of $T/states, the last one stays; each run ends with the next line of $T/runs.
+# Each describe prints the next line of $T/states, each run exits with the next line of $T/runs; the last line stays.
 GCLOUD = r"""
 next() { head -n 1 "$T/$1"; [[ $(wc -l <"$T/$1") == 1 ]] || sed -i 1d "$T/$1"; }
 case "$*" in
@@ -83,7 +83,7 @@ esac
     ([], 'ABSENT WAITING_FOR_RESOURCES PROVISIONING ACTIVE', '0', '0', 'create setup run', 0),
     (['--delete'], 'ACTIVE', '0', '0', 'setup run delete', 0),
     ([], 'ACTIVE', '75 0', '0', 'setup run run', 0),
-    # Preempted: the connection is lost, and the pod goes.
+    # Preempted: the connection is lost, and the pod disappears.
     ([], 'ACTIVE SUSPENDING SUSPENDED ABSENT ACTIVE', '255 0', '0', 'setup run delete create setup run', 0),
     ([], 'ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE', '1 0', '0', 'setup run delete create setup run', 0),
     ([], 'ACTIVE', '255 0', '0', 'setup run setup run', 0),  # only the connection was lost
@@ -91,7 +91,14 @@ esac
     (['--delete'], 'ACTIVE', '3', '0', 'setup run delete', 3),
     ([], 'ACTIVE', '1', '0', 'setup run run run', 1),
     (['--max-failures=1'], 'ACTIVE', '134', '0', 'setup run', 1),
-    ([], 'ACTIVE', '1 1 75 1 1 0', '0', 'setup run run run run run run', 0),  # a checkpoint is a new start
+    (
+      [],
+      'ACTIVE',
+      '1 1 75 1 1 0',
+      '0',
+      'setup run run run run run run',
+      0,
+    ),  # a checkpoint resets the count of failures
     ([], 'ACTIVE', '0', '1', 'setup setup setup', 1),
     ([], 'ACTIVE', '0', '1 0', 'setup setup run', 0),
     ([], 'FAILED ABSENT ACTIVE', '0', '0', 'delete create setup run', 0),
@@ -116,7 +123,7 @@ def test_pod_loop(tmp_path, options, states, runs, setups, did, status):
 
 @pytest.mark.parametrize('worker', ['0', '1'])
 @pytest.mark.slow
-def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
+def test_a_run_on_a_host_survives_the_connection_and_can_be_watched_again(tmp_path, worker):
   home = tmp_path / 'home'
   (home / 'elder/src').mkdir(parents=True)
   (home / 'elder/venv').mkdir()
@@ -129,7 +136,7 @@ def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
   command = ['bash', str(REPO / 'launch/tpu_host.sh'), 'run']
 
   def watch(times: int) -> subprocess.Popen:
-    """Starts the script; returns when it has asked for its worker's number, just before it watches the run."""
+    """Starts the script. Returns when it has requested its worker number, just before it watches the run."""
     process = subprocess.Popen([*command, *FLAGS], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while not (home / 'asked').exists() or len((home / 'asked').read_text()) < times:
       assert process.poll() is None
@@ -137,7 +144,7 @@ def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
     return process
 
   first = watch(1)
-  os.killpg(first.pid, signal.SIGKILL)  # the connection is lost, with all that is not set apart from it
+  os.killpg(first.pid, signal.SIGKILL)  # a lost connection kills everything in its session
   first.communicate(timeout=30)
   other = subprocess.run([*command, '--other=1'], env=env, capture_output=True, text=True, timeout=30)
   assert other.returncode == 2 and 'another run is in progress' in other.stderr
@@ -145,4 +152,4 @@ def test_host_runs_apart_and_is_watched_again(tmp_path, worker):
   (home / 'go').touch()
   shown = again.communicate(timeout=30)[0]
   assert (again.returncode, shown) == (75, 'begun\nended\n' if worker == '0' else '')
-  assert (home / 'args').read_text().splitlines() == ['-m', 'elder_jax.main', *FLAGS]  # it ran once
+  assert (home / 'args').read_text().splitlines() == ['-m', 'elder_jax.main', *FLAGS]  # the run started once

@@ -229,8 +229,8 @@ ELSEWHERE = {
   'tokenizer': 'hf/export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
   'teacher': 'commands/heal_test.py::test_heal_trains_on_the_teachers_predictions_and_reports_the_lineage',
   'kept_layers': 'commands/heal_test.py::test_heal_compares_the_streams_of_the_remaining_layers',
-  'train_on': 'text/training_text_test.py::test_of_a_conversation_the_assistants_tokens_count',
-  'documents': 'text/training_text_test.py::test_the_boundary_of_documents_is_kept',
+  'train_on': 'text/training_text_test.py::test_only_the_assistants_tokens_of_a_conversation_count',
+  'documents': 'text/training_text_test.py::test_documents_are_separated',
   'validation_sequences': 'text/training_text_test.py::test_held_out_rows_come_first_from_each_source',
   'token_cache': 'text/training_text_test.py::test_tokens_are_made_once_for_the_same_content_and_options',
   'export': 'training/validation_test.py::test_the_best_state_is_exported',
@@ -247,8 +247,8 @@ ELSEWHERE = {
   'judge_steps': 'methods/contest_test.py::test_the_best_three_are_judged_after_training',
   'judge_by': 'methods/contest_test.py::test_the_users_own_function_decides',
   'workdir': 'run/end_to_end_test.py::test_report_and_work_folder',
-  'tasks': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
-  'tasks_dir': 'text/zero_shot_test.py::test_the_command_and_a_run_give_one_figure',
+  'tasks': 'text/zero_shot_test.py::test_the_command_and_a_run_give_the_same_figures',
+  'tasks_dir': 'text/zero_shot_test.py::test_the_command_and_a_run_give_the_same_figures',
   'task_limit': 'text/zero_shot_test.py::test_accuracies_equal_the_hf_backend',
   'mesh': 'run/signals_test.py::test_from_8_devices_to_2_to_1_by_sigterm',
   'plan': 'run/plan_test.py::test_a_config_is_enough_and_a_fitting_plan_exits_with_0',
@@ -257,7 +257,7 @@ ELSEWHERE = {
   'checkpoint_every': 'run/resume_test.py::test_stage_1_resumes_exactly',
   'checkpoint_minutes': 'training/checkpoints_test.py::test_due_by_time_since_the_last_one',
   'track': 'run/tracking_test.py::test_tensorboard_has_every_step_once_when_a_run_resumes',
-  'keep_checkpoints': 'training/checkpoints_test.py::test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used',
+  'keep_checkpoints': 'training/checkpoints_test.py::test_a_damaged_newest_checkpoint_falls_back_to_the_previous_one',
 }
 
 

@@ -1,4 +1,4 @@
-"""Rows out of several sources: their weights, their order, what repeats, and what is held out."""
+"""Rows from several sources: weights, order, repetition, held-out rows."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def everything(rows: Rows) -> np.ndarray:
   return rows[np.arange(len(rows))]
 
 
-def test_a_single_source_is_drawn_as_ever(tmp_path):
+def test_a_single_source_is_drawn_at_random_or_in_text_order(tmp_path):
   whole_NT = np.arange(105).reshape(21, 5)
   for seed in (0, 1, 2):
     rows = Rows([drawn(tmp_path, 'a', 107, 4, seed=seed)], [4])
@@ -53,7 +53,7 @@ def test_a_single_source_is_drawn_as_ever(tmp_path):
   np.testing.assert_array_equal(everything(Rows([drawn(tmp_path, 'a', 107, 4, whole=False)], [4])), whole_NT[:4])
 
 
-def test_a_first_token_stands_inside_each_row(tmp_path):
+def test_each_row_starts_with_the_first_token(tmp_path):
   found = source(tmp_path, 'a', 107, first=999)
   found.draw(26, 0, None, True)
   rows_NT = everything(Rows([found], [26]))
@@ -73,20 +73,20 @@ def test_weights_hold_in_every_part_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize('rows', [1, 7, 100])
-def test_shares_sum_up(rows):
+def test_shares_sum_to_the_number_of_rows(rows):
   for weights in ([1.0], [1 / 3] * 3, [0.55, 0.449, 0.001], [0.0, 1.0]):
     found = shares(weights, rows)
     assert sum(found) == rows and np.abs(np.array(found) - np.array(weights) * rows).max() < 1
 
 
 @pytest.mark.parametrize('whole', [True, False])
-def test_a_short_source_repeats_and_that_is_told(tmp_path, whole):
+def test_a_short_source_repeats_and_the_report_counts_it(tmp_path, whole):
   short = drawn(tmp_path, 'b', 50, 30, whole=whole)
   rows = Rows([drawn(tmp_path, 'a', 1000, 30), short], [30, 30])
   found_NT = everything(rows)
   of_b = found_NT[found_NT[:, 0] >= 1000]
   assert len(of_b) == 30
-  for a_pass in np.split(of_b, 3):  # each row once a pass
+  for a_pass in np.split(of_b, 3):  # each row once per pass
     np.testing.assert_array_equal(np.sort(a_pass[:, 0]), 1000 + np.arange(0, 50, 5))
   about = {a['name']: a for a in rows.about(60)}
   assert about['b'] | {'weight': 0} == {
@@ -109,7 +109,7 @@ def test_held_out_rows_are_never_trained_on(tmp_path, whole):
   }
 
 
-def test_a_row_is_the_same_whenever_it_is_read(tmp_path):
+def test_a_row_does_not_depend_on_the_order_of_reading(tmp_path):
   def rows():
     sources = [drawn(tmp_path, 'a', 300, 20), drawn(tmp_path, 'b', 40, 20, whole=False)]
     return Rows(sources, [20, 20])
@@ -119,13 +119,13 @@ def test_a_row_is_the_same_whenever_it_is_read(tmp_path):
     np.testing.assert_array_equal(rows()[[n]], expected[[n]])
 
 
-def test_a_token_that_the_model_has_not(tmp_path):
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
   rows = Rows([drawn(tmp_path, 'a', 300, 20)], [20], vocab_size=200)
   with pytest.raises(InputError, match='train_data=a: the tokenizer made token .*the model has 200.*--tokenizer'):
     everything(rows)
 
 
-def test_how_sources_are_written(tmp_path, monkeypatch):
+def test_sources_with_names_and_weights_are_parsed(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ('a=b.txt', 'c@0.5', 'd'):
     (tmp_path / name).touch()

@@ -1,4 +1,4 @@
-"""The assistant's tokens by the templates of real tokenizers, against the turns as their markers show them."""
+"""The assistant's tokens with the templates of real tokenizers, against the turns between their markers."""
 
 import pathlib
 import re
@@ -12,9 +12,9 @@ from elder_jax.text import data
 
 ASSETS = pathlib.Path('~/.cache/elder_jax').expanduser()
 SMOLLM2, GEMMA3 = 'SmolLM2-135M-Instruct.Q4_1.gguf', 'gemma-3-270m-Q4_K_M.gguf'
-# How the assistant's turn looks.
+# Regular expressions of an assistant's turn.
 CHATML, GEMMA_TURN = r'<\|im_start\|>assistant\n(.*?<\|im_end\|>)', r'<start_of_turn>model\n(.*?<end_of_turn>)'
-# After Google's for Gemma 3, for texts alone.
+# Google's template for Gemma 3, without images.
 GEMMA = (
   "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] + '\n\n' -%}"
   "{%- set rest = messages[1:] -%}{%- else -%}{%- set first = '' -%}{%- set rest = messages -%}{%- endif -%}"
@@ -37,7 +37,7 @@ CONVERSATION = [
 def tokenizer(request, tmp_path_factory):
   name, template = request.param
   if name == GEMMA3 and not (ASSETS / name).exists():
-    pytest.skip('python -m benchmarks.assets --gemma fetches it')  # 238 MB under terms of its own: nobody must have it
+    pytest.skip('python -m benchmarks.assets --gemma downloads it')  # optional: 238 MB, under its own terms
   tokenizer = data.load_tokenizer(str(open_source(str(ASSETS / name), tmp_path_factory.mktemp('x')).files))
   tokenizer.chat_template, tokenizer.turn = (template, GEMMA_TURN) if template else (tokenizer.chat_template, CHATML)
   return tokenizer
@@ -45,7 +45,7 @@ def tokenizer(request, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('messages', [CONVERSATION, CONVERSATION[1:], CONVERSATION[:3], CONVERSATION[1:2]])
-def test_the_assistants_tokens(tokenizer, messages):
+def test_the_assistants_tokens_are_those_of_its_turns(tokenizer, messages):
   tokens, own_N = chat.encode('train_data', 'x', tokenizer, messages)
   whole = tokenizer.apply_chat_template(messages, tokenize=False)
   assert (

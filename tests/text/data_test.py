@@ -1,4 +1,4 @@
-"""Texts, packing, and batches as functions of the step."""
+"""Evaluation texts, tokenising, and batches as a function of the step."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def write(tmp_path, kind: str, column: str = 'text', documents=DOCUMENTS) -> str
   return str(path)
 
 
-def test_a_txt_file_is_one_document_kept_as_it_is(tmp_path):
+def test_a_txt_file_is_one_unchanged_document(tmp_path):
   path = tmp_path / 'text.txt'
   path.write_bytes(TEXT.encode())
   assert data.read_text('--train_data', str(path), 'another column') == TEXT
@@ -58,12 +58,12 @@ def test_documents_are_joined_by_an_empty_line(tmp_path, kind):
 @pytest.mark.parametrize('kind', ['jsonl', 'parquet'])
 def test_text_column(tmp_path, kind):
   path = write(tmp_path, kind, 'body', ['one', None, 'two'])
-  assert data.read_text('--train_data', path, 'body') == 'one\n\ntwo'  # a row without a text is none
+  assert data.read_text('--train_data', path, 'body') == 'one\n\ntwo'  # a row without a text is skipped
   with pytest.raises(InputError, match="'text'.*'body'.*--text_column"):
     data.read_text('--train_data', path, 'text')
 
 
-def test_a_changed_file_is_read_anew(tmp_path):
+def test_a_changed_file_is_read_again(tmp_path):
   assert data.read_text('--x', write(tmp_path, 'jsonl', documents=['old']), 'text') == 'old'
   assert data.read_text('--x', write(tmp_path, 'jsonl', documents=['newer']), 'text') == 'newer'
 
@@ -74,7 +74,7 @@ def test_a_missing_file_is_refused(tmp_path):
       data.read_text('--eval_data=x', str(tmp_path / name), 'text')
 
 
-def test_tokenise_knows_which_text_it_was(tmp_path):
+def test_tokenise_records_source_and_checksum(tmp_path):
   path = tmp_path / 'text.txt'
   path.write_bytes(TEXT.encode())
   with_bos = data.tokenise('--x', str(path), 'text', bytes_tokenizer)
@@ -87,10 +87,10 @@ def test_tokenise_knows_which_text_it_was(tmp_path):
   assert joined.sha256 == hashlib.sha256('\n\n'.join(DOCUMENTS).encode()).hexdigest()
 
 
-def test_batch_is_a_pure_function_that_visits_each_row_once_a_pass():
+def test_batch_depends_only_on_the_step_and_visits_each_row_once_per_pass():
   rows_NT = np.arange(36).reshape(12, 3)
   steps = [rows_NT[rows_at(12, 4, i, 5)] for i in range(12)]
-  for i in (7, 2, 11, 0):  # in any order, at any time
+  for i in (7, 2, 11, 0):  # in any order
     np.testing.assert_array_equal(rows_NT[rows_at(12, 4, i, 5)], steps[i])
   passes = [np.concatenate(steps[i : i + 3]) for i in range(0, 12, 3)]
   for rows in passes:
@@ -104,6 +104,6 @@ def test_no_seed_keeps_the_order():
     np.testing.assert_array_equal(rows_at(12, 4, i, None), np.arange(4 * (i % 3), 4 * (i % 3) + 4))
 
 
-def test_a_tokenizer_in_the_home_folder(tiny, monkeypatch):
+def test_a_tokenizer_in_the_home_folder_is_found(tiny, monkeypatch):
   monkeypatch.setenv('HOME', str(tiny.parent))
   assert data.load_tokenizer(f'~/{tiny.name}')('ab')['input_ids'] == data.load_tokenizer(str(tiny))('ab')['input_ids']

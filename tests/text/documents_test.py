@@ -1,4 +1,4 @@
-"""Documents of all kinds of files: the same whatever they are packed in, and from any place on."""
+"""Documents of all kinds of files: compressed or not, and read from any place on."""
 
 import gzip
 import json
@@ -29,10 +29,10 @@ def contents(kind: str) -> bytes:
   return sink.getvalue().to_pybytes()
 
 
-def packed(octets: bytes, suffix: str) -> bytes:
+def packed(content: bytes, suffix: str) -> bytes:
   if suffix == '.zst':
-    return pyarrow.compress(octets, 'zstd', asbytes=True)
-  return gzip.compress(octets) if suffix == '.gz' else octets
+    return pyarrow.compress(content, 'zstd', asbytes=True)
+  return gzip.compress(content) if suffix == '.gz' else content
 
 
 def read(source, column: str = 'text', place: Place = Place(0, 0)) -> list:
@@ -41,13 +41,13 @@ def read(source, column: str = 'text', place: Place = Place(0, 0)) -> list:
 
 @pytest.mark.parametrize('suffix', ['', '.gz', '.zst', '.GZ'])
 @pytest.mark.parametrize('kind', ['txt', 'md', 'json', 'jsonl', 'parquet'])
-def test_kinds_and_packings(tmp_path, kind, suffix):
+def test_all_kinds_with_all_compressions(tmp_path, kind, suffix):
   path = tmp_path / f'a.{kind}{suffix}'
   path.write_bytes(packed(contents(kind), suffix.lower()))
   assert read(path) == (TEXTS[:1] if kind in ('txt', 'md') else TEXTS)
 
 
-def test_a_packed_file_that_is_cut_or_not_what_its_name_says(tmp_path):
+def test_a_compressed_file_that_is_truncated_or_misnamed_is_refused(tmp_path):
   for name, content, words in (
     ('cut.jsonl.gz', gzip.compress(contents('jsonl') * 500)[:-30], 'cannot be read'),
     ('b.txt.gz', b'just a text', 'cannot be read'),
@@ -62,7 +62,7 @@ def test_a_packed_file_that_is_cut_or_not_what_its_name_says(tmp_path):
     one_sentence(caught.value.for_command(), f'--x={tmp_path / name}', words)
 
 
-def test_from_any_place_on(tmp_path):
+def test_reading_resumes_from_any_place(tmp_path):
   for i in range(3):
     rows = [{'text': f'{j} of {i}'} if j % 3 else {'id': j} for j in range(7)]
     (tmp_path / f'{i}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -72,7 +72,7 @@ def test_from_any_place_on(tmp_path):
     assert read(tmp_path, place=place) == [d.content for d, _ in found[i + 1 :]]
 
 
-def test_a_pattern_is_of_names_and_only_there(tmp_path, capsys):
+def test_a_pattern_matches_file_names_but_not_folders(tmp_path, capsys):
   for name in ('a1.jsonl', 'a2.jsonl', 'b.jsonl', 'a[1].jsonl'):
     (tmp_path / '[x]').mkdir(exist_ok=True)
     (tmp_path / '[x]' / name).write_text(json.dumps({'text': name}))
@@ -84,7 +84,7 @@ def test_a_pattern_is_of_names_and_only_there(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('line_end', ['\n', ''])
-def test_a_large_text_comes_in_pieces(tmp_path, monkeypatch, line_end):
+def test_a_large_text_is_read_in_pieces(tmp_path, monkeypatch, line_end):
   monkeypatch.setattr(reading, '_WHOLE', 40)
   monkeypatch.setattr(reading, 'PIECE', 64 if line_end else 16)
   text = ''.join(f'é漢🙂{i} and more{line_end}' for i in range(40))
@@ -98,7 +98,7 @@ def test_a_large_text_comes_in_pieces(tmp_path, monkeypatch, line_end):
     assert read(tmp_path / 'a.txt', place=place) == [d.content for d, _ in found[i + 1 :]]
 
 
-def test_conversations(tmp_path):
+def test_conversations_in_all_forms(tmp_path):
   said = [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'ho'}]
   rows = [{'messages': said}, {'prompt': 'hi', 'completion': 'ho'}, {'prompt': said[:1], 'completion': said[1:]}]
   path = tmp_path / 'a.jsonl'
@@ -111,7 +111,7 @@ def test_conversations(tmp_path):
     read(path)
 
 
-def test_order_of_hashes_has_nothing_to_do_with_names(tmp_path):
+def test_order_of_hashes_depends_on_the_seed_and_not_on_the_order_of_names(tmp_path):
   for i in range(20):
     (tmp_path / f'{i:02d}.txt').write_text('x')
   documents = Documents('x', str(tmp_path), 'text')
@@ -125,7 +125,7 @@ def test_order_of_hashes_has_nothing_to_do_with_names(tmp_path):
 
 
 def test_memory_does_not_grow_with_a_file(tmp_path):
-  """20 MB of documents are read in less than 2."""
+  """Reading 20 MB of documents takes less than 2 MB of memory."""
   import tracemalloc
 
   row = json.dumps({'text': 'word ' * 2000}).encode() + b'\n'

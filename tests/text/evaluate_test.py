@@ -1,4 +1,4 @@
-"""Perplexity against a plain computation, and the windows it runs over."""
+"""Perplexity against a plain computation, and its windows."""
 
 import functools
 
@@ -45,7 +45,7 @@ def corpus(length: int) -> Corpus:
 
 
 def sharp() -> Decoder:
-  """Far from uniform, so that windows differ and a wrong mean shows."""
+  """A model far from uniform, so that windows differ and a wrong mean is detected."""
   model = jax.tree.map(lambda a: a, random_model())
   model.embed.set_value(8 * model.embed.get_value())
   return model
@@ -62,7 +62,7 @@ def plain(model, tokens_NT) -> float:
 
 
 @pytest.mark.parametrize('batch_size', [2, 5, 8])
-def test_perplexity_is_the_plain_one_for_any_batch_size(batch_size):
+def test_perplexity_equals_the_plain_computation_for_any_batch_size(batch_size):
   text, model = corpus(5 * 9 + 4), sharp()
   windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, 0, 'tokenizer', None)
   done = []
@@ -73,7 +73,7 @@ def test_perplexity_is_the_plain_one_for_any_batch_size(batch_size):
   assert done == [(min(i, 5), 5) for i in range(batch_size, 5 + batch_size, batch_size)]
 
 
-def test_gates_count_as_they_stand():
+def test_perplexity_uses_the_gates_of_the_model():
   windows = perplexity_lib.make_windows(corpus(45), '--eval_data=x', 9, 0, 'none', None)
   model = sharp()
   model.gate_L.set_value(jnp.array([1, 0.5, 0], jnp.float32))
@@ -90,7 +90,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(bos):
   np.testing.assert_allclose(perplexity_lib.perplexity(model, windows, Mode(), 2), V, rtol=1e-6)
 
 
-def test_windows_follow_each_other_and_the_rest_is_dropped():
+def test_windows_are_consecutive_and_the_remainder_is_dropped():
   text = corpus(49)
   windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, 0, 'tokenizer', None)
   np.testing.assert_array_equal(windows.tokens_NT, text.tokens_N[:45].reshape(5, 9))
@@ -105,7 +105,7 @@ def test_windows_follow_each_other_and_the_rest_is_dropped():
   }
 
 
-def test_bos_stands_inside_the_window():
+def test_bos_is_part_of_the_window():
   text = corpus(49)
   windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, 0, 'window', 0)
   assert windows.tokens_NT.shape == (6, 9) and (windows.tokens_NT[:, 0] == 0).all()
@@ -120,13 +120,13 @@ def test_bos_stands_inside_the_window():
 
 
 @pytest.mark.parametrize('max_tokens, count', [(0, 5), (18, 2), (20, 2), (9, 1), (1000, 5)])
-def test_max_tokens_are_the_first(max_tokens, count):
+def test_max_tokens_keeps_the_first_tokens(max_tokens, count):
   text = corpus(49)
   windows = perplexity_lib.make_windows(text, '--eval_data=x', 9, max_tokens, 'none', None)
   np.testing.assert_array_equal(windows.tokens_NT, text.tokens_N[: 9 * count].reshape(count, 9))
   assert windows.about['windows'] == count and windows.about['tokens_predicted'] == 8 * count
 
 
-def test_what_cannot_be_cut_is_refused():
+def test_a_text_shorter_than_a_window_is_refused():
   with pytest.raises(InputError, match='eval_data=x.*8 tokens.*--eval_seq_len=9'):
     perplexity_lib.make_windows(corpus(8), '--eval_data=x', 9, 0, 'tokenizer', None)

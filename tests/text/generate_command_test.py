@@ -1,4 +1,4 @@
-"""The command generate, and the tokens that end what it writes."""
+"""The command generate, and the ids that end a sequence."""
 
 import pytest
 from tiny import load
@@ -21,7 +21,7 @@ def command(capsys):
   return run
 
 
-def test_the_command_prints_what_follows(tiny, command):
+def test_the_command_prints_the_continuation(tiny, command):
   tokenizer = data.load_tokenizer(str(tiny))
   tokens = generate(load(tiny), [tokenizer('Once upon')['input_ids']], 9, eos_ids=(1,))[0]
   out = command(f'--model={tiny}', '--prompt=Once upon', '--max_new_tokens=9')

@@ -1,4 +1,4 @@
-"""Generation against transformers' and against full forward passes, for any batch."""
+"""Generation against transformers and against full forward passes, for any batch."""
 
 import pathlib
 import re
@@ -31,7 +31,7 @@ from elder_jax.text.generation import generate
 from elder_jax.text.generation import stream
 
 GGUF = pathlib.Path('~/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf').expanduser()
-LENGTHS = (1, 3, 7, 20, 33, 63, 64, 65)  # of prompts, about the border of the padding
+LENGTHS = (1, 3, 7, 20, 33, 63, 64, 65)  # of prompts, up to and around the padded length of 64
 ENGLISH = (
   'The capital of France is',
   'Once upon a time, there was a little girl who',
@@ -56,7 +56,7 @@ def prompts() -> list[list[int]]:
 
 
 def torch_greedy(folder, prompts, max_new_tokens) -> list[list[int]]:
-  """transformers' new tokens, one prompt at a time, with the end-of-sequence token that may close them."""
+  """transformers' new tokens, one prompt at a time, including an end-of-sequence token."""
   import torch
   import transformers
 
@@ -75,7 +75,7 @@ def cut(tokens: list[int], eos_ids) -> list[int]:
 
 
 def uncached(model, prompts, max_new_tokens, mode=Mode()) -> list[list[int]]:
-  """The most probable token by a full forward pass for each."""
+  """Greedy tokens, with a full forward pass for each."""
   rows_BT = np.zeros((len(prompts), max(map(len, prompts)) + max_new_tokens), np.int32)
   length_B = np.array([len(p) for p in prompts])
   for row_T, prompt in zip(rows_BT, prompts):
@@ -95,26 +95,26 @@ def test_greedy_equals_transformers(tiny, model, prompts):
 
 
 @pytest.mark.parametrize('config', [dict(num_key_value_heads=4), dict(tie_word_embeddings=False)])
-def test_greedy_equals_transformers_without_shared_heads_and_without_a_tied_one(tmp_path, prompts, config):
+def test_greedy_equals_transformers_without_grouped_queries_and_with_an_untied_head(tmp_path, prompts, config):
   folder = write_tiny_llama(tmp_path, num_hidden_layers=2, **config)
   expected = torch_greedy(folder, prompts[1:4], 16)
   assert generate(load(folder), prompts[1:4], 16) == expected
 
 
-def test_with_a_cache_as_without_for_any_batch(model, prompts):
+def test_tokens_with_and_without_a_cache_are_equal_for_any_batch(model, prompts):
   expected = uncached(model, prompts, 24)
   assert generate(model, prompts, 24) == expected
-  for batch_size in (1, 3):  # 3: the last batch is filled up
+  for batch_size in (1, 3):  # 3: the last batch is padded
     assert generate(model, prompts, 24, batch_size=batch_size) == expected
   assert generate(model, prompts, 5) == [tokens[:5] for tokens in expected]
   assert generate(model, prompts, 1) == [tokens[:1] for tokens in expected]
 
 
-def test_logits_of_a_step_are_those_of_the_whole(model, prompts):
+def test_logits_of_a_step_equal_those_of_a_full_forward_pass(model, prompts):
   tokens_T = np.array(prompts[-1], np.int32)
   x_BTD, _ = forward(model, tokens_T[None])
   whole_TV = logits_of(model, x_BTD)[0]
-  # Two rows at different places of one text, the second padded by what must not be read.
+  # Two rows at different positions of one text. The second has padding, which must not be read.
   padded_BT = np.stack([tokens_T[:40], np.where(np.arange(40) < 9, tokens_T[:40], 200)])
   logits_BV, cache = prefill(model, padded_BT, np.array([40, 9]), 50)
   np.testing.assert_allclose(logits_BV, whole_TV[np.array([39, 8])], rtol=1e-4, atol=1e-4)
@@ -138,7 +138,7 @@ def test_a_pruned_model_in_bfloat16(model, prompts):
   assert first(generate(pruned, prompts, 4, mode=mode)) == first(uncached(pruned, prompts, 1, mode))
 
 
-def test_gates_are_taken_as_1(model, prompts):
+def test_generation_ignores_the_gates(model, prompts):
   closed = pruning.with_gates(model, 0.5)
   assert generate(closed, prompts[:2], 4) == generate(model, prompts[:2], 4)
 
@@ -171,7 +171,7 @@ def test_the_loop_stops_with_the_last_row(model, prompts, monkeypatch):
   assert 1 <= len(steps) <= last
 
 
-def test_no_temperature_and_one_token_are_greedy(model, prompts):
+def test_low_temperature_and_a_single_candidate_are_greedy(model, prompts):
   greedy = generate(model, prompts, 12)
   for sampling in (Sampling(1e-5), Sampling(1e-7), Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6)):
     assert generate(model, prompts, 12, sampling=sampling, seed=3) == greedy, sampling
@@ -193,7 +193,7 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(model, prompts):
   assert twice[0] != twice[1] and twice[0] == all_together[0]
 
 
-def test_what_does_not_fit_is_refused(model, prompts):
+def test_a_prompt_that_does_not_fit_is_refused(model, prompts):
   with pytest.raises(InputError, match='prompt 7 has 65 tokens.*--max_new_tokens=16.*80'):
     generate(model, prompts, 16, capacity=80)
   assert len(generate(model, prompts, 15, capacity=80)) == 8
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused(model, prompts):
   'rows, more, message',
   [
     ([[2], []], {}, 'prompt 1 has no tokens'),
-    ([[2, 263]], {}, 'prompt 0 has the token 263, the model has 263'),
+    ([[2, 263]], {}, 'prompt 0 has the token 263, but the model has 263'),
     ([[-1]], {}, 'the token -1'),
     ([[2]], dict(max_new_tokens=0), '--max_new_tokens=0'),
     ([[2]], dict(batch_size=0), '--batch_size=0'),
@@ -221,7 +221,7 @@ def test_bad_input(model, rows, more, message):
     generate(model, rows, **{'max_new_tokens': 4, **more})
 
 
-def test_a_stream_is_what_generate_gives(model, prompts):
+def test_a_stream_equals_generate(model, prompts):
   for i, prompt in enumerate(prompts[:3]):
     expected = generate(model, [prompt], 12, eos_ids=(1,))[0]
     assert list(stream(model, prompt, 12, eos_ids=(1,))) == expected, i
@@ -229,7 +229,7 @@ def test_a_stream_is_what_generate_gives(model, prompts):
   assert list(stream(model, prompts[0], 9, **warm)) == generate(model, [prompts[0]], 9, **warm)[0]
 
 
-def test_no_prompts_no_tokens(model):
+def test_no_prompts_give_no_tokens(model):
   assert generate(model, [], 4) == []
 
 
@@ -238,8 +238,8 @@ def test_no_prompts_no_tokens(model):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('whole_compiler')
-def test_smollm2_pruned_writes_what_transformers_writes(tmp_path):
-  """8 prompts, 64 tokens each, from an export without two of the 30 layers."""
+def test_pruned_smollm2_generates_the_same_as_transformers(tmp_path):
+  """8 prompts, 64 new tokens each, with an export that lacks two of the 30 layers."""
   pipeline.run(
     config_of(model=str(GGUF), workdir=str(tmp_path), remove_layers='14,17', recipe='none', compare=(), verify='jax')
   )

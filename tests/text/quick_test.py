@@ -1,4 +1,4 @@
-"""--tasks=quick: the harness's own six task files, with a few questions of ours in place of those of the hub."""
+"""--tasks=quick: the harness's six task files, with a few local questions in place of those on the hub."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from elder_jax.run import pipeline
 from elder_jax.run.tables import main_metric
 from elder_jax.text import zero_shot
 
-# The harness and what it imports warn of much.
+# The harness and its imports emit many warnings.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 FILES = {
@@ -75,7 +75,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def local_only(monkeypatch):
-  """The harness reads its own thousands of task files anew each time, which takes seconds."""
+  """Skips the harness's own thousands of task files, which it reads again each time, for seconds."""
   import lm_eval.tasks
 
   monkeypatch.setattr(
@@ -85,11 +85,11 @@ def local_only(monkeypatch):
 
 @pytest.fixture(scope='module')
 def long_context(tmp_path_factory) -> str:
-  """gsm8k asks for 256 new tokens after five examples."""
+  """A model with room for gsm8k: 256 new tokens after five examples."""
   return str(write_tiny_llama(tmp_path_factory.mktemp('long'), max_position_embeddings=1024))
 
 
-def test_the_six_in_a_run_and_in_a_command(settings, folder, long_context, tmp_path):
+def test_the_six_tasks_in_a_run_and_in_a_command(settings, folder, long_context, tmp_path):
   limits = dict(tasks='quick', tasks_dir=str(folder), task_limit=2)
   report = pipeline.run(
     config_of(**settings | limits | dict(model=long_context, method='last', recipe='none', compare=(), mesh='1,1,1'))
@@ -112,7 +112,7 @@ def test_the_six_in_a_run_and_in_a_command(settings, folder, long_context, tmp_p
     assert values == pytest.approx(dense[task], rel=1e-3, nan_ok=True), task
 
 
-def test_a_set_is_expanded_once_and_its_name_is_taken(folder, tmp_path):
+def test_a_set_is_expanded_without_duplicates_and_its_name_is_reserved(folder, tmp_path):
   assert zero_shot.expand(['piqa', 'quick', 'mine']) == [
     'piqa',
     'lambada_openai',
@@ -131,7 +131,7 @@ def test_a_set_is_expanded_once_and_its_name_is_taken(folder, tmp_path):
     zero_shot.load_tasks(['quick'], str(tmp_path))
 
 
-def test_the_metric_of_a_task_in_a_table_of_several():
+def test_the_main_metric_of_a_task():
   assert main_metric({'perplexity': 3.0, 'perplexity_stderr': 1.0, 'acc': 0.5, 'n': 2}) == 'acc'
   assert main_metric({'bleu': 1.0, 'exact_match,strict': 0.5, 'exact_match,loose': 0.6}) == 'exact_match,strict'
   assert main_metric({'acc_norm': 0.5, 'bleu': 1.0}) == 'acc_norm' and main_metric({'n': 3}) == ''

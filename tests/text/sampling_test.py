@@ -1,4 +1,4 @@
-"""How a token is drawn from logits: what top_k and top_p leave, and with which probabilities."""
+"""Sampling a token from logits: truncation by top_k and top_p, and the resulting probabilities."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from elder_jax.text.decoding import Sampling
 from elder_jax.text.decoding import sample
 from elder_jax.text.decoding import truncate
 
-# Probabilities 0.4, 0.3, 0.2, 0.1, in an order that is not theirs.
+# Probabilities, deliberately unsorted.
 P_V = np.array([0.2, 0.4, 0.1, 0.3])
 
 
@@ -25,7 +25,7 @@ P_V = np.array([0.2, 0.4, 0.1, 0.3])
     (0, 0.71, {0, 1, 3}),
     (0, 0.91, {0, 1, 2, 3}),
     (0, 1e-9, {1}),
-    (2, 0.56, {1}),  # of what top_k leaves, 4/7 and 3/7
+    (2, 0.56, {1}),  # top_k leaves probabilities 4/7 and 3/7
     (2, 0.6, {1, 3}),
   ],
 )
@@ -60,7 +60,7 @@ def test_truncation_equals_transformers(top_k, top_p):
     (Sampling(1.0, top_k=3), np.array([2, 4, 0, 3]) / 9),
   ],
 )
-def test_tokens_are_drawn_with_their_probabilities(sampling, expected_V):
+def test_tokens_are_sampled_with_their_probabilities(sampling, expected_V):
   n = 20_000
   logits_BV = np.tile(np.log(P_V).astype(np.float32) + 5, (n, 1))
   token_B = jax.jit(sample, static_argnums=2)(logits_BV, jax.random.split(jax.random.key(0), n), sampling)

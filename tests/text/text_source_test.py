@@ -1,4 +1,4 @@
-"""Which files a text comes from: paths are no patterns, folders are whole, and what is no UTF-8 text is named."""
+"""Which files a source reads: paths are not patterns, folders are read whole, and errors name files that are not UTF-8."""
 
 import bz2
 import gzip
@@ -43,7 +43,7 @@ def refused(source, *parts):
 
 @pytest.mark.parametrize('kind', ['jsonl', 'json', 'parquet'])
 @pytest.mark.parametrize('name', ['[v1] news', '1*', '1?', '{1,v}', '**', 'zip::1', 'hf:', '1=v', '%31', '#1'])
-def test_a_path_is_no_pattern(tmp_path, monkeypatch, kind, name):
+def test_a_path_is_not_a_pattern(tmp_path, monkeypatch, kind, name):
   for decoy in ('1 news', 'v news', '1', '11', 'v', 'a'):
     write(tmp_path / decoy / f'a.{kind}', 'another file')
   path = write(tmp_path / name / f'a.{kind}', 'this file')
@@ -56,7 +56,7 @@ def test_a_path_is_no_pattern(tmp_path, monkeypatch, kind, name):
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'json', 'parquet'])
-def test_a_folder_is_its_files_by_name(tmp_path, capsys, kind):
+def test_the_files_of_a_folder_are_read_in_order_of_names(tmp_path, capsys, kind):
   for i in (10, 2, 1):
     write(tmp_path / 'texts' / f'{i}.{kind}', f'first of {i}', f'second of {i}')
   (tmp_path / 'texts' / '.DS_Store').write_bytes(b'\0')
@@ -64,7 +64,7 @@ def test_a_folder_is_its_files_by_name(tmp_path, capsys, kind):
   assert f'texts: reading 3 .{kind} files, 1.{kind} to 2.{kind}\n' in capsys.readouterr().err
 
 
-def test_a_folder_of_txt_has_a_document_per_file(tmp_path, capsys):
+def test_a_folder_of_txt_files_has_one_document_per_file(tmp_path, capsys):
   (tmp_path / 'b.txt').write_text('the second\nof two lines\n')
   (tmp_path / 'a.TXT').write_text('the first\nof two lines')
   (tmp_path / 'c.txt').write_text('')
@@ -72,7 +72,7 @@ def test_a_folder_of_txt_has_a_document_per_file(tmp_path, capsys):
   assert 'reading 3 .txt files' in capsys.readouterr().err
 
 
-def test_a_folder_that_would_be_read_in_part_is_refused(tmp_path):
+def test_a_folder_with_files_of_several_kinds_is_refused(tmp_path):
   refused(tmp_path, 'no files')
   (tmp_path / 'a.txt').write_text('a')
   (tmp_path / 'README.md').write_text('b')
@@ -90,7 +90,7 @@ def test_a_folder_that_would_be_read_in_part_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.TXT', 'a.JSONL', 'a.Json', 'a.PARQUET'])
-def test_a_suffix_in_any_case(tmp_path, name):
+def test_a_suffix_may_have_any_case(tmp_path, name):
   path = write(tmp_path / name.lower(), 'some text')
   if name == 'a.TXT':
     path.write_text('some text')
@@ -113,7 +113,7 @@ def test_a_byte_order_mark_changes_nothing(tmp_path, name):
     refused(marked, 'is empty')
 
 
-def test_json_with_any_line_ends_and_what_looks_like_them(tmp_path):
+def test_json_with_any_line_endings_and_lookalikes(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_bytes('{"text": "a\u2028b\x85c"}\r\n\r\n{"id": 1}\r\n{"text": null}\n{"text": "d"}'.encode())
   assert read(path) == 'a\u2028b\x85c\n\nd'
@@ -134,12 +134,12 @@ def test_json_with_any_line_ends_and_what_looks_like_them(tmp_path):
   ],
   ids=lambda v: v if isinstance(v, str) else '',
 )
-def test_a_file_of_another_kind_is_named(tmp_path, name, content, what):
+def test_the_error_names_the_real_kind_of_a_misnamed_file(tmp_path, name, content, what):
   (tmp_path / name).write_bytes(content)
   refused(tmp_path / name, f'{what};')
 
 
-def test_other_bytes_that_are_no_text(tmp_path):
+def test_other_content_that_is_not_text_is_refused(tmp_path):
   for name, content, words in (
     ('a.txt', 'text'.encode('utf-16-le'), 'binary data or UTF-16'),
     ('b.jsonl', write(tmp_path / 'c.parquet', 'text').read_bytes(), 'a Parquet file'),
@@ -153,8 +153,8 @@ def test_other_bytes_that_are_no_text(tmp_path):
 
 
 @pytest.mark.parametrize('source', ['text', 'json', 'parquet', 'texts:train', 'texts*', './x', '/no/such', ''])
-def test_datasets_reads_nothing_local_by_itself(tmp_path, monkeypatch, source):
-  """Its readers by name ('text') take whatever lies in the current folder, and 'folder:split' leaves files out."""
+def test_local_names_are_not_passed_to_datasets(tmp_path, monkeypatch, source):
+  """The readers of datasets ('text', say) read any file in the current folder, and 'folder:split' skips files."""
   write(tmp_path / 'texts' / 'train.jsonl', 'wrong')
   write(tmp_path / 'train.jsonl', 'wrong')
   write(tmp_path / 'train.parquet', 'wrong')
@@ -163,7 +163,7 @@ def test_datasets_reads_nothing_local_by_itself(tmp_path, monkeypatch, source):
   refused(source, 'nor the id of a hub data set')
 
 
-def test_how_hub_data_is_written():
+def test_hub_ids_with_configuration_and_split_are_parsed():
   for source, found in (
     ('owner/name', ('owner/name', '', 'train')),
     ('owner/name:validation', ('owner/name', '', 'validation')),
@@ -174,7 +174,7 @@ def test_how_hub_data_is_written():
     assert hub.check_hub_id('x', source) == found
 
 
-def test_a_hub_that_is_not_reached_is_told_once(monkeypatch):
+def test_an_unreachable_hub_is_reported_once(monkeypatch):
   def unreachable(*args, **kwargs):
     raise ConnectionError('no route')
 
@@ -204,7 +204,7 @@ def test_hub_rows_are_streamed_from_one_revision(monkeypatch):
   assert asked[0] == (('owner/name', 'web'), dict(split='train', streaming=True, revision='abc'))
 
 
-def test_a_reason_is_one_line_with_the_useful_part(tmp_path):
+def test_a_reason_is_one_short_line(tmp_path):
   assert reason(ValueError('while parsing a block\n  in "a.yaml", line 3\nmapping values ')) == (
     'while parsing a block in "a.yaml", line 3 mapping values'
   )

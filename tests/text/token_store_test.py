@@ -1,4 +1,4 @@
-"""Tokens in files: the stream is the same however it is read, by whom it was written, and who was killed meanwhile."""
+"""Cached tokens: the stream does not depend on how it is read, who writes it, or which writers were killed."""
 
 import threading
 
@@ -39,7 +39,7 @@ def check(store: TokenStore, masked: bool = False):
 
 @pytest.mark.parametrize('vocab_size', [2**16, 2**16 + 1])
 @pytest.mark.parametrize('masked', [False, True])
-def test_any_range_of_the_stream(tmp_path, masked, vocab_size):
+def test_any_range_of_the_stream_can_be_read(tmp_path, masked, vocab_size):
   store = TokenStore(tmp_path / 'a', lambda place: encode(place, masked=masked), vocab_size)
   check(store, masked)
   assert store.whole and store.count() == len(STREAM)
@@ -47,37 +47,37 @@ def test_any_range_of_the_stream(tmp_path, masked, vocab_size):
   assert sum(path.stat().st_size for path in tmp_path.glob('a/*.tokens')) == width * len(STREAM)
 
 
-def test_no_more_is_made_than_is_asked_for_and_a_little(tmp_path):
+def test_only_the_needed_segments_and_a_few_more_are_made(tmp_path):
   store = TokenStore(tmp_path, encode, 100)
   assert 10 <= store.count(10) < len(STREAM) and not store.whole
 
 
-def test_what_is_there_is_not_made_again(tmp_path):
+def test_existing_segments_are_not_made_again(tmp_path):
   TokenStore(tmp_path, encode, 100).count()
   check(TokenStore(tmp_path, lambda place: pytest.fail('made again'), 100))
 
 
-def test_a_store_that_was_left_half_goes_on_where_it_was(tmp_path):
+def test_an_incomplete_store_resumes_where_it_stopped(tmp_path):
   broken = TokenStore(tmp_path, lambda place: encode(place, fails_at=4), 100)
   with pytest.raises(InputError, match='train_data=x: is damaged'):
     broken.count()
-  with pytest.raises(InputError, match='is damaged'):  # and again, without waiting for ever
+  with pytest.raises(InputError, match='is damaged'):  # again, without waiting forever
     broken.read(0, 100)
   done = len([*tmp_path.glob('*.json')])
   assert done >= 1
-  (tmp_path / f'{done:06d}.tokens').write_bytes(b'half')  # of a process that was killed here
+  (tmp_path / f'{done:06d}.tokens').write_bytes(b'half')  # left by a process that was killed here
   (tmp_path / f'{done:06d}.json.7.partial').write_text('{"tok')
   places = []
 
-  def going_on(place):
+  def resume(place):
     places.append(place)
     return encode(place)
 
-  check(TokenStore(tmp_path, going_on, 100))
+  check(TokenStore(tmp_path, resume, 100))
   assert places[0].document > 0
 
 
-def test_several_writers_do_no_harm(tmp_path):
+def test_several_writers_do_not_interfere(tmp_path):
   stores = [TokenStore(tmp_path, encode, 100) for _ in range(4)]
   threads = [threading.Thread(target=check, args=(store,)) for store in stores]
   for thread in threads:

@@ -1,4 +1,4 @@
-"""From sources to rows: documents kept apart, conversations masked, tokens kept and made anew when they must."""
+"""From sources to rows: separate documents, masked conversations, cached tokens that are made again when needed."""
 
 import json
 
@@ -46,14 +46,14 @@ def write(path, *rows):
   return path
 
 
-def test_the_boundary_of_documents_is_kept(tmp_path, tokenizer):
+def test_documents_are_separated(tmp_path, tokenizer):
   path = write(tmp_path / 'a.jsonl', *(f'document {i}' for i in range(10)))
   assert said(tokenizer, opened(tokenizer, path).rows).startswith('document 0</s>document 1</s>docu')
   wikitext = opened(tokenizer, path, documents='wikitext').rows
   assert said(tokenizer, wikitext).startswith('document 0\n\ndocument 1\n\ndocu')
 
 
-def test_a_text_file_is_one_document_however_large(tmp_path, tokenizer, monkeypatch):
+def test_a_large_text_file_is_still_one_document(tmp_path, tokenizer, monkeypatch):
   from elder_jax.text import reading
 
   monkeypatch.setattr(reading, '_WHOLE', 20)
@@ -63,7 +63,7 @@ def test_a_text_file_is_one_document_however_large(tmp_path, tokenizer, monkeypa
   assert EOS not in rows[np.arange(18)] and said(tokenizer, rows) == ('a line of text\n' * 10)[: 18 * 8]
 
 
-def test_no_end_of_text_token(tmp_path, tiny):
+def test_a_tokenizer_without_an_end_of_text_token(tmp_path, tiny):
   tokenizer = data.load_tokenizer(str(tiny))
   tokenizer.eos_token = None
   path = write(tmp_path / 'a.jsonl', 'text ' * 50)
@@ -81,7 +81,7 @@ TURNS = [
 ]
 
 
-def test_of_a_conversation_the_assistants_tokens_count(tmp_path, chatting):
+def test_only_the_assistants_tokens_of_a_conversation_count(tmp_path, chatting):
   path = write(tmp_path / 'a.jsonl', *[{'messages': TURNS}] * 3)
   rows = opened(chatting, path).rows
   assert rows.masked
@@ -96,7 +96,7 @@ def test_of_a_conversation_the_assistants_tokens_count(tmp_path, chatting):
   assert not weight_BT[:, -1].any()
 
 
-def test_all_tokens_count_where_that_is_asked_for_or_there_is_no_conversation(tmp_path, chatting):
+def test_all_tokens_count_with_train_on_all_or_without_conversations(tmp_path, chatting):
   path = write(tmp_path / 'a.jsonl', *[{'messages': TURNS}] * 3)
   for rows in (
     opened(chatting, path, train_on='all').rows,
@@ -105,7 +105,7 @@ def test_all_tokens_count_where_that_is_asked_for_or_there_is_no_conversation(tm
     assert not rows.masked and Batches(rows, 2, None).weight_BT(0) is None and rows.counted([0, 1]).all()
 
 
-def test_another_template_is_another_text(tmp_path, chatting):
+def test_another_template_makes_other_tokens(tmp_path, chatting):
   path, cache = write(tmp_path / 'a.jsonl', *[{'messages': TURNS}] * 3), str(tmp_path / 'cache')
   before = opened(chatting, path, token_cache=cache)
   chatting.chat_template = CHATML.replace('<', '[')
@@ -113,7 +113,7 @@ def test_another_template_is_another_text(tmp_path, chatting):
   assert said(chatting, after.rows).startswith('[user>one') and before.read != after.read
 
 
-def test_conversations_that_cannot_be_rendered(tmp_path, tiny, chatting):
+def test_conversations_that_cannot_be_rendered_are_refused(tmp_path, tiny, chatting):
   path = write(tmp_path / 'a.jsonl', *[{'messages': TURNS}] * 3)
   without = data.load_tokenizer(str(tiny))
   without.chat_template = None
@@ -122,7 +122,7 @@ def test_conversations_that_cannot_be_rendered(tmp_path, tiny, chatting):
   chatting.chat_template = '{{ raise_exception("roles must alternate") }}'
   with pytest.raises(InputError, match='train_data=.*refuses a conversation .*roles must alternate'):
     opened(chatting, path)
-  # As Qwen3's: what was thought is shown in the last turn only.
+  # Like Qwen3's, which shows the reasoning of the last turn only.
   chatting.chat_template = '{% for m in messages %}{{ m.content }}{% if loop.last %}</think>{% endif %}|{% endfor %}'
   with pytest.raises(InputError, match='--train_on=all'):
     opened(chatting, path)
@@ -130,7 +130,7 @@ def test_conversations_that_cannot_be_rendered(tmp_path, tiny, chatting):
 
 
 @pytest.mark.parametrize('train_on', ['assistant', 'all'])
-def test_conversations_that_the_template_refuses_are_left_out_and_told(tmp_path, chatting, capsys, train_on):
+def test_conversations_that_the_template_refuses_are_skipped_and_reported(tmp_path, chatting, capsys, train_on):
   refuses = '{% if messages[0].content == "no" %}{{ raise_exception("not this") }}{% endif %}'
   chatting.chat_template = refuses + CHATML
   bad = {'messages': [{'role': 'user', 'content': 'no'}, *TURNS[1:]]}
@@ -142,7 +142,7 @@ def test_conversations_that_the_template_refuses_are_left_out_and_told(tmp_path,
   assert '1 rows skipped so far: the chat template refuses a conversation' in told.err + told.out
 
 
-def test_conversations_behind_texts_are_not_passed_over(tmp_path, chatting):
+def test_conversations_after_texts_are_refused(tmp_path, chatting):
   path = write(tmp_path / 'a.jsonl', 'text ' * 3, *[{'messages': TURNS}] * 3)
   with pytest.raises(InputError, match='has conversations after texts'):
     opened(chatting, path)
@@ -167,7 +167,7 @@ def test_tokens_are_made_once_for_the_same_content_and_options(tmp_path, tokeniz
 
 
 @pytest.mark.parametrize('shuffle', [True, False])
-def test_a_large_source_is_not_read_to_its_end(tmp_path, tokenizer, monkeypatch, shuffle):
+def test_a_large_source_is_read_only_as_far_as_needed(tmp_path, tokenizer, monkeypatch, shuffle):
   from elder_jax.text import token_store
 
   monkeypatch.setattr(training_text, 'SMALL', 100)
@@ -177,7 +177,7 @@ def test_a_large_source_is_not_read_to_its_end(tmp_path, tokenizer, monkeypatch,
     write(tmp_path / 'texts' / f'{i:02d}.jsonl', f'file {i:02d} ' * 10)
   text = opened(tokenizer, tmp_path / 'texts', shuffle=shuffle, num_sequences=8, token_cache=str(tmp_path / 'cache'))
   assert text.rows.about(8)[0]['tokens'] is None
-  assert said(tokenizer, text.rows).startswith('file 00') != shuffle  # the files by name, or by their hashes
+  assert said(tokenizer, text.rows).startswith('file 00') != shuffle  # order of files: by name, or by hash
   found = [*(tmp_path / 'cache').glob('*/*.json')]
   assert 1 <= len(found) < 10
 
@@ -186,12 +186,12 @@ def test_held_out_rows_come_first_from_each_source(tmp_path, tokenizer):
   a, b = (write(tmp_path / f'{n}.jsonl', *(f'{n}{i:04d} ' for i in range(200))) for n in 'ab')
   text = opened(tokenizer, f'a={a}@3', f'b={b}@1', validates=True, validation_sequences=7, num_sequences=40)
   held, trained = (rows[np.arange(len(rows))] for rows in (text.held_out, text.rows))
-  assert held.shape == (8, 8) and trained.shape == (40, 8)  # 7, in whole batches
+  assert held.shape == (8, 8) and trained.shape == (40, 8)  # 7, rounded up to whole batches
   assert not {row.tobytes() for row in held} & {row.tobytes() for row in trained}
   assert sum('b' in tokenizer.decode(row) for row in held) == 2
 
 
-def test_train_tokens_take_the_place_of_sequences_and_repeat(tmp_path, tokenizer):
+def test_train_tokens_replace_num_sequences_and_may_repeat(tmp_path, tokenizer):
   path = write(tmp_path / 'a.jsonl', 'x' * 100)
   assert len(opened(tokenizer, path, train_tokens=100).rows) == 12  # 6 batches of 16 tokens
   rows = opened(tokenizer, path, train_tokens=480).rows
@@ -200,7 +200,7 @@ def test_train_tokens_take_the_place_of_sequences_and_repeat(tmp_path, tokenizer
     opened(tokenizer, path, num_sequences=60)
 
 
-def test_a_blend_has_its_weights_and_tells_what_repeats(tmp_path, tokenizer):
+def test_a_blend_has_its_weights_and_counts_repetitions(tmp_path, tokenizer):
   sizes = {'a': 4000, 'b': 4000, 'c': 80}
   paths = {name: write(tmp_path / f'{name}.jsonl', name * size) for name, size in sizes.items()}
   sources = [f'{n}={paths[n]}@{w}' for n, w in (('a', 0.6), ('b', 0.3), ('c', 0.1))]

@@ -1,4 +1,4 @@
-"""The harness's adapter against the harness's own hf backend, on a tiny model with a local task."""
+"""Our adapter of lm-evaluation-harness against its hf backend, on a tiny model with a local task."""
 
 import json
 import types
@@ -20,7 +20,7 @@ from elder_jax.text import data
 from elder_jax.text import zero_shot
 from elder_jax.text.generation import generate
 
-# The harness and what it imports warn of much.
+# The harness and its imports emit many warnings.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 MAX_LENGTH = 64
@@ -48,7 +48,7 @@ def both(tiny):
 
 
 def test_loglikelihoods_equal_the_hf_backend(both):
-  """Contexts of none to twice the model's own, continuations of one token and more, and the same request twice."""
+  """Contexts from empty to twice the model's, continuations of one or more tokens, and the same request twice."""
   ours, theirs = both
   requests = [
     instance(' '.join(WORDS[i : i + n]) if n else '', ' ' + ' '.join(WORDS[i + n :])[: 1 + 3 * (i % 9)])
@@ -62,7 +62,7 @@ def test_loglikelihoods_equal_the_hf_backend(both):
     assert abs(a - b) <= 1e-4 * tokens and greedy_a == greedy_b, request.args
 
 
-def test_greedy_is_told_where_it_is_true(both):
+def test_only_greedy_continuations_are_flagged(both):
   ours, _ = both
   context = ours.tok_encode(WORDS[0])
   (greedy,) = generate(ours.model, [context], 4)
@@ -72,7 +72,7 @@ def test_greedy_is_told_where_it_is_true(both):
 
 
 def test_rolling_equals_the_hf_backend(both):
-  """Of texts shorter than the context, and of some that take several windows."""
+  """Texts shorter than the context, and texts that need several windows."""
   ours, theirs = both
   requests = [instance(' '.join(WORDS[:n])) for n in (1, 4, 12, 30)]
   mine, reference = ours.loglikelihood_rolling(requests), theirs.loglikelihood_rolling(requests)
@@ -87,13 +87,13 @@ def test_generation_equals_the_hf_backend(both):
   requests.append(instance(WORDS[5], settings | {'max_gen_toks': 5}))
   mine = ours.generate_until(requests)
   assert mine == theirs.generate_until(requests)
-  # A text ends before what it is to end at.
+  # A text ends before the stop string.
   end = mine[0][3:5]
   (cut,) = ours.generate_until([instance(requests[0].args[0], settings | {'until': [end]})])
   assert cut == mine[0][: mine[0].index(end)]
 
 
-def test_what_generation_cannot_do_is_refused(both):
+def test_unsupported_generation_settings_are_refused(both):
   ours, _ = both
   with pytest.raises(InputError, match='num_beams=4'):
     ours.generate_until([instance('a', {'until': ['b'], 'num_beams': 4})])
@@ -119,7 +119,7 @@ def tasks_dir(tmp_path_factory):
   return folder
 
 
-@pytest.mark.slow  # the harness lists its tasks for seconds
+@pytest.mark.slow  # the harness takes seconds to list its tasks
 def test_accuracies_equal_the_hf_backend(both, tasks_dir):
   from lm_eval import evaluator
 
@@ -138,7 +138,7 @@ def test_accuracies_equal_the_hf_backend(both, tasks_dir):
 
 
 @pytest.mark.slow
-def test_the_command_and_a_run_give_one_figure(tasks_dir, tiny, settings, tmp_path, capsys):
+def test_the_command_and_a_run_give_the_same_figures(tasks_dir, tiny, settings, tmp_path, capsys):
   out = tmp_path / 'tasks.json'
   values = dict(model=str(tiny), tokenizer='', tasks=('sums',), tasks_dir=str(tasks_dir), limit=0, batch_size=4)
   command = evaluate.evaluate_model(evaluate.TaskSettings(**values, mesh=(1, 1, 1), out=str(out)))
@@ -152,8 +152,8 @@ def test_the_command_and_a_run_give_one_figure(tasks_dir, tiny, settings, tmp_pa
   assert '| sums, % |' in (tmp_path / 'work' / 'report.md').read_text()
 
 
-@pytest.mark.slow  # the harness lists its tasks for seconds
-def test_tasks_that_fail_after_training_cost_a_row_its_figures_alone(tasks_dir, settings, monkeypatch, capsys):
+@pytest.mark.slow  # the harness takes seconds to list its tasks
+def test_if_tasks_fail_after_training_a_row_only_lacks_their_figures(tasks_dir, settings, monkeypatch, capsys):
   settings |= dict(tasks='sums', tasks_dir=str(tasks_dir), recipe='none', compare=(), method='last', mesh=(1, 1, 1))
   run_tasks, calls = zero_shot.run, []
 
@@ -170,8 +170,8 @@ def test_tasks_that_fail_after_training_cost_a_row_its_figures_alone(tasks_dir, 
   assert '| direct removal (exported) | 4 |' in table(report) and table(report).endswith(' — |')
 
 
-@pytest.mark.slow  # the harness lists its tasks for seconds
-def test_bad_tasks_are_told_in_a_sentence(tasks_dir, tmp_path):
+@pytest.mark.slow  # the harness takes seconds to list its tasks
+def test_bad_tasks_are_reported_in_one_sentence(tasks_dir, tmp_path):
   for names, folder, words in (
     (['nosuchtask'], '', ['--tasks=nosuchtask', 'no such task']),
     ([], '', ['--tasks=: is empty']),

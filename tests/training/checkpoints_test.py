@@ -1,4 +1,4 @@
-"""Checkpoints: when they are due, which stay, and damaged ones, for which the one before is taken."""
+"""Checkpoints: when they are due, which are kept, and the fallback to an earlier one if the newest is damaged."""
 
 import os
 import pathlib
@@ -17,18 +17,18 @@ from elder_jax.training.checkpoints import Checkpoints
 from elder_jax.training.step import TrainState
 
 pytestmark = [
-  # Of damaged checkpoints Orbax's own threads may complain to an event loop that is closed, after the test is over.
+  # With damaged checkpoints, Orbax's threads may use an event loop that is closed already, after the end of the test.
   pytest.mark.filterwarnings('ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning'),
 ]
 
 
 def state_at(step: int, scale: float = 1.0) -> TrainState:
-  w = np.random.default_rng(0).normal(size=(64, 33)).astype(np.float32)  # large enough for a data file of its own
+  w = np.random.default_rng(0).normal(size=(64, 33)).astype(np.float32)  # large enough to get its own data file
   return TrainState(jnp.int32(step), {'w': jnp.asarray(scale * w)}, {'mu': jnp.ones((2, 3))})
 
 
 def checkpoints_of(folder, *steps) -> Checkpoints:
-  """Checkpoints of `state_at` these steps, the weights scaled by the step."""
+  """Checkpoints of `state_at(step, step)` at these steps."""
   checkpoints = Checkpoints(folder, 1, 100)
   for step in steps:
     checkpoints.save(state_at(step, step))
@@ -58,7 +58,7 @@ def test_due_by_time_since_the_last_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('keep', [1, 3])
-def test_the_last_ones_stay_and_nothing_else(tmp_path, keep):
+def test_only_the_last_checkpoints_are_kept(tmp_path, keep):
   checkpoints = Checkpoints(tmp_path / 'a' / 'c', 1, 100, keep=keep)
   start = state_at(0)
   assert checkpoints.latest(start) is start
@@ -66,7 +66,7 @@ def test_the_last_ones_stay_and_nothing_else(tmp_path, keep):
     checkpoints.save(state_at(step, step))
   checkpoints.wait()
   assert names(tmp_path / 'a' / 'c') == sorted(['10', '8', '6'][:keep])
-  # What a killed run leaves: one that Orbax has not renamed yet, and one too many.
+  # A killed run can leave a checkpoint that Orbax has not renamed yet, and one too many.
   (tmp_path / 'a' / 'c' / '12.orbax-checkpoint-tmp').mkdir()
   checkpoints_of(tmp_path / 'b', 9)
   (tmp_path / 'b' / '9').rename(tmp_path / 'a' / 'c' / '9')
@@ -80,7 +80,7 @@ def test_the_last_ones_stay_and_nothing_else(tmp_path, keep):
   assert not (tmp_path / 'a' / 'c').exists()
 
 
-def test_what_is_saved_is_the_state_that_was_given_though_it_is_donated(tmp_path):
+def test_donating_the_state_after_save_does_not_change_the_checkpoint(tmp_path):
   step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
   state = step(TrainState(jnp.int32(0), {'w': jnp.zeros((1000, 1000))}, {}))
   checkpoints = Checkpoints(tmp_path / 'c', 1, 9)
@@ -94,11 +94,11 @@ def test_what_is_saved_is_the_state_that_was_given_though_it_is_donated(tmp_path
 
 
 def damage_content(file: pathlib.Path):
-  """Other bytes of the same length, as a disk gives them that lies."""
-  octets = bytearray(file.read_bytes())
-  for i in range(len(octets) // 2, len(octets), 7):
-    octets[i] ^= 0x55
-  file.write_bytes(octets)
+  """Changes bytes but not the length, like silent corruption of a disk."""
+  content = bytearray(file.read_bytes())
+  for i in range(len(content) // 2, len(content), 7):
+    content[i] ^= 0x55
+  file.write_bytes(content)
 
 
 def data_files(folder: pathlib.Path, where: str = '*') -> list[pathlib.Path]:
@@ -119,7 +119,7 @@ def data_files(folder: pathlib.Path, where: str = '*') -> list[pathlib.Path]:
   ],
   ids=['half', 'empty', 'changed', 'gone'],
 )
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, damage, where):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_previous_one(tmp_path, capsys, damage, where):
   checkpoints_of(tmp_path / 'gates', 3, 5)
   for file in data_files(tmp_path / 'gates' / '5', where):
     damage(file)
@@ -133,7 +133,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
   chex.assert_trees_all_equal(again.latest(state_at(0)), state_at(5, 5))
 
 
-def test_changed_values_that_can_be_read_are_seen(tmp_path, capsys):
+def test_checksums_detect_changed_values_that_can_be_read(tmp_path, capsys):
   sums = checkpoints._sums
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoints, '_sums', lambda leaves: sums([a.at[(0,) * a.ndim].add(1) for a in leaves]))
@@ -143,7 +143,7 @@ def test_changed_values_that_can_be_read_are_seen(tmp_path, capsys):
   assert capsys.readouterr().err.endswith('its checksums do not match); c starts from the beginning\n')
 
 
-def test_all_checkpoints_damaged_is_a_new_start(tmp_path, capsys):
+def test_training_starts_from_the_beginning_if_all_checkpoints_are_damaged(tmp_path, capsys):
   checkpoints_of(tmp_path / 'regularize', 3, 5)
   for file in data_files(tmp_path / 'regularize'):
     os.truncate(file, 1)

@@ -1,4 +1,4 @@
-"""The teacher: its weight over the steps, and its stream against the model's, layer by layer."""
+"""Distillation: the weight of the teacher over the steps, and its residual stream against the model's, by layer."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ LAYERS = 6
 
 @functools.cache
 def decoder(seed: int = 0) -> Decoder:
-  """Random weights, the same ones but for noise with another seed. Not to be written to."""
+  """A model with random weights; another seed adds noise to the same weights. Do not modify."""
   model = tiny_decoder()
   keys = iter(jax.random.split(jax.random.key(seed), 100))
   noisy = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), model)
@@ -56,7 +56,7 @@ def test_the_weight_goes_along_a_cosine_from_the_first_step_to_the_last():
   assert weights((0.9, 0.5), 1) == [0.9]
 
 
-def test_there_is_a_teacher_where_a_step_has_one():
+def test_settings_need_a_teacher_if_a_weight_is_above_0():
   assert TrainSettings(distill=0.5) == TrainSettings(distill=(0.5,))
   taught = [TrainSettings(distill=d, distill_hidden=h) for d, h in (((0.0,), 0.0), ((0.5, 0.0), 0.0), (0, 1.0))]
   assert [(s.distils, s.taught, s.taught_by) for s in taught] == [
@@ -83,11 +83,11 @@ def test_another_weight_does_not_recompile():
   assert step._cache_size() == 1 and len(set(found)) == 4
 
 
-# ---- the stream ----
+# ---- the residual stream ----
 
 
 def streams(model: Decoder, skipped=()) -> list:
-  """The stream after each layer, by a loop."""
+  """The residual stream after each layer, computed in a loop."""
   x_BTD = embed(model, tokens())
   tables, after = rope_tables(model.spec, x_BTD.shape[1]), []
   for l in range(model.num_layers):
@@ -99,7 +99,7 @@ def streams(model: Decoder, skipped=()) -> list:
 
 
 def error(s_BTD, t_BTD, weight_BT=None):
-  """Mean over the tokens that have a next one of ‖s − t‖² / ‖t‖²."""
+  """Mean of ‖s − t‖² / ‖t‖² over the tokens that have a next token."""
   error_BT = jnp.sum((s_BTD - t_BTD) ** 2, -1) / jnp.sum(t_BTD**2, -1)
   weight_BT = jnp.ones(error_BT.shape) if weight_BT is None else weight_BT
   return jnp.sum((error_BT * weight_BT)[:, :-1]) / jnp.sum(weight_BT[:, :-1])
@@ -111,13 +111,15 @@ def terms_of(model, **more) -> dict:
 
 
 @pytest.mark.parametrize('removed, weighted', [([1, 2], True), ([0, 3], False), ([5], False), ([0, 1, 2, 3, 4], True)])
-def test_hidden_is_the_mean_over_the_layers_at_the_ends_of_the_gaps(removed, weighted):
+def test_hidden_compares_each_output_with_the_teachers_before_the_next_kept_layer(removed, weighted):
   teacher, kept = decoder(7), pruning.kept_layers(LAYERS, removed)
   model = pruning.prune(decoder(), removed)
   weight_BT = np.random.default_rng(1).integers(0, 2, tokens().shape).astype(np.float32) if weighted else None
   more = {'weight_BT': weight_BT} if weighted else {}
   after = streams(teacher)
-  place = [next_ - 1 for next_ in [*kept[1:], LAYERS]]  # of the dense layer that a layer's output is compared with
+  place = [
+    next_ - 1 for next_ in [*kept[1:], LAYERS]
+  ]  # the dense layer whose output each layer's output is compared with
   expected = np.mean([error(s, after[l], weight_BT) for s, l in zip(streams(model), place)])
 
   def loss(m, hidden):
@@ -131,7 +133,7 @@ def test_hidden_is_the_mean_over_the_layers_at_the_ends_of_the_gaps(removed, wei
 
 
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_the_gradient_is_the_plain_formulas_and_none_goes_into_the_teacher(remat):
+def test_the_gradient_equals_the_plain_formula_and_the_teacher_gets_none(remat):
   removed, teacher = [1, 2, 4], decoder(7)
   model, kept = pruning.prune(decoder(), removed), pruning.kept_layers(LAYERS, removed)
 
@@ -151,8 +153,8 @@ def test_the_gradient_is_the_plain_formulas_and_none_goes_into_the_teacher(remat
   chex.assert_trees_all_close(jax.tree.leaves(to_model.layers), jax.tree.leaves(expected.layers), rtol=1e-4, atol=1e-6)
 
 
-def test_a_skipped_layer_is_as_good_as_removed():
-  """So a sequential training, whose layers are skipped after their turns, ends with the loss of the model that is left."""
+def test_a_skipped_layer_has_the_loss_of_a_removed_one():
+  """So sequential training, which skips layers after their turns, ends with the loss of the pruned model."""
   teacher, removed = decoder(7), [0, 2]
   kept = pruning.kept_layers(LAYERS, removed)
   skipping = losses.loss(
@@ -163,11 +165,11 @@ def test_a_skipped_layer_is_as_good_as_removed():
   np.testing.assert_allclose(skipping['hidden'], pruned['hidden'], rtol=1e-6)
 
 
-def test_a_model_that_is_its_own_teacher_is_at_0():
+def test_hidden_is_0_for_a_model_that_is_its_own_teacher():
   assert losses.loss(decoder(), tokens(), terms_of(decoder()), Mode(), decoder())[1]['hidden'] == 0
 
 
-def test_the_streams_come_nearer():
+def test_training_reduces_the_distance_of_the_streams():
   teacher, cut, log = decoder(), pruning.prune(decoder(), [2]), []
   settings = TrainSettings(steps=20, lr=3e-3, distill_hidden=100.0)
   batches = Endless(lambda i: tokens())
@@ -179,7 +181,7 @@ def test_the_streams_come_nearer():
 
 
 def step_memory(hidden: bool, remat: str, num_layers: int = 8):
-  """(bytes of temporaries of a step, bytes of the stream at all layers), of a model far smaller than its activations."""
+  """(temporary bytes of a step, bytes of the residual stream at all layers); the model is smaller than activations."""
   model = jax.eval_shape(lambda: Decoder(decoder().spec, num_layers, jax.random.key(0)))
   settings = TrainSettings(steps=1, distill=0.5, distill_hidden=float(hidden))
   made = []
@@ -196,16 +198,16 @@ def step_memory(hidden: bool, remat: str, num_layers: int = 8):
   return compiled.memory_analysis().temp_size_in_bytes, 4 * num_layers * B * T * decoder().spec.d_model
 
 
-# Without remat the model's own stream is kept a second time: it does not leave the branch that a layer runs in.
+# Without remat, the model's own residual stream is kept twice: it does not leave the branch that a layer runs in.
 @pytest.mark.parametrize('remat, most', [('none', 2.5), ('dots', 1.3), ('full', 1.3)])
-def test_what_is_held_is_the_teachers_stream_at_each_layer(remat, most):
+def test_memory_grows_by_the_teachers_stream_at_each_layer(remat, most):
   (without, _), (with_hidden, stream) = step_memory(False, remat), step_memory(True, remat)
   print(f'{remat}: {(with_hidden - without) / stream:.2f} streams more')
   assert 0 < with_hidden - without < most * stream
 
 
-def test_on_a_mesh_it_is_the_same(eight_devices):
-  """Weights of tokens, parts of a batch, KL and streams."""
+def test_metrics_are_the_same_on_a_mesh(eight_devices):
+  """With token weights, micro-batches, KL divergence and hidden states."""
   whole, teacher, batch_BT = decoder(0), decoder(1), tokens(16, 9)
   weight_BT = np.random.default_rng(1).integers(0, 2, batch_BT.shape).astype(np.float32)
   settings = TrainSettings(steps=1, distill=(0.9, 0.5), distill_hidden=0.5, temperature=2.0, grad_accum=2, lr=1e-3)

@@ -1,4 +1,4 @@
-"""The loop over steps: losses that are not finite, what is logged and saved when, going on from a checkpoint."""
+"""The training loop: losses that are not finite, the order of logging and saving, resuming from a checkpoint."""
 
 import chex
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from elder_jax.training.step import TrainState
 
 
 class Recorder:
-  """Stands for Checkpoints."""
+  """A stand-in for Checkpoints."""
 
   def __init__(self, *steps):
     self.steps, self.saved = steps, []
@@ -58,7 +58,7 @@ def fake_step(losses, grad_norms):
   return step
 
 
-def test_a_gradient_that_is_not_finite_spoils_the_state_though_the_loss_is_finite():
+def test_a_gradient_that_is_not_finite_ends_training_even_if_the_loss_is_finite():
   recorder, state = Recorder(1, 2, 3), TrainState(jnp.int32(0), None, None)
   step = fake_step([1.0, 1.0, 1.0], [1.0, np.inf, 1.0])
   with pytest.raises(NonFiniteLoss, match='gradient of step 2 is inf'):
@@ -91,7 +91,7 @@ def fit(step, state, frozen, steps, checkpoint=None):
   return run_steps(step, state, (frozen, None), steps, BATCHES_SBT, change, lambda i, m: None, checkpoint)
 
 
-def test_saved_and_restored_is_bit_for_bit_the_straight_run(tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
   step, state, frozen = begin('all')
   straight = leaves(fit(step, state, frozen, 6))
   checkpoints = Checkpoints(tmp_path / 'c', 3, 6)

@@ -1,4 +1,4 @@
-"""LoRA and adafactor train on eight devices as on one."""
+"""LoRA and adafactor train the same on eight devices as on one."""
 
 import dataclasses
 
@@ -18,15 +18,17 @@ from elder_jax.training.step import init_state
 from elder_jax.training.step import make_step
 from elder_jax.training.step import train_mask
 
-WIDE = dataclasses.replace(SPEC, d_model=128, d_ff=128, vocab_size=48)  # adafactor factors what has two axes of 128
-COMPILED: list[str] = []  # jax's own events
+WIDE = dataclasses.replace(
+  SPEC, d_model=128, d_ff=128, vocab_size=48
+)  # adafactor factors matrices with two axes of at least 128
+COMPILED: list[str] = []  # events that JAX reports
 jax.monitoring.register_event_duration_secs_listener(
   lambda event, seconds, **more: COMPILED.append(event) if 'backend_compile' in event else None
 )
 
 
 def trained_on(sizes: tuple[int, ...], kind: str, rank: int) -> dict:
-  """Two steps on a mesh: losses, how factors and moments lie, compilations."""
+  """Two steps on a mesh: losses, shardings of factors and moments, number of compilations."""
   whole = Decoder(WIDE, 2, jax.random.key(0))
   batches = np.random.default_rng(0).integers(0, WIDE.vocab_size, (2, 8, 9), np.int32)
   terms = {
@@ -47,7 +49,7 @@ def trained_on(sizes: tuple[int, ...], kind: str, rank: int) -> dict:
     for batch in (sharding.put_batch(b, mesh) for b in batches):
       COMPILED.clear()
       state, metrics = step(state, (frozen, None), batch, terms)
-      again = len(COMPILED)  # of the second step, in the end
+      again = len(COMPILED)  # after the loop, of the second step
       losses.append(float(metrics['loss']))
     facts = {'losses': losses, 'again': again, 'lies': lies}
     if rank:
@@ -59,7 +61,7 @@ def trained_on(sizes: tuple[int, ...], kind: str, rank: int) -> dict:
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one_does(eight_devices):
+def test_eight_devices_train_like_one(eight_devices):
   facts = {
     f'{",".join(map(str, sizes))} {kind}': trained_on(sizes, kind, rank)
     for sizes in ((1, 1, 1), (2, 2, 2))

@@ -1,4 +1,4 @@
-"""What a step with LoRA holds in memory, by the compiler."""
+"""Memory of a step with LoRA, as reported by the compiler."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from elder_jax.training.step import train_mask
 
 
 def memory(num_layers: int, rank: int, remat: str):
-  """The compiled step's memory_analysis on a model of 16 times more weights than activations, nothing allocated."""
+  """The compiled step's memory_analysis for a model with 16 times more weights than activations; allocates nothing."""
   spec = dataclasses.replace(SPEC, d_model=128, head_dim=32, num_kv_heads=4, d_ff=384, rope_freq_RH=((1.0,) * 16,))
   model = jax.eval_shape(lambda: Decoder(spec, num_layers, jax.random.key(0)))
   if rank:
@@ -36,7 +36,7 @@ def memory(num_layers: int, rank: int, remat: str):
 
 
 def per_layer(rank: int, remat: str) -> tuple[float, float]:
-  """(bytes of weights and optimiser state, temporary bytes) that one layer more costs."""
+  """(bytes of weights and optimiser state, temporary bytes) of an additional layer."""
   few, more = (memory(n, rank, remat) for n in (2, 6))
 
   def slope(name):

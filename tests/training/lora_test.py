@@ -1,4 +1,4 @@
-"""LoRA: the factors, their product with its gradient, and merging."""
+"""LoRA: the factors, the gradient of their product, and merging."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from elder_jax.model.decoder import forward
 from elder_jax.model.decoder import logits_of
 from elder_jax.model.spec import Mode
 
-# Another kind of block: biases, LayerNorm, no gate in the MLP, attention and MLP side by side.
+# Another kind of block: biases, LayerNorm, no gate in the MLP, attention and MLP in parallel.
 PARALLEL = dataclasses.replace(
   SPEC,
   norm='layer',
@@ -41,7 +41,7 @@ PARALLEL = dataclasses.replace(
 
 
 def moved(model: Decoder) -> Decoder:
-  """`model` with LoRA whose second factors are not 0 any more."""
+  """`model` with LoRA and nonzero second factors, as after training."""
   model = lora.attach(model, RANK, ALPHA, 0)
   for i, name in enumerate(sorted(MATRICES)):
     if (matrix := getattr(model.layers, name)) is not None:
@@ -78,12 +78,12 @@ def test_factors_have_the_axes_of_their_matrix():
   assert not np.isclose(a(0, 'w_gate'), a(0, 'w_up')).any()
 
 
-def test_training_starts_at_the_base():
+def test_new_factors_do_not_change_the_model():
   chex.assert_trees_all_close(logits(lora.attach(random_model(), RANK, ALPHA, 0)), logits(random_model()), atol=1e-6)
 
 
 @pytest.mark.parametrize('spec', [SPEC, PARALLEL], ids=['llama', 'parallel'])
-def test_merged_is_unmerged(spec):
+def test_the_merged_model_equals_the_unmerged_one(spec):
   model = moved(random_model(spec))
   merged = lora.merge(model)
   assert jax.tree.structure(merged) == jax.tree.structure(random_model(spec))
@@ -103,7 +103,7 @@ def test_merged_is_unmerged(spec):
 
 @pytest.mark.parametrize('equation', ['BTD,DNH->BTNH', 'BTNH,NHD->BTD', 'BTD,DF->BTF', 'BTF,FD->BTD'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_gradient_of_a_product_is_that_of_the_formula(equation, dtype):
+def test_gradient_of_a_product_equals_the_formula(equation, dtype):
   sizes = {'B': 2, 'T': 5, 'D': 8, 'N': 2, 'H': 3, 'F': 7, 'r': 2}
   x_axes, w_axes, y_axes = equation.replace('->', ',').split(',')
   outer = y_axes[2:]

@@ -1,4 +1,4 @@
-"""Training with LoRA against plain formulas, resumed, and through a whole run."""
+"""Training with LoRA: against plain formulas, resumed, and in a whole run."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def fitted() -> tuple[dict, list]:
   return leaves(fit(random_model(), log=lambda i, m: losses.append(m['loss']))), losses
 
 
-def test_training_is_the_formula():
+def test_training_equals_the_formula():
   model, steps = random_model(), 3
   factors = {
     name: {k: p.get_value() for k, p in ab.items()} for name, ab in lora.factors(model.layers, RANK, 0).items()
@@ -97,7 +97,7 @@ def test_remat_and_accumulation_change_nothing(mode, more):
   chex.assert_trees_all_close(leaves(fit(random_model(), mode=mode, **more)), fitted()[0], atol=1e-5)
 
 
-def test_rank_zero_is_training_without():
+def test_rank_zero_trains_without_lora():
   model = random_model()
   settings = TrainSettings(steps=1, lr=1e-2, lambda2=0.5, order='joint')
 
@@ -109,13 +109,13 @@ def test_rank_zero_is_training_without():
   assert {n for n in plain if 'norm' in n and '.layers.' in n and (plain[n] != leaves(model)[n]).any()}
 
 
-def test_the_frozen_base_is_a_teacher():
+def test_lora_learns_from_the_dense_teacher():
   log, teacher, cut = [], random_model(), pruning.prune(random_model(), [1])
   fit(cut, log=lambda i, m: log.append(m), steps=25, distill=1.0, teacher=teacher, batch=lambda i: BATCHES_SBT[0])
   assert log[-1]['kl'] < 0.7 * log[0]['kl'], (log[0]['kl'], log[-1]['kl'])
 
 
-def test_bfloat16_base_and_float32_factors(monkeypatch):
+def test_bfloat16_base_with_float32_factors(monkeypatch):
   states = []
   init = init_state
   monkeypatch.setattr(trainer, 'init_state', lambda *args: states.append(init(*args)) or states[-1])
@@ -133,7 +133,7 @@ def test_bfloat16_base_and_float32_factors(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_sequential_training_goes_on_exactly(tmp_path):
+def test_a_killed_sequential_training_resumes_exactly(tmp_path):
   options = dict(steps=6, order='sequential', lambda2_power=1.0, optimizer='lion', moment_dtype='bfloat16', lr=1e-3)
   straight = fit(random_model(), [2, 1], **options)
 
@@ -159,7 +159,7 @@ def test_a_killed_sequential_training_goes_on_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_whole_runs(settings):
-  """Penalty, annealing, closed form and distillation with LoRA, through to an export that is read back."""
+  """Penalty, annealing, closed form and distillation with LoRA, up to an export that is read back."""
   settings |= dict(lora_rank=4, compare=['absorb_then_train'], distill=0.25, remat='full', lr=1e-2)
   report = pipeline.run(config_of(**settings))
   assert [row['recipe'] for row in report['rows']] == ['absorb_then_train', 'regularize']

@@ -1,4 +1,4 @@
-"""The loss against the plain formula, without the logits of a whole batch."""
+"""The loss against the plain formula, and that it never holds the logits of a whole batch."""
 
 import chex
 import jax
@@ -28,7 +28,7 @@ def plain_nll(model, x_BTD, tokens_BT, weight_BT=None):
 
 
 @pytest.mark.parametrize('weighted, tied', [(True, False), (False, True)])
-@pytest.mark.parametrize('length', [2, 4, 11])  # a chunk is 8 tokens of 2 rows, that is 4 of each
+@pytest.mark.parametrize('length', [2, 4, 11])  # a chunk is 8 tokens: 4 of each of 2 rows
 def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeypatch):
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
   model, tokens_BT = decoder(tied=tied), tokens(B, length)
@@ -50,8 +50,8 @@ def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeyp
 
 
 @pytest.mark.parametrize('distill', [0.0, 0.3])
-def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monkeypatch):
-  """There it is taken in the forward pass, otherwise in the backward pass: by two ways, and by the plain formula."""
+def test_the_gradient_is_the_same_with_a_frozen_head(distill, monkeypatch):
+  """With a frozen head it is computed in the forward pass, else in the backward pass; both equal the plain formula."""
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
   model, teacher, tokens_BT = decoder(), decoder(tied=True), tokens()
   x_BTD, y_BTD = jax.random.normal(jax.random.key(5), (2, B, T, SPEC.d_model))
@@ -76,8 +76,8 @@ def test_with_a_head_that_is_not_trained_the_gradient_is_the_same(distill, monke
 
 
 @pytest.mark.parametrize('temperature', [0.5, 3.0])
-def test_temperature_is_the_formula(temperature, monkeypatch):
-  """With a head that trains and one that does not; only tokens that count."""
+def test_temperature_equals_the_formula(temperature, monkeypatch):
+  """With a trained and a frozen head, and token weights."""
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
   model, teacher, tokens_BT = decoder(), decoder(tied=True), tokens()
   x_BTD, y_BTD = jax.random.normal(jax.random.key(5), (2, B, T, SPEC.d_model))
@@ -109,7 +109,7 @@ def test_temperature_is_the_formula(temperature, monkeypatch):
 
 
 @pytest.mark.parametrize('trained, distill, products', [((0, 1), 0.0, 4), (1, 0.0, 2), (1, 0.5, 3)])
-def test_products_with_the_head(trained, distill, products):
+def test_number_of_products_with_the_head(trained, distill, products):
   x_BTD = jnp.ones((B, T, SPEC.d_model))
   teacher = (decoder(), x_BTD) if distill else None
 
@@ -131,7 +131,7 @@ def _subjaxprs(value):
 
 
 def _arrays(jaxpr):
-  """The shapes and types of all values of a jaxpr and those within it."""
+  """The abstract values of a jaxpr and of all jaxprs nested in it."""
   for eqn in jaxpr.eqns:
     for var in (*eqn.invars, *eqn.outvars):
       yield var.aval
@@ -141,7 +141,7 @@ def _arrays(jaxpr):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_logits_of_a_whole_batch_are_never_there(dtype, monkeypatch):
+def test_the_logits_of_a_whole_batch_are_never_in_memory(dtype, monkeypatch):
   monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
   model, length = decoder(), 100
   x_BTD = jnp.ones((B, length, SPEC.d_model), dtype)
@@ -155,9 +155,9 @@ def test_the_logits_of_a_whole_batch_are_never_there(dtype, monkeypatch):
 
   V = SPEC.vocab_size
   weights = max(a.size for a in jax.tree.leaves(model))
-  assert weights < B * length * V  # else the weights themselves would be found
+  assert weights < B * length * V  # else the weights would be the largest
   assert B * 4 * V <= largest(losses.next_token_nll) < B * length * V
-  assert largest(plain_nll) >= B * (length - 1) * V  # the walk sees what it has to see
+  assert largest(plain_nll) >= B * (length - 1) * V  # the search finds them where they exist
 
 
 def test_loss_is_the_sum_of_its_parts():

@@ -1,4 +1,4 @@
-"""The optimisers' updates: weight decay, types of moments, first steps, clipped gradients."""
+"""The optimisers' updates: weight decay, dtypes of moments, first steps, gradient clipping."""
 
 import chex
 import jax
@@ -20,7 +20,7 @@ NORMS = {'.final_norm.scale.value', '.layers.attn_norm.scale.value', '.layers.ml
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'adafactor', 'lion'])
-def test_weight_decay_is_for_matrices(kind):
+def test_weight_decay_applies_to_matrices_only(kind):
   model = tiny()
   mask = train_mask(model, 'all')
   tx = make_optimizer(mask, rate, 0.5, 1.0, kind)
@@ -34,7 +34,7 @@ def test_weight_decay_is_for_matrices(kind):
 
 
 def updates_of(tx, mask, steps: int = 1):
-  """(updates of the last of some steps on random gradients, optimiser state), leaves by name."""
+  """(updates, optimiser state, gradients) of the last of `steps` steps on random gradients; updates by name."""
   state, _ = init_state(tiny(), mask, tx)
   opt_state = state.opt_state
   update = jax.jit(tx.update)
@@ -53,7 +53,7 @@ def test_the_default_is_optax_adamw_bit_for_bit():
 
 
 @pytest.mark.parametrize('kind', ['adamw', 'lion'])
-def test_bfloat16_is_for_first_moments(kind):
+def test_bfloat16_applies_to_first_moments_only(kind):
   mask = train_mask(tiny(), 'blocks')
   full, half = (updates_of(make_optimizer(mask, rate, 0.0, 1.0, kind, d), mask, 3) for d in ('float32', 'bfloat16'))
 
@@ -62,14 +62,14 @@ def test_bfloat16_is_for_first_moments(kind):
 
   assert dtypes(full[1], 'mu') == {'float32'} and dtypes(half[1], 'mu') == {'bfloat16'}
   assert dtypes(half[1], 'nu') == dtypes(full[1], 'nu') == ({'float32'} if kind == 'adamw' else set())
-  # lion takes signs, of which those near 0 may turn.
+  # lion uses signs, and those of values near 0 may flip.
   different = [np.mean(np.abs(half[0][n] - full[0][n]) > 0.02 * 0.01) for n in full[0]]
   assert max(different) < 0.02
 
 
 @pytest.mark.parametrize('kind', ['adafactor', 'lion'])
 def test_first_step_is_the_sign_of_the_gradient(kind):
-  # Of lion's mean with a moment of 0, and of g / sqrt(g^2): adafactor where nothing is factored.
+  # lion takes the sign of its mean with a moment of 0. Unfactored, adafactor's update is g / sqrt(g^2).
   mask = train_mask(tiny(), 'blocks')
   updates, state, grads = updates_of(make_optimizer(mask, rate, 0.0, 1.0, kind), mask)
   for name in updates:
@@ -82,7 +82,7 @@ def test_adafactor_keeps_rows_and_columns():
   state = tx.init(w)
   assert sum(a.size for a in jax.tree.leaves(state)) < L * (128 + 256) + 10
   updates, _ = tx.update(g, state, w)
-  # Shazeer and Stern's algorithm 4 for each layer alone, then clipped to a root mean square of 1 and scaled by the rate.
+  # Shazeer and Stern's algorithm 4 per layer, then clipped to a root mean square of 1 and scaled by the rate.
   squares_LRC = np.asarray(g['w'], np.float64) ** 2
   row_LR, column_LC = squares_LRC.mean(2), squares_LRC.mean(1)
   v_LRC = row_LR[:, :, None] * column_LC[:, None] / row_LR.mean(1)[:, None, None]
@@ -98,7 +98,7 @@ def test_gradients_are_clipped_by_their_global_norm(scale, norm):
   tx = make_optimizer(mask, rate, 0.0, 0.25)
   state, _ = init_state(model, mask, tx)
   grads = jax.tree.map(lambda a: scale * a, state.trained)
-  grads = jax.tree.map(lambda a: a / optax.global_norm(state.trained), grads)  # of the norm `scale`
+  grads = jax.tree.map(lambda a: a / optax.global_norm(state.trained), grads)  # now their norm is `scale`
   _, opt_state = jax.jit(tx.update)(grads, state.opt_state, state.trained)
   mu = optax.tree_utils.tree_get(opt_state, 'mu')
   np.testing.assert_allclose(float(optax.global_norm(mu)), 0.1 * (scale if norm is None else norm), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Stage 2: who is penalised when and how much, and what that does to the updates."""
+"""Stage 2: which layers are penalised when and how strongly, and the effect on their updates."""
 
 import dataclasses
 import functools
@@ -67,7 +67,7 @@ def fit(
   **more,
 ):
   s = settings(**more)
-  # What the step depends on: such fits share one, as they would share its compilation if jax could tell.
+  # The settings that the step depends on: fits with the same key share a step, so that it compiles once.
   key = mode, dataclasses.replace(s, lambda2=0, lambda2_power=0, order='joint', anneal=0)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(step_module, 'make_step', lambda *args: STEPS.get(key) or STEPS.setdefault(key, MAKE_STEP(*args)))
@@ -83,7 +83,7 @@ def skipped(layers, steps, **more) -> list[list[int]]:
   return [np.flatnonzero(~penalty_terms(L, layers, settings(**more), i)['alive_L']).tolist() for i in range(steps)]
 
 
-def test_joint_is_one_weight_on_all_chosen_layers_in_every_step():
+def test_joint_puts_the_same_weight_on_all_chosen_layers_in_every_step():
   assert weights([2, 0], 3) == [[0.5, 0, 0.5, 0]] * 3
   terms = penalty_terms(L, [2, 0], settings(), 1)
   assert terms['alive_L'].all() and terms['alive_L'].dtype == bool and not terms['gate_weight_L'].any()
@@ -97,7 +97,7 @@ def test_ramp_ends_at_lambda2(power, ramp):
   assert weights([1], 4, lambda2_power=power) == [[0, 0.5 * r, 0, 0] for r in ramp]
 
 
-def test_sequential_takes_the_layers_in_the_order_given():
+def test_sequential_penalises_the_layers_in_the_given_order():
   assert weights([3, 1], 4, order='sequential') == [[0, 0, 0, 0.5]] * 2 + [[0, 0.5, 0, 0]] * 2
   assert skipped([3, 1], 4) == [[], [], [3], [3]]
 
@@ -113,7 +113,7 @@ def test_sequential_takes_the_layers_in_the_order_given():
     (1, [0], [0]),
   ],
 )
-def test_turns_where_steps_do_not_divide(steps, layers, turns):
+def test_turns_if_the_layers_do_not_divide_the_steps(steps, layers, turns):
   assert [np.flatnonzero(w).tolist() for w in weights(layers, steps, order='sequential')] == [[t] for t in turns]
   assert skipped(layers, steps) == [list(range(t)) for t in turns]
 
@@ -126,7 +126,7 @@ def test_annealed_gates_fall_to_zero_and_stay_there():
   assert gates_of([1]) == [[1] * L] * 4
   assert gates_of([1], anneal=1.0) == [[1, g, 1, 1] for g in (0.75, 0.5, 0.25, 0)]
   assert gates_of([2, 1], anneal=0.5) == [[1, g, g, 1] for g in (0.5, 0, 0, 0)]
-  # One after another: a layer whose turn is over is skipped, so that its gate is of no account.
+  # Sequential: a layer whose turn is over is skipped, so its gate does not matter.
   assert gates_of([2, 1], anneal=1.0, order='sequential') == [
     [1, 1, 0.5, 1],
     [1, 1, 0, 1],
@@ -135,7 +135,7 @@ def test_annealed_gates_fall_to_zero_and_stay_there():
   ]
 
 
-def test_what_is_annealed_away_leaves_without_a_jump():
+def test_removing_annealed_layers_does_not_change_the_loss():
   model, lm = tiny(), []
   trained = fit(model, [2, 1], log=lambda i, m: lm.append(m['lm_loss']), steps=4, anneal=0.5, lambda2=0.0, lr=0.0)
   pruned = pruning.prune(trained, [1, 2])
@@ -162,7 +162,7 @@ def test_fewer_steps_than_layers_give_some_layers_a_turn(steps):
   assert len(set(w_SL.argmax(1))) == steps
 
 
-def test_no_layers_are_no_penalty():
+def test_without_layers_there_is_no_penalty():
   for sequential in (False, True):
     terms = penalty_terms(L, [], settings(order='sequential' if sequential else 'joint'), 2)
     assert terms['alive_L'].all() and not terms['delta_weight_L'].any()
@@ -171,7 +171,7 @@ def test_no_layers_are_no_penalty():
 @pytest.mark.parametrize('penalty, scale', [('l2', 'token'), ('l1', 'relative')])
 def test_the_penalty_alone_drives_the_updates_to_zero(penalty, scale):
   model = tiny(tied=False)
-  model.head.set_value(jnp.zeros_like(model.head.get_value()))  # the LM loss is log V whatever the layers do
+  model.head.set_value(jnp.zeros_like(model.head.get_value()))  # so the LM loss is always log V
   metrics = []
   trained = fit(
     model,
@@ -187,13 +187,13 @@ def test_the_penalty_alone_drives_the_updates_to_zero(penalty, scale):
   ratio_L = metrics[-1]['delta_L'] / metrics[0]['delta_L']
   assert ratio_L[1] < 0.05 and ratio_L[2] < 0.05, ratio_L
   old, new = leaves(model), leaves(trained)
-  for name in old:  # behind the last penalised layer no gradient comes from anywhere
+  for name in old:  # layers after the last penalised one get no gradient
     if '.layers.' in name:
       np.testing.assert_array_equal(old[name][3], new[name][3])
       assert (old[name][[1, 2]] != new[name][[1, 2]]).any()
 
 
-def test_no_penalty_is_plain_lm_training():
+def test_training_without_a_penalty_equals_plain_lm_training():
   model, steps = tiny(), 3
   mine = fit(model, [], steps=steps)
 
@@ -219,7 +219,7 @@ def test_no_penalty_is_plain_lm_training():
   assert np.abs(leaves(mine.layers)['.wq.value'] - leaves(model.layers)['.wq.value']).max() > 1e-3
 
 
-def test_lambda2_of_zero_is_no_penalty_bit_for_bit():
+def test_lambda2_of_zero_equals_no_penalty_bit_for_bit():
   plain, zero, some = fit(tiny(), []), fit(tiny(), [1, 2], lambda2=0.0), fit(tiny(), [1, 2], lambda2=0.5)
   chex.assert_trees_all_equal(leaves(plain), leaves(zero))
   assert any((a != b).any() for a, b in zip(leaves(plain).values(), leaves(some).values()))
@@ -232,8 +232,8 @@ def plain_kl(teacher, model, tokens_BT):
 
 
 @pytest.mark.parametrize('tied, chunk', [(True, 1024), (False, 8)])
-def test_distillation_is_the_formula(tied, chunk, monkeypatch):
-  monkeypatch.setattr(losses, 'CHUNK_TOKENS', chunk)  # 8 tokens are 2 of each row: chunks that do not divide 9
+def test_distillation_equals_the_formula(tied, chunk, monkeypatch):
+  monkeypatch.setattr(losses, 'CHUNK_TOKENS', chunk)  # 8 tokens are 2 per row: chunks do not divide 9
   teacher, model, tokens_BT = tiny(tied), pruning.prune(tiny(tied), [1, 2]), BATCHES_SBT[0]
   terms = penalty_terms(L - 2, [], settings(), 0)
 
@@ -248,7 +248,7 @@ def test_distillation_is_the_formula(tied, chunk, monkeypatch):
   lm_only = both(model, teacher, 0.0)
   assert 'kl' not in lm_only[1]
   np.testing.assert_allclose(parts['lm_loss'], lm_only[0], rtol=1e-6)
-  # Nothing goes into the teacher, and into the model what the plain formula gives.
+  # The teacher gets no gradient; the model gets that of the plain formula.
   to_model, to_teacher = jax.grad(lambda m, t: both(m, t, 1.0)[0], argnums=(0, 1))(model, teacher)
   assert all((g == 0).all() for g in leaves(to_teacher).values())
   plain = jax.grad(lambda m: plain_kl(teacher, m, tokens_BT))(model)
@@ -261,14 +261,14 @@ def test_a_model_that_is_its_own_teacher_learns_nothing_from_it():
   assert abs(log[0]['kl']) < 1e-6 and log[0]['grad_norm'] < 1e-4
 
 
-def test_distillation_brings_the_pruned_model_nearer_to_the_dense_one():
+def test_distillation_reduces_the_kl_divergence_from_the_dense_model():
   teacher, cut = tiny(), pruning.prune(tiny(), [1])
   trained = fit(cut, [], steps=30, lr=3e-3, distill=1.0, teacher=teacher)
   near, far = (float(plain_kl(teacher, m, BATCHES_SBT[0])) for m in (trained, cut))
   assert near < 0.5 * far, (near, far)
 
 
-def test_what_trains_and_what_is_logged():
+def test_trained_leaves_and_logged_metrics():
   log = []
   model = tiny()
   old = leaves(model)
@@ -291,7 +291,7 @@ def test_what_trains_and_what_is_logged():
   assert {name for name in old if (old[name] == new[name]).all()} == {'.gate_L.value'}
 
 
-def test_a_killed_training_goes_on_exactly(tmp_path):
+def test_a_killed_training_resumes_exactly(tmp_path):
   options = dict(steps=6, order='sequential', lambda2_power=1.0, warmup_ratio=0.3, weight_decay=0.1)
   straight = fit(tiny(), [2, 1], **options)
 
@@ -312,7 +312,7 @@ def test_a_killed_training_goes_on_exactly(tmp_path):
   resumed = fit(tiny(), [2, 1], log=lambda i, m: steps.append(i), checkpoint=checkpoints(), **options)
   assert steps == [4, 5]
   chex.assert_trees_all_equal(leaves(resumed), leaves(straight))
-  # Finished and started again: nothing is left to do.
+  # Rerunning a finished training does nothing.
   steps.clear()
   again = fit(tiny(), [2, 1], log=lambda i, m: steps.append(i), checkpoint=checkpoints(), **options)
   assert steps == []

@@ -1,4 +1,4 @@
-"""The learning rate over the steps."""
+"""Learning-rate schedules."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from elder_jax.training.optimizer import learning_rate
 
 
-def test_schedule():
+def test_linear_schedule_with_warmup():
   r = learning_rate(2.0, 100, 0.1)
   rates = np.array([float(r(i)) for i in range(100)])
   np.testing.assert_allclose(rates[:10], 2.0 * np.arange(1, 11) / 10, rtol=1e-6)
@@ -17,7 +17,7 @@ def test_schedule():
 
 @pytest.mark.parametrize('warmup', [0.0, 0.05, 0.5, 0.99])
 @pytest.mark.parametrize('steps', [1, 2, 3, 10])
-def test_schedule_wastes_no_step(steps, warmup):
+def test_no_step_has_a_rate_of_0(steps, warmup):
   r = learning_rate(1.0, steps, warmup)
   rates = [float(r(i)) for i in range(steps)]
   assert min(rates) > 0 and max(rates) == 1.0
@@ -36,7 +36,7 @@ def test_schedule_wastes_no_step(steps, warmup):
     ('wsd', 0.4, [0.5, *6 * [1], 1, 0.8, 0.6]),
   ],
 )
-def test_schedules(schedule, final, expected):
+def test_rates_of_all_schedules(schedule, final, expected):
   r = learning_rate(2.0, 10, 0.2, schedule, final, decay_ratio=0.3)
   rates = [float(r(i)) for i in range(11)]
   np.testing.assert_allclose(rates[:10], 2 * np.array(expected), rtol=1e-6)
@@ -45,12 +45,12 @@ def test_schedules(schedule, final, expected):
 
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
 @pytest.mark.parametrize('steps, warmup, decay', [(1, 0.0, 1.0), (2, 0.5, 0.5), (10, 0.0, 0.0), (10, 0.6, 0.9)])
-def test_no_schedule_wastes_a_step_or_misses_the_peak(schedule, steps, warmup, decay):
+def test_all_schedules_reach_the_peak_and_stay_above_0(schedule, steps, warmup, decay):
   r = learning_rate(1.0, steps, warmup, schedule, 0.0, decay)
   rates = [float(r(i)) for i in range(steps)]
   assert min(rates) > 0 and max(rates) == 1.0
 
 
-def test_a_long_cosine_is_above_0_to_the_end():
+def test_a_long_cosine_stays_above_0():
   r = learning_rate(1.0, 10**5, 0.0, 'cosine')
   np.testing.assert_allclose(float(r(10**5 - 1)), np.sin(np.pi / 2 / 10**5) ** 2, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A step of training: what trains, gradients added up over parts, types, and tokens of unlike weight."""
+"""A training step: which leaves train, gradient accumulation, dtypes, and token weights."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def trains(name: str, what: str) -> bool:
 
 
 @pytest.mark.parametrize('what', ['gates', 'blocks', 'all'])
-def test_nothing_but_what_is_named_trains(what):
+def test_only_the_named_leaves_train(what):
   before = leaves(tiny())
   step, state, frozen = begin(what)
   assert set(named(state.trained)) == {name for name in before if trains(name, what)}
@@ -42,14 +42,14 @@ def test_nothing_but_what_is_named_trains(what):
   state, _ = step(state, (frozen, None), BATCHES_SBT[0], terms())
   assert int(state.step) == 1
   after = leaves(combine(state.trained, frozen))
-  assert list(after) == list(before)  # the order too: it is the tree's
+  assert list(after) == list(before)  # in the order of the tree, too
   for name in before:
     assert np.array_equal(after[name], before[name]) != trains(name, what), name
   assert set(named(state.trained)) == {name for name in before if trains(name, what)}
 
 
 @pytest.mark.parametrize('what', ['gates', 'blocks', 'all'])
-def test_optimiser_state_is_of_the_trained_leaves_only(what):
+def test_only_trained_leaves_have_optimiser_state(what):
   _, state, _ = begin(what)
   shapes = sorted(a.shape for a in jax.tree.leaves(state.opt_state) if a.ndim)
   assert shapes == sorted(2 * [a.shape for name, a in leaves(tiny()).items() if trains(name, what)])
@@ -58,7 +58,7 @@ def test_optimiser_state_is_of_the_trained_leaves_only(what):
 def test_gradient_accumulation_changes_nothing():
   model = tiny()
   mask = train_mask(model, 'all')
-  tx = optax.masked(optax.sgd(0.5), mask)  # an update that is the gradient; Adam's hides a wrong scale
+  tx = optax.masked(optax.sgd(0.5), mask)  # SGD, because Adam's update would hide a wrong scale
   results = []
   for parts in (1, 2, 4):
     state, frozen = init_state(model, mask, tx)
@@ -78,7 +78,7 @@ def test_masters_of_a_bfloat16_model_are_float32():
   assert {a.dtype for a in jax.tree.leaves(state.opt_state) if a.ndim} == {jnp.dtype('float32')}
   assert frozen.embed.get_value().dtype == jnp.bfloat16 and frozen.gate_L.get_value().dtype == jnp.float32
   assert metrics['loss'].dtype == jnp.float32 and metrics['delta_L'].dtype == jnp.float32
-  # Steps that bfloat16 cannot hold: a weight of 1 would swallow one of 0.01·0.01.
+  # bfloat16 cannot hold such steps: adding 0.01·0.01 to a weight of 1 would be lost.
   norm = np.asarray(state.trained.layers.attn_norm.scale.get_value())
   assert (norm != norm.astype(jnp.bfloat16).astype(np.float32)).any()
   _, gates, _ = begin('gates', model, 'bfloat16')
@@ -116,13 +116,13 @@ def test_changed_terms_do_not_recompile():
 
 
 WEIGHT_BT = np.random.default_rng(3).integers(0, 2, (4, 9)).astype(np.float32)
-WEIGHT_BT[1] = 0  # a part of a batch in which no token counts
+WEIGHT_BT[1] = 0  # a micro-batch in which no token counts
 WEIGHT_BT[2, :4] = 0.25
 
 
 @pytest.mark.parametrize('taught', [False, True])
-def test_gradient_accumulation_changes_nothing_where_tokens_are_weighted(taught):
-  """Parts with few tokens that count weigh less: the mean is over the tokens of the whole batch."""
+def test_gradient_accumulation_changes_nothing_with_token_weights(taught):
+  """Micro-batches with fewer counted tokens weigh less: the mean is over the tokens of the whole batch."""
   model, mask = tiny(), train_mask(tiny(), 'all')
   tx = optax.masked(optax.sgd(0.5), mask)
   now, teacher = terms(weight_BT=WEIGHT_BT), None
@@ -144,7 +144,7 @@ def test_gradient_accumulation_changes_nothing_where_tokens_are_weighted(taught)
 
 
 @pytest.mark.parametrize('parts', [1, 2])
-def test_a_batch_in_which_no_token_counts_is_a_loss_of_0(parts):
+def test_a_batch_in_which_no_token_counts_has_a_loss_of_0(parts):
   model, mask = tiny(), train_mask(tiny(), 'blocks')
   tx = make_optimizer(mask, rate, 0.0, 1.0)
   state, frozen = init_state(model, mask, tx)
@@ -158,7 +158,7 @@ def test_a_batch_in_which_no_token_counts_is_a_loss_of_0(parts):
   chex.assert_trees_all_equal(leaves(state.trained), before)
 
 
-def test_weights_of_one_are_no_weights():
+def test_weights_of_1_equal_no_weights():
   step, *_ = begin('blocks')
   results = []
   for more in ({}, {'weight_BT': np.ones((4, 9), np.float32)}):

@@ -1,4 +1,4 @@
-"""Held-out losses while a model trains: what they are of, what they survive, and the best state."""
+"""Held-out losses during training: which rows they use, resuming, and the best state."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ def settings(settings) -> dict:
   return settings | removed | dict(train_steps=6, validate_every=2, validation_sequences=5, checkpoint_every=2)
 
 
-def test_each_row_has_its_curve_and_the_dense_model_its_loss(settings):
+def test_each_row_has_a_curve_and_the_dense_model_a_loss(settings):
   report = run(settings)
   tokens = 4 * 32
   for row in report['rows']:
@@ -35,7 +35,7 @@ def test_each_row_has_its_curve_and_the_dense_model_its_loss(settings):
   assert report['held_out_loss'] > 0 and len(set(start.values())) == 2
 
 
-def test_what_is_held_out_is_never_trained_on(settings, monkeypatch):
+def test_held_out_rows_are_never_trained_on(settings, monkeypatch):
   seen = {}
   once = validation.held_out_loss
 
@@ -52,11 +52,11 @@ def test_what_is_held_out_is_never_trained_on(settings, monkeypatch):
 
   monkeypatch.setattr('elder_jax.training.trainer.run_steps', spy_steps)
   run(settings)
-  assert seen['rows'].shape == (8, 32)  # 5, in whole batches
+  assert seen['rows'].shape == (8, 32)  # 5, rounded up to whole batches
   assert not {row.tobytes() for row in seen['rows']} & {row.tobytes() for row in seen['trained']}
 
 
-def test_the_loss_is_the_perplexitys(settings, tiny):
+def test_the_loss_is_the_log_of_the_perplexity(settings, tiny):
   model = ej.load(str(tiny))
   batches = ej.batches(model, settings['train_data'], seq_len=32, num_sequences=8, batch_size=4)
   rows_NT = batches.rows[np.arange(8)]
@@ -72,7 +72,7 @@ def test_a_killed_run_has_the_same_curve(settings, monkeypatch, tmp_path):
 
   def reached():
     calls.append(1)
-    return len(calls) == 3  # after the third step, behind the checkpoint of the second
+    return len(calls) == 3  # after the third step, past the checkpoint of the second
 
   monkeypatch.setattr(preemption, 'reached', reached)
   with pytest.raises(preemption.Preempted):
@@ -85,7 +85,7 @@ def test_the_best_state_is_exported(settings, monkeypatch):
   once, losses, batches = validation.held_out_loss, [], []
 
   def told(model, held_out, *args):
-    """Of the dense model, at steps 0 to 4 and of the result, whatever they are in truth: lowest at step 2."""
+    """Replaces the losses of the dense model, of steps 0 to 4 and of the result; the lowest is at step 2."""
     losses.append(once(model, held_out, *args))
     batches.append(held_out)
     return [9.0, 5.0, 4.0, 1.0, 2.0, 3.0, 1.0][len(losses) - 1]
@@ -101,6 +101,6 @@ def test_the_best_state_is_exported(settings, monkeypatch):
   assert told == [5.0, 4.0, 1.0, 2.0, 3.0]
 
 
-def test_best_needs_something_to_choose_by(settings):
+def test_export_best_needs_held_out_losses(settings):
   with pytest.raises(InputError, match='export=best.*--validate_every'):
     run(settings, validate_every=0, export='best')
