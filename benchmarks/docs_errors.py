@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'elder_jax'
 HOLE = '…'  # in place of what a message is filled with
 # Heading -> beginnings of the paths of the modules that raise; the first that fits counts.
 GROUPS = {
-  'Commands': ('commands/',),
+  'Commands': ('commands/', 'extras'),
   'How many layers, methods and recipes': ('methods/', 'recipes/', 'entries', 'run/how_much', 'run/removal_settings'),
   'Training text, evaluation text and tokenizers': ('text/', 'run/by_', 'hf/gguf/tokenizer'),
   'Training': ('training/', 'model/', 'run/row_training', 'run/healing'),

@@ -7,8 +7,8 @@ text, on which hyper-parameters are chosen. The reported figures are from test.t
 
 Rows are saved in benchmarks/results.jsonl and not repeated, so the command can be killed and rerun, also on another
 machine. The pages are written at the end, and by python -m benchmarks.docs. --only=PREFIX makes some rows. With --tasks_dir
-(see benchmarks/tasks.py) some rows are also evaluated on zero-shot tasks. --part=I/N makes every N-th row, so that several processes can share an accelerator
-(benchmarks/results_shared.sh).
+(see benchmarks/tasks.py) some rows are also evaluated on zero-shot tasks. --part=I/N makes every N-th row, so that several
+processes can share an accelerator (benchmarks/results_shared.sh).
 
 There are two budgets: a sixteenth of the paper's text, which is feasible on a CPU, and "one pass" over the training text.
 Rows of one pass are made if there is an accelerator, or if --only names them.

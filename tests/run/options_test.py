@@ -225,7 +225,7 @@ TABLE = {
 }
 # Settings that change no measurement of a run, and the tests of their effects.
 ELSEWHERE = {
-  'model': 'hf/families_test.py::test_two_layers_less',
+  'model': 'hf/families_test.py::test_removing_two_layers',
   'tokenizer': 'hf/export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
   'teacher': 'commands/heal_test.py::test_heal_trains_on_the_teachers_predictions_and_reports_the_lineage',
   'kept_layers': 'commands/heal_test.py::test_heal_compares_the_streams_of_the_remaining_layers',
