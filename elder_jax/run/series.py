@@ -43,19 +43,21 @@ def run(config: Config) -> dict:
   if to:
     hosts.leader_first(lambda: push.check('push_to_hub', to) if hosts.is_leader() else None)
   report = _run_or_series(config)
-  if to and hosts.is_leader():
-    _upload(config.path() / 'export', to)
+  if to and (failure := hosts.broadcast_json(_upload(config.path() / 'export', to) if hosts.is_leader() else '')):
+    raise push.PushFailed(failure)
   return report
 
 
-def _upload(export: pathlib.Path, to: str):
+def _upload(export: pathlib.Path, to: str) -> str:
+  """Uploads the export; why it was not uploaded, or ''."""
   log(f'uploading {export} to {to}')
   try:
     log(f'uploaded to {push.push(export, to, private=True, setting="push_to_hub")}')
   except (InputError, push.PushFailed) as e:
     why = e.why if isinstance(e, InputError) else f'{e}.'
     again = f'To try again: elder_jax push {export} --to={to}'
-    raise push.PushFailed(f'the export {export} is complete, but was not uploaded to {to}: {why} {again}') from e
+    return f'the export {export} is complete, but was not uploaded to {to}: {why} {again}'
+  return ''
 
 
 def _run_or_series(config: Config) -> dict:

@@ -9,8 +9,10 @@ import gguf
 from gguf_files import write_gguf
 from huggingface_hub import ModelCard
 import pytest
+from refusal import edit_json
 from report_test import make
 from report_test import row
+import strangers
 from tiny import config_of
 from tiny import write_tiny_llama
 import yaml
@@ -272,6 +274,14 @@ def test_a_card_that_an_earlier_version_listed(export, capsys):
   run_verb('verify', [str(export)])
   note, told = capsys.readouterr().out.splitlines()
   assert 'README.md: was edited or removed since the export' in note and f'{files - 1} files as written' in told
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_an_export_of_a_model_that_the_decoder_does_not_know(tmp_path, capsys):
+  source = strangers.save(strangers.mixtral, tmp_path / 'source')
+  edit_json(source / 'config.json', model_type='of_a_stranger')
+  export = strangers.cut(source, tmp_path / 'work', [0, 2], verify='auto')
+  assert 'files as written, of_a_stranger, 3 layers' in verified(capsys, export)
 
 
 def test_a_gguf_export(tmp_path, capsys):

@@ -115,6 +115,9 @@ def test_two_rounds_equal_two_runs(settings, tmp_path):
   assert [len(row['removed']) for row in report['rows']] == [2, 3]
   text = markdown(report)
   assert 'round 1' in text and 'round 2 (exported)' in text and '6 → 3 layers' in text
+  card = (pathlib.Path(settings['workdir']) / 'export' / 'README.md').read_text()
+  name = pathlib.Path(settings['model']).name
+  assert f'# {name}, 3 of 6 layers' in card and 'round 2 (exported)' in card and f'1. {name}: 2 of 6 layers' in card
   exported = ej.load(f'{settings["workdir"]}/export')
   assert exported.num_layers == 3
   lineage = json.loads((pathlib.Path(settings['workdir']) / 'export' / 'elder_jax.json').read_text())['lineage']
