@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 
@@ -54,46 +55,81 @@ def sentences() -> tuple[Sentence, ...]:
   for path in sorted(PACKAGE.rglob('*.py')):
     module = path.relative_to(PACKAGE).with_suffix('').as_posix()
     tree = ast.parse(path.read_text(encoding='utf-8'))
-    for setting, text in [*_raised(tree), *_returned(tree)]:
-      if len(re.findall(r'[a-z]{2,}', text)) >= 3:  # else all of it is filled in
+    for setting, text in [*_raised(tree), *_passed_on(tree, command=module.startswith('commands/'))]:
+      text = re.sub(f'{HOLE}+', HOLE, text)
+      if len(re.findall(r'[a-z]{2,}', text)) >= 2:  # else all of it is filled in
         found.setdefault((setting, text), Sentence(module, setting, text))
   return tuple(found.values())
 
 
 def _raised(tree: ast.Module) -> Iterator[tuple[str, str]]:
   """(setting, sentence) of each InputError."""
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith('InputError') and node.args:
-      first = node.args[0]
-      setting = first.value if len(node.args) == 3 and isinstance(first, ast.Constant) else ''
-      for text in _texts(node.args[-1]):
-        yield str(setting), text
+  for function in ast.walk(tree):
+    if isinstance(function, ast.FunctionDef):
+      local = _local(function)
+      for node in _own(function):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith('InputError') and node.args:
+          first = node.args[0]
+          setting = first.value if len(node.args) == 3 and isinstance(first, ast.Constant) else ''
+          for text in _texts(node.args[-1], local):
+            yield str(setting), text
 
 
-def _returned(tree: ast.Module) -> Iterator[tuple[str, str]]:
-  """Sentences that functions return for another to raise, as `why_not` does."""
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Return) and node.value is not None:
-      for text in _texts(node.value):
-        if '; ' in text and text.endswith('.'):
-          yield '', text
+def _passed_on(tree: ast.Module, command: bool) -> Iterator[tuple[str, str]]:
+  """Sentences that functions return, as `why_not` does, or commands raise as a ValueError, for another to raise."""
+  for function in ast.walk(tree):
+    if isinstance(function, ast.FunctionDef):
+      local = _local(function)
+      for node in _own(function):
+        if isinstance(node, ast.Return) and node.value is not None:
+          yield from (('', text) for text in _texts(node.value, local) if '; ' in text and text.endswith('.'))
+        elif command and isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+          yield from (('', f'{text}.') for arg in node.exc.args[:1] for text in _texts(arg, local))
 
 
-def _texts(node: ast.expr) -> list[str]:
+def _own(function: ast.FunctionDef) -> Iterator[ast.AST]:
+  """Nodes of a function, those of functions in it apart."""
+  waiting: list[ast.AST] = list(function.body)
+  while waiting:
+    node = waiting.pop(0)
+    yield node
+    waiting += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.FunctionDef)]
+
+
+def _local(function: ast.FunctionDef) -> dict[str, list[str]]:
+  """Texts that names of a function are set to."""
+  found: dict[str, list[str]] = {}
+  for node in _own(function):
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+      found.setdefault(node.targets[0].id, []).extend(_texts(node.value, {}) or [HOLE])
+  return {name: texts for name, texts in found.items() if set(texts) != {HOLE}}
+
+
+def _texts(node: ast.expr, local: dict[str, list[str]]) -> list[str]:
+  """What an expression can be, with HOLE where that is not known; empty where none of it is a text."""
   if isinstance(node, ast.Constant):
     return [node.value] if isinstance(node.value, str) else []
+  if isinstance(node, ast.Name):
+    return local.get(node.id, [])
   if isinstance(node, ast.JoinedStr):
-    return [''.join(part.value if isinstance(part, ast.Constant) else _filled(part.value) for part in node.values)]
+    return [''.join(parts) for parts in itertools.product(*(_part(value, local) for value in node.values))]
   if isinstance(node, ast.IfExp):
-    return [*_texts(node.body), *_texts(node.orelse)]
+    texts = _texts(node.body, local), _texts(node.orelse, local)
+    return [text for known in texts for text in known or [HOLE]] if any(texts) else []
   if isinstance(node, ast.BinOp):
-    return [left + right for left in _texts(node.left) or [HOLE] for right in _texts(node.right) or [HOLE]]
+    return [a + b for a in _texts(node.left, local) or [HOLE] for b in _texts(node.right, local) or [HOLE]]
   return []
 
 
-def _filled(node: ast.expr) -> str:
-  """HOLE, or the text of a constant of the package."""
-  return _constants().get(ast.unparse(node).rpartition('.')[2], HOLE)
+def _part(node: ast.expr, local: dict[str, list[str]]) -> list[str]:
+  """What a part of an f-string can be."""
+  if not isinstance(node, ast.FormattedValue):
+    return _texts(node, local)
+  name = ast.unparse(node.value).rpartition('.')[2]
+  if name in _constants():
+    return [_constants()[name]]
+  known = _texts(node.value, local) if isinstance(node.value, ast.Name | ast.IfExp) else []
+  return [text if node.conversion != ord('r') or text == HOLE else repr(text) for text in known] or [HOLE]
 
 
 @functools.cache

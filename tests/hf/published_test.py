@@ -27,7 +27,7 @@ PUBLISHED = json.loads((pathlib.Path(__file__).parents[1] / 'data' / 'published_
 del PUBLISHED['_about']
 READ = [name for name, entry in PUBLISHED.items() if entry['expect'] == 'read']
 DOCS = pathlib.Path(__file__).parents[2] / 'docs'
-SUPPORTED, REFUSED = ((DOCS / f'{name}.md').read_text() for name in ('models', 'families'))
+SUPPORTED, REFUSED = ((DOCS / f'{name}.md').read_text() for name in ('models', 'adding_a_family'))
 ACTIVATION_KEYS = ('hidden_act', 'hidden_activation', 'activation_function')
 
 
