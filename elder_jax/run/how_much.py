@@ -54,8 +54,13 @@ def _gigabytes(spec: Spec, num_layers: int, dtype: str) -> float:
 
 
 def _read_for_a_token(spec: Spec, num_layers: int, dtype: str) -> float:
-  """Number of weights that generating a token reads: all, except an embedding table that is not also the head."""
-  return _params(spec, num_layers, dtype) - (0 if spec.tied else spec.vocab_size * spec.d_model)
+  """Number of weights that generating a token reads."""
+  return _params(spec, num_layers, dtype) - unread(spec)
+
+
+def unread(spec: Spec) -> int:
+  """Weights of an embedding table that is not also the head: generating a token reads only one row of it."""
+  return 0 if spec.tied else spec.vocab_size * spec.d_model
 
 
 # Setting -> (measure of a model, condition on (dense, pruned, target), what the measure counts).

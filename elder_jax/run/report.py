@@ -89,6 +89,13 @@ def _place(report: dict, row: dict) -> tuple[int, int, int]:
   return len(row['removed']), methods.index(row['method']), recipes.index(row['recipe'])
 
 
+def estimated_speed(report: dict) -> float:
+  """Speed of generation over that of the dense model at batch 1, where reading the weights takes the time; or NaN."""
+  read = report.get('read_per_token') or {}
+  dense, pruned = number(read.get('dense')), number(read.get('pruned'))
+  return dense / pruned if pruned > 0 else math.nan
+
+
 def verdict(report: dict) -> list[str]:
   """A sentence for each corpus on which another row with as many layers is better than the exported one."""
   lines, exported = [], report['rows'][-1]
@@ -123,6 +130,8 @@ def markdown(report: dict) -> str:
     f'Parameters: {millions(report, "dense")} → {millions(report, "pruned")} ({figure(100 * fewer, 1)}% fewer).',
     '',
   ]
+  if (speed := estimated_speed(report)) > 1:
+    lines += [f'Estimated speed of generation at batch 1, by the weights read per token: {figure(speed)} × dense.', '']
   if report['ppl'] or report['tasks']['dense']:
     lines += [table(report), '']
   if report['ppl']:

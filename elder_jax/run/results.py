@@ -23,6 +23,7 @@ from elder_jax.run import lineage
 from elder_jax.run import origin
 from elder_jax.run import page
 from elder_jax.run.card import model_card
+from elder_jax.run.how_much import unread
 from elder_jax.run.job import Job
 from elder_jax.run.job import Run
 from elder_jax.run.page.data import read_run
@@ -40,6 +41,7 @@ def make_report(run: Run) -> dict:
   (method, _), choice = next(iter(run.choices.items()))
   removed, num_layers, dense = choice.removed, job.source.num_layers, run.figures['dense']
   kept = pruning.kept_layers(num_layers, removed)
+  params = {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)}
   return {
     'schema': SCHEMA,
     'model': config.paths.model,
@@ -60,7 +62,8 @@ def make_report(run: Run) -> dict:
     'train_data': _about_text(job),
     'answers': pairs(list(job.prompts), run.answers.get('dense'), run.answers.get('pruned')),
     'corpora': {c: w.about for c, w in job.windows.items()},
-    'params': {'dense': _num_params(job, range(num_layers)), 'pruned': _num_params(job, kept)},
+    'params': params,
+    'read_per_token': {which: count - unread(job.source.spec) for which, count in params.items()},
     'lineage': [*lineage.of_folder(job.source.files), lineage.step_of(config, num_layers, sorted(removed))],
     'origin': origin.read(config.paths.model, job.source.files),
     'steps': config.steps() if config.trains(config.removal.recipe) else 0,

@@ -8,6 +8,7 @@ from elder_jax.run.page.data import Finished
 from elder_jax.run.page.elements import element
 from elder_jax.run.page.notices import bytes_of
 from elder_jax.run.page.notices import ratios
+from elder_jax.run.report import estimated_speed
 from elder_jax.run.report import exported_of
 from elder_jax.run.report import reference_of
 from elder_jax.run.tables import compact
@@ -64,6 +65,8 @@ def _speed(run: Finished) -> Iterable[Tile]:
   if rows:
     row = rows[min(1, len(rows) - 1)]
     yield 'Measured speed', f'{figure(row["ratio"])} ×', 'dense', str(row.get('what', ''))
+  elif (ratio := estimated_speed(run.report)) > 1:
+    yield 'Estimated speed', f'{figure(ratio)} ×', 'dense', 'generation at batch 1, by weights read per token'
 
 
 def _perplexity(report: dict) -> Iterable[Tile]:
