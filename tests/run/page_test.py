@@ -150,7 +150,7 @@ def test_depths_methods_merges_and_gguf():
   assert 'llama-cli -m runs/x/export/a.gguf' in parsed.text and 'vllm' not in parsed.text
 
 
-@pytest.mark.parametrize('bad', BAD, ids=str)
+@pytest.mark.parametrize('bad', BAD, ids=lambda bad: type(bad).__name__ + str(bad)[:4].replace('<', ''))
 def test_a_figure_that_is_missing_or_not_finite_is_a_dash(bad, monkeypatch):
   made, ugly = full_report(), re.compile(r'\b(nan|inf|None|N/A)\b')
   for path in list(figures(made)):
