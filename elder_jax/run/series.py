@@ -225,6 +225,8 @@ def _of_rounds(config: Config, num_layers: int, kept: list[int], reports: list[d
   report |= {'model': config.paths.model, 'num_layers': num_layers, 'removed': removed, 'kept': kept, 'rows': rows}
   report |= {'order': [l for of_round in reports for l in of_round['removed_here']], 'choices': [], 'gates': []}
   report['params'] = {'dense': first['params']['dense'], 'pruned': reports[-1]['params']['pruned']}
+  sizes = [of_round.get('bytes', {}) for of_round in reports]
+  report['bytes'] = {'dense': sizes[0].get('dense'), 'pruned': sizes[-1].get('pruned')}
   report['ppl'] = {c: {'dense': v['dense'], 'pruned': reports[-1]['ppl'][c]['pruned']} for c, v in first['ppl'].items()}
   report['tasks'] = {'dense': first['tasks']['dense'], 'pruned': reports[-1]['tasks']['pruned']}
   report['held_out_loss'] = None  # each round holds out different sequences

@@ -29,11 +29,11 @@ def compact(value) -> str:
 
 
 def size(count) -> str:
-  """Bytes in three digits: 423 MB, 13.5 GB."""
+  """Bytes in three digits: 162 kB, 423 MB, 13.5 GB."""
   value = number(count)
   if math.isnan(value):
     return '—'
-  unit, name = (1e9, 'GB') if value >= 0.9995e9 else (1e6, 'MB')
+  unit, name = next(((u, n) for u, n in ((1e9, 'GB'), (1e6, 'MB')) if value >= 0.9995 * u), (1e3, 'kB'))
   return f'{value / unit:.3g} {name}' if value < 999.5 * unit else f'{value / unit:,.0f} {name}'
 
 

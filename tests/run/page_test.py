@@ -150,7 +150,7 @@ def test_depths_methods_merges_and_gguf():
   assert 'llama-cli -m runs/x/export/a.gguf' in parsed.text and 'vllm' not in parsed.text
 
 
-@pytest.mark.parametrize('bad', BAD, ids=str)
+@pytest.mark.parametrize('bad', BAD, ids=lambda bad: type(bad).__name__ + str(bad)[:4].replace('<', ''))
 def test_a_figure_that_is_missing_or_not_finite_is_a_dash(bad, monkeypatch):
   made, ugly = full_report(), re.compile(r'\b(nan|inf|None|N/A)\b')
   for path in list(figures(made)):
@@ -259,5 +259,5 @@ def test_figures_in_three_digits():
   assert [compact(n) for n in (0, 999, 16384, 512_000, 999_600, 1.5e6, 6.74e9, 1.2e12, None)] == [
     *('0', '999', '16.4k', '512k', '1M', '1.5M', '6.74B', '1,200B', '—')
   ]
-  assert [size(n) for n in (93e6, 423.4e6, 13.5e9, 1.5e12, 'x')] == ['93 MB', '423 MB', '13.5 GB', '1,500 GB', '—']
+  assert [size(n) for n in (65_900, 423.4e6, 13.5e9, 1.5e12, 'x')] == ['65.9 kB', '423 MB', '13.5 GB', '1,500 GB', '—']
   assert ranges([18, 3, 12, 13, 17]) == '3, 12–13, 17–18' and ranges([]) == ''

@@ -82,7 +82,7 @@ def test_the_search_removes_as_many_layers_as_the_limit_allows(settings):
   n = len(report['removed'])
   assert tried[n] <= 0.2 < tried.get(n + 1, 1.0)
   assert (pathlib.Path(settings['workdir']) / 'export' / 'config.json').exists()
-  assert 'may go for at most 20.0% more' in markdown(report)
+  assert 'most layers at up to 20.0% more' in markdown(report)
   assert report['ppl'] and report['steps'] == 4
   held_out = report['rows'][-1]
   assert held_out['recipe'] == 'absorb_then_train'
