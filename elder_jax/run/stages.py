@@ -55,6 +55,11 @@ class Stage:
   exported: bool = False
 
   @property
+  def measures(self) -> bool:
+    """It measures perplexity and tasks of a model."""
+    return self.run in (work.measure_dense, work.measure_teacher, work.measure_row)
+
+  @property
   def makes_model(self) -> bool:
     return self.run is work.treat
 
