@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all lint docs wheel assets results clean
+.PHONY: demo test test-all lint docs wheel bench assets results clean
 
 demo: $(VENV)/demo assets
 	$(BIN)/python -m elder_jax prune --config=smollm2_135m_demo
@@ -36,6 +36,11 @@ docs: $(VENV)/docs
 
 assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets
+
+# On a CPU: steps against PyTorch, and where the time of the demo goes.
+bench: $(VENV)/test assets
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.job
 
 # WIKITEXT is a folder with WikiText-2's valid.txt and test.txt; rows that are done are not done again.
 results: $(VENV)/demo
