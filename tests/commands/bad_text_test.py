@@ -85,7 +85,7 @@ def test_a_missing_broken_or_wrong_tokenizer(settings, model, monkeypatch):
   tokenizer = json.loads((model / 'tokenizer.json').read_text())
   tokenizer['model']['vocab']['e'] = 300
   (model / 'tokenizer.json').write_text(json.dumps(tokenizer))
-  refused(settings, '--train_data', 'produced token 300', 'has 263', '--tokenizer')
+  refused(settings, '--train_data', 'token 300', '263', '--tokenizer')
   (model / 'tokenizer.json').write_text('{}')
   refused(settings, model, '--tokenizer')
   for path in model.glob('tokenizer*'):
