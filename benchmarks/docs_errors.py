@@ -55,7 +55,7 @@ def sentences() -> tuple[Sentence, ...]:
   for path in sorted(PACKAGE.rglob('*.py')):
     module = path.relative_to(PACKAGE).with_suffix('').as_posix()
     tree = ast.parse(path.read_text(encoding='utf-8'))
-    for setting, text in [*_raised(tree), *_passed_on(tree, command=module.startswith('commands/'))]:
+    for setting, text in [*_raised(tree), *_passed_on(tree, module.startswith('commands/')), *_listed(tree)]:
       text = re.sub(f'{HOLE}+', HOLE, text)
       if len(re.findall(r'[a-z]{2,}', text)) >= 2:  # else all of it is filled in
         found.setdefault((setting, text), Sentence(module, setting, text))
@@ -85,6 +85,15 @@ def _passed_on(tree: ast.Module, command: bool) -> Iterator[tuple[str, str]]:
           yield from (('', text) for text in _texts(node.value, local) if '; ' in text and text.endswith('.'))
         elif command and isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
           yield from (('', f'{text}.') for arg in node.exc.args[:1] for text in _texts(arg, local))
+
+
+def _listed(tree: ast.Module) -> Iterator[tuple[str, str]]:
+  """Sentences that a table of the module holds."""
+  for table in tree.body:
+    tables = isinstance(table, ast.Assign) and isinstance(table.value, ast.Dict | ast.BinOp)
+    for node in ast.walk(table) if tables else ():
+      if isinstance(node, ast.Constant) and isinstance(node.value, str) and '; ' in node.value:
+        yield '', node.value.rstrip('.') + '.'
 
 
 def _own(function: ast.FunctionDef) -> Iterator[ast.AST]:
