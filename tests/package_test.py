@@ -139,9 +139,8 @@ def test_a_text_that_is_not_read_needs_nothing(settings, only_core):
 
 
 def test_commands_name_the_extra(tmp_path, monkeypatch, only_core):
-  monkeypatch.setattr(report_command, '_read', lambda name: {'rows': [{'held_out': [[0, 0, 3.0]]}]})
-  with pytest.raises(InputError, match=r'curve.svg needs the package matplotlib; .*elder_jax\[report\]'):
-    report_command.run(parse([], [str(tmp_path)]))
+  with pytest.raises(InputError, match=r'--png needs the package matplotlib; .*elder_jax\[report\]'):
+    report_command.run(parse([report_command.ReportSettings], ['--png', str(tmp_path)]))
   flags = [f'--like={tmp_path}/x.gguf', f'--out={tmp_path}/y.gguf', str(tmp_path)]
   with pytest.raises(InputError, match=r'like=.*: a .gguf file needs the package gguf; .*elder_jax\[gguf\]'):
     export_gguf.run(parse([export_gguf.GgufSettings], flags))

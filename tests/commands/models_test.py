@@ -95,7 +95,7 @@ def test_learned_positions_limit_the_length(command, learned, monkeypatch):
     monkeypatch.setattr(module, 'load_model', lambda *args: pytest.fail('weights were read'))
   text = 'one two three four five six seven eight nine ten ' * 2  # 98 tokens
   args = f'--model={learned}', f'--prompt={text}', '--max_new_tokens=3'
-  one_sentence(command('generate', *args), 2, 'prompt 0 has 98 tokens', 'the 100 positions')
+  one_sentence(command('generate', *args), 2, 'prompt 0 has 98 tokens', "the model's 100 positions")
   args = f'--model={learned}', '--remove_layers=1', '--new_tokens=8'
   one_sentence(command('speed', *args), 2, '--prompt_tokens=2048', 'has 100 positions')
   one_sentence(command('speed', *args, '--prompt_tokens=8', '--context=93'), 2, '--context=93 and --new_tokens=8')

@@ -112,7 +112,7 @@ def test_layers_at_chooses_among_several_lists(tmp_path, no_decoder):
     cut(source, tmp_path / 'fourth', [1], export_dtype='bfloat16')
   with pytest.raises(InputError, match='text_only.*copies every tensor'):
     cut(source, tmp_path / 'fourth', [1], text_only=True)
-  with pytest.raises(InputError, match='remove_layers.*9 is not a layer'):
+  with pytest.raises(InputError, match='remove_layers.*has no layer 9'):
     cut(source, tmp_path / 'fifth', [9])
 
 

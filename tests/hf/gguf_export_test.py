@@ -112,7 +112,7 @@ def test_a_folder_without_known_layers_keeps_the_types(tmp_path, capsys):
   folder = cut_to_folder(path, tmp_path / 'work', [1, 4], export_dtype='float32')
   (folder / 'elder_jax.json').unlink()
   made = export_to(folder, tmp_path / 'a.gguf', path)
-  assert '\n0 tensors as in --like' in capsys.readouterr().out
+  assert '\n0 tensors copied from --like' in capsys.readouterr().out
   assert {t.tensor_type for t in tensors(made).values() if len(t.shape) == 2} == {Type.Q8_0}
   np.testing.assert_allclose(logits(made), logits(path, [1, 4]), atol=1e-2)
 

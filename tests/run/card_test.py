@@ -303,7 +303,7 @@ def test_the_fields_of_a_gguf_file(tmp_path, monkeypatch):
     'general.source.url': 'https://example.com/a/b',
     'general.base_model.0.repo_url': 'https://huggingface.co/own/base',
   }
-  monkeypatch.setattr(origin.gguf_source, 'read_raw', lambda path: (fields, {}, []))
+  monkeypatch.setattr('elder_jax.hf.gguf.source.read_raw', lambda path: (fields, {}, []))
   assert origin.read(str(tmp_path / 'x.gguf'), tmp_path) == {
     'license': 'gemma', 'language': ['en', 'de'], 'base_model': 'own/base',
   }  # fmt: skip

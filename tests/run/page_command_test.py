@@ -53,7 +53,7 @@ def test_a_report_under_another_name_has_its_page_beside_it(tmp_path, capsys):
   'arguments, sentence',
   [
     (['a', '--out=x.html'], '--out=x.html: is for the comparison of several runs'),
-    (['a', 'b', '--out=gone/x.html'], 'is no file, or in no folder that exists'),
+    (['a', 'b', '--out=gone/x.html'], 'is not a file in an existing folder'),
     (['a', 'gone'], 'there is no such file'),
     (['a', 'list'], 'is not the report of a run (it is not a JSON object)'),
     (['taken'], 'taken: cannot be written'),

@@ -150,6 +150,14 @@ def test_depths_methods_merges_and_gguf():
   assert 'llama-cli -m runs/x/export/a.gguf' in parsed.text and 'vllm' not in parsed.text
 
 
+def test_without_matplotlib_the_figures_are_tables(monkeypatch):
+  report = make(steps=10**4, tokens_per_step=1000)
+  assert '<svg' in page.html(Finished(report, 'x'))
+  monkeypatch.setitem(sys.modules, 'matplotlib', None)
+  html = page.html(Finished(report, 'x'))
+  assert '<svg' not in html and 'elder_jax[report]' in html and '<table' in html
+
+
 @pytest.mark.parametrize('bad', BAD, ids=lambda bad: type(bad).__name__ + str(bad)[:4].replace('<', ''))
 def test_a_figure_that_is_missing_or_not_finite_is_a_dash(bad, monkeypatch):
   made, ugly = full_report(), re.compile(r'\b(nan|inf|None|N/A)\b')

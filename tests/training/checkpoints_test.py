@@ -126,7 +126,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_previous_one(tmp_path, ca
   restored = Checkpoints(tmp_path / 'gates', 1, 9).latest(state_at(0))
   chex.assert_trees_all_equal(restored, state_at(3, 3))
   lines = capsys.readouterr().err.splitlines()
-  assert len(lines) == 1 and f'{tmp_path}/gates/5: this checkpoint cannot be read (' in lines[0]
+  assert lines[1:] == ['elder_jax: Resuming training at step 3 of 9.']
+  assert f'{tmp_path}/gates/5: this checkpoint cannot be read (' in lines[0]
   assert lines[0].endswith('resuming from step 3') and len(lines[0]) < 500
   again = checkpoints_of(tmp_path / 'gates', 5)
   assert names(tmp_path / 'gates') == ['3', '5']
