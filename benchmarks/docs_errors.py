@@ -10,6 +10,7 @@ import re
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'elder_jax'
 HOLE = '…'  # in place of what a message is filled with
+_FOR_THE_USER = r'(?<!Input)(?<!Assertion)Error$'  # what commands raise and another part of them reports
 # Heading -> beginnings of the paths of the modules that raise; the first that fits counts.
 GROUPS = {
   'Commands': ('commands/', 'extras'),
@@ -76,15 +77,15 @@ def _raised(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _passed_on(tree: ast.Module, command: bool) -> Iterator[tuple[str, str]]:
-  """Sentences that functions return, as `why_not` does, or commands raise as a ValueError, for another to raise."""
+  """Sentences that functions return, as `why_not` does, or commands raise as another error, for another to raise."""
   for function in ast.walk(tree):
     if isinstance(function, ast.FunctionDef):
       local = _local(function)
       for node in _own(function):
         if isinstance(node, ast.Return) and node.value is not None:
           yield from (('', text) for text in _texts(node.value, local) if '; ' in text and text.endswith('.'))
-        elif command and isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-          yield from (('', f'{text}.') for arg in node.exc.args[:1] for text in _texts(arg, local))
+        elif command and isinstance(node, ast.Call) and node.args and re.search(_FOR_THE_USER, ast.unparse(node.func)):
+          yield from (('', f'{text.rstrip(".")}.') for text in _texts(node.args[0], local))
 
 
 def _listed(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -110,7 +111,8 @@ def _local(function: ast.FunctionDef) -> dict[str, list[str]]:
   found: dict[str, list[str]] = {}
   for node in _own(function):
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-      found.setdefault(node.targets[0].id, []).extend(_texts(node.value, {}) or [HOLE])
+      prose = [text if ' ' in text else HOLE for text in _texts(node.value, {})]
+      found.setdefault(node.targets[0].id, []).extend(prose or [HOLE])
   return {name: texts for name, texts in found.items() if set(texts) != {HOLE}}
 
 
@@ -158,13 +160,13 @@ def group_of(sentence: Sentence) -> str:
 def tables() -> str:
   text = ''
   for group in GROUPS:
-    rows = sorted((_cells(s) for s in sentences() if group_of(s) == group), key=lambda row: (row[0] == '', row))
+    rows = sorted({_cells(s) for s in sentences() if group_of(s) == group}, key=lambda row: (row[0] == '', row))
     if rows:
       lines = ['| flag | message | fix |', '| --- | --- | --- |', *(f'| {" | ".join(row)} |' for row in rows)]
       text += f'## {group}\n\n' + '\n'.join(lines) + '\n\n'
   return text
 
 
-def _cells(sentence: Sentence) -> list[str]:
+def _cells(sentence: Sentence) -> tuple[str, ...]:
   flag = f'`--{sentence.setting}`' if sentence.setting else ''
-  return [flag, *(re.sub(r'([|*_<>\[\]`])', r'\\\1', part) for part in sentence.parts)]
+  return (flag, *(re.sub(r'([|*_<>\[\]`])', r'\\\1', part) for part in sentence.parts))
