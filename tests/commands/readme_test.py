@@ -2,6 +2,7 @@
 steps.
 """
 
+import json
 import pathlib
 import re
 import shlex
@@ -50,7 +51,9 @@ def tiny_gguf(here) -> pathlib.Path:
 
 @pytest.mark.slow
 def test_readmes_commands_run_in_their_order(here, tiny, text, capsys):
-  (here / 'more.jsonl').write_text('{"text": ' + repr(text.read_text()).replace("'", '"') + '}\n')
+  for name in ('texts.jsonl', 'more.jsonl'):
+    (here / name).write_text(json.dumps({'text': text.read_text()}) + '\n')
+  (here / 'news.txt').write_text(text.read_text())
   small = f'--model={tiny} --train_data={text} --eval_data=text={text} --num_remove=2 --workdir=runs/tiny {SHORT}'
   (here / 'tiny.flags').write_text('\n'.join(small.split()))
   lines, ran = lines_of('README.md'), []
@@ -59,7 +62,8 @@ def test_readmes_commands_run_in_their_order(here, tiny, text, capsys):
     verb, *args = shlex.split(line)[1:]
     if '--topology' in line or verb in ('eval', 'chat', 'export-gguf'):
       continue  # the TPU compiler, questions from the hub, a terminal, a GGUF file: tests of their own
-    args = [arg.replace('DENSE', str(tiny)).replace('FOLDER', str(tiny)) for arg in args]
+    plain = any(arg in ('--model=MODEL', '--model=FOLDER') for arg in args)  # no config makes it small
+    args = [re.sub('DENSE|FOLDER|MODEL', str(tiny), arg) for arg in args]
     args = [re.sub(r'^--model=[\w.-]+/[\w.-]+$', f'--model={tiny}', arg) for arg in args]
     args = [re.sub(r'^--config=.*', '--config=tiny.flags', arg) for arg in args]
     args = [re.sub(r'^--remove_layers=.*', '--remove_layers=2-3', arg) for arg in args]
@@ -70,6 +74,8 @@ def test_readmes_commands_run_in_their_order(here, tiny, text, capsys):
       args.append(f'--workdir=runs/{number}')
     if verb == 'heal':
       args += [arg for arg in SHORT.split() if not re.match('--(protect|gate|score|train_steps)', arg)]
+    elif plain and any(arg.startswith('--train_data') for arg in args):
+      args = [arg for arg in args if not arg.startswith('--train_tokens')] + SHORT.split()
     if verb == 'speed':
       args += '--prompt_tokens=8 --new_tokens=2 --context=4 --batch_sizes=1 --repeats=1'.split()
     commands.main([verb, *args])  # ends the process where it fails

@@ -226,7 +226,7 @@ TABLE = {
 # Settings that change no measurement of a run, and the tests of their effects.
 ELSEWHERE = {
   'model': 'hf/families_test.py::test_removing_two_layers',
-  'tokenizer': 'hf/export_files_test.py::test_another_tokenizer_takes_the_place_of_the_sources',
+  'tokenizer': 'hf/export_files_test.py::test_another_tokenizer_replaces_that_of_the_source',
   'teacher': 'commands/heal_test.py::test_heal_trains_on_the_teachers_predictions_and_reports_the_lineage',
   'kept_layers': 'commands/heal_test.py::test_heal_compares_the_streams_of_the_remaining_layers',
   'train_on': 'text/training_text_test.py::test_only_the_assistants_tokens_of_a_conversation_count',
@@ -234,10 +234,10 @@ ELSEWHERE = {
   'validation_sequences': 'text/training_text_test.py::test_held_out_rows_come_first_from_each_source',
   'token_cache': 'text/training_text_test.py::test_tokens_are_made_once_for_the_same_content_and_options',
   'export': 'training/validation_test.py::test_the_best_state_is_exported',
-  'layers_at': 'hf/by_name_test.py::test_a_list_is_named_where_there_are_several',
-  'text_only': 'hf/multimodal_test.py::test_text_only_is_the_language_model_by_itself',
+  'layers_at': 'hf/by_name_test.py::test_layers_at_chooses_among_several_lists',
+  'text_only': 'hf/multimodal_test.py::test_text_only_exports_the_language_model_alone',
   'push_to_hub': 'run/push_test.py::test_a_run_uploads_its_export_when_it_is_done',
-  'export_format': 'hf/gguf_cut_test.py::test_the_cut_file_is_the_pruned_model_to_the_bit',
+  'export_format': 'hf/gguf_cut_test.py::test_the_cut_file_computes_bit_for_bit_what_the_pruned_model_does',
   'target_params': 'run/series_test.py::test_targets_of_size',
   'target_gb': 'run/series_test.py::test_targets_of_size',
   'target_speedup': 'run/series_test.py::test_target_of_speed',
