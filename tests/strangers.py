@@ -157,7 +157,7 @@ def without(model, at: str, removed: list[int]):
   return model
 
 
-def octets(folder: pathlib.Path) -> dict[str, tuple]:
+def tensor_bytes(folder: pathlib.Path) -> dict[str, tuple]:
   found = {}
   for path in folder.glob('*.safetensors'):
     begin, header = safetensors_files._data_begins(path)

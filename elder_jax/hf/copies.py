@@ -44,7 +44,7 @@ def total(source: pathlib.Path, names: Iterable[str]) -> int:
   return sum(sizes[name] for name in names)
 
 
-def octets(path: pathlib.Path, begin: int, tensors: list[tuple[str, str, dict]]) -> Iterator[bytes]:
+def content(path: pathlib.Path, begin: int, tensors: list[tuple[str, str, dict]]) -> Iterator[bytes]:
   """The content of a safetensors file with tensors of another one, in pieces.
 
   Args:

@@ -16,13 +16,13 @@ class Multimodal(NamedTuple):
   config: its config.json.
   names: of the language model's tensors: name in a stand-alone language model -> name in the folder.
   others: names of the tensors of the other parts.
-  octets: bytes of these tensors.
+  num_bytes: bytes of these tensors.
   """
 
   config: dict
   names: dict[str, str]
   others: tuple[str, ...]
-  octets: int
+  num_bytes: int
 
   def name_of(self, ours: str, before: str) -> str:
     """A tensor's name in the exported folder.

@@ -33,7 +33,7 @@ def check_export(config: Config, source: Source, num_remove: int):
     )
   params = pruning.num_params(abstract_decoder(spec, len(kept)))
   needed = params * jnp.dtype(output.export_dtype or source.dtype).itemsize
-  needed += source.whole.octets if source.whole and not output.text_only else 0
+  needed += source.whole.num_bytes if source.whole and not output.text_only else 0
   if (free := shutil.disk_usage(config.path()).free) < needed:
     raise InputError(
       'workdir',

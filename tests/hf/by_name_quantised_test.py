@@ -10,8 +10,8 @@ from strangers import SIZES
 from strangers import cut
 from strangers import gpt_oss
 from strangers import logits
-from strangers import octets
 from strangers import save
+from strangers import tensor_bytes
 from strangers import without
 import torch
 import transformers
@@ -89,7 +89,7 @@ def rewrite(folder: pathlib.Path, change, method: str) -> pathlib.Path:
 def test_quantised_weights_are_copied_byte_for_byte(quantised, tmp_path):
   source = quantised(tmp_path / 'source')
   export = cut(source, tmp_path / 'work', [1, 2])
-  before, after = octets(source), octets(export)
+  before, after = tensor_bytes(source), tensor_bytes(export)
   kept = [l for l in range(5 if quantised is fp8 else 6) if l not in (1, 2)]
   expected = {n: a for n, a in before.items() if not n.startswith('model.layers.')}
   for new, old in enumerate(kept):

@@ -14,10 +14,10 @@ from strangers import load
 from strangers import logits
 from strangers import mixtral
 from strangers import nemotron_h
-from strangers import octets
 from strangers import qwen2_5_vl
 from strangers import qwen3_next
 from strangers import save
+from strangers import tensor_bytes
 from strangers import without
 from tiny import config_of
 import torch
@@ -126,10 +126,10 @@ def test_a_killed_cut_is_repeated_and_a_finished_one_only_reported(tmp_path, mon
       cut(source, tmp_path / 'work', [2])
   assert not (tmp_path / 'work' / 'export').exists()
   export = cut(source, tmp_path / 'work', [2])
-  written = octets(export)
+  written = tensor_bytes(export)
   monkeypatch.setattr(copies, 'PIECE', size)
   monkeypatch.setattr(by_name, 'open_checkpoint', None)
-  assert octets(cut(source, tmp_path / 'work', [2])) == written
+  assert tensor_bytes(cut(source, tmp_path / 'work', [2])) == written
   assert json.loads((tmp_path / 'work/report.json').read_text())['verify'] == {'tensors': len(written)}
 
 

@@ -160,9 +160,9 @@ def test_the_same_run_gives_the_same_card(model, tmp_path):
 
 def test_the_sizes(export):
   text = (export / 'README.md').read_text()
-  octets = sum(path.stat().st_size for path in export.glob('*.safetensors'))
+  size = sum(path.stat().st_size for path in export.glob('*.safetensors'))
   told = float(re.search(r'Weights on disk: ([\d.]+) MB F32\.', text)[1])
-  assert told == pytest.approx(octets / 1e6, abs=0.06) and '| layers | 6 | 4 |' in text
+  assert told == pytest.approx(size / 1e6, abs=0.06) and '| layers | 6 | 4 |' in text
 
 
 def test_caveats():

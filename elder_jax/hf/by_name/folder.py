@@ -75,7 +75,7 @@ def write(
   for path, tensors in plan.items():
     if not tensors:
       continue
-    pieces = copies.octets(path, checkpoint.headers[path][0], tensors)
+    pieces = copies.content(path, checkpoint.headers[path][0], tensors)
     digest, size = hashlib.sha256(), 0
     with (folder / path.name).open('wb') as file:
       for piece in pieces:

@@ -36,7 +36,7 @@ def with_entries(raw: bytes, entries: list[int]) -> bytes:
   return struct.pack('<IIQ', _ARRAY, kind, len(entries)) + b''.join(raw[16 + size * i :][:size] for i in entries)
 
 
-def num_octets(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+def num_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
   """Bytes of a tensor of this shape and type."""
   block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
   return math.prod(shape) // block_size * block_bytes
@@ -64,8 +64,8 @@ def write(
   end = 0
   for name, shape, kind in tensors:
     head += _string(name) + struct.pack(f'<I{len(shape)}QIQ', len(shape), *shape, int(kind), end)
-    end += -(-num_octets(shape, kind) // alignment) * alignment
-  digest, done, total = hashlib.sha256(), 0, sum(num_octets(shape, kind) for _, shape, kind in tensors)
+    end += -(-num_bytes(shape, kind) // alignment) * alignment
+  digest, done, total = hashlib.sha256(), 0, sum(num_bytes(shape, kind) for _, shape, kind in tensors)
   with path.open('wb') as file:
 
     def put(data):
@@ -75,7 +75,7 @@ def write(
     put(head + b'\0' * (-len(head) % alignment))
     for i, (name, shape, kind) in enumerate(tensors):
       data = np.ascontiguousarray(data_of(i)).reshape(-1).view(np.uint8)
-      assert data.size == num_octets(shape, kind), name
+      assert data.size == num_bytes(shape, kind), name
       for at in range(0, data.size, _PIECE):
         preemption.check_alone()
         put(memoryview(data[at : at + _PIECE]))
