@@ -7,7 +7,7 @@ from setuptools import setup
 EXTRAS = {
   'data': ['datasets>=3.0', 'pyarrow>=18'],  # hub data sets; .parquet and .zst files
   'gguf': ['gguf>=0.17'],
-  'report': ['matplotlib>=3.9'],  # curve.svg, sweep.svg
+  'report': ['matplotlib>=3.9'],  # charts: in report.html, curve.svg, sweep.svg
   'eval': ['lm_eval>=0.4.9,<0.5'],
   # Of --track.
   'tensorboard': ['tensorboardX>=2.6'],

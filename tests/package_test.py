@@ -164,13 +164,13 @@ def dist(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_configs_and_the_types(dist):
+def test_the_wheel_holds_every_file_of_the_package_and_the_configs(dist):
   _run(sys.executable, '-m', 'twine', 'check', '--strict', *sorted(dist.iterdir()))
   with zipfile.ZipFile(next(dist.glob('*.whl'))) as wheel:
     names = set(wheel.namelist())
   for folder in ('elder_jax', 'configs'):
     for path in (ROOT / folder).rglob('*'):
-      if path.suffix in ('.py', '.flags', '.typed'):
+      if path.is_file() and path.suffix != '.pyc':
         name = path.relative_to(ROOT).as_posix()
         assert (name if folder == 'elder_jax' else f'elder_jax/{name}') in names, name
   assert not [name for name in names if name.split('/')[0] not in ('elder_jax', 'elder_jax-0.1.0.dist-info')]
@@ -188,10 +188,7 @@ def test_an_installed_wheel_prunes_with_the_core_alone(dist, tiny, text, tmp_pat
   (packages / 'tests.pth').write_text(sysconfig.get_path('purelib') + '\n')
   (packages / 'sitecustomize.py').write_text(BLOCK)
   empty.mkdir()
-  where = (
-    'import elder_jax, sys; print(elder_jax.__file__, [name for name in sys.modules if name in ("torch", "gguf")])'
-  )
-  assert str(packages) in _run(python, '-c', where, cwd=empty)
+  assert str(packages) in _run(python, '-c', 'import elder_jax; print(elder_jax.__file__)', cwd=empty)
   command = environment / 'bin' / 'elder_jax'
   assert _run(command, '--version', cwd=empty) == f'elder_jax {elder_jax.__version__}\n'
   flags = (
