@@ -10,6 +10,7 @@ import pathlib
 import re
 
 from benchmarks import docs_errors
+from benchmarks import headline
 from benchmarks import results_figure
 from benchmarks import results_table
 from elder_jax.commands import models
@@ -62,6 +63,7 @@ def _paper(number: str) -> str:
 
 # (page, name of the part) -> its text.
 PARTS: dict[tuple[str, str], Callable[[], str]] = {
+  ('../README.md', 'headline'): headline.table,
   ('methods.md', 'methods'): methods,
   ('methods.md', 'recipes'): recipes,
   ('models.md', 'models'): lambda: models.table() + '\n',
