@@ -14,7 +14,7 @@ import elder_jax
 from elder_jax.methods import METHODS
 from elder_jax.recipes import RECIPES
 
-DECISIONS = sorted(path for path in (docs.FOLDER / 'decisions').glob('*.md') if path.stem != 'index')
+DECISIONS = sorted(path for path in (docs.FOLDER / 'decisions').glob('*.md'))
 
 
 def read(page: str) -> str:

@@ -1,6 +1,7 @@
-"""How to run an exported model: the commands of its model card."""
+"""How to run an exported model: the commands of its model card and of its report."""
 
 import pathlib
+import shlex
 from typing import NamedTuple
 
 from elder_jax.errors import InputError
@@ -27,8 +28,6 @@ _UNCHECKED = (
   'This model has several kinds of layers. Whether convert_hf_to_gguf.py of llama.cpp writes which layer is of which kind '
   'was not checked: compare the outputs before you use such a file.'
 )
-_CONVERT = 'python convert_hf_to_gguf.py FOLDER --outfile model.gguf'
-_EXPORT = 'elder_jax export-gguf FOLDER --like=ORIGINAL.gguf --out=model.gguf'
 _GENERATE = (
   'output = model.generate(**inputs, max_new_tokens=40)',
   'print(tokenizer.decode(output[0], skip_special_tokens=True))',
@@ -36,7 +35,7 @@ _GENERATE = (
 
 
 class Files(NamedTuple):
-  """An exported folder, as far as its card depends on it."""
+  """An exported folder, as far as its commands depend on it."""
 
   config: dict  # config.json; empty of a GGUF file
   chat: bool  # there is a chat template
@@ -78,63 +77,79 @@ def pipeline_tag(files: Files) -> str:
   return 'image-text-to-text' if _has_pictures(files.config) else 'text-generation'
 
 
+class Names(NamedTuple):
+  """What the commands call things."""
+
+  folder: str = 'FOLDER'  # the export
+  gguf: str = 'model.gguf'  # the export as a GGUF file
+  original: str = 'ORIGINAL.gguf'  # a GGUF file of the original
+  ollama: str = 'my-model'
+
+
+class Way(NamedTuple):
+  """A runtime and its commands."""
+
+  title: str
+  lines: list[str]
+  language: str = 'sh'
+  before: str = ''  # a sentence
+  after: str = ''  # a sentence
+
+
 def section(files: Files) -> list[str]:
   """Lines of Markdown."""
+  lines = ['## Use it', '']
+  if not files.gguf:
+    lines += ['FOLDER is this folder, or the name of this model on the hub.', '']
+    lines += ['The code of this architecture is not included: add the Python files of the original.', ''] * _code(files)
+  for way in ways(files, Names(gguf=files.gguf or Names().gguf)):
+    block = [f'```{way.language}', *way.lines, '```', ''] if way.lines else []
+    lines += [f'### {way.title}', '', *([way.before, ''] if way.before else []), *block]
+    lines += [way.after, ''] if way.after else []
+  return lines[:-1]
+
+
+def ways(files: Files, names: Names) -> list[Way]:
+  """How to run the export: transformers, vLLM, llama.cpp and Ollama, or the last two alone if it is a GGUF file."""
   if files.gguf:
-    return ['## Use it', '', *_of_gguf(files.gguf, files.chat)]
-  code = ['The code of this architecture is not included: add the Python files of the original.', '']
+    return _of_gguf(names, files.chat)
   return [
-    '## Use it',
-    '',
-    'FOLDER is this folder, or the name of this model on the hub.',
-    '',
-    *(code if _code(files) else []),
-    '### transformers',
-    '',
-    *_block('python', _transformers(files)),
-    '',
-    '### vLLM',
-    '',
-    *_vllm(files),
-    '',
-    *_by_gguf(files),
+    Way('transformers', _transformers(files, names.folder), 'python'),
+    _vllm(files, names),
+    *_by_gguf(files, names),
   ]
 
 
-def _vllm(files: Files) -> list[str]:
+def _vllm(files: Files, names: Names) -> Way:
   if files.config.get('model_type') == 'gpt_oss' and _why_not_converted(files.config):
-    return [_NOT_IN_VLLM]
-  return _block('sh', [f'vllm serve FOLDER{" --trust-remote-code" if _code(files) else ""}'])
+    return Way('vLLM', [], before=_NOT_IN_VLLM)
+  return Way('vLLM', [f'vllm serve {shlex.quote(names.folder)}{" --trust-remote-code" if _code(files) else ""}'])
 
 
-def _by_gguf(files: Files) -> list[str]:
+def _by_gguf(files: Files, names: Names) -> list[Way]:
   """How a folder becomes a GGUF file, and how that is run."""
   why_not = _why_not_converted(files.config)
   family = FAMILIES.get(str(multimodal.language_config(files.config).get('model_type')))
   ours = not _has_pictures(files.config) and hasattr(family, 'GGUF_ARCHITECTURE')
   if why_not and not ours:
-    return ['### llama.cpp and Ollama', '', why_not]
-  commands = [] if why_not else ['# The script is in the repository of llama.cpp.', _CONVERT]
-  commands += ['# With a GGUF file of the original:', _EXPORT] if ours else []
-  return [
-    '### A GGUF file',
-    '',
-    *([why_not, ''] if why_not else []),
-    *_block('sh', commands),
-    '',
-    *_of_gguf('model.gguf', files.chat),
-  ]
+    return [Way('llama.cpp and Ollama', [], before=why_not)]
+  folder, original, made = map(shlex.quote, (names.folder, names.original, names.gguf))
+  convert = f'python convert_hf_to_gguf.py {folder} --outfile {made}'
+  export = f'elder_jax export-gguf {folder} --like={original} --out={made}'
+  commands = [] if why_not else ['# The script is in the repository of llama.cpp.', convert]
+  commands += ['# With a GGUF file of the original:', export] if ours else []
+  return [Way('A GGUF file', commands, before=why_not), *_of_gguf(names, files.chat)]
 
 
-def _transformers(files: Files) -> list[str]:
+def _transformers(files: Files, folder: str) -> list[str]:
   code = ', trust_remote_code=True' if _code(files) else ''
   pictures = _has_pictures(files.config)
   auto = 'AutoModelForImageTextToText' if pictures else 'AutoModelForCausalLM'
   lines = [
     f'from transformers import {auto}, AutoTokenizer',
     '',
-    f"model = {auto}.from_pretrained('FOLDER', dtype='auto'{code})",
-    f"tokenizer = AutoTokenizer.from_pretrained('FOLDER'{code})",
+    f"model = {auto}.from_pretrained({folder!r}, dtype='auto'{code})",
+    f'tokenizer = AutoTokenizer.from_pretrained({folder!r}{code})',
   ]
   if files.chat:
     lines += [
@@ -148,24 +163,16 @@ def _transformers(files: Files) -> list[str]:
   return [*lines, *_GENERATE]
 
 
-def _of_gguf(file: str, chat: bool) -> list[str]:
+def _of_gguf(names: Names, chat: bool) -> list[Way]:
+  file = shlex.quote(names.gguf)
   run = f'llama-cli -m {file}' if chat else f"llama-completion -m {file} -no-cnv -n 40 -p '{PROMPT}'"
-  ollama = [f"echo 'FROM ./{file}' > Modelfile", 'ollama create my-model -f Modelfile', 'ollama run my-model']
+  source = shlex.quote(f'FROM {names.gguf if names.gguf.startswith(("/", "~")) else f"./{names.gguf}"}')
+  ollama = [f'echo {source} > Modelfile', f'ollama create {names.ollama} -f Modelfile', f'ollama run {names.ollama}']
   template = 'Ollama uses the chat template of the file if it recognises it; else add a `TEMPLATE` to the Modelfile.'
   return [
-    '### llama.cpp',
-    '',
-    *_block('sh', [run, f'llama-server -m {file}  # an OpenAI-compatible server on port 8080']),
-    '',
-    '### Ollama',
-    '',
-    *_block('sh', ollama),
-    *(['', template] if chat else []),
+    Way('llama.cpp', [run, f'llama-server -m {file}  # an OpenAI-compatible server on port 8080']),
+    Way('Ollama', ollama, after=template if chat else ''),
   ]
-
-
-def _block(language: str, lines: list[str]) -> list[str]:
-  return [f'```{language}', *lines, '```']
 
 
 def _has_pictures(config: dict) -> bool:

@@ -21,6 +21,7 @@ from tiny import config_of
 from elder_jax.log import write_json
 from elder_jax.run import page
 from elder_jax.run import pipeline
+from elder_jax.run import usage
 from elder_jax.run.page import charts
 from elder_jax.run.page import notices
 from elder_jax.run.page import sections
@@ -57,6 +58,9 @@ class Parsed(HTMLParser):
 
   def of(self, name: str) -> list[str]:
     return [value for attribute, value in self.attributes if attribute == name]
+
+
+NEAR = ['sliding_attention', 'full_attention', 'sliding_attention']  # Gemma 2 alternates so
 
 
 def shown(report: dict, **more) -> Parsed:
@@ -144,8 +148,24 @@ def test_what_a_report_lacks_is_left_out():
   assert 'Layers removed' not in whole.headings and 'before' in whole.text and '0.89 ×' in whole.text
 
 
+def test_the_page_warns_of_a_converter_as_the_card_does():
+  regular, other = (
+    usage.NOTHING._replace(config={'model_type': 'gemma2', 'layer_types': of}) for of in (NEAR, NEAR[1:])
+  )
+  assert 'convert_hf_to_gguf.py runs/x/export' in shown(make(), files=regular).text
+  parsed = shown(make(), files=other)
+  assert 'would be another model' in parsed.text and 'ollama run' not in parsed.text
+
+
+def test_an_export_that_cannot_be_read_has_commands_for_any_model(tmp_path, capsys):
+  (tmp_path / 'export').mkdir()
+  (tmp_path / 'export' / 'a.gguf').write_bytes(b'')
+  assert read_run(make(), tmp_path, 'x').export == 'x/export/a.gguf'
+  assert 'cannot be read' in capsys.readouterr().err
+
+
 def test_depths_methods_merges_and_gguf():
-  parsed = shown(sweep(), gguf='a.gguf')
+  parsed = shown(sweep(), files=usage.NOTHING._replace(gguf='a.gguf', chat=True))
   assert 'Perplexity on wiki over layers' in parsed.text and '2, 3 into 1' in parsed.text
   assert 'llama-cli -m runs/x/export/a.gguf' in parsed.text and 'vllm' not in parsed.text
 

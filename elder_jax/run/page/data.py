@@ -6,7 +6,10 @@ import json
 import pathlib
 import re
 
+from elder_jax.errors import InputError
+from elder_jax.errors import reason
 from elder_jax.log import log
+from elder_jax.run import usage
 from elder_jax.run.config import defaults
 from elder_jax.run.config import settings_of_json
 from elder_jax.run.tables import number
@@ -23,7 +26,7 @@ class Finished:
   losses: {index of a row: [(tokens, LM loss on the training text)]}; each point is the mean of `mean_of` steps.
   settings: those that are not the defaults.
   speed: the figures of `elder_jax speed`.
-  gguf: the name of the exported file, if it is a GGUF file.
+  files: what the exported folder holds.
   """
 
   report: dict
@@ -32,20 +35,32 @@ class Finished:
   mean_of: int = 1
   settings: dict = dataclasses.field(default_factory=dict)
   speed: dict | None = None
-  gguf: str = ''
+  files: usage.Files = usage.NOTHING
 
   @property
   def export(self) -> str:
     """The exported folder or file."""
-    return '/'.join(filter(None, (self.name.rstrip('/'), 'export', self.gguf)))
+    return '/'.join(filter(None, (self.name.rstrip('/'), 'export', self.files.gguf)))
 
 
 def read_run(report: dict, folder: pathlib.Path, name: str) -> Finished:
   """A run by its report and the other files of its work folder, of which any may be missing."""
   losses, mean_of = _losses(report, folder)
-  gguf = next(iter(sorted(path.name for path in (folder / 'export').glob('*.gguf'))), '')
   settings = _json(folder / 'config.json')
-  return Finished(report, name, losses, mean_of, _changed(settings or {}), _speed(report, folder), gguf)
+  return Finished(
+    report, name, losses, mean_of, _changed(settings or {}), _speed(report, folder), _files(folder / 'export')
+  )
+
+
+def _files(export: pathlib.Path) -> usage.Files:
+  """What the exported folder holds, as far as it can be read: it may be gone, or the package gguf be missing."""
+  if not export.is_dir():
+    return usage.NOTHING
+  try:
+    return usage.files_of(export)
+  except (InputError, OSError, ImportError) as e:
+    log(f'{export}: cannot be read ({reason(e)}); the report gives commands for any model')
+    return usage.NOTHING._replace(gguf=next((path.name for path in sorted(export.glob('*.gguf'))), ''))
 
 
 def _json(path: pathlib.Path) -> dict | None:
