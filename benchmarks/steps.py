@@ -10,7 +10,6 @@ layers, `full` the layers, `distilled` the same with half of the loss from an un
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -194,8 +193,10 @@ def main(_):
     sys.exit(f'--cases takes {", ".join(CASES)}; give --model or --shape, one of them.')
   with tempfile.TemporaryDirectory() as scratch:
     scratch = pathlib.Path(scratch)
-    make = functools.partial(random_folder, _SHAPE.value, _LAYERS.value)
-    folder = make(scratch / 'random') if _SHAPE.value else as_folder(_MODEL.value, scratch)
+    if _SHAPE.value:
+      folder = random_folder(_SHAPE.value, _LAYERS.value, scratch / 'random')
+    else:
+      folder = as_folder(_MODEL.value, scratch)
     source = open_source(str(folder), scratch / 'source')
     B, T = _BATCH.value, _SEQ_LEN.value
     tokens_BT = np.random.default_rng(0).integers(0, source.spec.vocab_size, (B, T), dtype=np.int32)
