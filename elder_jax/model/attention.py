@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elder_jax.devices import sharding
+from elder_jax.model import products
 from elder_jax.model.spec import Spec
 
 QUERY_BLOCK = {'cpu': 128, 'tpu': 512}  # queries per block where there is no fused kernel
@@ -36,6 +37,7 @@ def mixer_of(spec: Spec, kind: dict):
   return kind.get('mixer', spec.mixer_L[0] if spec.mixer_L else 0)
 
 
+HIDDEN = -1e30  # the score of a key that a query does not see; finite, so that a row without keys gives no NaN
 NO_WINDOW = 2**30  # the window of full attention in models where layers differ
 
 
@@ -131,17 +133,17 @@ def masked_attention(
   q_BTNH, k_BSKH, v_BSKH, seen_BNTS, scale: float | None = None, cap: float | None = None, sink_N=None
 ):
   """Returns attention with a mask, [B, T, N, H]. seen_BNTS: True where a query attends to a key; broadcastable."""
-  if cap is None and sink_N is None:
+  if cap is None and sink_N is None and sharding.platform() != 'cpu':
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=seen_BNTS, scale=scale, implementation='xla')
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   scale = H**-0.5 if scale is None else scale
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-  score_BKGTS = jnp.where(seen_BNTS[:, :, None], softcap(score_BKGTS, cap), -jnp.inf)
+  score_BKGTS = products.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, jnp.float32) * scale
+  score_BKGTS = jnp.where(seen_BNTS[:, :, None], softcap(score_BKGTS, cap), HIDDEN)
   if sink_N is None:
     p_BKGTS = jax.nn.softmax(score_BKGTS, -1).astype(v_BSKH.dtype)
   else:
     sink_BKGT1 = jnp.broadcast_to(sink_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1), (*score_BKGTS.shape[:-1], 1))
     p_BKGTS = jax.nn.softmax(jnp.concatenate([score_BKGTS, sink_BKGT1], -1), -1)[..., :-1].astype(v_BSKH.dtype)
-  return jnp.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH).reshape(B, T, N, H)
+  return products.einsum('BKGTS,BSKH->BTKGH', p_BKGTS, v_BSKH).reshape(B, T, N, H)

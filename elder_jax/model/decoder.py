@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from elder_jax.devices import sharding
+from elder_jax.model import products
 from elder_jax.model.attention import kinds
 from elder_jax.model.attention import mixer_of
 from elder_jax.model.attention import rope_and_window
@@ -183,6 +184,6 @@ def project(gathered, x_BTD, outputs: tuple[float, float | None]):
   """Returns float32 logits_BTV. gathered: the result of `head_of`; outputs: Spec.outputs of the model."""
   scale, cap = outputs
   weights_VD, bias_V = gathered
-  out_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, weights_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+  out_BTV = products.einsum('BTD,VD->BTV', x_BTD, weights_VD.astype(x_BTD.dtype), jnp.float32)
   out_BTV = out_BTV if bias_V is None else out_BTV + wide(bias_V, out_BTV)
   return softcap(out_BTV if scale == 1 else out_BTV * scale, cap)

@@ -15,6 +15,7 @@ from elder_jax.devices import sharding
 from elder_jax.model import delta
 from elder_jax.model import experts
 from elder_jax.model import lora
+from elder_jax.model import products
 from elder_jax.model.attention import apply_rope
 from elder_jax.model.attention import attention
 from elder_jax.model.spec import Mode
@@ -180,7 +181,7 @@ class Block(nnx.Module):
     assert sizes is not None
 
     def small(w):
-      return jnp.einsum('BTD,DM->BTM', h_BTD, _cast(w, h_BTD)).astype(jnp.float32)
+      return products.einsum('BTD,DM->BTM', h_BTD, _cast(w, h_BTD)).astype(jnp.float32)
 
     rate_M, bias_M = (whole(p, jnp.float32) for p in (self.delta_log, self.delta_bias))
     inputs = {
@@ -223,7 +224,7 @@ class Block(nnx.Module):
     return self._activated(gate_BTF, project(self.w_up, self.b_up))
 
   def _mixture(self, h_BTD):
-    score_BTE = jnp.einsum('BTD,DE->BTE', h_BTD, _cast(self.router, h_BTD), preferred_element_type=jnp.float32)
+    score_BTE = products.einsum('BTD,DE->BTE', h_BTD, _cast(self.router, h_BTD), jnp.float32)
     score_BTE = _plus(score_BTE, self.router_bias)
     names = ('w_gate', 'w_up', 'w_down', 'b_gate', 'b_up', 'b_down')
     weights = {name: None if (w := getattr(self, name)) is None else _cast(w, h_BTD) for name in names}
@@ -325,7 +326,7 @@ def _product(equation: str, x, weight: nnx.Param | lora.Lora):
   """jnp.einsum of x and a layer's matrix, in the dtype of x."""
   if isinstance(weight, lora.Lora):
     return lora.product(equation, weight.scale, x, _cast(weight.base, x), whole(weight.a), whole(weight.b))
-  return jnp.einsum(equation, x, _cast(weight, x))
+  return products.einsum(equation, x, _cast(weight, x))
 
 
 def rms_norm(x_BTD, scale_D, eps: float):

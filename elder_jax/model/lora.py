@@ -14,6 +14,7 @@ import numpy as np
 
 from elder_jax.devices import sharding
 from elder_jax.errors import InputError
+from elder_jax.model import products
 from elder_jax.model.matrices import layer_matrices
 
 
@@ -147,7 +148,7 @@ def product(equation: str, scale: float, x, w, a, b):
 
 def _by_merged(equation, scale, x, w, a, b):
   _, inner, outer = _parts(equation)
-  return jnp.einsum(equation, x, _merged((inner, outer, ''), scale, w, a, b).astype(x.dtype))
+  return products.forward_only(equation, x, _merged((inner, outer, ''), scale, w, a, b).astype(x.dtype))
 
 
 def _parts(equation: str) -> tuple[str, str, str]:
@@ -165,11 +166,11 @@ def _backward(equation, scale, kept, dy):
   x, w, a, b = kept
   w_axes, inner, outer = _parts(equation)
   merged = _merged((inner, outer, ''), scale, w, a, b).astype(x.dtype)
-  dx = jnp.einsum(f'BT{outer},{w_axes}->BT{inner}', dy, merged)
+  dx = products.forward_only(f'BT{outer},{w_axes}->BT{inner}', dy, merged)
   # dA = xᵀ(dy·Bᵀ) and dB = (x·A)ᵀdy, with operands in the computation dtype and sums in float32.
   sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  dy_r = jnp.einsum(f'BT{outer},r{outer}->BTr', dy, b.astype(x.dtype))
-  x_r = jnp.einsum(f'BT{inner},{inner}r->BTr', x, a.astype(x.dtype))
+  dy_r = products.forward_only(f'BT{outer},r{outer}->BTr', dy, b.astype(x.dtype))
+  x_r = products.forward_only(f'BT{inner},{inner}r->BTr', x, a.astype(x.dtype))
   da = scale * sums(f'BT{inner},BTr->{inner}r', x, dy_r)
   db = scale * sums(f'BTr,BT{outer}->r{outer}', x_r, dy)
   return dx, None, da, db
