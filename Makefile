@@ -37,9 +37,10 @@ docs: $(VENV)/docs
 assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets
 
-# On a CPU: steps against PyTorch, and where the time of the demo goes.
+# On a CPU: steps against PyTorch in both types, and where the time of the demo goes.
 bench: $(VENV)/test assets
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --dtype=bfloat16 --nocompiled --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.job
 
 # WIKITEXT is a folder with WikiText-2's valid.txt and test.txt; rows that are done are not done again.

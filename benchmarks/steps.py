@@ -58,7 +58,10 @@ _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Type of computation; trained weights are float32.'
 )
 _REMAT = flags.DEFINE_enum(
-  'remat', 'none', ['none', 'full'], 'Recompute activations in the backward pass, on both sides.'
+  'remat',
+  'dots',
+  ['none', 'dots', 'full'],
+  'As --remat of elder_jax. Only `full` changes the other side, which then recomputes layers as well.',
 )
 _COMPILED = flags.DEFINE_bool('compiled', True, 'Also time torch.compile.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Alternating rounds; medians count.', lower_bound=1)
