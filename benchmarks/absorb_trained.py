@@ -3,12 +3,13 @@
   python -m benchmarks.assets --brown
   python -m benchmarks.absorb_trained [--seeds=0,1,2] [--tokens=16k,128k] [--dtype=bfloat16]
 
-Removes layers 12 to 18 of SmolLM2-135M and trains it on half Wikipedia, half the Brown corpus, as
-configs/smollm2_135m_healing.flags does, once after each `absorb` and for every seed. The older one refits the down
+Removes layers 12 to 18 of SmolLM2-135M and trains it as configs/smollm2_135m_healing.flags does, once after each `absorb`
+and for every seed. The older one refits the down
 projection of the layer before the gap alone. Each run keeps its work folder and is not repeated.
 """
 
 import functools
+import json
 import pathlib
 from unittest import mock
 
@@ -16,9 +17,8 @@ from absl import app
 from absl import flags
 import numpy as np
 
+from elder_jax import commands
 from elder_jax.recipes import absorb
-from elder_jax.run import series
-from elder_jax.run.config import Config
 from elder_jax.run.tables import figure
 from elder_jax.run.tables import markdown_table
 
@@ -31,31 +31,18 @@ _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of
 OLD = 'until 2026-11-28'
 VARIANTS = {
   OLD: dict(RIDGE=0.1, absorb=functools.partial(absorb.absorb, after=0, attention=False)),
-  'today': {},
+  'today': dict(RIDGE=absorb.RIDGE, absorb=absorb.absorb),
 }
-CACHE = '~/.cache/elder_jax'
-SETTINGS = dict(
-  model=f'{CACHE}/SmolLM2-135M-Instruct.Q4_1.gguf',
-  remove_layers=range(12, 19),
-  train_data=(f'wikipedia={CACHE}/wikipedia_train.txt@0.5', f'brown={CACHE}/brown.jsonl@0.5'),
-  eval_data={'Wikipedia': f'{CACHE}/wikipedia_heldout.txt', 'news': f'{CACHE}/lee_news.txt'},
-  eval_seq_len=512,
-  eval_tokens=16384,
-  seq_len=256,
-  batch_size=4,
-  distill=(0.5,),
-  lr=3e-4,
-  compare=(),
-  verify='jax',
-)
+RUN = ('--config=smollm2_135m_healing', '--remove_layers=12-18', '--compare=', '--verify=jax', '--distributed=off')
 
 
 def measured(name: str, tokens: str, seed: int) -> dict[str, float]:
   """{text: perplexity} of one run."""
   folder = pathlib.Path(_WORKDIR.value) / f'{name.split()[0]}_{tokens}_{seed}'
-  settings = SETTINGS | dict(train_tokens=tokens, seed=seed, dtype=_DTYPE.value, workdir=str(folder))
+  changes = f'--train_tokens={tokens}', f'--seed={seed}', f'--dtype={_DTYPE.value}', f'--workdir={folder}'
   with mock.patch.multiple(absorb, **VARIANTS[name]):
-    report = series.run(Config.of(**settings))
+    commands.run_verb('prune', [*RUN, *changes])
+  report = json.loads((folder / 'report.json').read_text(encoding='utf-8'))
   return {text: figures['pruned'] for text, figures in report['ppl'].items()}
 
 
@@ -69,7 +56,7 @@ def main(argv):
       rows.append([tokens, name, *(shown(of_text[text]) for text in of_text)])
     ratios = [values['today'][text] / values[OLD][text] for text in values[OLD]]
     rows.append([tokens, 'ratio, seed by seed', *map(shown, ratios)])
-  print(markdown_table(['tokens', 'absorb', *SETTINGS['eval_data']], rows))
+  print(markdown_table(['tokens', 'absorb', *values[OLD]], rows))
 
 
 def shown(values: np.ndarray) -> str:

@@ -168,7 +168,7 @@ def _backward(equation, scale, kept, dy):
   merged = _merged((inner, outer, ''), scale, w, a, b).astype(x.dtype)
   dx = products.forward_only(f'BT{outer},{w_axes}->BT{inner}', dy, merged)
   # dA = xᵀ(dy·Bᵀ) and dB = (x·A)ᵀdy, with operands in the computation dtype and sums in float32.
-  sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  sums = functools.partial(products.forward_only, dtype=jnp.float32)
   dy_r = products.forward_only(f'BT{outer},r{outer}->BTr', dy, b.astype(x.dtype))
   x_r = products.forward_only(f'BT{inner},{inner}r->BTr', x, a.astype(x.dtype))
   da = scale * sums(f'BT{inner},BTr->{inner}r', x, dy_r)
