@@ -40,7 +40,7 @@ class MaskSettings(Settings):
   """Settings of the mask's training."""
 
   steps: int = setting(64, 'Training steps of --method=mask.', flag='mask_steps', least=1)
-  lr: float = setting(0.3, 'Learning rate of the scores of --method=mask (Adam).', flag='mask_lr', least=0, rare=True)
+  lr: float = setting(0.1, 'Learning rate of the scores of --method=mask (Adam).', flag='mask_lr', least=0, rare=True)
   loss: str = setting(
     'kl',
     "Loss of --method=mask: kl, the KL divergence from the dense model's predictions; lm, the LM loss.",
@@ -96,16 +96,23 @@ def begin(model: Decoder, num_remove: int, settings: MaskSettings, mode: Mode, c
 def masked(score_L, terms: dict, num_remove: int):
   """Returns the gates of one draw: 0 for the num_remove highest values of score + noise, 1 for the others.
 
-  The gradient is that of σ((threshold − score − noise) / temperature), with the threshold halfway between the lowest
-  value that is off and the highest that is on. So the layers near the threshold get the largest gradients.
+  The gradient is that of σ((threshold − score − noise) / temperature). The threshold lies halfway between the lowest value
+  that is off and the highest that is on, and moves with the scores so that the sum of these sigmoids is constant. So the
+  layers compete: a score falls only if its layer is needed more than the others near the threshold.
   """
   noisy_L = score_L + terms['noise_L']
   ordered_L = jnp.sort(noisy_L, descending=True)
-  last, first = ordered_L[num_remove - 1], ordered_L[num_remove]
-  threshold = jax.lax.stop_gradient((last + first) / 2)
+  halfway = (ordered_L[num_remove - 1] + ordered_L[num_remove]) / 2
   rank_L = jnp.argsort(jnp.argsort(-noisy_L))
   hard_L = (rank_L >= num_remove).astype(jnp.float32)
-  soft_L = jax.nn.sigmoid((threshold - noisy_L) / terms['temperature'])
+
+  def sigmoids(threshold, noisy_L):
+    return jax.nn.sigmoid((threshold - noisy_L) / terms['temperature'])
+
+  on_L = jax.lax.stop_gradient(sigmoids(halfway, noisy_L))
+  slope_L = on_L * (1 - on_L)
+  moving = jnp.sum(slope_L * noisy_L) / jnp.maximum(jnp.sum(slope_L), jnp.finfo(jnp.float32).tiny)
+  soft_L = sigmoids(jax.lax.stop_gradient(halfway - moving) + moving, noisy_L)
   return hard_L + soft_L - jax.lax.stop_gradient(soft_L)
 
 

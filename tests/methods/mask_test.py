@@ -44,14 +44,24 @@ def test_ties_and_protected_layers():
   assert (np.flatnonzero(terms['noise_L'] < -1e8) == [0, 1, 5]).all()
 
 
-def test_the_gradient_is_that_of_the_soft_mask():
+def test_the_gradient_is_that_of_a_soft_mask_whose_sum_is_constant():
   config, weight_L = settings_of(), np.arange(1.0, L + 1)
   score_L, terms = jnp.asarray([0.3, -0.2, 0.1, 0.8, 0.0, -1.0]), mask.terms(L, config, 10)
   found_L = jax.grad(lambda s: jnp.sum(mask.masked(s, terms, 2) * weight_L))(score_L)
   noisy_L = np.asarray(score_L) + terms['noise_L']
   ordered_L, t = np.sort(noisy_L)[::-1], float(terms['temperature'])
   soft_L = 1 / (1 + np.exp(-((ordered_L[1] + ordered_L[2]) / 2 - noisy_L) / t))
-  np.testing.assert_allclose(found_L, -weight_L * soft_L * (1 - soft_L) / t, rtol=1e-4)
+  slope_L = soft_L * (1 - soft_L) / t
+  others = np.sum(slope_L * weight_L) / np.sum(slope_L)
+  np.testing.assert_allclose(found_L, -(weight_L - others) * slope_L, rtol=1e-4, atol=1e-6)
+  assert abs(found_L.sum()) < 1e-5
+
+
+def test_a_cold_mask_has_finite_gradients():
+  """Where no layer is near the threshold, every slope underflows."""
+  terms = {'noise_L': np.zeros(L, np.float32), 'temperature': np.float32(mask.COLDEST)}
+  found_L = jax.grad(lambda s: jnp.sum(mask.masked(s, terms, 2) * jnp.arange(6.0)))(jnp.array([9.0, 9, -9, -9, -9, -9]))
+  assert (np.asarray(found_L) == 0).all()
 
 
 def test_the_temperature_falls_and_a_draw_depends_on_seed_and_step_only():
