@@ -55,13 +55,13 @@ def main(argv):
     for name, of_text in values.items():
       rows.append([tokens, name, *(shown(of_text[text]) for text in of_text)])
     ratios = [values['today'][text] / values[OLD][text] for text in values[OLD]]
-    rows.append([tokens, 'ratio, seed by seed', *map(shown, ratios)])
+    rows.append([tokens, 'ratio, seed by seed', *(shown(ratio, 3) for ratio in ratios)])
   print(markdown_table(['tokens', 'absorb', *values[OLD]], rows))
 
 
-def shown(values: np.ndarray) -> str:
+def shown(values: np.ndarray, digits: int = 2) -> str:
   """Mean ± sample standard deviation."""
-  return figure(values.mean()) + (f' ± {values.std(ddof=1):.3f}' if len(values) > 1 else '')
+  return figure(values.mean(), digits) + (f' ± {figure(values.std(ddof=1), digits)}' if len(values) > 1 else '')
 
 
 if __name__ == '__main__':

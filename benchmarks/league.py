@@ -1,7 +1,7 @@
 """The table of closed forms, with and without training: every recipe on the same layers and the same text.
 
   python -m benchmarks.assets --gemma
-  python -m benchmarks.league [--models=smollm2_135m,gemma3_270m] [--dtype=bfloat16] [--workdir=…]
+  python -m benchmarks.league [--models=smollm2_135m,gemma3_270m] [--train=4,7,10] [--dtype=bfloat16]
 
 Runs configs/MODEL_league.flags, which trains nothing. Then removes the layers that auto chose there once more, with 16
 steps of training and three seeds. A finished run is not repeated. The results are printed as Markdown.
@@ -35,6 +35,7 @@ TRAINED = {
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/league', 'Folder of the runs.')
 _MODELS = flags.DEFINE_list('models', list(TRAINED), 'Models, as in the names of the configs.')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of text and training.')
+_TRAIN = flags.DEFINE_list('train', ['4', '7', '10'], 'Numbers of removed layers whose rows are trained.')
 _STEPS = flags.DEFINE_integer('steps', 16, 'Training steps.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of computation.')
 
@@ -80,6 +81,8 @@ def table(model: str) -> str:
   for row in report['rows']:
     cells[row['recipe'], len(row['removed'])] = {text: figure(ppl) for text, ppl in row['ppl'].items()}
   for count, layers in counts.items():
+    if str(count) not in _TRAIN.value:
+      continue
     for rate, recipes in TRAINED[model].items():
       for recipe, of_recipe in trained(model, layers, rate, recipes).items():
         cells[recipe, count] = of_recipe
@@ -90,7 +93,7 @@ def table(model: str) -> str:
     [
       label_of(name),
       'yes' if find_recipe(name).exportable else 'no',
-      *(cells[name, n][t] for n in shown for t in texts),
+      *(cells.get((name, n), {}).get(text, '') for n in shown for text in texts),
     ]
     for name in names
   ]
