@@ -150,7 +150,7 @@ def test_a_config_json_of_an_earlier_version(tmp_path):
   'name, expected',
   [
     ('llama7', 'did you mean llama7b'),
-    ('nothing_like_it', 'the built-in configs are: gemma3_270m_anchor, gemma3_270m_healing, '),
+    ('nothing_like_it', 'the built-in configs are: gemma3_270m_anchor, gemma3_270m_choices, '),
     ('bad.json', 'is not the config.json of a run'),
     ('_wikitext2', 'the built-in configs are'),
   ],
