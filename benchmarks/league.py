@@ -32,11 +32,11 @@ TRAINED = {
     1e-4: ('prune_then_train', 'prune_comp_then_train'),
   },
 }
+STEPS = 16  # of training, 1,024 tokens each
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/league', 'Folder of the runs.')
 _MODELS = flags.DEFINE_list('models', list(TRAINED), 'Models, as in the names of the configs.')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of text and training.')
 _TRAIN = flags.DEFINE_list('train', ['4', '7', '10'], 'Numbers of removed layers whose rows are trained.')
-_STEPS = flags.DEFINE_integer('steps', 16, 'Training steps.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of computation.')
 
 
@@ -56,7 +56,7 @@ def trained(model: str, layers: list[int], rate: float, recipes: tuple[str, ...]
     f'--remove_layers={",".join(map(str, layers))}',
     f'--recipe={first}',
     f'--compare={others}',
-    f'--train_steps={_STEPS.value}',
+    f'--train_steps={STEPS}',
     f'--lr={rate:g}',
     f'--seeds={",".join(_SEEDS.value)}',
   )

@@ -105,15 +105,13 @@ def masked(score_L, terms: dict, num_remove: int):
   halfway = (ordered_L[num_remove - 1] + ordered_L[num_remove]) / 2
   rank_L = jnp.argsort(jnp.argsort(-noisy_L))
   hard_L = (rank_L >= num_remove).astype(jnp.float32)
-
-  def sigmoids(threshold, noisy_L):
-    return jax.nn.sigmoid((threshold - noisy_L) / terms['temperature'])
-
-  on_L = jax.lax.stop_gradient(sigmoids(halfway, noisy_L))
-  slope_L = on_L * (1 - on_L)
-  moving = jnp.sum(slope_L * noisy_L) / jnp.maximum(jnp.sum(slope_L), jnp.finfo(jnp.float32).tiny)
-  soft_L = sigmoids(jax.lax.stop_gradient(halfway - moving) + moving, noisy_L)
-  return hard_L + soft_L - jax.lax.stop_gradient(soft_L)
+  on_L = jax.nn.sigmoid((halfway - noisy_L) / terms['temperature'])
+  slope_L = jax.lax.stop_gradient(on_L * (1 - on_L) / terms['temperature'])
+  threshold = jnp.sum(slope_L * noisy_L) / jnp.maximum(
+    jnp.sum(slope_L), jnp.finfo(jnp.float32).tiny
+  )  # its gradient only
+  linear_L = slope_L * (threshold - noisy_L)
+  return hard_L + (linear_L - jax.lax.stop_gradient(linear_L))
 
 
 def terms(num_layers: int, config, step: int) -> dict[str, np.ndarray]:
