@@ -2,7 +2,7 @@
 
 XLA's cost_analysis counts the body of a loop once and takes −1 for each unknown custom call. So this module walks the
 text: it counts a loop's body as often as its condition allows, and sums the estimated_cycles of the instructions, which
-the compiler schedules by.
+the compiler schedules by. Pallas kernels have no estimate; their FLOPs are counted instead.
 """
 
 import collections
@@ -62,6 +62,27 @@ def _called(instruction: Instruction, attribute: str) -> list[str]:
   return re.findall(r'%([\w.\-]+)', found[1]) if found else []
 
 
+def _iterations(computations: dict, loop: Instruction) -> int:
+  """How often a loop runs: its limit over what an iteration adds to the counter, as the compiler may unroll by two."""
+  condition, body = (computations[_called(loop, name)[0]] for name in ('condition', 'body'))
+  limits = [i for i in condition if i.op == 'constant' and i.shape.startswith(('s32[]', 'u32[]'))]
+  limit = max(int(i.rest.partition(')')[0]) for i in limits)
+  counter = next(i for i in condition if i.op == 'get-tuple-element')
+  named, root = {i.name: i for i in body}, body[-1]
+  if root.op != 'tuple':
+    return limit
+  value, added = named[_operands(root)[int(re.search(r'index=(\d+)', counter.rest)[1])]], 0
+  while value.op in ('add', 'copy', 'bitcast'):
+    operands = [named[name] for name in _operands(value)]
+    added += sum(int(i.rest.partition(')')[0]) for i in operands if i.op == 'constant')
+    value = next(i for i in operands if i.op != 'constant')
+  return math.ceil(limit / max(1, added))
+
+
+def _operands(instruction: Instruction) -> list[str]:
+  return re.findall(r'%([\w.\-]+)', instruction.rest.partition(')')[0])
+
+
 def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
   """Returns ({computation: how often one call of the program runs it}, computations inside a fused instruction)."""
   times, fused = collections.Counter(), set()
@@ -72,9 +93,7 @@ def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
       fused.add(name)
     for i in computations[name]:
       if i.op == 'while':
-        condition = computations[_called(i, 'condition')[0]]
-        limits = [c for c in condition if c.op == 'constant' and c.shape.startswith(('s32[]', 'u32[]'))]
-        visit(_called(i, 'body')[0], n * max(int(c.rest.partition(')')[0]) for c in limits), inside)
+        visit(_called(i, 'body')[0], n * _iterations(computations, i), inside)
       elif i.op == 'conditional':  # a layer runs or is skipped: take the longer branch, since all layers run
         branches = _called(i, 'branch_computations')
         visit(max(branches, key=lambda b: sum(_cycles(j) for j in computations[b])), n, inside)
@@ -97,8 +116,7 @@ def collectives(text: str) -> list[Collective]:
       kind = i.op.removesuffix('-start')
       if kind not in KINDS:
         continue
-      operands = re.findall(r'%([\w.\-]+)', i.rest.partition(')')[0])
-      read, out = sum(_bytes(shapes.get(o, '')) for o in operands), _bytes(i.shape)
+      read, out = sum(_bytes(shapes.get(name, '')) for name in _operands(i)), _bytes(i.shape)
       if i.op.endswith('-start'):  # its result includes the operand
         out = max(out - read, read) if kind == 'all-gather' else read
       received = {'all-gather': out - read, 'reduce-scatter': read - out, 'all-reduce': 2 * read}.get(kind, read)
@@ -125,3 +143,30 @@ def cycles(text: str) -> int:
     if name not in fused:
       total += n * sum(map(_cycles, computations[name]))
   return total
+
+
+# Products over (queries, keys, head width) in each kernel of splash attention.
+_SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
+_BLOCK = 512  # tokens of a kernel's block: blocks after a query are skipped
+
+
+def kernel_flops(text: str) -> float:
+  """FLOPs of a device in the kernels of causal splash attention, for which the compiler estimates no cycles."""
+  computations, entry = parse(text)
+  times, _ = runs(computations, entry)
+  total = 0.0
+  for name, n in times.items():
+    for i in computations[name]:
+      kind = next((k for k in _SPLASH if i.name.startswith(k)), None)
+      if kind is None or i.op != 'custom-call':
+        continue
+      operands = i.rest.partition('operand_layout_constraints={')[2]
+      query = next(dims for dtype, dims in _ARRAY.findall(operands) if dtype in ('bf16', 'f32'))  # after the mask's s8
+      sizes = _sizes(query)  # batch, heads, tokens, head width
+      seen = sizes[-2] * (1 + _BLOCK / sizes[-2]) / 2
+      total += n * 2 * _SPLASH[kind] * math.prod(sizes) * seen
+  return total
+
+
+def _sizes(dims: str) -> list[int]:
+  return [int(n) for n in dims.split(',') if n]

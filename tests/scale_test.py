@@ -31,8 +31,9 @@ TEXT = """HloModule jit_step
 
 %inner_condition (i.1: (u32[], f32[8])) -> pred[] {
   %i.1 = (u32[], f32[8]) parameter(0)
+  %k = u32[] get-tuple-element(%i.1), index=0
   %n = u32[] constant(2)
-  ROOT %lt = pred[] compare(%i.1, %n), direction=LT
+  ROOT %lt = pred[] compare(%k, %n), direction=LT
 }
 
 %skip (s: f32[8]) -> f32[8] {
@@ -55,6 +56,7 @@ TEXT = """HloModule jit_step
 
 %condition (q.1: (s32[], f32[8])) -> pred[] {
   %q.1 = (s32[], f32[8]) parameter(0)
+  %count = s32[] get-tuple-element(%q.1), index=0
   %five = s32[]{:T(128)} constant(5), metadata={op_name="a (name)"}
   ROOT %lt.1 = pred[] compare(%q.1, %five), direction=LT
 }
@@ -81,3 +83,33 @@ def test_collectives_count_once_and_run_as_often_as_their_loops():
 
 def test_cycles_are_those_of_the_longer_branch_as_often_as_it_runs():
   assert hlo.cycles(TEXT) == 1000 + 5 * (100 + 2 * 10)
+
+
+def test_kernels_count_causal_blocks_of_their_queries():
+  call = (
+    '  %splash_mha_dq_no_residuals.1 = (f32[512,128]{1,0}, bf16[2,4,1024,128]{3,2,1,0}) custom-call(%r), '
+    'custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2,2]{2,1,0}, bf16[2,4,1024,128]{3,2,1,0}, '
+    'bf16[2,1,1024,128]{3,2,1,0}}\n'
+  )
+  text = TEXT.replace('  %loop = (u32[], f32[8]) while(%r)', call + '  %loop = (u32[], f32[8]) while(%r)')
+  assert hlo.kernel_flops(TEXT) == 0
+  # Two blocks of 512: a query of the first sees one, a query of the second two. The loop runs the layer 5 times.
+  assert hlo.kernel_flops(text) == 5 * 3 * 2 * (2 * 4 * 128) * (512 * 512 + 512 * 1024)
+
+
+def test_an_unrolled_loop_runs_as_often_as_its_counter_is_below_the_limit():
+  """The compiler unrolls rings of products by two: their counter then grows by two, in one step or in several."""
+  ring = TEXT.replace('constant(2)', 'constant(8)')
+  body = '  ROOT %t = (u32[], f32[8]) tuple(%x, %moved), backend_config={"window_config":{"estimated_cycles":"10"}}\n'
+  assert body in ring
+
+  def permutes(advance: str) -> int:
+    text = ring.replace(body, advance + body.replace('tuple(%x, %moved)', 'tuple(%next, %moved)'))
+    return next(c.runs for c in hlo.collectives(text) if c.kind == 'collective-permute')
+
+  one, two = '  %one = u32[] constant(1)\n', '  %two = u32[] constant(2)\n'
+  count = '  %k.1 = u32[] get-tuple-element(%i), index=0\n'
+  assert permutes(count + one + '  %next = u32[] add(%k.1, %one)\n') == 5 * 8
+  assert permutes(count + two + '  %next = u32[] add(%k.1, %two)\n') == 5 * 4
+  twice = '  %next.1 = u32[] add(%k.1, %one)\n  %next = u32[] add(%one, %next.1)\n'
+  assert permutes(count + one + twice) == 5 * 4

@@ -9,6 +9,7 @@ import numpy as np
 
 from elder_jax.devices import sharding
 from elder_jax.model import products
+from elder_jax.model import splash
 from elder_jax.model.spec import Spec
 
 QUERY_BLOCK = {'cpu': 128, 'tpu': 512}  # queries per block where there is no fused kernel
@@ -86,35 +87,51 @@ def apply_rope(x_BTNH, rope, pairs: bool = False):
   return rotated if 2 * half == H else jnp.concatenate([rotated, x_BTNH[..., 2 * half :]], -1)
 
 
-def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, cap: float | None = None, sink_N=None):
+def attention(
+  q_BTNH,
+  k_BTKH,
+  v_BTKH,
+  window=None,
+  scale: float | None = None,
+  cap: float | None = None,
+  sink_N=None,
+  window_L: tuple[int, ...] = (),
+):
   """Returns causal attention, [B, T, N, H]. Query head n reads key/value head n // (N/K).
 
-  Uses cuDNN's fused kernel on a GPU where it can.
+  Uses a fused kernel where it can: cuDNN's on a GPU, splash attention on a TPU.
 
   Args:
     window: Number of last tokens, its own included, that a token attends to: an int, an int32 scalar, or None for all.
     scale: Factor of the scores; None: H ** -0.5.
     cap: Scores s become cap · tanh(s / cap).
     sink_N: Attention sinks: an additional score per head in the softmax, without a value.
+    window_L: The values that a traced window can have, as in Spec. A kernel needs a window that is not traced.
   """
-  backend, T = sharding.platform(), q_BTNH.shape[1]
-  plain = cap is None and sink_N is None and (window is None or isinstance(window, int))
-  if backend == 'gpu' and plain:
-    H = q_BTNH.shape[-1]
-    fused = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0  # supported by cuDNN on all GPUs
-    implementation = 'cudnn' if fused else 'xla'
-    local = None if window is None or window >= T else (window - 1, 0)
+  T = q_BTNH.shape[1]
+  kernel, static = _kernel(q_BTNH, cap, sink_N), window is None or isinstance(window, int)
+  if kernel and not static and window_L:
+
+    def with_window(w: int):
+      return lambda q, k, v: attention(q, k, v, w, scale, cap, sink_N)
+
+    windows = sorted({min(w or T, T) for w in window_L})
+    index = jnp.searchsorted(jnp.array(windows), jnp.minimum(window, T))
+    return jax.lax.switch(index, [with_window(w) for w in windows], q_BTNH, k_BTKH, v_BTKH)
+  if kernel == 'splash' and static:
+    return splash.attention(q_BTNH, k_BTKH, v_BTKH, window, scale, cap, sink_N)
+  if kernel and static:
     return jax.nn.dot_product_attention(
       q_BTNH,
       k_BTKH,
       v_BTKH,
       is_causal=True,
       scale=scale,
-      local_window_size=local,
-      implementation=implementation,
+      local_window_size=None if window is None or window >= T else (window - 1, 0),
+      implementation='cudnn' if kernel == 'cudnn' else 'xla',
     )
   # Without a fused kernel: blocks of queries skip the keys after them, which halves the time of the full matrix.
-  size = QUERY_BLOCK.get(backend, T)
+  size = QUERY_BLOCK.get(sharding.platform(), T)
   blocks = []
   for start in range(0, T, size):
     end = min(T, start + size)
@@ -127,6 +144,17 @@ def attention(q_BTNH, k_BTKH, v_BTKH, window=None, scale: float | None = None, c
       )
     )
   return jnp.concatenate(blocks, axis=1)
+
+
+def _kernel(q_BTNH, cap, sink_N) -> str:
+  """The kernel that computes attention on this device: splash, cudnn, xla (its own for a GPU), or none, as ''."""
+  backend, T, H = sharding.platform(), q_BTNH.shape[1], q_BTNH.shape[-1]
+  if backend == 'tpu':
+    return 'splash' if splash.can(T, H) else ''
+  if backend != 'gpu' or cap is not None or sink_N is not None:
+    return ''
+  of_cudnn = q_BTNH.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and H % 8 == 0  # on all GPUs that it supports
+  return 'cudnn' if of_cudnn else 'xla'
 
 
 def masked_attention(

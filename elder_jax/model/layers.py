@@ -155,7 +155,7 @@ class Block(nnx.Module):
     """
 
     def by_attention(x_BTD):
-      return self.gated(attention(*self.qkv(x_BTD, rope), window, *self.scores()), x_BTD)
+      return self.gated(attention(*self.qkv(x_BTD, rope), window, *self.scores(), self.spec.window_L), x_BTD)
 
     def by_delta(x_BTD):
       return self.of_delta(x_BTD)[0]

@@ -94,7 +94,8 @@ def prefill(model: Decoder, tokens_BT, lengths_B, capacity: int, mode: Mode = Mo
     q_BTNH, k_BTKH, v_BTKH = block.qkv(x_BTD, rope)
 
     def attended(state):
-      return block.gated(attention(q_BTNH, k_BTKH, v_BTKH, window, *block.scores()), x_BTD), state
+      attended_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, window, *block.scores(), block.spec.window_L)
+      return block.gated(attended_BTNH, x_BTD), state
 
     def by_delta(state):
       del state

@@ -79,7 +79,10 @@ def _memory(device) -> int:
 
 
 def traced_flops(jaxpr) -> float:
-  """FLOPs of the matrix products in a jaxpr on all devices: loops times their length, the longest branch of each cond."""
+  """FLOPs of the matrix products in a jaxpr on all devices: loops times their length, the longest branch of each cond.
+
+  A kernel counts as if it skipped no block.
+  """
   total = 0.0
   for eqn in jaxpr.eqns:
     inner = [traced_flops(j) for j in core.jaxprs_in_params(eqn.params)]
@@ -89,6 +92,8 @@ def traced_flops(jaxpr) -> float:
       total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
     elif eqn.primitive.name == 'cond':
       total += max(inner)
+    elif eqn.primitive.name == 'pallas_call':
+      total += sum(inner) * math.prod(eqn.params['grid_mapping'].grid)
     else:
       total += sum(inner) * eqn.params.get('length', 1)
   return total
