@@ -57,6 +57,7 @@ setup(
     'orbax-checkpoint>=0.12.8',  # the v1 interface
     'pyyaml>=6.0',  # the metadata of model cards
     'safetensors>=0.6',  # bfloat16 in numpy
+    'scipy>=1.13',
     'tokenizers>=0.21',
     'transformers>=5.0',
   ],

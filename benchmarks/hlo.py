@@ -10,8 +10,16 @@ import dataclasses
 import math
 import re
 
+from elder_jax.run.plan.compile import DEVICES
+
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's32': 4, 'u32': 4, 'f32': 4, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8}
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
+# Cycles per second of a TPU core, from its published peak with all matrix units busy: v4 and v5p have two cores of four
+# 128 × 128 units, v5e has one; v6e as v5p.
+CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
+# Bytes per second that a chip receives over all its links: 4 or 6 links of 45 GB/s (v5e, v4) or 90 GB/s (v6e, v5p).
+LINKS = {'TPU v4': 6 * 45e9, 'TPU v5 lite': 4 * 45e9, 'TPU v5': 6 * 90e9, 'TPU v6 lite': 4 * 90e9}
+KERNELS = 0.5  # part of the peak that attention's kernels are taken to reach; the compiler estimates no cycles for them
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%([\w.\-]+) = (.+?) ([a-z][a-z\-]*)\((.*)$')
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
@@ -148,6 +156,17 @@ def cycles(text: str) -> int:
 # Products over (queries, keys, head width) in each kernel of splash attention.
 _SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
 _BLOCK = 512  # tokens of a kernel's block: blocks after a query are skipped
+
+
+def estimate(text: str, kind: str) -> dict[str, float]:
+  """Seconds of a call on a TPU of this kind: of the kernels, of all computation with them, and of the links alone."""
+  kernels_s = kernel_flops(text) / (KERNELS * DEVICES[kind][0])
+  received = sum(c.runs * c.received for c in collectives(text))
+  return {
+    'kernels_s': kernels_s,
+    'compute_s': cycles(text) / CLOCK[kind] + kernels_s,
+    'links_s': received / LINKS[kind],
+  }
 
 
 def kernel_flops(text: str) -> float:

@@ -22,13 +22,13 @@ from absl import flags
 import jax
 
 from benchmarks import hlo
+from benchmarks import maxtext
 from elder_jax.devices import sharding
 from elder_jax.errors import as_text
 from elder_jax.hf.source import architecture
 from elder_jax.model.program import Program
 from elder_jax.run import plan
 from elder_jax.run.config import Config
-from elder_jax.run.plan.compile import DEVICES
 from elder_jax.run.plan.compile import GIB
 from elder_jax.run.plan.compile import measure
 from elder_jax.run.prepare import check_sizes
@@ -86,13 +86,6 @@ SLICES = {
   'LLaMA-2-70B, v5p-128': dict(topology='v5p:4x4x4', mesh='1,16,4', batch_size=64),
   'LLaMA-2-70B, v5e-256': dict(topology='v5e:16x16', mesh='1,32,8', batch_size=32),
 }
-# Cycles per second of a TPU core, from its published peak with all matrix units busy: v4 and v5p have two cores of four
-# 128 × 128 units, v5e has one; v6e as v5p.
-CLOCK = {'TPU v4': 1.05e9, 'TPU v5 lite': 1.5e9, 'TPU v5': 1.75e9, 'TPU v6 lite': 1.75e9}
-# Bytes per second that a chip receives over all its links: 4 or 6 links of 45 GB/s (v5e, v4) or 90 GB/s (v6e, v5p).
-LINKS = {'TPU v4': 6 * 45e9, 'TPU v5 lite': 4 * 45e9, 'TPU v5': 6 * 90e9, 'TPU v6 lite': 4 * 90e9}
-
-KERNELS = 0.5  # part of the peak that attention's kernels are taken to reach; the compiler estimates no cycles for them
 
 
 def rows() -> dict[str, tuple[str, dict, int]]:
@@ -144,15 +137,14 @@ def compile_row(name: str) -> dict:
   }
   if measured.compiled:
     text = measured.compiled.as_text()
-    kernels_s = hlo.kernel_flops(text) / (KERNELS * DEVICES[kind][0])
-    row |= {'cycles': hlo.cycles(text), 'kernels_s': kernels_s, 'compute_s': hlo.cycles(text) / CLOCK[kind] + kernels_s}
-    row |= of_collectives(hlo.collectives(text), program, num_layers, kind)
+    row |= {'cycles': hlo.cycles(text)} | hlo.estimate(text, kind)
+    row |= of_collectives(hlo.collectives(text), program, num_layers)
   row['versions'] = {p: importlib.metadata.version(p) for p in ('jax', 'jaxlib', 'libtpu', 'flax')}
   row['python'], row['date'] = platform.python_version(), datetime.date.today().isoformat()
   return row
 
 
-def of_collectives(found: list[hlo.Collective], program: Program, num_layers: int, kind: str) -> dict:
+def of_collectives(found: list[hlo.Collective], program: Program, num_layers: int) -> dict:
   """Counts by kind, bytes received, the largest collectives, and those whose result is a whole stack of layers."""
   counts = collections.defaultdict(lambda: [0, 0, 0.0])
   for c in found:
@@ -166,11 +158,9 @@ def of_collectives(found: list[hlo.Collective], program: Program, num_layers: in
   # Of all kinds: on a three-dimensional slice, the compiler gathers with an all-reduce of zeros and one part.
   found = sorted(found, key=lambda c: -c.elements)
   in_layers = [c for c in found if c.runs % num_layers == 0]
-  received = sum(c.runs * c.received for c in found)
   return {
     'collectives': counts,
-    'received': received,
-    'links_s': received / LINKS[kind],
+    'received': sum(c.runs * c.received for c in found),
     'largest': f'{found[0].kind} {found[0].shape}',
     'largest_in_layers': f'{in_layers[0].kind} {in_layers[0].shape}',
     'whole_stacks': [c.shape for c in found if c.elements in sizes],
@@ -236,7 +226,7 @@ def tables(results: dict[str, dict]) -> str:
         ', '.join(r['whole_stacks']) or 'none',
       ]
     )
-  lines = table(memory) + table(steps) + table(moves)
+  lines = table(memory) + table(steps) + table(against_maxtext(results)) + table(moves)
   for r in done:
     if r['name'].endswith(' layers') and (whole := results.get(r['name'].rpartition(',')[0])):
       ratio = whole['compile_cpu_s'] / r['compile_cpu_s']
@@ -250,6 +240,30 @@ def tables(results: dict[str, dict]) -> str:
   made = sorted({(r['date'], r['python'], *(f'{k} {v}' for k, v in r['versions'].items())) for r in done})
   lines += ['; '.join(f'{date}, Python {python}, {", ".join(more)}' for date, python, *more in made) + '.']
   return '\n'.join(lines) + '\n'
+
+
+def against_maxtext(results: dict[str, dict]) -> list[list[str]]:
+  """A step of ours beside MaxText's, and MaxText's estimates beside what it publishes."""
+  cells = [['step', 'tokens per chip', 'compute s', 'links s', 'tokens/s per chip', 'MFU, %', 'measured, %']]
+
+  def add(name: str, r: dict, tokens: float, flops: float, published: float | None):
+    seconds = r['compute_s'] + r['links_s'], max(r['compute_s'], r['links_s'])
+    mfu = [f'{100 * flops / hlo.DEVICES[maxtext.KIND][0] / s:.0f}' for s in seconds]
+    rates = [f'{tokens / s:,.0f}' for s in seconds]
+    times = f'{r["compute_s"]:.2f}', f'{r["links_s"]:.2f}'
+    measured = '' if published is None else f'{published:.0f}'
+    cells.append([name, f'{tokens:,.0f}', *times, ' … '.join(rates), ' … '.join(mfu), measured])
+
+  for name in maxtext.ROWS:
+    row, ours = maxtext.read().get(name), results.get(f'{name}, stage 2')
+    if row and ours:
+      # Both by MaxText's count of FLOPs, which takes half of attention's square; no token counts as more than another.
+      per_token = row['tflops'] * 1e12 / row['tokens_per_chip']
+      tokens = ours['tokens'] / ours['chips']
+      add(f'{name}, stage 2', ours, tokens, per_token * tokens, None)
+    if row:
+      add(f'MaxText: {name}', row, row['tokens_per_chip'], row['tflops'] * 1e12, row['published'])
+  return cells
 
 
 def main(argv):

@@ -28,6 +28,7 @@ from elder_jax.settings import Settings
 from elder_jax.settings import setting
 
 LEAVES_LAST = 5.0  # seconds; process 0 runs the coordination service, and JAX aborts processes that outlive it
+PART = 2**28  # bytes of an array that to_host gathers on every device at a time
 SHARED_FOLDER_PATIENCE = 20.0  # seconds; network file systems cache for a while that a file does not exist
 
 
@@ -173,15 +174,36 @@ def check_shared(folder: pathlib.Path, flag: str):
 
 
 def to_host(array) -> np.ndarray:
-  """A whole array on every host. All processes must call it. Pass one tensor at a time: each device holds a full copy."""
-  if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-    array = _gather(NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
-  return np.asarray(array)
+  """A whole array on every host. All processes must call it. Pass one tensor at a time; see PART."""
+  if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return _in_parts(array)
+
+
+def _in_parts(array: jax.Array) -> np.ndarray:
+  """Reads an array by parts along an axis that is not sharded, since each device holds a copy of what is read."""
+  place = array.sharding
+  assert isinstance(place, NamedSharding)
+  whole_axes = [i for i in range(array.ndim) if i >= len(place.spec) or place.spec[i] is None]
+  axis = max(whole_axes, key=lambda i: array.shape[i], default=None)
+  everywhere = NamedSharding(place.mesh, PartitionSpec())
+  if axis is None or array.nbytes <= PART:
+    return np.asarray(_gather(everywhere, axis, None)(array, 0))
+  length = array.shape[axis]
+  size = max(1, length * PART // array.nbytes)
+  found = np.empty(array.shape, array.dtype)
+  for start in [*range(0, length - size, size), length - size]:  # the last part overlaps the one before
+    where = (slice(None),) * axis + (slice(start, start + size),)
+    found[where] = np.asarray(_gather(everywhere, axis, size)(array, start))
+  return found
 
 
 @functools.lru_cache
-def _gather(everywhere: NamedSharding):
-  return jax.jit(lambda a: a, out_shardings=everywhere)
+def _gather(everywhere: NamedSharding, axis: int | None, size: int | None):
+  def part(a, start):
+    return a if size is None else jax.lax.dynamic_slice_in_dim(a, start, size, axis)
+
+  return jax.jit(part, out_shardings=everywhere)
 
 
 def leave(status: int, sentence: str):

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
@@ -28,15 +27,16 @@ from elder_jax.recipes.context import Context
 from elder_jax.recipes.streams import Streams
 from elder_jax.recipes.streams import get_layer
 from elder_jax.recipes.streams import layer_at
-from elder_jax.recipes.streams import product
 from elder_jax.recipes.streams import prune_changed
 from elder_jax.recipes.streams import put_layer
-from elder_jax.recipes.streams import ridge
-from elder_jax.recipes.streams import rows
-from elder_jax.recipes.streams import solve_once
 from elder_jax.recipes.streams import stream_programs
 from elder_jax.recipes.streams import walk
-from elder_jax.recipes.streams import weights
+from elder_jax.recipes.sums import product
+from elder_jax.recipes.sums import ridge
+from elder_jax.recipes.sums import rows
+from elder_jax.recipes.sums import solve_once
+from elder_jax.recipes.sums import spread
+from elder_jax.recipes.sums import weights
 
 # Chosen on validation text: docs/decisions/absorb.md.
 RIDGE = 0.3  # ridge strength, as a multiple of the mean diagonal of a Gram matrix
@@ -200,7 +200,7 @@ def _weighted(a_SA, r_SD, target_SD):
   w_S1 = weights(target_SD)
   weighted_SA = a_SA * w_S1
   sums = product(weighted_SA, a_SA), product(weighted_SA, r_SD), jnp.sum(w_S1 * r_SD**2), jnp.sum(w_S1 * target_SD**2)
-  return sharding.replicate(sums)
+  return spread(sums)
 
 
 # ---- the functions of the entries in RECIPES ----

@@ -3,17 +3,17 @@
 import jax
 import numpy as np
 
-from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
 from elder_jax.recipes import patch
 from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
-from elder_jax.recipes.streams import product
-from elder_jax.recipes.streams import rows
-from elder_jax.recipes.streams import solve_once
 from elder_jax.recipes.streams import stream_programs
+from elder_jax.recipes.sums import product
+from elder_jax.recipes.sums import rows
+from elder_jax.recipes.sums import solve_once
+from elder_jax.recipes.sums import spread
 
 EPSILON = 1e-6  # as in the released code
 
@@ -34,7 +34,7 @@ def _solve(gram_DD, cross_DD) -> np.ndarray:
 def _sums(x_BTD, y_BTD):
   """Returns (XᵀX, XᵀΔ)."""
   x_SD = rows(x_BTD)
-  return sharding.replicate((product(x_SD, x_SD), product(x_SD, rows(y_BTD) - x_SD)))
+  return spread((product(x_SD, x_SD), product(x_SD, rows(y_BTD) - x_SD)))
 
 
 def programs(shapes: Shapes) -> list[Program]:

@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.program import Shapes
 from elder_jax.recipes.streams import Streams
 from elder_jax.recipes.streams import get_layer
 from elder_jax.recipes.streams import layer_at
-from elder_jax.recipes.streams import product
 from elder_jax.recipes.streams import put_layer
-from elder_jax.recipes.streams import ridge
-from elder_jax.recipes.streams import rows
-from elder_jax.recipes.streams import solve_once
-from elder_jax.recipes.streams import weights
+from elder_jax.recipes.sums import product
+from elder_jax.recipes.sums import ridge
+from elder_jax.recipes.sums import rows
+from elder_jax.recipes.sums import solve_once
+from elder_jax.recipes.sums import spread
+from elder_jax.recipes.sums import weights
 
 # Ridge strength for the layer before a removed block; see absorb.RIDGE.
 RIDGE = 0.1
@@ -72,7 +72,7 @@ def sums(x_BTD, target_BTD, model: Decoder, l, kappa_D):
   a_SF = rows(f_BTF) * jax.lax.rsqrt(jnp.mean(u_SD * u_SD, -1, keepdims=True) + block.post_mlp_norm.eps)
   wanted_SD = (rows(target_BTD) - rows(mid_BTD)) / kappa_D[None]
   weighted_SF = a_SF * weights(rows(target_BTD))
-  return sharding.replicate((product(weighted_SF, a_SF), product(weighted_SF, wanted_SD - n_SD)))
+  return spread((product(weighted_SF, a_SF), product(weighted_SF, wanted_SD - n_SD)))
 
 
 @jax.jit
@@ -86,9 +86,7 @@ def _channel_sums(x_BTD, target_BTD, model: Decoder, l):
   def of_D(a_SD, b_SD):
     return jnp.sum(w_S1 * a_SD * b_SD, 0)
 
-  return sharding.replicate(
-    (of_D(r_SD, r_SD), of_D(r_SD, y_SD), of_D(y_SD, y_SD), jnp.sum(w_S1 * t_SD**2), jnp.sum(w_S1))
-  )
+  return spread((of_D(r_SD, r_SD), of_D(r_SD, y_SD), of_D(y_SD, y_SD), jnp.sum(w_S1 * t_SD**2), jnp.sum(w_S1)))
 
 
 def _parts(model: Decoder, l, x_BTD):

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-from elder_jax.devices import sharding
 from elder_jax.model.decoder import Decoder
 from elder_jax.model.program import Program
 from elder_jax.model.program import Shapes
@@ -12,13 +11,14 @@ from elder_jax.recipes.context import Choice
 from elder_jax.recipes.context import Context
 from elder_jax.recipes.streams import get_layer
 from elder_jax.recipes.streams import layer_at
-from elder_jax.recipes.streams import product
 from elder_jax.recipes.streams import prune_changed
 from elder_jax.recipes.streams import put_layer
-from elder_jax.recipes.streams import rows
-from elder_jax.recipes.streams import solve_once
 from elder_jax.recipes.streams import stream_programs
 from elder_jax.recipes.streams import walk
+from elder_jax.recipes.sums import product
+from elder_jax.recipes.sums import rows
+from elder_jax.recipes.sums import solve_once
+from elder_jax.recipes.sums import spread
 
 
 def start(context: Context, choice: Choice) -> Decoder:
@@ -59,7 +59,7 @@ def _sums(x_BTD, target_BTD, model: Decoder, l):
   out_BTD = block.mlp_output(f_BTF)
   r_SD = rows(target_BTD) - rows(mid_BTD) - rows(block.mlp_update(f_BTF, mid_BTD))
   a_SD = rows(out_BTD if block.b_down is None else out_BTD - block.b_down[...].astype(out_BTD.dtype)[None, None])
-  return sharding.replicate((product(a_SD, a_SD), product(a_SD, r_SD)))
+  return spread((product(a_SD, a_SD), product(a_SD, r_SD)))
 
 
 def why_not(spec: Spec) -> str:

@@ -34,6 +34,11 @@ from elder_jax.model.program import Shapes
 from elder_jax.model.program import device_bytes
 from elder_jax.model.spec import Mode
 from elder_jax.recipes.context import Batches
+from elder_jax.recipes.sums import add
+from elder_jax.recipes.sums import device_bytes_of
+from elder_jax.recipes.sums import host_bytes_of
+from elder_jax.recipes.sums import on_host
+from elder_jax.recipes.sums import spread
 
 
 class Passes:
@@ -86,16 +91,15 @@ class Streams:
     """Returns the sum over the batches, in float64, of the arrays of sums(x_BTD, y_BTD, *args).
 
     Args:
-      sums: Returns a tuple of arrays for a batch.
+      sums: Returns a tuple of float32 arrays for a batch, sharded by `spread`.
       beside: Where y_BTD comes from; None: these hidden states themselves.
       part: Fraction of the batches to read, from the first one.
     """
     pairs, total = zip(self, self if beside is None else beside), None
     for x_BTD, other_BTD in itertools.islice(pairs, math.ceil(part * len(self._parts))):
-      found = [hosts.to_host(a).astype(np.float64) for a in sums(x_BTD, other_BTD, *args)]
-      total = found if total is None else [t + a for t, a in zip(total, found)]
+      total = add(total, sums(x_BTD, other_BTD, *args))
       self._passes.add(1 / len(self._parts))
-    return total
+    return on_host(total)
 
 
 def _stoppable(items):
@@ -206,16 +210,6 @@ def layer_at(model: Decoder, l, x_BTD) -> tuple[Block, jax.Array]:
   return block, block.mixed(x_BTD, rope, window, mixer_of(spec, kind_l))
 
 
-def rows(a) -> jax.Array:
-  """Reshapes [B, T, …] to float32 rows, one per token."""
-  return a.reshape(a.shape[0] * a.shape[1], -1).astype(jnp.float32)
-
-
-def weights(target_SD):
-  """Returns 1 / ‖target‖² per token, [S, 1]. It turns a squared error into a relative one."""
-  return 1 / jnp.maximum(jnp.sum(target_SD**2, -1, keepdims=True), 1e-12)
-
-
 @jax.jit
 def channel_ratios(x_BTD, y_BTD):
   """Returns (Σ over sequences of Σ |y| / Σ |x| per channel, number of sequences). The inner sums run over tokens."""
@@ -224,10 +218,7 @@ def channel_ratios(x_BTD, y_BTD):
     return jnp.sum(jnp.abs(a_BTD.astype(jnp.float32)), 1)
 
   ratio_BD = size_BD(y_BTD) / jnp.maximum(size_BD(x_BTD), 1e-12)
-  return sharding.replicate((jnp.sum(ratio_BD, 0), jnp.float32(ratio_BD.shape[0])))
-
-
-product = functools.partial(jnp.einsum, 'SA,SD->AD', precision=jax.lax.Precision.HIGHEST)
+  return spread((jnp.sum(ratio_BD, 0), jnp.float32(ratio_BD.shape[0])))
 
 
 # ---- one layer of a stacked parameter, on the host ----
@@ -246,25 +237,6 @@ def put_layer(weight, value: np.ndarray, l: int):
 @functools.partial(jax.jit, static_argnames='axes')
 def _with_layer(stacked, value, l, axes: str):
   return sharding.constrain(stacked.at[l].set(value), *sharding.spec(axes))
-
-
-def solve_once(solve: Callable[..., np.ndarray], gram: np.ndarray, cross: np.ndarray, *args) -> np.ndarray:
-  """Returns solve(gram, cross, *args), which has the shape of `cross`. Process 0 computes it for all processes.
-
-  The last bits may differ between CPUs, and all processes must use the same values.
-  """
-  return hosts.broadcast(solve(gram, cross, *args) if hosts.is_leader() else np.zeros_like(cross))
-
-
-def ridge(gram_AA: np.ndarray, cross_AD: np.ndarray, strength: float, groups: tuple[int, ...] = ()) -> np.ndarray:
-  """Returns (G + Λ)⁻¹ C. Λ is diagonal: `strength` times the mean diagonal of G within each group of features.
-
-  Args:
-    groups: The number of features in each group, in order; empty: one group.
-  """
-  diagonals = np.split(np.diag(gram_AA), np.cumsum(groups)[:-1])
-  penalty_A = np.concatenate([np.full(d.size, strength * d.mean()) for d in diagonals])
-  return np.linalg.solve(gram_AA + np.diag(penalty_A), cross_AD)
 
 
 # ---- for the plan ----
@@ -289,11 +261,13 @@ def stream_programs(shapes: Shapes, name: str, sums: Callable, *args, layers: in
   waiting = 2 * steps * device_bytes(x_BTD)
   on_cpu = devices[0].platform == 'cpu'
   beside = changed + (waiting if on_cpu else 0)
+  of_batch = jax.eval_shape(sums, *of_sums[1])
+  total, solved = device_bytes_of(of_batch, len(devices)), host_bytes_of(of_batch)
   found = [
     Program(f'{name}, streams', *through, size, beside=beside, calls=2 * steps),
-    Program(name, *of_sums, size, beside=beside, calls=layers * steps),
+    Program(name, *of_sums, size, beside=beside + total + (solved if on_cpu else 0), calls=layers * steps),
   ]
   if on_cpu:
     return found
   of_host = sum(d.process_index == devices[0].process_index for d in devices)
-  return [*found, Program(f'{name}, waiting streams', None, (), 0, of_host * waiting, host=True)]
+  return [*found, Program(f'{name}, on the host', None, (), 0, 0, beside=of_host * waiting + solved, host=True)]
