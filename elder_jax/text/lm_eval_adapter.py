@@ -34,16 +34,19 @@ _NEUTRAL = {'num_beams': 1, 'repetition_penalty': 1.0, 'min_p': 0.0, 'typical_p'
 
 
 @functools.partial(jax.jit, static_argnames='mode')
-def token_scores(model: Decoder, tokens_BT, target_BT, mode: Mode):
-  """log p(target) after each token, float32 [B, T], and whether target is the most probable token, bool [B, T].
+def token_scores(model: Decoder, tokens_BT, position_BT, target_BT, mode: Mode):
+  """log p(target) at some positions, float32 [B, T], and whether target is the most probable token, bool [B, T].
 
-  Works through the sequence in chunks: logits [B, T, V] are never in memory, and nothing of size V leaves the devices.
+  Works through the positions in chunks: logits [B, T, V] are never in memory, and nothing of size V leaves the devices.
 
   Args:
-    tokens_BT, target_BT: int32; target_BT[b, t] is scored as the token after tokens_BT[b, : t + 1].
+    tokens_BT: int32.
+    position_BT, target_BT: int32; target_BT[b, i] is scored as the token after tokens_BT[b, : position_BT[b, i] + 1].
+      There may be fewer of them than tokens.
   """
   x_BTD, _ = forward(model, tokens_BT, mode=mode)
-  B, T = tokens_BT.shape
+  x_BTD = sharding.constrain_batch(jnp.take_along_axis(x_BTD, position_BT[..., None], 1))
+  B, T = target_BT.shape
   chunk, head = losses.chunk_length(B, T), head_of(model)
 
   def as_chunks(a):
@@ -160,11 +163,11 @@ class JaxLM(TemplateLM):
     answers, done = [(0.0, True)] * len(requests), 0
     for start in range(0, len(rows), self.batch_size):
       batch = rows[start : start + self.batch_size]
-      logp_BT, greedy_BT = self._score(batch)
+      logp_BT, greedy_BT = self._score(batch, max(len(requests[i][2]) for row in batch for i in numbers[row]))
       for row, logp_T, greedy_T in zip(batch, logp_BT, greedy_BT):
         for i in numbers[row]:
           texts, _, continuation = requests[i]
-          scored = slice(len(row) - 1 - len(continuation), len(row) - 1)
+          scored = slice(len(logp_T) - len(continuation), None)
           answers[i] = (float(logp_T[scored].sum(dtype=np.float64)), bool(greedy_T[scored].all()))
           if texts is not None:  # None: a window of loglikelihood_rolling
             self.cache_hook.add_partial('loglikelihood', texts, answers[i])
@@ -172,13 +175,21 @@ class JaxLM(TemplateLM):
       self.progress(done, len(requests))
     return answers
 
-  def _score(self, rows) -> tuple[np.ndarray, np.ndarray]:
-    """token_scores of rows of tokens, the longest first, on the host. Causal masking hides the padding on the right."""
-    tokens_BT = np.zeros((self.batch_size, min(self.max_length, bucket(len(rows[0]) - 1))), np.int32)
-    target_BT = np.zeros_like(tokens_BT)
-    for tokens_T, target_T, row in zip(tokens_BT, target_BT, rows):
-      tokens_T[: len(row) - 1], target_T[: len(row) - 1] = row[:-1], row[1:]
-    scores = token_scores(self.model, self.put(tokens_BT), self.put(target_BT), self.mode)
+  def _score(self, rows, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """token_scores of the `last` tokens of each row or some more, on the host; the last token comes last.
+
+    The longest row is the first. Causal masking hides the padding on its right.
+    """
+    length = min(self.max_length, bucket(len(rows[0]) - 1))
+    scored = min(length, max(32, 1 << (last - 1).bit_length()))
+    tokens_BT = np.zeros((self.batch_size, length), np.int32)
+    position_BT, target_BT = (np.zeros((self.batch_size, scored), np.int32) for _ in 'pt')
+    for i, row in enumerate(rows):
+      tokens_BT[i, : len(row) - 1] = row[:-1]
+      position_T = np.arange(len(row) - 1 - scored, len(row) - 1)
+      position_BT[i] = np.maximum(position_T, 0)
+      target_BT[i] = np.array(row)[position_BT[i] + 1]
+    scores = token_scores(self.model, *map(self.put, (tokens_BT, position_BT, target_BT)), self.mode)
     return tuple(map(hosts.to_host, scores))
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:

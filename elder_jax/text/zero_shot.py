@@ -183,7 +183,7 @@ def program(shapes: Shapes, model: Decoder, name: str) -> Program:
 
   settings = shapes.settings.evaluation
   B, T = settings.eval_batch_size, settings.eval_seq_len
-  args = model, shapes.batch(B, T), shapes.batch(B, T), shapes.mode
+  args = model, *[shapes.batch(B, T)] * 3, shapes.mode
   flops = shapes.flops(model.num_layers, B * T, T)
   return Program(f'zero-shot, {name}', lm_eval_adapter.token_scores, args, flops, device_bytes(model))
 

@@ -71,6 +71,13 @@ def test_only_greedy_continuations_are_flagged(both):
   assert [is_greedy for _, is_greedy in answers] == [True, False]
 
 
+@pytest.mark.parametrize('last, positions', [(1, 32), (32, 32), (33, MAX_LENGTH)])
+def test_only_continuations_are_projected_on_the_vocabulary(both, last, positions):
+  ours, _ = both
+  logp_BT, greedy_BT = ours._score([tuple(range(MAX_LENGTH + 1))], last)
+  assert logp_BT.shape == greedy_BT.shape == (5, positions)
+
+
 def test_rolling_equals_the_hf_backend(both):
   """Texts shorter than the context, and texts that need several windows."""
   ours, theirs = both
