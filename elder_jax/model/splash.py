@@ -4,7 +4,6 @@ Dimension names: see decoder.py.
 """
 
 import jax
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -33,6 +32,9 @@ def attention(
   Args:
     interpret: Whether to run the kernel step by step, on any device.
   """
+  # Imported here: it takes a quarter of a second, and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   B, T, _, H = q_BTNH.shape
   scale = H**-0.5 if scale is None else scale
   q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
