@@ -44,13 +44,15 @@ class Collective:
 
 def elements(shape: str) -> int:
   """Elements of the largest array in a shape, which may be a tuple."""
-  return max((math.prod(map(int, filter(None, dims.split(',')))) for _, dims in _ARRAY.findall(shape)), default=0)
+  return max((math.prod(_sizes(dims)) for _, dims in _ARRAY.findall(shape)), default=0)
 
 
 def _bytes(shape: str) -> int:
-  return sum(
-    BYTES.get(kind, 0) * math.prod(map(int, filter(None, dims.split(',')))) for kind, dims in _ARRAY.findall(shape)
-  )
+  return sum(BYTES.get(kind, 0) * math.prod(_sizes(dims)) for kind, dims in _ARRAY.findall(shape))
+
+
+def _sizes(dims: str) -> list[int]:
+  return [int(n) for n in dims.split(',') if n]
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -185,7 +187,3 @@ def kernel_flops(text: str) -> float:
       seen = sizes[-2] * (1 + _BLOCK / sizes[-2]) / 2
       total += n * 2 * _SPLASH[kind] * math.prod(sizes) * seen
   return total
-
-
-def _sizes(dims: str) -> list[int]:
-  return [int(n) for n in dims.split(',') if n]

@@ -34,7 +34,7 @@ FLAGS = (
 SETTINGS = 'steps=15 max_target_length=2048 use_iota_embed=true reuse_example_batch=1 attention=flash'
 # Row -> (settings, MFU in % that maxtext/configs/tpu/v5e/README.md publishes, measured on TPUs).
 ROWS = {
-  # The sequences per chip of our row. With the 4 of the script the compiler refuses this slice: 16.7 GiB of temporaries.
+  # The sequences per chip of our row; the 4 of the script do not fit this slice.
   'LLaMA-2-7B, v5e-16': (
     'model_name=llama2-7b compile_topology=v5e-16 per_device_batch_size=1 remat_policy=save_qkv_proj',
     None,

@@ -257,7 +257,7 @@ def against_maxtext(results: dict[str, dict]) -> list[list[str]]:
   for name in maxtext.ROWS:
     row, ours = maxtext.read().get(name), results.get(f'{name}, stage 2')
     if row and ours:
-      # Both by MaxText's count of FLOPs, which takes half of attention's square; no token counts as more than another.
+      # MaxText's count of FLOPs for both: it takes half of attention's square.
       per_token = row['tflops'] * 1e12 / row['tokens_per_chip']
       tokens = ours['tokens'] / ours['chips']
       add(f'{name}, stage 2', ours, tokens, per_token * tokens, None)

@@ -35,10 +35,10 @@ from elder_jax.model.program import device_bytes
 from elder_jax.model.spec import Mode
 from elder_jax.recipes.context import Batches
 from elder_jax.recipes.sums import add
-from elder_jax.recipes.sums import device_bytes_of
-from elder_jax.recipes.sums import host_bytes_of
 from elder_jax.recipes.sums import on_host
+from elder_jax.recipes.sums import solver_host_bytes
 from elder_jax.recipes.sums import spread
+from elder_jax.recipes.sums import total_device_bytes
 
 
 class Passes:
@@ -262,7 +262,7 @@ def stream_programs(shapes: Shapes, name: str, sums: Callable, *args, layers: in
   on_cpu = devices[0].platform == 'cpu'
   beside = changed + (waiting if on_cpu else 0)
   of_batch = jax.eval_shape(sums, *of_sums[1])
-  total, solved = device_bytes_of(of_batch, len(devices)), host_bytes_of(of_batch)
+  total, solved = total_device_bytes(of_batch, len(devices)), solver_host_bytes(of_batch)
   found = [
     Program(f'{name}, streams', *through, size, beside=beside, calls=2 * steps),
     Program(name, *of_sums, size, beside=beside + total + (solved if on_cpu else 0), calls=layers * steps),

@@ -94,13 +94,13 @@ def ridge(gram_AA: np.ndarray, cross_AD: np.ndarray, strength: float, groups: tu
 # ---- for the plan ----
 
 
-def device_bytes_of(found, devices: int) -> int:
+def total_device_bytes(found, devices: int) -> int:
   """Bytes per device of a total. found: the sums of a batch, abstract."""
   return sum(
     2 * a.size * a.dtype.itemsize // (devices if a.ndim == 2 and a.shape[0] % devices == 0 else 1) for a in found
   )
 
 
-def host_bytes_of(found) -> int:
+def solver_host_bytes(found) -> int:
   """Bytes of a host that reads a total and solves its system: in float64, every matrix and a copy for the solver."""
   return sum(2 * 8 * math.prod(a.shape) for a in found)

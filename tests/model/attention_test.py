@@ -26,6 +26,20 @@ def test_on_a_gpu_cudnn_is_used_where_it_supports_the_inputs(dtype, head_dim, ex
   assert asked == [expected]
 
 
+def test_on_a_gpu_each_window_of_a_models_layers_has_its_own_kernel(monkeypatch):
+  asked = []
+
+  def fused(q, *_, local_window_size, **__):
+    asked.append(local_window_size)
+    return q
+
+  monkeypatch.setattr(model_lib.sharding, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', fused)
+  arrays = [jnp.zeros((1, 16, 2, 64), jnp.bfloat16)] * 3
+  jax.jit(lambda w: attention(*arrays, w, window_L=(4, 0, 4)))(jnp.int32(4))
+  assert asked == [(3, 0), None]
+
+
 @pytest.mark.parametrize('length, kv_heads', [(5, 2), (8, 2), (16, 4), (21, 1)])
 def test_blocks_of_queries_equal_full_attention(length, kv_heads, monkeypatch):
   monkeypatch.setitem(QUERY_BLOCK, 'cpu', 8)

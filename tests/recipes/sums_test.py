@@ -29,7 +29,7 @@ def test_each_device_holds_some_rows_of_a_matrix(rows, held):
     total = sums.add(sums.add(None, spread), spread)
     for a in jax.tree.leaves(total):
       assert a.addressable_shards[0].data.shape == ((held, 4) if a.ndim == 2 else a.shape)
-    assert sums.device_bytes_of(spread, 8) == 2 * 4 * (held * 4 + 4 + 1)
+    assert sums.total_device_bytes(spread, 8) == 2 * 4 * (held * 4 + 4 + 1)
     for found, expected in zip(sums.on_host(total), spread, strict=True):
       np.testing.assert_array_equal(found, 2 * np.asarray(expected))
 
