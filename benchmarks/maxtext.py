@@ -12,6 +12,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 from absl import app
@@ -24,12 +26,17 @@ _TEXTS = flags.DEFINE_string(
 )
 KEPT = pathlib.Path(__file__).parent / 'maxtext.jsonl'
 
-# Compiler flags and settings of MaxText's own scripts: maxtext/configs/tpu/v5e/{16b,32b,llama2_7b}.sh.
+# Compiler flags and settings of MaxText's own scripts: maxtext/configs/tpu/v5e/{16b,32b,llama2_7b}.sh, and for v5p
+# maxtext/configs/tpu/v5p/llama2_70b.sh.
 FLAGS = (
   '--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true '
   '--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true '
   '--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true '
   '--xla_enable_async_all_gather=true'
+)
+FLAGS_V5P = (
+  ' --xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true '
+  '--xla_tpu_enable_ag_backward_pipelining=true'
 )
 SETTINGS = 'steps=15 max_target_length=2048 use_iota_embed=true reuse_example_batch=1 attention=flash'
 # Row -> (settings, MFU in % that maxtext/configs/tpu/v5e/README.md publishes, measured on TPUs).
@@ -37,6 +44,14 @@ ROWS = {
   # The sequences per chip of our row; the 4 of the script do not fit this slice.
   'LLaMA-2-7B, v5e-16': (
     'model_name=llama2-7b compile_topology=v5e-16 per_device_batch_size=1 remat_policy=save_qkv_proj',
+    None,
+  ),
+  'LLaMA-3-8B, v6e-16': (
+    'model_name=llama3.1-8b compile_topology=v6e-16 per_device_batch_size=1 remat_policy=save_qkv_proj',
+    None,
+  ),
+  'LLaMA-2-70B, v5p-128': (
+    'model_name=llama2-70b compile_topology=v5p-128 per_device_batch_size=1 remat_policy=save_dot_except_mlpwi',
     None,
   ),
   '16B, v5e-256': (
@@ -48,7 +63,12 @@ ROWS = {
     66.86,
   ),
 }
-KIND = 'TPU v5 lite'
+KINDS = {'v5e': 'TPU v5 lite', 'v6e': 'TPU v6 lite', 'v5p': 'TPU v5'}
+
+
+def kind_of(name: str) -> str:
+  """The device kind of a row."""
+  return KINDS[name.split(', ')[1][:3]]
 
 
 def compile_text(name: str, file: pathlib.Path):
@@ -86,7 +106,7 @@ def estimate(name: str, folder: pathlib.Path) -> dict:
   if not file.exists():
     compile_text(name, file)
   row = {'name': name, 'settings': ROWS[name][0], 'published': ROWS[name][1]}
-  row |= json.loads(file.with_suffix('.json').read_text()) | hlo.estimate(file.read_text(), KIND)
+  row |= json.loads(file.with_suffix('.json').read_text()) | hlo.estimate(file.read_text(), kind_of(name))
   row['versions'] = {p: importlib.metadata.version(p) for p in ('maxtext', 'jax', 'libtpu')}
   return row | {'date': datetime.date.today().isoformat()}
 
@@ -97,14 +117,19 @@ def read() -> dict[str, dict]:
 
 
 def main(argv):
-  os.environ['LIBTPU_INIT_ARGS'] = FLAGS
+  names = argv[1:] or list(ROWS)
+  if len(names) > 1:  # the compiler reads its flags once per process
+    for name in names:
+      subprocess.run([sys.executable, '-m', 'benchmarks.maxtext', f'--texts={_TEXTS.value}', name], check=True)
+    return
+  (name,) = names
+  os.environ['LIBTPU_INIT_ARGS'] = FLAGS + (FLAGS_V5P if kind_of(name) == 'TPU v5' else '')
   os.environ['JAX_PLATFORMS'] = 'cpu'
   with tempfile.TemporaryDirectory() as folder:
-    for name in argv[1:] or ROWS:
-      rows = read()
-      rows[name] = estimate(name, pathlib.Path(_TEXTS.value or folder))
-      KEPT.write_text(''.join(json.dumps(rows[n]) + '\n' for n in ROWS if n in rows))
-      print(rows[name], flush=True)
+    found = estimate(name, pathlib.Path(_TEXTS.value or folder))
+  rows = read() | {name: found}
+  KEPT.write_text(''.join(json.dumps(rows[n]) + '\n' for n in ROWS if n in rows))
+  print(found)
 
 
 if __name__ == '__main__':

@@ -248,7 +248,7 @@ def against_maxtext(results: dict[str, dict]) -> list[list[str]]:
 
   def add(name: str, r: dict, tokens: float, flops: float, published: float | None):
     seconds = r['compute_s'] + r['links_s'], max(r['compute_s'], r['links_s'])
-    mfu = [f'{100 * flops / hlo.DEVICES[maxtext.KIND][0] / s:.0f}' for s in seconds]
+    mfu = [f'{100 * flops / hlo.DEVICES[maxtext.kind_of(name.removeprefix("MaxText: "))][0] / s:.0f}' for s in seconds]
     rates = [f'{tokens / s:,.0f}' for s in seconds]
     times = f'{r["compute_s"]:.2f}', f'{r["links_s"]:.2f}'
     measured = '' if published is None else f'{published:.0f}'

@@ -1,6 +1,7 @@
 """The environment of a run for its report: package versions, devices, peak memory."""
 
 import importlib.metadata
+import pathlib
 import platform
 
 import jax
@@ -20,6 +21,23 @@ def package_versions() -> dict[str, str]:
 def device_name() -> str:
   devices = jax.devices()
   return f'{len(devices)} × {devices[0].device_kind}, {jax.process_count()} process(es)'
+
+
+def fast_dtype(device=None) -> str:
+  """Returns bfloat16 if a device has instructions for its matrix products, else float32.
+
+  Args:
+    device: None: the first one here. Of other CPUs than x86 with Linux nothing is known: float32.
+  """
+  device = jax.devices()[0] if device is None else device
+  if device.platform == 'gpu':
+    return 'bfloat16' if float(device.compute_capability) >= 8 else 'float32'
+  if device.platform != 'cpu':
+    return 'bfloat16'
+  try:
+    return 'bfloat16' if 'amx_bf16' in pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8') else 'float32'
+  except OSError:
+    return 'float32'
 
 
 def peak_bytes() -> int | None:

@@ -113,7 +113,9 @@ def programs(shapes: Shapes, num_remove: int, choices: int, steps: int) -> list[
   found, dense = [], shapes.dense
   if not absorb.why_not(shapes.spec):
     for p in absorb.programs(shapes, **QUICK):
-      found.append(p if p.host else dataclasses.replace(p, calls=choices * steps))
+      found.append(
+        p if p.host else dataclasses.replace(p, calls=choices * p.calls * steps // shapes.settings.fitted_steps)
+      )
   found.append(pruning.removal_program('judging, removing layers', dense, num_remove, keeps=True))
   pruned = pruning.cut_shapes(dense, num_remove)
   args, flops = (pruned, shapes.tokens_BT, None, shapes.mode), shapes.flops(pruned.num_layers)

@@ -64,6 +64,12 @@ class Shapes:
     layers = self.num_layers if num_layers is None else num_layers
     return (tokens or B * T) * sum(forward_flops(self.spec.with_layers([]), layers, seq_len or T))
 
+  @property
+  def layers_flops(self) -> float:
+    """FLOPs of a forward pass through all layers without the output head, for one batch of the training text."""
+    *of_layers, _ = forward_flops(self.spec.with_layers([]), self.num_layers, self.tokens_BT.shape[1])
+    return self.tokens_BT.size * sum(of_layers)
+
 
 def device_bytes(tree) -> int:
   """Returns the bytes per device of a tree's arrays, abstract or not."""

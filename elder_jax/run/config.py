@@ -1,5 +1,6 @@
 """All settings of a run, in groups. Every field is a flag with a help text and has the same name in config.json."""
 
+from collections.abc import Callable
 import dataclasses
 import decimal
 import functools
@@ -55,8 +56,9 @@ class ComputeSettings(Settings):
 
   dtype: str = setting(
     'float32',
-    'Type of computation and of frozen weights; trained weights are kept in float32.',
-    choices=('float32', 'bfloat16'),
+    'Type of computation and of frozen weights; trained weights are kept in float32. auto: bfloat16 where the devices have '
+    'instructions for it, else float32.',
+    choices=('float32', 'bfloat16', 'auto'),
   )
   remat: str = setting(
     'dots',
@@ -162,6 +164,10 @@ class Config:
 
   def replace(self, **settings) -> 'Config':
     return Config.of(**(self.flat() | settings))
+
+  def with_dtype(self, fast: Callable[[], str]) -> 'Config':
+    """Replaces --dtype=auto by fast()."""
+    return self.replace(dtype=fast()) if self.computation.dtype == 'auto' else self
 
   # ---- derived from several settings ----
 

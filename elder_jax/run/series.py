@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 
+from elder_jax.devices import about
 from elder_jax.devices import hosts
 from elder_jax.errors import InputError
 from elder_jax.hf import manifest
@@ -39,6 +40,7 @@ def run(config: Config) -> dict:
   Raises:
     PushFailed: the run is finished, but its export was not uploaded. Otherwise as pipeline.run.
   """
+  config = config.with_dtype(lambda: hosts.broadcast_json(about.fast_dtype()))
   to = config.output.push_to_hub
   if to:
     hosts.leader_first(lambda: push.check('push_to_hub', to) if hosts.is_leader() else None)

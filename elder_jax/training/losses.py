@@ -19,7 +19,9 @@ from elder_jax.model.decoder import run_layers
 from elder_jax.training import hidden
 from elder_jax.training.penalty import measure_of
 
-CHUNK_TOKENS = 1024  # tokens per device whose float32 logits are in memory at a time
+# Tokens per device whose float32 logits are in memory at a time. On a CPU they should fit its cache: 128 instead of 1024
+# make a step in bfloat16 faster (docs/decisions/speed.md).
+CHUNK_TOKENS = {'cpu': 128, 'gpu': 1024, 'tpu': 1024}
 
 
 def next_token_nll(model, x_BTD, tokens_BT, weight_BT=None):
@@ -44,7 +46,7 @@ def batch_nll(model, tokens_BT, weight_BT, mode, alive_L=None):
 
 def chunk_length(B: int, T: int) -> int:
   """Tokens of each row of a batch whose logits are computed together."""
-  return min(T, max(1, CHUNK_TOKENS * sharding.batch_ways() // B))
+  return min(T, max(1, CHUNK_TOKENS.get(sharding.platform(), 1024) * sharding.batch_ways() // B))
 
 
 def counted(tokens_BT, weight_BT=None):

@@ -30,7 +30,7 @@ def plain_nll(model, x_BTD, tokens_BT, weight_BT=None):
 @pytest.mark.parametrize('weighted, tied', [(True, False), (False, True)])
 @pytest.mark.parametrize('length', [2, 4, 11])  # a chunk is 8 tokens: 4 of each of 2 rows
 def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeypatch):
-  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
+  monkeypatch.setitem(losses.CHUNK_TOKENS, 'cpu', 8)
   model, tokens_BT = decoder(tied=tied), tokens(B, length)
   x_BTD = jax.random.normal(jax.random.key(5), (B, length, SPEC.d_model))
   weight_BT = jnp.array(np.random.default_rng(1).integers(0, 2, (B, length)), jnp.float32) if weighted else None
@@ -52,7 +52,7 @@ def test_next_token_nll_equals_the_plain_formula(length, weighted, tied, monkeyp
 @pytest.mark.parametrize('distill', [0.0, 0.3])
 def test_the_gradient_is_the_same_with_a_frozen_head(distill, monkeypatch):
   """With a frozen head it is computed in the forward pass, else in the backward pass; both equal the plain formula."""
-  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
+  monkeypatch.setitem(losses.CHUNK_TOKENS, 'cpu', 8)
   model, teacher, tokens_BT = decoder(), decoder(tied=True), tokens()
   x_BTD, y_BTD = jax.random.normal(jax.random.key(5), (2, B, T, SPEC.d_model))
 
@@ -78,7 +78,7 @@ def test_the_gradient_is_the_same_with_a_frozen_head(distill, monkeypatch):
 @pytest.mark.parametrize('temperature', [0.5, 3.0])
 def test_temperature_equals_the_formula(temperature, monkeypatch):
   """With a trained and a frozen head, and token weights."""
-  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
+  monkeypatch.setitem(losses.CHUNK_TOKENS, 'cpu', 8)
   model, teacher, tokens_BT = decoder(), decoder(tied=True), tokens()
   x_BTD, y_BTD = jax.random.normal(jax.random.key(5), (2, B, T, SPEC.d_model))
   weight_BT = jnp.array(np.random.default_rng(1).integers(0, 2, (B, T)), jnp.float32)
@@ -142,7 +142,7 @@ def _arrays(jaxpr):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_the_logits_of_a_whole_batch_are_never_in_memory(dtype, monkeypatch):
-  monkeypatch.setattr(losses, 'CHUNK_TOKENS', 8)
+  monkeypatch.setitem(losses.CHUNK_TOKENS, 'cpu', 8)
   model, length = decoder(), 100
   x_BTD = jnp.ones((B, length, SPEC.d_model), dtype)
 

@@ -10,6 +10,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from elder_jax.devices import about
 from elder_jax.devices import hosts
 from elder_jax.devices import sharding
 from elder_jax.errors import DOES_NOT_FIT
@@ -33,6 +34,9 @@ from elder_jax.run.plan.compile import measure
 from elder_jax.run.plan.programs import heaviest
 from elder_jax.run.plan.programs import programs_by_stage
 from elder_jax.run.plan.programs import shapes_of
+from elder_jax.run.plan.seconds import measure_speed
+from elder_jax.run.plan.seconds import seconds_by_stage
+from elder_jax.run.plan.seconds import seconds_table
 from elder_jax.run.plan.table import gib
 from elder_jax.run.plan.table import plan_table
 from elder_jax.run.prepare import check_recipes
@@ -106,8 +110,14 @@ def plan(config: Config) -> int:
     log(f'planning for {num_removes[0]} layers; the run itself finds how many layers --max_ppl_increase allows')
   name = config.computation.topology
   mesh = sharding.make_mesh(config.computation.mesh, topology(name) if name else None)
+  config = config.with_dtype(lambda: about.fast_dtype(mesh.devices.flat[0]))
   check_sizes(config, spec, num_layers, mesh)
-  text, too_large = describe(*planned(config, spec, num_layers, num_removes, mesh, dtype, teacher), compile_it=True)
+  shapes, listed, by_stage = _laid_out(config, spec, num_layers, num_removes, mesh, dtype, teacher)
+  text, too_large = describe(shapes, heaviest(by_stage), compile_it=True)
+  if not too_large and not name and (programs := [p for of_stage in by_stage for p in of_stage if p.model_flops]):
+    with jax.set_mesh(mesh):
+      speed = measure_speed(shapes, programs)
+    text += '\n' + seconds_table(seconds_by_stage(listed, by_stage, speed), speed)
   if hosts.is_leader():
     print(text)
   return DOES_NOT_FIT if too_large else 0
@@ -123,10 +133,19 @@ def planned(
   teacher: tuple[Spec, int] | None = None,
 ) -> tuple[Shapes, list[Program]]:
   """Returns the arguments of `describe` for a run with these settings."""
+  shapes, _, by_stage = _laid_out(config, spec, num_layers, num_removes, mesh, source_dtype, teacher)
+  return shapes, heaviest(by_stage)
+
+
+def _laid_out(
+  config: Config, spec: Spec, num_layers: int, num_removes: list[int], mesh: Mesh, source_dtype: str, teacher
+) -> tuple[Shapes, list[Stage], list[list[Program]]]:
+  """Returns (shapes of a run, its stages, the programs of each)."""
   with jax.set_mesh(mesh):
     shapes = shapes_of(config, spec, num_layers, num_removes, mesh, source_dtype, teacher)
     # The check of the unpruned model in PyTorch is left out, because it depends on files that may not be there.
-    return shapes, heaviest(programs_by_stage(shapes, list_stages(config, num_removes, checks_source=False)))
+    listed = list_stages(config, num_removes, checks_source=False)
+    return shapes, listed, programs_by_stage(shapes, listed)
 
 
 def topology(name: str) -> list:
