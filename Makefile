@@ -37,16 +37,18 @@ docs: $(VENV)/docs
 assets: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets
 
-# On a CPU: steps against PyTorch in both types, and where the time of the demo goes.
+# On a CPU, in under 15 minutes: steps against PyTorch in both types, what a step does, where the time of the demo goes.
+SMOLLM2 = $$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf
 bench: $(VENV)/test assets
-	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf
-	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --dtype=bfloat16 --nocompiled --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$(SMOLLM2) --nocompiled --rounds=2 --cases=forward,gates,full
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$(SMOLLM2) --nocompiled --rounds=2 --dtype=bfloat16
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.profile_step --model=$(SMOLLM2) --cases=forward,full --dtype=bfloat16
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.job
 
 # WIKITEXT is a folder with WikiText-2's valid.txt and test.txt; rows that are done are not done again.
 results: $(VENV)/demo
 	$(BIN)/python -m benchmarks.assets --gemma
-	$(BIN)/python -m benchmarks.results --model=$$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf \
+	$(BIN)/python -m benchmarks.results --model=$(SMOLLM2) \
 	  --gemma=$$HOME/.cache/elder_jax/gemma-3-270m-Q4_K_M.gguf --wikitext=$(WIKITEXT) --news=$$HOME/.cache/elder_jax/lee_news.txt
 
 $(VENV)/python-checked:

@@ -89,6 +89,19 @@ def _iterations(computations: dict, loop: Instruction) -> int:
   return math.ceil(limit / max(1, added))
 
 
+def _cost(computations: dict, name: str) -> tuple[int, int]:
+  """(products and kernels, cycles) of a computation and those that it runs."""
+  products = cycles = 0
+  for i in computations[name]:
+    products += i.op in ('convolution', 'dot', 'custom-call')
+    cycles += _cycles(i)
+    inner = [_called(i, attribute) for attribute in ('body', 'calls', 'to_apply', 'branch_computations')]
+    for callee in [c for found in inner for c in found]:
+      more = _cost(computations, callee)
+      products, cycles = products + more[0], cycles + (0 if i.op == 'fusion' else more[1])
+  return products, cycles
+
+
 def _operands(instruction: Instruction) -> list[str]:
   return re.findall(r'%([\w.\-]+)', instruction.rest.partition(')')[0])
 
@@ -104,9 +117,9 @@ def runs(computations: dict, entry: str) -> tuple[dict[str, int], set[str]]:
     for i in computations[name]:
       if i.op == 'while':
         visit(_called(i, 'body')[0], n * _iterations(computations, i), inside)
-      elif i.op == 'conditional':  # a layer runs or is skipped: take the longer branch, since all layers run
-        branches = _called(i, 'branch_computations')
-        visit(max(branches, key=lambda b: sum(_cycles(j) for j in computations[b])), n, inside)
+      elif i.op == 'conditional':
+        # A layer runs or is skipped, and all layers run. Skipping it fills arrays, which can take more cycles.
+        visit(max(_called(i, 'branch_computations'), key=lambda b: _cost(computations, b)), n, inside)
       else:
         for callee in _called(i, 'calls') + (_called(i, 'to_apply') if i.op == 'call' else []):
           visit(callee, n, inside or i.op != 'call')

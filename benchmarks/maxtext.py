@@ -26,18 +26,21 @@ _TEXTS = flags.DEFINE_string(
 )
 KEPT = pathlib.Path(__file__).parent / 'maxtext.jsonl'
 
-# Compiler flags and settings of MaxText's own scripts: maxtext/configs/tpu/v5e/{16b,32b,llama2_7b}.sh, and for v5p
-# maxtext/configs/tpu/v5p/llama2_70b.sh.
+# Compiler flags and settings of MaxText's own scripts in maxtext/configs/tpu: v5e/{16b,32b,llama2_7b}.sh,
+# v5p/llama2_70b.sh and v6e/llama2_7b_4096.sh.
 FLAGS = (
-  '--xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true '
   '--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true '
   '--xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true '
   '--xla_enable_async_all_gather=true'
 )
+FLAGS_V5E = (
+  f'{FLAGS} --xla_tpu_enable_data_parallel_all_reduce_opt=true --xla_tpu_data_parallel_opt_different_sized_ops=true'
+)
 FLAGS_V5P = (
-  ' --xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true '
+  f'{FLAGS_V5E} --xla_tpu_megacore_fusion_allow_ags=false --xla_enable_async_collective_permute=true '
   '--xla_tpu_enable_ag_backward_pipelining=true'
 )
+FLAGS_V6E = f'{FLAGS} --xla_tpu_scoped_vmem_limit_kib=98304'
 SETTINGS = 'steps=15 max_target_length=2048 use_iota_embed=true reuse_example_batch=1 attention=flash'
 # Row -> (settings, MFU in % that maxtext/configs/tpu/v5e/README.md publishes, measured on TPUs).
 ROWS = {
@@ -63,12 +66,13 @@ ROWS = {
     66.86,
   ),
 }
-KINDS = {'v5e': 'TPU v5 lite', 'v6e': 'TPU v6 lite', 'v5p': 'TPU v5'}
+# Generation -> (device kind, compiler flags).
+GENERATIONS = {'v5e': ('TPU v5 lite', FLAGS_V5E), 'v5p': ('TPU v5', FLAGS_V5P), 'v6e': ('TPU v6 lite', FLAGS_V6E)}
 
 
-def kind_of(name: str) -> str:
-  """The device kind of a row."""
-  return KINDS[name.split(', ')[1][:3]]
+def generation(name: str) -> tuple[str, str]:
+  """(device kind, compiler flags) of a row."""
+  return GENERATIONS[name.split(', ')[1][:3]]
 
 
 def compile_text(name: str, file: pathlib.Path):
@@ -106,7 +110,7 @@ def estimate(name: str, folder: pathlib.Path) -> dict:
   if not file.exists():
     compile_text(name, file)
   row = {'name': name, 'settings': ROWS[name][0], 'published': ROWS[name][1]}
-  row |= json.loads(file.with_suffix('.json').read_text()) | hlo.estimate(file.read_text(), kind_of(name))
+  row |= json.loads(file.with_suffix('.json').read_text()) | hlo.estimate(file.read_text(), generation(name)[0])
   row['versions'] = {p: importlib.metadata.version(p) for p in ('maxtext', 'jax', 'libtpu')}
   return row | {'date': datetime.date.today().isoformat()}
 
@@ -123,7 +127,7 @@ def main(argv):
       subprocess.run([sys.executable, '-m', 'benchmarks.maxtext', f'--texts={_TEXTS.value}', name], check=True)
     return
   (name,) = names
-  os.environ['LIBTPU_INIT_ARGS'] = FLAGS + (FLAGS_V5P if kind_of(name) == 'TPU v5' else '')
+  os.environ['LIBTPU_INIT_ARGS'] = generation(name)[1]
   os.environ['JAX_PLATFORMS'] = 'cpu'
   with tempfile.TemporaryDirectory() as folder:
     found = estimate(name, pathlib.Path(_TEXTS.value or folder))

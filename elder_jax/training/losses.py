@@ -19,8 +19,8 @@ from elder_jax.model.decoder import run_layers
 from elder_jax.training import hidden
 from elder_jax.training.penalty import measure_of
 
-# Tokens per device whose float32 logits are in memory at a time. On a CPU they should fit its cache: 128 instead of 1024
-# make a step in bfloat16 faster (docs/decisions/speed.md).
+# Tokens per device whose float32 logits are in memory at a time. On a CPU they should fit its cache: with 128 instead of
+# 1024 a forward pass is faster (docs/decisions/devices.md).
 CHUNK_TOKENS = {'cpu': 128, 'gpu': 1024, 'tpu': 1024}
 
 

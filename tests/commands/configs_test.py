@@ -115,8 +115,8 @@ def test_flag_file(path):
   about = config.removal.method, config.removal.recipe, config.gates.gate, config.training.order
   assert (about == (('elder',), 'regularize', 'output', 'joint')) == path.name.startswith('paper_')
   assert path.read_text().startswith(f'# python -m elder_jax.main --flagfile=configs/{path.name}')
-  small = ('smollm2_', 'gemma3_270m')  # one device
-  assert path.stem in SLICES or path.stem.removeprefix('paper_').startswith(small)
+  one_device = ('smollm2_', 'gemma3_270m', 'llama7b_24gb', 'llama7b_80gb')
+  assert path.stem in SLICES or path.stem.removeprefix('paper_').startswith(one_device)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.name)

@@ -121,8 +121,9 @@ def _time(call: Callable, *args) -> float:
 
 
 def seconds_by_stage(stages: list[Stage], by_stage: list[list[Program]], speed: Speed) -> dict[str, float]:
-  """{title of a stage: estimated seconds}, without those that compute nothing on the devices."""
-  found = {stage.title: sum(map(speed.seconds, programs)) for stage, programs in zip(stages, by_stage)}
+  """{title of a stage: estimated seconds}, without the export and stages that compute nothing on the devices."""
+  listed = [(stage.title, programs) for stage, programs in zip(stages, by_stage) if stage.seconds != 'export']
+  found = {title: sum(map(speed.seconds, programs)) for title, programs in listed}
   return {title: seconds for title, seconds in found.items() if seconds}
 
 
