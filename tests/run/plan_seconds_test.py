@@ -11,6 +11,7 @@ from tiny import tiny_spec
 from elder_jax.devices import about
 from elder_jax.devices import sharding
 from elder_jax.model.program import Program
+from elder_jax.model.spec import Delta
 from elder_jax.model.spec import Spec
 from elder_jax.run.plan import seconds as seconds_lib
 from elder_jax.run.plan.programs import programs_by_stage
@@ -111,3 +112,22 @@ def test_weights_that_are_made_up_differ(one_device):
   of = shapes(one_device)
   leaf = jax.tree.leaves(seconds_lib._made_up(of.dense).layers)[0]
   assert len(np.unique(leaf)) > leaf.size // 2
+
+
+DELTA = Delta(key_heads=2, value_heads=4, key_dim=8, value_dim=4, width=3)
+
+
+@pytest.mark.parametrize(
+  'features',
+  [
+    dict(window_L=(4, 0, 4, 0, 4, 0)),
+    dict(experts=4, experts_per_token=2),
+    dict(delta=DELTA, mixer_L=(1, 0, 1, 1, 0, 1), attn_gate=True, qk_norm=True),
+  ],
+)
+def test_a_part_of_any_kind_of_model_is_timed(features, one_device, monkeypatch):
+  monkeypatch.setattr(seconds_lib, 'TIMED', {'cpu': 1})
+  of = shapes(one_device, tiny_spec(**features))
+  gradients = Program('p', None, (), 1.0, 0, gradients=1)
+  speed = seconds_lib.measure_speed(of, [gradients])
+  assert speed.about.startswith('1 layer, 1 × 16 tokens') and speed.gradients > 0

@@ -68,7 +68,8 @@ def measure_speed(shapes: Shapes, programs: list[Program]) -> Speed:
     flops = tokens * training_flops(spec, num_layers, T, 'blocks')
     gradients = flops / _time(_gradients, *parts, tokens_BT, shapes.mode)
   speeds = f'{forward / 1e12:.3g} TFLOP/s' + (f', {gradients / 1e12:.3g} with gradients' if gradients else '')
-  return Speed(forward, gradients, f'{num_layers} layers, {rows} × {T} tokens: {speeds}')
+  layers = f'{num_layers} layer' + 's' * (num_layers > 1)
+  return Speed(forward, gradients, f'{layers}, {rows} × {T} tokens: {speeds}')
 
 
 def _affordable(shapes: Shapes) -> tuple[int, int]:
