@@ -39,9 +39,10 @@ assets: $(VENV)/demo
 
 # On a CPU, in under 15 minutes: steps against PyTorch in both types, what a step does, where the time of the demo goes.
 SMOLLM2 = $$HOME/.cache/elder_jax/SmolLM2-135M-Instruct.Q4_1.gguf
+STEPS = forward,gates,full
 bench: $(VENV)/test assets
-	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$(SMOLLM2) --nocompiled --rounds=2 --cases=forward,gates,full
-	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$(SMOLLM2) --nocompiled --rounds=2 --dtype=bfloat16
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$(SMOLLM2) --nocompiled --rounds=2 --cases=$(STEPS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.steps --model=$(SMOLLM2) --nocompiled --rounds=2 --cases=$(STEPS) --dtype=bfloat16
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.profile_step --model=$(SMOLLM2) --cases=forward,full --dtype=bfloat16
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.job
 
