@@ -91,6 +91,9 @@ SLICES = {
   'LLaMA-2-70B, v5e-256': dict(topology='v5e:16x16', mesh='1,32,8', batch_size=32),
 }
 
+# Row -> LIBTPU_INIT_ARGS, if it has any.
+COMPILER_FLAGS = {'LLaMA-2-70B, v5p-128, stage 2, remat=dots': maxtext.FLAGS_V5P}
+
 
 def rows() -> dict[str, tuple[str, dict, int]]:
   """Name -> (stage, settings, layers).
@@ -108,11 +111,6 @@ def rows() -> dict[str, tuple[str, dict, int]]:
   for name in ('LLaMA-2-70B, v5p-128',):
     found[f'{name}, stage 2, 8 layers'] = ('stage 2', SLICES[name], 8)
   return found
-
-
-def compiler_flags(name: str) -> str:
-  """LIBTPU_INIT_ARGS of a row."""
-  return maxtext.FLAGS_V5P if 'v5p' in name and 'remat=dots' in name else ''
 
 
 def compile_row(name: str) -> dict:
@@ -137,7 +135,7 @@ def compile_row(name: str) -> dict:
   row = {
     'name': name,
     'flags': ' '.join(f'--{k}={as_text(v)}' for k, v in (SETTINGS | settings).items() if v != ()),
-    'compiler_flags': compiler_flags(name),
+    'compiler_flags': COMPILER_FLAGS.get(name, ''),
     'chips': mesh.size,
     'tokens': config.data.batch_size * config.data.seq_len,
     'parameters': program.params,
@@ -291,7 +289,7 @@ def main(argv):
   results = read()
   for name in _ROWS.value or rows():
     if name not in results or _AGAIN.value:
-      if os.environ.get('LIBTPU_INIT_ARGS', '') != (more := compiler_flags(name)):  # read once per process
+      if os.environ.get('LIBTPU_INIT_ARGS', '') != (more := COMPILER_FLAGS.get(name, '')):  # read once per process
         command = [sys.executable, '-m', 'benchmarks.scale', '--again', f'--row={name}']
         subprocess.run(command, env=os.environ | {'LIBTPU_INIT_ARGS': more}, check=True)
         continue

@@ -27,7 +27,6 @@ from elder_jax.training.step import train_mask
 TIMED = {'cpu': 4e11}
 TIMED_ELSEWHERE = 2e13
 ENOUGH = 2.0  # seconds after which a computation is not repeated
-UNCOUNTED = 'loading, compiling, tasks and the export are not counted'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Speed:
 
   def seconds(self, program: Program) -> float:
     """Of all calls of a program."""
-    with_gradients = program.gradients > 0 and self.gradients is not None
-    return program.calls * program.model_flops / (self.gradients if with_gradients else self.forward)
+    return program.calls * program.model_flops / (self.gradients if program.gradients else self.forward)
 
 
 def measure_speed(shapes: Shapes, programs: list[Program]) -> Speed:
@@ -133,4 +131,5 @@ def seconds_table(estimated: dict[str, float], speed: Speed) -> str:
   rows = [[title, duration(seconds)] for title, seconds in estimated.items()]
   rows.append(['together', duration(sum(estimated.values()))])
   head = f'Estimated time on these devices, from a model of {speed.about}.'
-  return '\n'.join([head, text_table([['stage', 'time'], *rows]), f'{UNCOUNTED.capitalize()}.'])
+  uncounted = 'Loading, compiling, tasks and the export are not counted.'
+  return '\n'.join([head, text_table([['stage', 'time'], *rows]), uncounted])
